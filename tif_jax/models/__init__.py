@@ -1,0 +1,61 @@
+"""Models by timm's names."""
+
+import inspect
+import re
+from typing import Any
+
+from flax import nnx
+
+from tif_jax import reducers
+from tif_jax.errors import InputError
+from tif_jax.models.vit import ViT
+
+SIZES = {
+    "tiny": dict(width=192, depth=12, num_heads=3),
+    "small": dict(width=384, depth=12, num_heads=6),
+    "base": dict(width=768, depth=12, num_heads=12),
+    "large": dict(width=1024, depth=24, num_heads=16),
+}
+_NAME = re.compile(
+    r"(?P<family>deit3|deit|vit)_(?P<size>tiny|small|base|large)(?P<distilled>_distilled)?_patch(?P<patch>\d+)_(?P<image>\d+)"
+)
+
+MODEL_FIELDS = frozenset(ViT.__init__.__annotations__) - {"reducer", "rngs", "return"}
+
+
+def model_fields(name: str) -> dict[str, Any]:
+    """Fields of `ViT` for a timm name such as 'deit_small_patch16_224'. Raises InputError for a name outside the families built here."""
+    match = _NAME.fullmatch(name)
+    if not match or (match["family"] == "deit3" and match["distilled"]):
+        raise InputError(
+            f"Unknown model {name!r}. Known: {{deit,deit3,vit}}_{{{','.join(SIZES)}}}_patch<P>_<image size>, deit_<size>_distilled_patch<P>_<image size>"
+        )
+    fields = dict(SIZES[match["size"]], patch_size=int(match["patch"]), image_size=int(match["image"]))
+    if match["family"] == "deit3":
+        fields |= dict(layer_scale=1e-6, special_positions=False)
+    if match["distilled"]:
+        fields |= dict(distillation_token=True)
+    return fields
+
+
+def create_model(name: str | dict[str, Any], *, reducer: str = "full", seed: int = 0, **options: Any) -> ViT:
+    """A model with random weights.
+
+    name: timm's name, or a dict of `ViT`'s fields. options: fields of `ViT` (num_classes, image_size, dtype, drop_path, ...) and of the
+    reducer (keep_ratio, ...). Raises InputError for anything unknown.
+    """
+    fields = model_fields(name) if isinstance(name, str) else dict(name)
+    reducer_options = {k: options.pop(k) for k in list(options) if k not in MODEL_FIELDS}
+    fields |= options
+    rngs = nnx.Rngs(seed)
+    if unknown := sorted(set(fields) - MODEL_FIELDS):
+        raise InputError(f"Unknown model fields {', '.join(unknown)}. Known: {', '.join(sorted(MODEL_FIELDS))}")
+    defaults = {k: p.default for k, p in inspect.signature(ViT.__init__).parameters.items()}
+    width, patch_size, image_size = ((defaults | fields)[k] for k in ("width", "patch_size", "image_size"))
+    height, columns = (image_size, image_size) if isinstance(image_size, int) else image_size
+    num_patches = (height // patch_size) * (columns // patch_size)
+    return ViT(
+        **fields,
+        reducer=reducers.build(reducer, width=width, num_patches=num_patches, rngs=rngs, **reducer_options),
+        rngs=rngs,
+    )

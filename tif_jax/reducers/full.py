@@ -1,0 +1,11 @@
+"""No reduction: every token goes through every block."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Full:
+    def __call__(self, blocks, x, tokens, rngs=None):
+        for block in blocks:
+            x, _ = block(x, rngs=rngs)
+        return x, {}

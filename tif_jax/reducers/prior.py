@@ -1,0 +1,22 @@
+"""A ranking that never looks at the image: where in the raster, over the training set, tokens were worth keeping."""
+
+import jax.numpy as jnp
+from flax import nnx
+
+from tif_jax.reducers.full import Full
+from tif_jax.tokens import check_keep_ratio, keep
+
+
+class Prior(nnx.Module):
+    """Keeps the round(keep_ratio * N) raster positions whose mean training label is highest (`losses.position_prior`)."""
+
+    def __init__(self, keep_ratio: float = 0.5, *, num_patches: int):
+        check_keep_ratio(keep_ratio)
+        self.keep_ratio = keep_ratio
+        self.logits = nnx.Param(jnp.zeros(num_patches))
+
+    def __call__(self, blocks, x, tokens, rngs=None):
+        scores = self.logits[...][tokens.index]
+        x, tokens = keep(x, tokens, scores, self.keep_ratio)
+        x, aux = Full()(blocks, x, tokens, rngs)
+        return x, {**aux, "kept": tokens.index}

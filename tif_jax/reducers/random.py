@@ -1,0 +1,33 @@
+"""The baseline every ranking has to beat: a random subset of the patches."""
+
+from dataclasses import dataclass
+
+import jax
+
+from tif_jax.reducers.full import Full
+from tif_jax.tokens import check_keep_ratio, image_keys, keep, split
+
+
+@dataclass(frozen=True)
+class Random:
+    """Keeps round(keep_ratio * N) patches drawn uniformly.
+
+    Without `rngs` the draw depends on the seed and the image alone, so that a result can be repeated; with `rngs` (training) it is
+    fresh at every step.
+    """
+
+    keep_ratio: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self):
+        check_keep_ratio(self.keep_ratio)
+
+    def __call__(self, blocks, x, tokens, rngs=None):
+        patches = split(x, tokens.num_special)[1]
+        keys = image_keys(self.seed, patches)
+        if rngs is not None:
+            keys = jax.random.split(rngs.random_reducer(), x.shape[0])
+        scores = jax.vmap(lambda key: jax.random.uniform(key, patches.shape[1:2]))(keys)
+        x, tokens = keep(x, tokens, scores, self.keep_ratio)
+        x, aux = Full()(blocks, x, tokens, rngs)
+        return x, {**aux, "kept": tokens.index}

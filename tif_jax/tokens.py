@@ -1,0 +1,96 @@
+"""Pure functions on tokens, all with static shapes.
+
+Legend: B images, T tokens, N patch tokens, K kept patch tokens, D width, H heads, C channels of a head.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, Shaped
+
+from tif_jax.errors import InputError
+
+
+class QueryKey(NamedTuple):
+    """What attention compared: after q/k norm, before the 1/sqrt(C) scale. Scores are derived by whoever needs them."""
+
+    query: Float[Array, "B T H C"]
+    key: Float[Array, "B T H C"]
+
+
+class Tokens(NamedTuple):
+    """What the rows of a token array are."""
+
+    num_special: int  # class, distillation and register tokens in front: never reduced
+    grid: tuple[int, int]  # rows, columns of the patch raster
+    index: Int[Array, "B N"]  # raster position of each patch token
+
+
+def split(x: Float[Array, "B T D"], num_special: int) -> tuple[Float[Array, "B S D"], Float[Array, "B N D"]]:
+    """The special tokens and the patch tokens."""
+    return x[:, :num_special], x[:, num_special:]
+
+
+def join(special: Float[Array, "B S D"], patches: Float[Array, "B N D"]) -> Float[Array, "B T D"]:
+    """Inverse of `split`."""
+    return jnp.concatenate([special, patches], axis=1)
+
+
+def top_k(scores: Float[Array, "B N"], k: int) -> Int[Array, "B K"]:
+    """Positions of the k highest scores, ascending: kept tokens stay in raster order, so k = N is the identity.
+
+    Ties go to the lower position. No gradient.
+    """
+    _, index = jax.lax.top_k(jax.lax.stop_gradient(scores), k)
+    return jnp.sort(index, axis=1).astype(jnp.int32)
+
+
+def take(x: Shaped[Array, "B N *rest"], index: Int[Array, "B K"]) -> Shaped[Array, "B K *rest"]:
+    """Row index[b, k] of every image's x[b]."""
+    return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+
+def keep(
+    x: Float[Array, "B T D"], tokens: Tokens, scores: Float[Array, "B N"], keep_ratio: float
+) -> tuple[Float[Array, "B S D"], Tokens]:
+    """The special tokens and the round(keep_ratio * N) patch tokens with the highest scores, at least one, in raster order."""
+    special, patches = split(x, tokens.num_special)
+    kept = top_k(scores, num_kept(keep_ratio, patches.shape[1]))
+    return join(special, take(patches, kept)), tokens._replace(index=take(tokens.index, kept))
+
+
+def check_keep_ratio(keep_ratio: float) -> None:
+    """Raises InputError unless keep_ratio is a fraction in (0, 1]."""
+    if not 0 < keep_ratio <= 1:
+        raise InputError(f"keep_ratio is {keep_ratio}; it is the fraction of patch tokens kept, in (0, 1]")
+
+
+def num_kept(keep_ratio: float, num_patches: int) -> int:
+    """How many of num_patches tokens a keep_ratio in (0, 1] leaves."""
+    return max(1, round(keep_ratio * num_patches))
+
+
+def class_attention(qk: QueryKey, num_special: int) -> Float[Array, "B N"]:
+    """Attention of the class token to each patch token, mean over heads, in float32; rows sum to at most 1.
+
+    The special tokens' columns take part in the softmax and are then left out, not renormalised (EViT, section 3.2).
+    """
+    query = qk.query[:, 0].astype(jnp.float32)
+    logits = jnp.einsum("bhc,bthc->bht", query, qk.key.astype(jnp.float32)) / qk.query.shape[-1] ** 0.5
+    return jax.nn.softmax(logits, axis=-1).mean(axis=1)[:, num_special:]
+
+
+def gates_to_log_weight(gates: Float[Array, "B N"], num_special: int) -> Float[Array, "B T"]:
+    """Gates in [0, 1] on the patch tokens as logarithms to add to attention logits; special tokens have gate 1."""
+    return jnp.pad(jnp.log(gates), ((0, 0), (num_special, 0)))
+
+
+def image_keys(seed: int, x: Float[Array, "B T D"]) -> Key[Array, " B"]:
+    """A random key per image that depends on the seed and the bits of its embedding alone.
+
+    Hence the same image draws the same numbers in any batch, in any order, on any number of devices.
+    """
+    bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(x).astype(jnp.float32), jnp.uint32)
+    position = jnp.arange(1, 1 + bits[0].size, dtype=jnp.uint32).reshape(1, *bits.shape[1:])
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.sum(bits * position, axis=(1, 2)))
