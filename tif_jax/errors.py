@@ -1,9 +1,9 @@
-"""The two ways a program of this project ends badly, and what each means to the person who started it."""
+"""The two ways in which a program of this project ends badly."""
 
 
 class InputError(ValueError):
-    """What the caller gave is wrong: the message names the bad thing, what is allowed and the remedy (exit status 2)."""
+    """What the caller gave is wrong; the message names it, what is allowed and the remedy. Exit status 2."""
 
 
 class WorkError(RuntimeError):
-    """The work itself failed, with everything finished so far intact (exit status 1): a full disk, a NaN."""
+    """The work failed (a full disk, a NaN), everything finished so far is intact. Exit status 1."""

@@ -24,7 +24,7 @@ class Tokens(NamedTuple):
 
     num_special: int  # class, distillation and register tokens in front: never reduced
     grid: tuple[int, int]  # rows, columns of the patch raster
-    index: Int[Array, "B N"]  # raster position of each patch token
+    index: Int[Array, "B N"]  # type: ignore[assignment]  # (hides tuple.index)  raster position of each patch token
 
 
 def split(x: Float[Array, "B T D"], num_special: int) -> tuple[Float[Array, "B S D"], Float[Array, "B N D"]]:
@@ -54,7 +54,7 @@ def take(x: Shaped[Array, "B N *rest"], index: Int[Array, "B K"]) -> Shaped[Arra
 def keep(
     x: Float[Array, "B T D"], tokens: Tokens, scores: Float[Array, "B N"], keep_ratio: float
 ) -> tuple[Float[Array, "B S D"], Tokens]:
-    """The special tokens and the round(keep_ratio * N) patch tokens with the highest scores, at least one, in raster order."""
+    """The special tokens and the round(keep_ratio * N) patches with the highest scores, raster order kept."""
     special, patches = split(x, tokens.num_special)
     kept = top_k(scores, num_kept(keep_ratio, patches.shape[1]))
     return join(special, take(patches, kept)), tokens._replace(index=take(tokens.index, kept))
@@ -86,11 +86,9 @@ def gates_to_log_weight(gates: Float[Array, "B N"], num_special: int) -> Float[A
     return jnp.pad(jnp.log(gates), ((0, 0), (num_special, 0)))
 
 
-def image_keys(seed: int, x: Float[Array, "B T D"]) -> Key[Array, " B"]:
-    """A random key per image that depends on the seed and the bits of its embedding alone.
-
-    Hence the same image draws the same numbers in any batch, in any order, on any number of devices.
-    """
+def image_keys(seed: int, x: Float[Array, "B *rest"]) -> Key[Array, " B"]:
+    """A random key per image that depends on the seed and the bits of x[b] alone: not on the batch around it."""
     bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(x).astype(jnp.float32), jnp.uint32)
-    position = jnp.arange(1, 1 + bits[0].size, dtype=jnp.uint32).reshape(1, *bits.shape[1:])
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.sum(bits * position, axis=(1, 2)))
+    bits = bits.reshape(x.shape[0], -1)
+    weights = jnp.arange(1, 1 + bits.shape[1], dtype=jnp.uint32)[None]
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.sum(bits * weights, axis=1))

@@ -24,13 +24,14 @@ MODEL_FIELDS = frozenset(ViT.__init__.__annotations__) - {"reducer", "rngs", "re
 
 
 def model_fields(name: str) -> dict[str, Any]:
-    """Fields of `ViT` for a timm name such as 'deit_small_patch16_224'. Raises InputError for a name outside the families built here."""
+    """Fields of `ViT` for a timm name such as 'deit_small_patch16_224'. Raises InputError for other families."""
     match = _NAME.fullmatch(name)
     if not match or (match["family"] == "deit3" and match["distilled"]):
         raise InputError(
-            f"Unknown model {name!r}. Known: {{deit,deit3,vit}}_{{{','.join(SIZES)}}}_patch<P>_<image size>, deit_<size>_distilled_patch<P>_<image size>"
+            f"Unknown model {name!r}. Known: {{deit,deit3,vit}}_{{{','.join(SIZES)}}}_patch<P>_<image size>, "
+            "deit_<size>_distilled_patch<P>_<image size>"
         )
-    fields = dict(SIZES[match["size"]], patch_size=int(match["patch"]), image_size=int(match["image"]))
+    fields: dict[str, Any] = dict(SIZES[match["size"]], patch_size=int(match["patch"]), image_size=int(match["image"]))
     if match["family"] == "deit3":
         fields |= dict(layer_scale=1e-6, special_positions=False)
     if match["distilled"]:
@@ -41,8 +42,8 @@ def model_fields(name: str) -> dict[str, Any]:
 def create_model(name: str | dict[str, Any], *, reducer: str = "full", seed: int = 0, **options: Any) -> ViT:
     """A model with random weights.
 
-    name: timm's name, or a dict of `ViT`'s fields. options: fields of `ViT` (num_classes, image_size, dtype, drop_path, ...) and of the
-    reducer (keep_ratio, ...). Raises InputError for anything unknown.
+    name: timm's name, or a dict of `ViT`'s fields. options: fields of `ViT` (num_classes, image_size, dtype, ...) and
+    of the reducer (keep_ratio, ...). Raises InputError for anything unknown.
     """
     fields = model_fields(name) if isinstance(name, str) else dict(name)
     reducer_options = {k: options.pop(k) for k in list(options) if k not in MODEL_FIELDS}

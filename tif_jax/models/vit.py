@@ -1,8 +1,10 @@
 """The Vision Transformer (Dosovitskiy et al. 2021; Touvron et al. 2021, 2022) as three steps and one reducer.
 
-The ViT knows no token-reduction method: `encode` hands its blocks to `self.reducer`, which owns how tokens travel through them.
+The ViT knows no token-reduction method: `encode` hands its blocks to `self.reducer`, which owns how tokens travel
+through them.
 
-Legend: B images, Y X image height and width, T tokens, N patch tokens, D width, H heads, C channels of a head, L classes.
+Legend: B images, Y X height and width, T tokens, S tokens left, N patch tokens, D width, H heads, C channels of a head,
+L classes.
 """
 
 from collections.abc import Sequence
@@ -18,7 +20,8 @@ from tif_jax.errors import InputError
 from tif_jax.reducers import Aux, Full, Reducer
 from tif_jax.tokens import QueryKey, Tokens
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+FULL = Full()
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}  # float64: for checks, needs x64
 
 
 class Attention(nnx.Module):
@@ -119,10 +122,10 @@ class ViT(nnx.Module):
     """Vision Transformer: `embed`, `encode` with a reducer, `predict`. Parameters are float32 for every dtype.
 
     Fields beyond the obvious, with the checkpoints that need them:
-      pool: 'class' (the class token) or 'mean' (over the patch tokens that are left, then a norm of its own: timm's fc_norm).
+      pool: 'class' (the class token) or 'mean' (over the patch tokens left, then a norm of its own: timm's fc_norm).
       distillation_token: a second head's token (DeiT distilled): the prediction is the mean of both heads.
-      num_registers: register tokens (Darcet et al. 2024), after the class token.
-      special_positions: whether special tokens other than registers have rows in the position embedding (DeiT: yes; DeiT III: no).
+      num_registers: register tokens (Darcet et al. 2024), after the class token; they have no position embedding.
+      special_positions: whether class and distillation token have one (DeiT: yes; DeiT III: no).
       layer_scale: initial value of LayerScale (DeiT III, DINOv2), or None.
 
     Raises InputError for fields that do not fit together.
@@ -150,7 +153,7 @@ class ViT(nnx.Module):
         norm_eps: float = 1e-6,
         drop_path: float = 0.0,
         dtype: str = "float32",
-        reducer: Reducer = Full(),
+        reducer: Reducer = FULL,
         rngs: nnx.Rngs,
     ):
         height, columns = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -178,7 +181,10 @@ class ViT(nnx.Module):
         self.num_special = int(class_token) + int(distillation_token) + num_registers
 
         normal = nnx.initializers.truncated_normal(0.02)
-        param = lambda *shape: nnx.Param(normal(rngs.params(), shape, jnp.float32))
+
+        def param(*shape):
+            return nnx.Param(normal(rngs.params(), shape, jnp.float32))
+
         norm = partial(nnx.LayerNorm, width, epsilon=norm_eps, dtype=self.dtype, use_fast_variance=False, rngs=rngs)
         self.patch_embedding = nnx.Linear(3 * patch_size**2, width, dtype=self.dtype, rngs=rngs)
         self.position_embedding = param(1, self.num_positioned + self.grid[0] * self.grid[1], width)
@@ -222,19 +228,12 @@ class ViT(nnx.Module):
             )
         p = self.patch_size
         patches = rearrange(images, "b (y p) (x q) c -> b (y x) (p q c)", p=p, q=p).astype(self.dtype)
-        patches = self.patch_embedding(patches)
-        special, registers = self._special_tokens(patches)
-        x = jnp.concatenate([*special, patches], axis=1) if self.num_positioned else patches
-        x = x + self.position_embedding[...].astype(self.dtype)
-        return jnp.concatenate(
-            [
-                x[:, : self.num_positioned],
-                *([] if self.num_positioned else special),
-                *registers,
-                x[:, self.num_positioned :],
-            ],
-            axis=1,
-        )
+        patches = self.patch_embedding(patches) + self.patch_positions()
+        special = [
+            jnp.broadcast_to(token.astype(self.dtype), (images.shape[0], *token.shape[1:]))
+            for token in self._special_tokens()
+        ]
+        return jnp.concatenate([*special, patches], axis=1)
 
     def encode(self, x: Float[Array, "B T D"], rngs: nnx.Rngs | None = None) -> tuple[Float[Array, "B S D"], Aux]:
         """The tokens after the last block, as the reducer left them."""
@@ -245,15 +244,15 @@ class ViT(nnx.Module):
     ) -> tuple[Float[Array, "B L"], Aux]:
         """Class logits, float32. patch_weight: each patch token's share under mean pooling (the oracle's gates)."""
         if self.pool == "mean":
-            patches = x[:, self.num_special :].astype(jnp.float32)
-            weight = jnp.ones(patches.shape[:2]) if patch_weight is None else patch_weight
+            patches = _at_least_float32(x[:, self.num_special :])
+            weight = jnp.ones(patches.shape[:2], patches.dtype) if patch_weight is None else patch_weight
             pooled = jnp.einsum("bnd,bn->bd", patches, weight) / weight.sum(axis=1, keepdims=True)
             features = self.norm(pooled.astype(self.dtype))
         else:
             features = self.norm(x[:, 0])
-        logits = self.head(features).astype(jnp.float32)
+        logits = _at_least_float32(self.head(features))
         if self.has_distillation:
-            distilled = self.distillation_head(self.norm(x[:, 1])).astype(jnp.float32)
+            distilled = _at_least_float32(self.distillation_head(self.norm(x[:, 1])))
             aux = {**aux, "logits/distillation": distilled}
             logits = (logits + distilled) / 2
         return logits, aux
@@ -275,13 +274,16 @@ class ViT(nnx.Module):
         """Position embedding of the patch tokens: what `content` masking leaves of a token."""
         return self.position_embedding[...][:, self.num_positioned :].astype(self.dtype)
 
-    def _special_tokens(self, like: Float[Array, "B N D"]) -> tuple[list[Array], list[Array]]:
-        names = ("class_token", "distillation_token")
-        rows = lambda name: jnp.broadcast_to(
-            getattr(self, name)[...].astype(self.dtype), (like.shape[0], *getattr(self, name).shape[1:])
-        )
-        special = [rows(name) for name in names if hasattr(self, name)]
-        return special, [rows("register_tokens")] if hasattr(self, "register_tokens") else []
+    def _special_tokens(self) -> list[Float[Array, "1 _ D"]]:
+        names = [name for name in ("class_token", "distillation_token") if hasattr(self, name)]
+        special = [getattr(self, name)[...] for name in names]
+        if self.num_positioned:
+            special = [token + self.position_embedding[...][:, i : i + 1] for i, token in enumerate(special)]
+        return special + ([self.register_tokens[...]] if hasattr(self, "register_tokens") else [])
+
+
+def _at_least_float32(y: Float[Array, "..."]) -> Float[Array, "..."]:
+    return y.astype(jnp.promote_types(y.dtype, jnp.float32))
 
 
 def _scale(y: Float[Array, "B T D"], scale: Float[Array, " D"]) -> Float[Array, "B T D"]:
@@ -289,7 +291,7 @@ def _scale(y: Float[Array, "B T D"], scale: Float[Array, " D"]) -> Float[Array, 
 
 
 def _drop_path(y: Float[Array, "B T D"], rate: float, rngs: nnx.Rngs | None) -> Float[Array, "B T D"]:
-    """Stochastic depth (Huang et al. 2016): the branch vanishes for a fraction `rate` of the images, the rest is rescaled."""
+    """Stochastic depth (Huang et al. 2016): a fraction `rate` of the images skips the branch, the rest is rescaled."""
     if rngs is None or rate == 0.0:
         return y
     keep = jax.random.bernoulli(rngs.drop_path(), 1 - rate, (y.shape[0], 1, 1))

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from jaxtyping import Array, Float
 
 from tif_jax.errors import InputError
-from tif_jax.reducers.full import Full
+from tif_jax.reducers.full import Full as Full
 from tif_jax.tokens import Tokens
 
 Aux = dict[str, Array]
@@ -50,7 +50,7 @@ def options(name: str) -> dict[str, inspect.Parameter]:
 
 
 def build(name: str, *, width: int, num_patches: int, rngs: Any, **given: Any) -> Reducer:
-    """The reducer in file `name`, for a model with that width and number of patch tokens. Raises InputError on misuse."""
+    """The reducer in file `name`, for a model of that width and number of patch tokens. Raises InputError on misuse."""
     allowed = options(name)
     if unknown := sorted(set(given) - set(allowed)):
         raise InputError(f"Reducer {name!r} takes {', '.join(allowed) or 'no options'}; got {', '.join(unknown)}")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 
 from tif_jax.reducers.full import Full
 from tif_jax.tokens import check_keep_ratio, image_keys, keep, split
@@ -12,8 +13,8 @@ from tif_jax.tokens import check_keep_ratio, image_keys, keep, split
 class Random:
     """Keeps round(keep_ratio * N) patches drawn uniformly.
 
-    Without `rngs` the draw depends on the seed and the image alone, so that a result can be repeated; with `rngs` (training) it is
-    fresh at every step.
+    Without `rngs` the draw depends on the seed and the image alone, so that a result can be repeated; with `rngs`
+    (training) it is fresh at every step.
     """
 
     keep_ratio: float = 0.5
@@ -24,8 +25,10 @@ class Random:
 
     def __call__(self, blocks, x, tokens, rngs=None):
         patches = split(x, tokens.num_special)[1]
-        keys = image_keys(self.seed, patches)
-        if rngs is not None:
+        if rngs is None:
+            # Coarse, because the last bits of an embedding depend on the batch size it was computed with.
+            keys = image_keys(self.seed, patches.mean(axis=1)[:, :8].astype(jnp.bfloat16))
+        else:
             keys = jax.random.split(rngs.random_reducer(), x.shape[0])
         scores = jax.vmap(lambda key: jax.random.uniform(key, patches.shape[1:2]))(keys)
         x, tokens = keep(x, tokens, scores, self.keep_ratio)

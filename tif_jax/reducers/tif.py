@@ -1,6 +1,6 @@
-"""TIF, the token impact filter (Wang, Yang, Huang, Zhang, "Predicting Token Impact Towards Efficient Vision Transformer", 2023).
+"""TIF, the token impact filter (Wang et al., "Predicting Token Impact Towards Efficient Vision Transformer", 2023).
 
-An MLP looks at the embeddings once, before the first self-attention, and the patches it finds least worth keeping are gone.
+An MLP looks at the embeddings once, before the first self-attention; the patches it finds least worth keeping are gone.
 
 Legend: B images, N patch tokens, D width.
 """
@@ -16,10 +16,10 @@ from tif_jax.tokens import check_keep_ratio, keep, split
 
 
 class TokenFilter(nnx.Module):
-    """Logit that a patch token is worth keeping, from its embedding and, with features 'local+global', the mean embedding.
+    """Logit that a patch token is worth keeping, from its embedding and ('local+global') the image's mean.
 
-    The paper says "multi-layer perceptron" and no more: LayerNorm, hidden layers D and D/2, GELU and the global feature are our choice.
-    The global half of the first layer is computed once per image.
+    The paper says "multi-layer perceptron" and no more: LayerNorm, hidden layers D and D/2, GELU and the global feature
+    are our choice. The global half of the first layer is computed once per image.
     """
 
     def __init__(

@@ -1,0 +1,97 @@
+"""What a model costs, counted from its traced program."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tif_jax.models.vit import ViT
+
+
+class Cost(NamedTuple):
+    gmac: float  # 1e9 multiply-adds of matrix products and convolutions, per image
+    parameters: int  # all of them, the reducer's included
+    tokens: tuple[int, ...]  # tokens that leave each block, special tokens included
+
+
+def cost(model: ViT, image_size: int | tuple[int, int] | None = None) -> Cost:
+    """Cost of one prediction for one image. Work that the prediction does not depend on is not counted.
+
+    image_size: a check, not a choice: a ViT takes the size that it was built for (InputError otherwise).
+    """
+    size = model.image_size if image_size is None else image_size
+    height, columns = (size, size) if isinstance(size, int) else size
+    images = jax.ShapeDtypeStruct((1, height, columns, 3), jnp.float32)
+    graphdef, params = nnx.split(model)
+    program = jax.make_jaxpr(lambda params, images: nnx.merge(graphdef, params)(images)[0])(params, images)
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    return Cost(_multiply_adds(program.jaxpr) / 1e9, parameters, _tokens_after_blocks(model, images))
+
+
+@dataclass(frozen=True)
+class _Recorder:
+    """A block that notes how many tokens leave it."""
+
+    block: Any
+    lengths: list[int]
+
+    def attend(self, *args, **kwargs):
+        return self.block.attend(*args, **kwargs)
+
+    def feed_forward(self, x, *args, **kwargs):
+        self.lengths.append(x.shape[1])
+        return self.block.feed_forward(x, *args, **kwargs)
+
+    def __call__(self, x, key_log_weight=None, rngs=None):
+        x, qk = self.attend(x, key_log_weight, rngs)
+        return self.feed_forward(x, rngs), qk
+
+
+def _tokens_after_blocks(model: ViT, images: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+    lengths: list[int] = []
+
+    def walk(images):
+        x = model.embed(images)
+        return model.reducer([_Recorder(block, lengths) for block in model.blocks], x, model.tokens(x.shape[0]))[0]
+
+    jax.eval_shape(walk, images)
+    return tuple(lengths)
+
+
+def _multiply_adds(jaxpr) -> int:
+    """Multiply-adds of the equations that the outputs depend on."""
+    needed = {var for var in jaxpr.outvars if not hasattr(var, "val")}
+    total = 0
+    for equation in reversed(jaxpr.eqns):
+        if not needed.intersection(equation.outvars):
+            continue
+        needed.update(var for var in equation.invars if not hasattr(var, "val"))
+        count = _COUNTERS.get(equation.primitive.name)
+        if count is not None:
+            total += count(equation)
+        repeats = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    total += repeats * _multiply_adds(inner)
+    return total
+
+
+def _dot_general(equation) -> int:
+    left, right = (var.aval.shape for var in equation.invars)
+    (_, contracting), (_, batch) = equation.params["dimension_numbers"]
+    return math.prod(left) * math.prod(n for axis, n in enumerate(right) if axis not in (*contracting, *batch))
+
+
+def _convolution(equation) -> int:
+    kernel = equation.invars[1].aval.shape
+    out_feature_axis = equation.params["dimension_numbers"].rhs_spec[0]
+    return math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // kernel[out_feature_axis]
+
+
+_COUNTERS: dict[str, Callable[[Any], int]] = {"dot_general": _dot_general, "conv_general_dilated": _convolution}

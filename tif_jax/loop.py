@@ -1,0 +1,110 @@
+"""The training step and the loop around it."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array
+
+from tif_jax import optim
+from tif_jax.errors import WorkError
+from tif_jax.losses import Loss
+from tif_jax.models.vit import ViT
+from tif_jax.progress import Progress
+from tif_jax.state import Params, State, with_params
+
+Step = Callable[[State, Mapping[str, Array]], tuple[State, dict[str, Array]]]
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation, trainable: Any) -> State:
+    """Step 0. trainable: tree of bools like params; only those parameters get optimiser state."""
+    return State(jnp.zeros((), jnp.int32), params, optimizer.init(optim.partition(params, trainable)[0]))
+
+
+def make_step(
+    model: ViT, loss: Loss, optimizer: optax.GradientTransformation, trainable: Any, *, seed: int, stochastic: bool
+) -> Step:
+    """The compiled function (state, batch) -> (state, metrics): one update of the trainable parameters.
+
+    Only they are differentiated; the others come out as they went in. stochastic: drop-path and random reducers draw
+    from fold_in(key(seed), step). Metrics are batch means; the state is donated.
+    """
+    graphdef = nnx.split(model)[0]
+
+    def step(state: State, batch: Mapping[str, Array]) -> tuple[State, dict[str, Array]]:
+        ours, frozen = optim.partition(state.params, trainable)
+        rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(seed), state.step)) if stochastic else None
+
+        def mean_loss(ours):
+            prediction, aux = with_params(graphdef, optim.merge(ours, frozen))(batch["image"], rngs)
+            terms = loss(prediction, aux, batch)
+            return terms["loss"].mean(), {name: term.mean() for name, term in terms.items()}
+
+        grads, metrics = jax.grad(mean_loss, has_aux=True)(ours)
+        updates, opt_state = optimizer.update(grads, state.opt_state, ours)
+        params = optim.merge(optax.apply_updates(ours, updates), frozen)
+        metrics["grad_norm"] = optax.global_norm(grads)
+        return State(state.step + 1, params, opt_state), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def run(
+    step: Step,
+    state: State,
+    batches: Iterator[Mapping[str, Array]],
+    *,
+    until: int,
+    log_every: int,
+    save_every: int,
+    log: Callable[[int, dict[str, float]], None],
+    save: Callable[[State], None],
+    label: str = "train",
+) -> State:
+    """Steps until state.step == until. Logs mean metrics every log_every steps and saves every save_every and at the end.
+
+    The order is fixed: log, save, next batch, step. So a saved state has passed the check for NaN, and the iterator's
+    state at a save is that of the next batch. Raises WorkError at a loss or gradient that is not finite.
+    """
+    start = int(state.step)
+    pending: list[tuple[dict[str, Array], Any]] = []
+    began, waited = time.perf_counter(), 0.0
+    with Progress(label, until, "step", start) as progress:
+        for at in range(start, until + 1):
+            if pending and (at % log_every == 0 or at % save_every == 0 or at == until):
+                num_images = sum(len(indices) for _, indices in pending)
+                means = _check(at - len(pending), pending)
+                elapsed = time.perf_counter() - began
+                means |= {"images_per_second": num_images / elapsed, "data_wait": waited / elapsed}
+                log(at, means)
+                progress.update(len(pending), loss=means["loss"], images_per_second=means["images_per_second"])
+                pending, began, waited = [], time.perf_counter(), 0.0
+            if at > start and (at % save_every == 0 or at == until):
+                save(state)
+            if at == until:
+                break
+            before = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - before
+            state, metrics = step(state, batch)
+            pending.append((metrics, batch["index"]))
+    return state
+
+
+def _check(first: int, pending: list[tuple[dict[str, Array], Any]]) -> dict[str, float]:
+    """Means of the metrics of steps first, first + 1, ..., fetched from the device at once."""
+    rows = jax.device_get([metrics for metrics, _ in pending])
+    for i, row in enumerate(rows):
+        if not all(map(math.isfinite, (row["loss"], row["grad_norm"]))):
+            images = np.asarray(pending[i][1]).tolist()
+            raise WorkError(
+                f"loss {row['loss']}, gradient norm {row['grad_norm']} at step {first + i} (images {str(images)[:200]}); "
+                "the last checkpoint is intact: lower the learning rate or look at these images, then run again"
+            )
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}

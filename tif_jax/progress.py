@@ -1,0 +1,46 @@
+"""Progress of long work: a bar where a person watches a terminal, a plain line every few seconds elsewhere."""
+
+import sys
+import time
+
+from absl import logging
+from tqdm import tqdm
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """Counts `total` units of work, `start` of which an earlier run did. Use as a context manager."""
+
+    def __init__(self, label: str, total: int, unit: str, start: int = 0):
+        self.label, self.total, self.unit, self.start = label, total, unit, start
+        self.done = start
+        self.began = self.spoke = time.monotonic()
+        self.bar = tqdm(total=total, initial=start, desc=label, unit=unit, disable=not sys.stderr.isatty())
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_exc) -> None:
+        self.bar.close()
+
+    def update(self, n: int, **shown: float) -> None:
+        """n more units are done; `shown` are figures to print beside."""
+        self.done += n
+        figures = {name: f"{value:.4g}" for name, value in shown.items()}
+        if not self.bar.disable:
+            self.bar.set_postfix(figures, refresh=False)
+            self.bar.update(n)
+        elif (now := time.monotonic()) - self.spoke > _SECONDS_BETWEEN_LINES or self.done == self.total:
+            self.spoke = now
+            left = (now - self.began) / max(1, self.done - self.start) * (self.total - self.done)
+            extra = "".join(f", {name} {value}" for name, value in figures.items())
+            logging.info(
+                "%s: %d of %d %s%s, %s left",
+                self.label,
+                self.done,
+                self.total,
+                self.unit,
+                extra,
+                tqdm.format_interval(left),
+            )

@@ -1,0 +1,176 @@
+"""State is data: parameters as nested dicts of arrays, their place on the devices, and their checkpoints.
+
+A checkpoint directory holds one folder per step with the Orbax items `params`, `opt`, `config` and `data`. Orbax notices
+files that are missing or cut short but not a flipped bit, so `config` also carries a digest of the arrays.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
+
+from tif_jax.errors import InputError, WorkError
+from tif_jax.models.vit import ViT
+
+Params = dict[str, Any]
+
+
+class State(NamedTuple):
+    """Everything a training step changes."""
+
+    step: Int[Array, ""]
+    params: Params
+    opt_state: Any
+
+
+def params_of(model: ViT) -> Params:
+    """The model's parameters as a nested dict of arrays with string keys."""
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def with_params(graphdef: Any, params: Params) -> ViT:
+    """The model of `nnx.split(model)[0]` with these parameters; inside jit this costs nothing at run time."""
+    return nnx.merge(graphdef, nnx.State(jax.tree.map(nnx.Param, params)))
+
+
+def make_mesh(batch_size: int) -> Mesh:
+    """A mesh with axis 'data' over as many devices as divide the batch evenly."""
+    devices = jax.devices()
+    used = max(n for n in range(1, len(devices) + 1) if batch_size % n == 0)
+    return jax.make_mesh((used,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:used])
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Copies of the arrays on every device; never an alias, so that the result may be donated."""
+    return jax.device_put(jax.tree.map(np.asarray, tree), NamedSharding(mesh, PartitionSpec()))
+
+
+def shard(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Array]:
+    """The batch's arrays, spread over the devices by their first axis; what is not an array is left out."""
+    arrays = {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
+    return jax.device_put(arrays, NamedSharding(mesh, PartitionSpec("data")))
+
+
+class Checkpoints:
+    """The checkpoints of one run, newest last. Use as a context manager: leaving it waits for the last write."""
+
+    def __init__(self, directory: str | Path, max_to_keep: int | None = 2):
+        self.directory = Path(directory).absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, cleanup_tmp_directories=True)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self.manager = ocp.CheckpointManager(self.directory, options=options)
+        except OSError as error:
+            raise InputError(
+                f"can not write checkpoints to {self.directory}: {error.strerror}; choose another workdir"
+            ) from None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_exc) -> None:
+        self.manager.close()
+
+    def save(self, state: State, config: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+        """Writes a checkpoint of that step in the background. data: the input iterator's state."""
+        arrays = {"params": state.params, "opt": state.opt_state}
+        items = {
+            "params": ocp.args.StandardSave(state.params),
+            "opt": ocp.args.StandardSave(state.opt_state),
+            "config": ocp.args.JsonSave({**config, "digest": _digest(arrays)}),
+            "data": ocp.args.JsonSave(dict(data)),
+        }
+        try:
+            self.manager.save(int(state.step), args=ocp.args.Composite(**items))
+        except OSError as error:
+            raise WorkError(f"checkpoint of step {int(state.step)} not written to {self.directory}: {error}") from None
+
+    def wait(self) -> None:
+        """Until everything saved is on disk."""
+        try:
+            self.manager.wait_until_finished()
+        except OSError as error:
+            raise WorkError(f"checkpoint not written to {self.directory}: {error}") from None
+
+    def restore(self, template: State) -> tuple[State, dict[str, Any]] | None:
+        """The newest checkpoint that is whole and its `data`, on template's devices; None if there is none at all.
+
+        A damaged one is named in a warning and moved aside, and the one before it is tried. Raises InputError if there
+        are checkpoints but none is whole.
+        """
+        steps = sorted(self.manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                return self._restore(step, template)
+            except Exception as error:  # Orbax raises many kinds for a damaged folder
+                logging.warning("checkpoint %s/%d is damaged (%s)", self.directory, step, _first_line(error))
+                self._move_aside(step)
+        if steps:
+            raise InputError(
+                f"no checkpoint in {self.directory} is whole (tried steps {steps}): delete the folder to start anew"
+            )
+        return None
+
+    def _restore(self, step: int, template: State) -> tuple[State, dict[str, Any]]:
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), template)
+        items = ocp.args.Composite(
+            params=ocp.args.StandardRestore(abstract.params),
+            opt=ocp.args.StandardRestore(abstract.opt_state),
+            config=ocp.args.JsonRestore(),
+            data=ocp.args.JsonRestore(),
+        )
+        restored = self.manager.restore(step, args=items)
+        if _digest({"params": restored.params, "opt": restored.opt}) != restored.config["digest"]:
+            raise ValueError("the arrays do not have the digest that was written with them")
+        step_array = jax.device_put(np.int32(step), template.step.sharding)
+        return State(step_array, restored.params, restored.opt), restored.data
+
+    def _move_aside(self, step: int) -> None:
+        aside = self.directory.parent / f"damaged-{step}"
+        if not aside.exists():
+            (self.directory / str(step)).rename(aside)
+        self.manager.reload()
+
+
+def load_params(directory: str | Path) -> tuple[Params, dict[str, Any]]:
+    """Parameters and config of the newest whole checkpoint in a checkpoint directory, or of one step's folder.
+
+    Raises InputError naming the directory when there is none.
+    """
+    directory = Path(directory).absolute()
+    steps = [directory] if (directory / "params").is_dir() else _step_folders(directory)
+    for folder in steps:
+        try:
+            params = ocp.StandardCheckpointer().restore(folder / "params")
+            config = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder / "config")
+            return params, config
+        except Exception as error:
+            logging.warning("checkpoint %s is damaged (%s)", folder, _first_line(error))
+    raise InputError(f"no checkpoint that is whole in {directory}" if steps else f"no checkpoint in {directory}")
+
+
+def _step_folders(directory: Path) -> list[Path]:
+    numbered = [p for p in directory.iterdir() if p.is_dir() and p.name.isdigit()] if directory.is_dir() else []
+    return sorted(numbered, key=lambda p: int(p.name), reverse=True)
+
+
+def _digest(tree: Any) -> str:
+    """sha256 over paths, types, shapes and bytes of the leaves."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
