@@ -39,9 +39,9 @@ def make_step(
 
     def step(state: State, batch: Mapping[str, Array]) -> tuple[State, dict[str, Array]]:
         ours, frozen = optim.partition(state.params, trainable)
-        rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(seed), state.step)) if stochastic else None
 
         def mean_loss(ours):
+            rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(seed), state.step)) if stochastic else None
             prediction, aux = with_params(graphdef, optim.merge(ours, frozen))(batch["image"], rngs)
             terms = loss(prediction, aux, batch)
             return terms["loss"].mean(), {name: term.mean() for name, term in terms.items()}

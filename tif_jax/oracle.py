@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from tif_jax.errors import InputError
@@ -83,6 +83,7 @@ def scorer(model: ViT, mesh: Mesh, *, seed: int = 0, chunk: int | None = None, *
     The number of images must be a multiple of the number of devices. options: as for `token_impact`.
     """
     graphdef, params = nnx.split(model)
+    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
     options = check_options(**options) | {"seed": seed, "chunk": chunk}
     return partial(_run, graphdef, tuple(options.items()), mesh, params)
 

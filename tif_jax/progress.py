@@ -1,10 +1,12 @@
 """Progress of long work: a bar where a person watches a terminal, a plain line every few seconds elsewhere."""
 
+import logging
 import sys
 import time
 
-from absl import logging
 from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -35,7 +37,7 @@ class Progress:
             self.spoke = now
             left = (now - self.began) / max(1, self.done - self.start) * (self.total - self.done)
             extra = "".join(f", {name} {value}" for name, value in figures.items())
-            logging.info(
+            logger.info(
                 "%s: %d of %d %s%s, %s left",
                 self.label,
                 self.done,

@@ -5,6 +5,7 @@ files that are missing or cut short but not a flipped bit, so `config` also carr
 """
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,13 +13,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from tif_jax.errors import InputError, WorkError
 from tif_jax.models.vit import ViT
+
+logger = logging.getLogger(__name__)
 
 Params = dict[str, Any]
 
@@ -84,14 +86,19 @@ class Checkpoints:
         arrays = {"params": state.params, "opt": state.opt_state}
         items = {
             "params": ocp.args.StandardSave(state.params),
-            "opt": ocp.args.StandardSave(state.opt_state),
             "config": ocp.args.JsonSave({**config, "digest": _digest(arrays)}),
             "data": ocp.args.JsonSave(dict(data)),
         }
+        if jax.tree.leaves(state.opt_state):  # an imported backbone has none, and Orbax refuses empty items
+            items["opt"] = ocp.args.StandardSave(state.opt_state)
         try:
             self.manager.save(int(state.step), args=ocp.args.Composite(**items))
         except OSError as error:
             raise WorkError(f"checkpoint of step {int(state.step)} not written to {self.directory}: {error}") from None
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, whole or not."""
+        return sorted(self.manager.all_steps())
 
     def wait(self) -> None:
         """Until everything saved is on disk."""
@@ -106,12 +113,12 @@ class Checkpoints:
         A damaged one is named in a warning and moved aside, and the one before it is tried. Raises InputError if there
         are checkpoints but none is whole.
         """
-        steps = sorted(self.manager.all_steps(), reverse=True)
+        steps = self.steps()[::-1]
         for step in steps:
             try:
                 return self._restore(step, template)
             except Exception as error:  # Orbax raises many kinds for a damaged folder
-                logging.warning("checkpoint %s/%d is damaged (%s)", self.directory, step, _first_line(error))
+                logger.warning("checkpoint %s/%d is damaged (%s)", self.directory, step, _first_line(error))
                 self._move_aside(step)
         if steps:
             raise InputError(
@@ -153,7 +160,7 @@ def load_params(directory: str | Path) -> tuple[Params, dict[str, Any]]:
             config = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder / "config")
             return params, config
         except Exception as error:
-            logging.warning("checkpoint %s is damaged (%s)", folder, _first_line(error))
+            logger.warning("checkpoint %s is damaged (%s)", folder, _first_line(error))
     raise InputError(f"no checkpoint that is whole in {directory}" if steps else f"no checkpoint in {directory}")
 
 

@@ -4,7 +4,9 @@ import inspect
 import re
 from typing import Any
 
+import jax
 from flax import nnx
+from jaxtyping import Array, Key
 
 from tif_jax import reducers
 from tif_jax.errors import InputError
@@ -48,15 +50,20 @@ def create_model(name: str | dict[str, Any], *, reducer: str = "full", seed: int
     fields = model_fields(name) if isinstance(name, str) else dict(name)
     reducer_options = {k: options.pop(k) for k in list(options) if k not in MODEL_FIELDS}
     fields |= options
-    rngs = nnx.Rngs(seed)
     if unknown := sorted(set(fields) - MODEL_FIELDS):
         raise InputError(f"Unknown model fields {', '.join(unknown)}. Known: {', '.join(sorted(MODEL_FIELDS))}")
     defaults = {k: p.default for k, p in inspect.signature(ViT.__init__).parameters.items()}
     width, patch_size, image_size = ((defaults | fields)[k] for k in ("width", "patch_size", "image_size"))
     height, columns = (image_size, image_size) if isinstance(image_size, int) else image_size
     num_patches = (height // patch_size) * (columns // patch_size)
-    return ViT(
-        **fields,
-        reducer=reducers.build(reducer, width=width, num_patches=num_patches, rngs=rngs, **reducer_options),
-        rngs=rngs,
-    )
+
+    def build(key: Key[Array, ""]) -> ViT:
+        rngs = nnx.Rngs(key)
+        built = reducers.build(reducer, width=width, num_patches=num_patches, rngs=rngs, **reducer_options)
+        return ViT(**fields, reducer=built, rngs=rngs)
+
+    # One compiled program draws all the weights: drawn one by one they would take seconds.
+    model = nnx.eval_shape(build, jax.random.key(0))
+    params = jax.jit(lambda key: nnx.to_pure_dict(nnx.state(build(key), nnx.Param)))(jax.random.key(seed))
+    nnx.update(model, params)
+    return model

@@ -15,7 +15,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
 
@@ -31,6 +31,7 @@ _SHAPE = (
 )  # given to a reducer by the model it joins, where its constructor asks for them
 
 
+@runtime_checkable
 class Reducer(Protocol):
     def __call__(
         self, blocks: Sequence[Any], x: Float[Array, "B T D"], tokens: Tokens, rngs: Any = None

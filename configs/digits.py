@@ -1,0 +1,80 @@
+"""The whole pipeline on a CPU, with nothing to download: handwritten digits among fragments of other digits.
+
+    tif run --config configs/digits.py --workdir runs/digits
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            seed=0,
+            seeds=3,
+            quick=False,
+            dtype="float32",
+            data=dict(
+                name="digits",
+                root="",
+                image_size=64,
+                num_train=20_000,
+                num_test=5_000,
+                crop_fraction=1.0,
+                mean=(0.5, 0.5, 0.5),
+                std=(0.5, 0.5, 0.5),
+                augment="none",
+                on_error="raise",
+                num_workers=4,
+            ),
+            backbone=dict(
+                init_from="",
+                model=dict(
+                    image_size=64, patch_size=8, width=64, depth=4, num_heads=2, num_classes=10, pool="class"
+                ),
+                num_epochs=10.0,
+                batch_size=128,
+                learning_rate=1e-3,
+                final_learning_rate=1e-5,
+                warmup_epochs=1.0,
+                weight_decay=0.05,
+                label_smoothing=0.0,
+                drop_path=0.0,
+            ),
+            score=dict(
+                estimator="sampled",
+                mask="drop",
+                target="label",
+                num_samples=8,
+                keep_ratio=0.5,
+                views=1,
+                num_images=4_000,
+                batch_size=64,
+                part="",
+            ),
+            reducer=dict(name="tif", keep_ratio=0.25, features="local+global"),
+            filter=dict(
+                labels="top",
+                rho=0.0,
+                balance=False,
+                num_epochs=20.0,
+                batch_size=128,
+                learning_rate=1e-3,
+                final_learning_rate=1e-5,
+                warmup_epochs=1.0,
+                weight_decay=1e-4,
+            ),
+            finetune=dict(
+                num_epochs=3.0,
+                batch_size=128,
+                learning_rate=3e-4,
+                final_learning_rate=1e-6,
+                warmup_epochs=0.2,
+                weight_decay=0.05,
+                label_smoothing=0.0,
+                drop_path=0.0,
+            ),
+            evaluate=dict(batch_size=128, num_images=1_000, num_samples=8),
+            benchmark=dict(batch_size=64, dtype="float32", reducers=("full", "random", "norm", "prior", "tif")),
+            when_quick=dict(),
+        )
+    )

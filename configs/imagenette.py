@@ -1,0 +1,87 @@
+"""Real photographs and a real DeiT-Ti: ten ImageNet classes (Imagenette) under the checkpoint's 1000-way head.
+
+    tif run --config configs/imagenette.py --workdir runs/imagenette [--config.quick=true]
+
+`data.root` holds imagenette/{train,val}/<wnid>/*.JPEG and deit_tiny_patch16_224.safetensors; it defaults to $TIF_DATA, or
+../shared/data. The classes were in the checkpoint's pre-training set: this is re-training with fewer tokens, no transfer.
+"""
+
+import os
+
+from ml_collections import ConfigDict
+
+FOLDERS = dict(
+    n01440764=0, n02102040=217, n02979186=482, n03000684=491, n03028079=497,
+    n03394916=566, n03417042=569, n03425413=571, n03445777=574, n03888257=701,
+)  # fmt: skip
+
+
+def get_config() -> ConfigDict:
+    root = os.environ.get("TIF_DATA", "../shared/data")
+    return ConfigDict(
+        dict(
+            seed=0,
+            seeds=1,
+            quick=False,
+            dtype="float32",
+            data=dict(
+                name="image_folder",
+                root=f"{root}/imagenette",
+                train_split="train",
+                test_split="val",
+                num_train=0,
+                num_test=0,
+                image_size=224,
+                class_index=FOLDERS,
+                crop_fraction=0.875,
+                mean=(0.485, 0.456, 0.406),
+                std=(0.229, 0.224, 0.225),
+                augment="crop_flip",
+                on_error="raise",
+                num_workers=8,
+            ),
+            backbone=dict(init_from=f"{root}/deit_tiny_patch16_224.safetensors", num_classes=0, num_heads=0),
+            score=dict(
+                estimator="sampled",
+                mask="drop",
+                target="label",
+                num_samples=16,
+                keep_ratio=0.5,
+                views=1,
+                num_images=0,
+                batch_size=32,
+                part="",
+            ),
+            reducer=dict(name="tif", keep_ratio=0.5, features="local+global"),
+            filter=dict(
+                labels="top",
+                rho=0.0,
+                balance=False,
+                num_epochs=20.0,
+                batch_size=64,
+                learning_rate=1e-3,
+                final_learning_rate=1e-5,
+                warmup_epochs=1.0,
+                weight_decay=1e-2,
+            ),
+            finetune=dict(
+                num_epochs=10.0,
+                batch_size=64,
+                learning_rate=5e-5,
+                final_learning_rate=1e-6,
+                warmup_epochs=0.5,
+                weight_decay=0.05,
+                label_smoothing=0.1,
+                drop_path=0.0,
+            ),
+            evaluate=dict(batch_size=32, num_images=0, num_samples=16),
+            benchmark=dict(batch_size=32, dtype="float32", reducers=("full", "random", "prior", "tif")),
+            when_quick=dict(
+                data=dict(num_train=500, num_test=500),
+                score=dict(num_samples=4),
+                evaluate=dict(num_images=200, num_samples=4),
+                filter=dict(num_epochs=10.0),
+                finetune=dict(num_epochs=2.0),
+            ),
+        )
+    )

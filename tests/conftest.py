@@ -1,0 +1,32 @@
+"""Eight CPU devices, implicit rank promotion is an error, compiled programs are kept between runs."""
+
+import os
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture
+def strict_dtypes():
+    """Mixing dtypes without saying so is an error."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """Real weights and photographs: $TIF_DATA, or ../shared/data beside the project; the test is skipped without them."""
+    root = Path(os.environ.get("TIF_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    if not root.is_dir():
+        pytest.skip(f"no real data: {root} does not exist (set TIF_DATA)")
+    return root

@@ -1,0 +1,206 @@
+"""The contract that every reducer is put through. A new file in reducers/ is picked up by itself."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tif_jax import reducers
+from tif_jax.errors import InputError
+from tif_jax.models import create_model
+from tif_jax.state import params_of
+from tif_jax.tokens import num_kept
+
+TINY = dict(image_size=32, patch_size=8, width=32, depth=3, num_heads=2, num_classes=5)
+VARIANTS = {
+    "plain": {},
+    "everything": dict(
+        image_size=(32, 16), pool="mean", distillation_token=True, num_registers=2, qk_norm=True, layer_scale=0.3,
+        gelu="tanh", qkv_bias=False, special_positions=False,
+    ),
+}  # fmt: skip
+
+
+def images(num=4, size=(32, 32), seed=0):
+    return jax.random.normal(jax.random.key(seed), (num, *size, 3))
+
+
+@functools.cache
+def model_of(name, keep_ratio=0.5, variant="plain", **options):
+    if "keep_ratio" in reducers.options(name):
+        options["keep_ratio"] = keep_ratio
+    return create_model(TINY | VARIANTS[variant], reducer=name, **options)
+
+
+def jitted(model):
+    """Compiled once per model: every test of the contract calls the same program."""
+    if id(model) not in _COMPILED:
+        _COMPILED[id(model)] = model, jax.jit(lambda x: model(x))
+    return _COMPILED[id(model)][1]
+
+
+_COMPILED = {}
+
+
+@pytest.fixture(params=reducers.known())
+def name(request):
+    return request.param
+
+
+def test_parameters_are_the_plain_vits_and_its_own(name):
+    plain = nnx.eval_shape(lambda: model_of.__wrapped__("full"))
+    reduced = nnx.eval_shape(lambda: model_of.__wrapped__(name))
+    params = params_of(reduced)
+    params.pop("reducer", None)
+    assert jax.tree.structure(params) == jax.tree.structure(params_of(plain))
+    assert jax.tree.map(lambda a, b: a.shape == b.shape, params, params_of(plain))
+
+
+def test_static_shapes_one_compilation(name):
+    traces = []
+    model = model_of(name)
+    call = jax.jit(lambda x: traces.append(x) or model(x))
+    call(images(seed=1))
+    call(images(seed=2))
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_keeping_everything_is_the_plain_model_bit_for_bit(name, variant):
+    size = (32, 16) if variant == "everything" else (32, 32)
+    plain = model_of("full", variant=variant)
+    reduced = nnx.clone(model_of(name, keep_ratio=1.0, variant=variant))
+    nnx.update(reduced, params_of(plain))
+    x = images(size=size)
+    np.testing.assert_array_equal(jitted(reduced)(x)[0], jitted(plain)(x)[0])
+
+
+def test_kept_is_sorted_and_of_the_right_number(name):
+    aux = jitted(model_of(name))(images())[1]
+    if name == "full":
+        assert "kept" not in aux
+        return
+    kept = np.asarray(aux["kept"])
+    assert kept.shape == (4, num_kept(0.5, 16)) and kept.dtype == np.int32
+    assert (np.diff(kept, axis=1) > 0).all() and kept.min() >= 0 and kept.max() < 16
+
+
+def test_only_kept_patches_matter(name):
+    """Noise in the patches that were dropped changes nothing, as long as the ranking stays as it is."""
+    if name in ("full", "random", "norm", "tif"):  # their ranking looks at the patches: see the next test
+        pytest.skip(f"the ranking of {name} depends on every patch, or nothing is dropped")
+    model = model_of(name)
+    x = np.array(images())
+    logits, aux = jitted(model)(jnp.asarray(x))
+    for b, kept in enumerate(np.asarray(aux["kept"])):
+        for i in set(range(16)) - set(kept.tolist()):
+            row, column = divmod(i, 4)
+            x[b, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] += 1.0
+    np.testing.assert_allclose(jitted(model)(jnp.asarray(x))[0], logits, atol=1e-6)
+
+
+def test_equals_a_walk_over_the_kept_tokens(name):
+    """Independent of `keep`: gather with numpy what aux says was kept, and run the blocks by hand."""
+    model = model_of(name)
+    x = images()
+    logits, aux = jitted(model)(jnp.asarray(x))
+    kept = np.asarray(aux.get("kept", np.tile(np.arange(16), (4, 1))))
+    embedded = np.asarray(model.embed(x))
+    walked = jnp.asarray(np.stack([np.concatenate([e[:1], e[1 + k]]) for e, k in zip(embedded, kept, strict=True)]))
+
+    @jax.jit
+    def walk(x):
+        for block in model.blocks:
+            x, _ = block(x)
+        return model.predict(x, {})[0]
+
+    np.testing.assert_allclose(walk(walked), logits, atol=1e-5)
+
+
+def test_differentiable(name):
+    graphdef, params = nnx.split(model_of(name))
+    loss = jax.jit(lambda params: nnx.merge(graphdef, params)(images())[0].var())
+    grads = nnx.to_pure_dict(jax.grad(loss)(params))
+    grads.pop("reducer", None)
+    norms = jax.tree.map(lambda g: float(jnp.abs(g).max()), grads)
+    assert all(np.isfinite(n) for n in jax.tree.leaves(norms))
+    assert norms["block_0"]["attention"]["qkv"]["kernel"] > 0 and norms["patch_embedding"]["kernel"] > 0
+
+
+def test_order_of_images_does_not_matter(name):
+    call, x = jitted(model_of(name)), images()
+    np.testing.assert_allclose(call(x[::-1])[0], call(x)[0][::-1], atol=1e-6)
+
+
+def test_no_nan_in_bfloat16(name):
+    logits, _ = jitted(model_of(name, dtype="bfloat16"))(images())
+    assert logits.dtype == jnp.float32 and np.isfinite(logits).all()
+
+
+def test_strict_dtypes(name, strict_dtypes):
+    jax.eval_shape(lambda x: model_of(name)(x), images())
+
+
+def test_random_is_repeatable_and_fresh_with_rngs():
+    model = model_of("random")
+    call = jitted(model)
+    x = images()
+    kept = call(x)[1]["kept"]
+    np.testing.assert_array_equal(call(x)[1]["kept"], kept)
+    np.testing.assert_array_equal(call(x[:2])[1]["kept"], kept[:2])  # whatever the batch
+    assert len(np.unique(np.asarray(kept), axis=0)) > 1  # images differ
+    draw = jax.jit(lambda key: model(x, nnx.Rngs(key))[1]["kept"])
+    assert (draw(jax.random.key(0)) != draw(jax.random.key(1))).any()
+
+
+def test_random_is_uniform():
+    model = model_of("random", keep_ratio=0.25)
+    kept = np.asarray(jitted(model)(images(512))[1]["kept"])
+    counts = np.bincount(kept.ravel(), minlength=16)
+    assert abs(counts - 512 / 4).max() < 5 * np.sqrt(512 * 0.25 * 0.75)
+
+
+def test_norm_keeps_the_largest():
+    model = model_of("norm")
+    x = images()
+    norms = np.linalg.norm(np.asarray(model.embed(x))[:, 1:], axis=-1)
+    np.testing.assert_array_equal(model(x)[1]["kept"], np.sort(np.argsort(-norms, axis=1)[:, :8], axis=1))
+
+
+def test_tif_keeps_the_highest_logits_and_its_filter_is_the_written_mlp():
+    model = model_of("tif")
+    x = images()
+    p = jax.tree.map(np.asarray, params_of(model)["reducer"]["filter"])
+    patches = np.asarray(model.embed(x))[:, 1:].astype(np.float64)
+    u = (patches - patches.mean(-1, keepdims=True)) / np.sqrt(patches.var(-1, keepdims=True) + 1e-6)
+    u = u * p["norm"]["scale"] + p["norm"]["bias"]
+    z = np.concatenate([u, np.broadcast_to(u.mean(1, keepdims=True), u.shape)], axis=-1)
+    first = np.concatenate([p["local_in"]["kernel"], p["global_in"]["kernel"]])
+    y = z @ first + p["local_in"]["bias"]
+    from scipy.special import erf
+
+    gelu = lambda y: y * (1 + erf(y / np.sqrt(2))) / 2  # noqa: E731
+    for layer in ("layer_0", "layer_1"):
+        y = gelu(y) @ p[layer]["kernel"] + p[layer]["bias"]
+    aux = model(x)[1]
+    np.testing.assert_allclose(aux["filter_logits"], y[..., 0], atol=1e-5)
+    np.testing.assert_array_equal(aux["kept"], np.sort(np.argsort(-y[..., 0], axis=1)[:, :8], axis=1))
+
+
+@pytest.mark.parametrize(
+    ("reducer", "options", "message"),
+    [
+        ("baat", {}, "Unknown reducer 'baat'. Known: "),
+        ("tif", {"keep_rate": 0.5}, "takes keep_ratio, features, hidden; got keep_rate"),
+        ("tif", {"keep_ratio": 0.0}, "keep_ratio is 0.0"),
+        ("random", {"keep_ratio": 1.5}, "keep_ratio is 1.5"),
+        ("tif", {"features": "all"}, "features is 'all'; allowed"),
+        ("full", {"keep_ratio": 0.5}, "takes no options; got keep_ratio"),
+    ],
+)
+def test_misuse(reducer, options, message):
+    with pytest.raises(InputError, match=message):
+        create_model(TINY, reducer=reducer, **options)

@@ -1,0 +1,74 @@
+"""`tif COMMAND --config FILE[:ARG] [--config.KEY=VALUE ...] --workdir DIR`; the same as `python -m tif_jax COMMAND ...`.
+
+Exit status: 0 done; 1 the work failed; 2 what the user gave is wrong; 75 preempted after saving.
+"""
+
+import difflib
+import errno
+import importlib
+import os
+import pkgutil
+import sys
+
+from tif_jax import commands
+from tif_jax.errors import InputError, WorkError
+
+_BAD_WORKDIR = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status. Expected failures print one line on stderr, no traceback."""
+    argv = sys.argv[1:] if argv is None else argv
+    names = [module.name for module in pkgutil.iter_modules(commands.__path__) if not module.name.startswith("_")]
+    if not argv or argv[0] in ("--help", "-h", "help"):
+        print(_usage(names), file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    name, rest = argv[0], argv[1:]
+    if name not in names:
+        nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+        print(f"tif: no command {name!r}; did you mean {nearest[0]!r}? `tif --help` lists all", file=sys.stderr)
+        return 2
+    use_all_cores()
+    try:
+        importlib.import_module(f"tif_jax.commands.{name}").main(rest)
+    except InputError as error:
+        return _fail(name, error, 2)
+    except WorkError as error:
+        return _fail(name, error, 1)
+    except OSError as error:
+        if error.errno in _BAD_WORKDIR:
+            return _fail(name, f"{error.strerror}: {error.filename}; choose a folder that can be written", 2)
+        if error.errno == errno.ENOSPC:
+            return _fail(name, f"disk full: {error.filename}; make room and run the same command again", 1)
+        raise
+    return 0
+
+
+def use_all_cores() -> None:
+    """Splits a CPU into one JAX device per core, before JAX starts.
+
+    XLA leaves about a third of the cores idle inside one CPU program; a batch spread over devices does not. Accelerators
+    are not touched. JAX_NUM_CPU_DEVICES or --xla_force_host_platform_device_count in XLA_FLAGS overrides it.
+    """
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(len(os.sched_getaffinity(0))))
+    # Two programs in flight at once on the same CPU devices can wait for each other's all-reduce for ever.
+    os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "false")
+
+
+def _fail(name: str, error: object, status: int) -> int:
+    print(f"tif {name}: {' '.join(str(error).split())}", file=sys.stderr)
+    return status
+
+
+def _usage(names: list[str]) -> str:
+    lines = [f"  {name:<10} {_summary(name)}" for name in names]
+    return "\n".join(["usage: tif COMMAND --config FILE[:ARG] [--config.KEY=VALUE ...] --workdir DIR", "", *lines])
+
+
+def _summary(name: str) -> str:
+    return (importlib.import_module(f"tif_jax.commands.{name}").__doc__ or "").splitlines()[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""What every command's line has in common."""
+
+import argparse
+import logging
+from pathlib import Path
+
+from tif_jax import config as config_file
+from tif_jax.errors import InputError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise InputError(f"{message}; `{self.prog} --help` lists the flags")
+
+
+def parse(command: str, description: str, argv: list[str], **flags: dict) -> argparse.Namespace:
+    """Namespace of config (locked ConfigDict), workdir (an existing folder that can be written) and the command's own flags.
+
+    flags: name -> keyword arguments of argparse's add_argument. Raises InputError for anything amiss.
+    """
+    parser = _Parser(prog=f"tif {command}", description=description, allow_abbrev=False)
+    parser.add_argument(
+        "--config", required=True, metavar="FILE[:ARG]", help="--config.KEY=VALUE overrides a value of it"
+    )
+    parser.add_argument(
+        "--workdir", required=True, type=Path, metavar="DIR", help="where results go and earlier ones are"
+    )
+    for name, options in flags.items():
+        parser.add_argument(f"--{name}", **options)
+    arguments, rest = parser.parse_known_args(argv)
+    if stray := [a for a in rest if a.startswith("-") and not a.startswith(("--config.", "--noconfig."))]:
+        raise InputError(f"unknown flag {stray[0]}; `tif {command} --help` lists the flags")
+    arguments.config = config_file.load(arguments.config, rest)
+    _make_writable(arguments.workdir)
+    _log_to_stderr()
+    return arguments
+
+
+def _make_writable(workdir: Path) -> None:
+    probe = workdir / ".writable"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"workdir {workdir} can not be written ({error.strerror}); choose another") from None
+
+
+def _log_to_stderr() -> None:
+    """Our own messages, and only ours: Orbax and JAX tell a page per checkpoint."""
+    logger = logging.getLogger("tif_jax")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False

@@ -1,0 +1,178 @@
+"""report.json, report.md and the figures of a finished run: what was gained, from the files its stages left."""
+
+import importlib.metadata
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from tif_jax import config as config_file
+from tif_jax import metrics_log, records, shards
+from tif_jax.commands import train
+from tif_jax.commands.evaluate import KEEP_RATIOS
+from tif_jax.data.loader import evaluation_batches
+from tif_jax.loading import load
+from tif_jax.plots import accuracy_cost, picture_page, training_curves
+from tif_jax.tokens import num_kept
+
+_NUM_PICTURES = 8
+
+
+def write_report(config: ConfigDict, workdir: Path, runs: Sequence[ConfigDict]) -> None:
+    """DIR/report.json, DIR/report.md, accuracy_cost.png, training.png and tokens.png. runs: one config per fine-tuning."""
+    speed = records.read(workdir / "benchmark.json")
+    per_reducer = {row["reducer"]: row for row in speed["rows"]}
+    rows = []
+    for of_run in runs:
+        directory = train.finetune_directory(of_run, workdir)
+        metrics, measured = records.read(directory / "metrics.json"), per_reducer[of_run.reducer.name]
+        row = {
+            "reducer": of_run.reducer.name,
+            "keep_ratio": of_run.reducer.get("keep_ratio", 1.0),
+            "seed": of_run.seed,
+            "top1": metrics["top1"],
+            "gmac": metrics["gmac"],
+            "images_per_second": measured["images_per_second"],
+            "directory": str(directory.relative_to(workdir)),
+        }
+        rows.append(row | {key: metrics[key] for key in ("top1_among_classes",) if key in metrics})
+    ranking = records.read(train.filter_directory(runs[0], workdir) / "metrics.json")
+    short = {
+        name: {"auc": row["auc"], "spearman": row["spearman"]["label"]} for name, row in ranking["rankings"].items()
+    }
+    candidates = [row for row in rows if row["reducer"] == config.reducer.name]
+    result = {
+        "config": config_file.to_json(config),
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "tif_jax")},
+        "device": speed["device"],
+        "backbone": records.read(workdir / "backbone" / "metrics.json"),
+        "rows": rows,
+        "filter": {**short["filter"], "position_prior": short["position prior"], "random": short["random"]},
+        "rankings": ranking,
+        "best": max(candidates, key=lambda row: row["top1"])["directory"] if candidates else None,
+    }
+    records.write(workdir / "report.json", result)
+    summary = summarise(rows)
+    accuracy_cost(summary, workdir / "accuracy_cost.png")
+    training_curves(_curves(config, workdir, runs), workdir / "training.png")
+    picture_page(_pictures(config, runs[0], workdir), workdir / "tokens.png")
+    (workdir / "report.md").write_text(_markdown(result, summary))
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per reducer: mean and sample standard deviation of top-1 over the seeds."""
+    summary = []
+    for name in dict.fromkeys(row["reducer"] for row in rows):
+        of_name = [row for row in rows if row["reducer"] == name]
+        row = {key: of_name[0][key] for key in ("reducer", "keep_ratio", "gmac", "images_per_second")}
+        for metric in ("top1", "top1_among_classes"):
+            if metric in of_name[0]:
+                values = [r[metric] for r in of_name]
+                row[metric] = statistics.mean(values)
+                row[f"{metric}_spread"] = statistics.stdev(values) if len(values) > 1 else 0.0
+        summary.append(row | {"num_seeds": len(of_name)})
+    return summary
+
+
+def _markdown(result: dict[str, Any], summary: list[dict[str, Any]]) -> str:
+    among = "top1_among_classes" in summary[0]
+    seeds = summary[0]["num_seeds"]
+    full = next((row for row in summary if row["reducer"] == "full"), summary[0])
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    head = ["reducer", "keep", "top-1 %", *(["among classes %"] if among else []), "GMAC", "images/s", "x full"]
+    lines = [
+        "# Report",
+        "",
+        f"{result['device']}; {versions}. Backbone before fine-tuning: top-1 {100 * result['backbone']['top1']:.2f} %.",
+        "",
+        "## Accuracy and cost after fine-tuning",
+        "",
+        f"Every row is fine-tuned from the same backbone by the same recipe; mean ± standard deviation over {seeds} "
+        f"seed{'s' * (seeds > 1)}. Images/s: interleaved in one process.",
+        "",
+        *_table(
+            head,
+            [
+                [
+                    row["reducer"],
+                    f"{row['keep_ratio']:g}",
+                    _percent(row, "top1"),
+                    *([_percent(row, "top1_among_classes")] if among else []),
+                    f"{row['gmac']:.4f}",
+                    f"{row['images_per_second']:.1f}",
+                    f"{row['images_per_second'] / full['images_per_second']:.2f}",
+                ]
+                for row in summary
+            ],
+        ),
+        "",
+        "![accuracy against cost](accuracy_cost.png)",
+        "",
+        "## What the filter knows",
+        "",
+        f"{result['rankings']['num_images']} held-out images, the frozen backbone, only each ranking's best tokens kept: "
+        "cross-entropy in nats / top-1 / agreement with the unreduced model, whose own cross-entropy and top-1 are "
+        f"{result['rankings']['unreduced']['cross_entropy']:.3f} / {result['rankings']['unreduced']['top1']:.3f}. "
+        "AUC: for the labels the filter is trained on; Spearman: mean per image, with each oracle.",
+        "",
+        *_ranking_table(result["rankings"]["rankings"]),
+        "",
+        "## Pictures",
+        "",
+        "Each row: the image; the oracle's impact; the filter's prediction; the tokens that the filter keeps.",
+        "",
+        "![impact, prediction, kept tokens](tokens.png)",
+        "",
+        "![training curves](training.png)",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _ranking_table(rows: dict[str, Any]) -> list[str]:
+    targets = list(next(iter(rows.values()))["spearman"])
+    head = ["ranking", "AUC", *(f"rho({target})" for target in targets), *(f"keep {ratio:g}" for ratio in KEEP_RATIOS)]
+    body = []
+    for name, row in sorted(rows.items(), key=lambda item: item[1]["keep"][str(KEEP_RATIOS[1])]["agreement"]):
+        outcomes = [row["keep"][str(ratio)] for ratio in KEEP_RATIOS]
+        body.append(
+            [name, f"{row['auc']:.3f}", *(f"{row['spearman'][target]:.3f}" for target in targets)]
+            + [f"{o['cross_entropy']:.3f} / {o['top1']:.3f} / {o['agreement']:.3f}" for o in outcomes]
+        )
+    return _table(head, body)
+
+
+def _table(head: list[str], body: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body)]
+
+
+def _percent(row: dict[str, Any], metric: str) -> str:
+    return f"{100 * row[metric]:.2f} ± {100 * row[f'{metric}_spread']:.2f}"
+
+
+def _curves(config: ConfigDict, workdir: Path, runs: Sequence[ConfigDict]) -> dict[str, list[dict[str, float]]]:
+    directories = [workdir / "backbone", train.filter_directory(runs[0], workdir)]
+    directories += [train.finetune_directory(r, workdir) for r in runs if r.seed == config.seed]
+    return {directory.name: metrics_log.read(directory) for directory in directories}
+
+
+def _pictures(config: ConfigDict, first: ConfigDict, workdir: Path) -> list[dict[str, np.ndarray]]:
+    """Test images with oracle impact, filter logits and kept mask, each (rows, columns) of the patch raster."""
+    table = shards.read_impact(workdir / "heldout-label")
+    model = load(train.filter_directory(first, workdir))
+    chosen = np.arange(_NUM_PICTURES) * len(table.index) // _NUM_PICTURES
+    rows = np.stack([table.index, table.view], axis=1)[chosen]
+    source = train.open_source(config, "test", model)
+    batches = evaluation_batches(source, config.data, batch_size=_NUM_PICTURES, records=rows)
+    images = next(batches)["image"]
+    batches.close()
+    logits = np.asarray(model(images)[1]["filter_logits"])
+    kept = np.argsort(np.argsort(-logits, axis=1), axis=1) < num_kept(model.reducer.keep_ratio, logits.shape[1])
+    options = train.data.read_options(config.data)
+    pixels = np.clip(images * np.asarray(options.std) + np.asarray(options.mean), 0, 1)
+    raster = lambda x: x.reshape(-1, *model.grid)  # noqa: E731
+    columns = zip(pixels, raster(table.impact[chosen]), raster(logits), raster(kept), strict=True)
+    return [dict(zip(("image", "impact", "logits", "kept"), column, strict=True)) for column in columns]

@@ -1,0 +1,111 @@
+"""Images/s, GMAC, parameters and peak memory of the listed reducers, measured interleaved in one process."""
+
+import importlib.metadata
+import logging
+import random
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from tif_jax import records
+from tif_jax.commands import _arguments, train
+from tif_jax.cost import cost
+from tif_jax.loading import load
+from tif_jax.state import make_mesh, params_of, replicate, shard, with_params
+
+logger = logging.getLogger(__name__)
+
+_ROUNDS = 7
+_SECONDS_PER_ROUND = 0.4
+
+
+def main(argv: list[str]) -> None:
+    arguments = _arguments.parse("benchmark", __doc__, argv)
+    print(table(benchmark(arguments.config, arguments.workdir)["rows"]))
+
+
+def benchmark(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """DIR/benchmark.json: a row per reducer; images/s is the median of rounds in random order, all on the same batch."""
+    recipe = config.benchmark
+    mesh = make_mesh(recipe.batch_size)
+    rows, calls = [], []
+    for name in recipe.reducers:
+        of_reducer = with_reducer(config, name)
+        model = load(workdir / "backbone", dtype=recipe.dtype, **train.reducer_options(of_reducer))
+        images = np.random.default_rng(0).normal(size=(recipe.batch_size, *model.image_size, 3)).astype(np.float32)
+        arguments = replicate(params_of(model), mesh), shard({"image": images}, mesh)["image"]
+        graphdef = nnx.split(model)[0]
+        predict = jax.jit(lambda params, images, graphdef=graphdef: with_params(graphdef, params)(images)[0])
+        compiled = predict.lower(*arguments).compile()
+        jax.block_until_ready(compiled(*arguments))
+        calls.append((compiled, arguments))
+        counted = cost(model)
+        rows.append(
+            {
+                "reducer": name,
+                "options": {key: value for key, value in of_reducer.reducer.items() if key != "name"},
+                "batch_size": recipe.batch_size,
+                "dtype": recipe.dtype,
+                "gmac": counted.gmac,
+                "parameters": counted.parameters,
+                "peak_memory_bytes": compiled.memory_analysis().peak_memory_in_bytes * mesh.size,
+            }
+        )
+        logger.info("benchmark: %s compiled", name)
+    for row, rates in zip(rows, _interleaved(calls, recipe.batch_size), strict=True):
+        row["images_per_second"] = statistics.median(rates)
+        row["images_per_second_range"] = [min(rates), max(rates)]
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "tif_jax")}
+    device = f"{mesh.size} x {jax.devices()[0].device_kind}"
+    result = {"device": device, "versions": versions, "rows": rows}
+    records.write(workdir / "benchmark.json", result)
+    return result
+
+
+def with_reducer(config: ConfigDict, name: str, seed: int | None = None) -> ConfigDict:
+    """The config with another reducer at the same keep_ratio (where it has one), and another seed."""
+    reducer = (
+        dict(config.reducer) if name == config.reducer.name else {"name": name, "keep_ratio": config.reducer.keep_ratio}
+    )
+    if name == "full":
+        del reducer["keep_ratio"]
+    changed = ConfigDict(config)
+    changed.unlock()
+    changed.reducer = ConfigDict(reducer)
+    changed.seed = config.seed if seed is None else seed
+    return changed.lock()
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as text."""
+    lines = [f"{'reducer':<10} {'GMAC':>8} {'params M':>9} {'images/s':>9} {'x full':>7} {'peak MiB':>9}"]
+    full = next((row["images_per_second"] for row in rows if row["reducer"] == "full"), float("nan"))
+    for row in rows:
+        lines.append(
+            f"{row['reducer']:<10} {row['gmac']:>8.4f} {row['parameters'] / 1e6:>9.3f} {row['images_per_second']:>9.1f} "
+            f"{row['images_per_second'] / full:>7.2f} {row['peak_memory_bytes'] / 2**20:>9.1f}"
+        )
+    return "\n".join(lines)
+
+
+def _interleaved(calls: list[tuple[Any, tuple]], batch_size: int) -> list[list[float]]:
+    """Images/s of every call in every round; machines drift, so all are timed in each round, in random order."""
+    rates: list[list[float]] = [[] for _ in calls]
+    order = list(range(len(calls)))
+    rng = random.Random(0)
+    for _ in range(_ROUNDS):
+        rng.shuffle(order)
+        for i in order:
+            call, arguments = calls[i]
+            count, began = 0, time.perf_counter()
+            while (elapsed := time.perf_counter() - began) < _SECONDS_PER_ROUND or count < 2:
+                jax.block_until_ready(call(*arguments))
+                count += 1
+            rates[i].append(count * batch_size / elapsed)
+    return rates

@@ -1,0 +1,173 @@
+"""Metrics of a checkpoint on the test split: of a fine-tuned model, the backbone, or the filter's ranking of tokens."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from tif_jax import losses, rankings, records, shards
+from tif_jax.commands import _arguments, train
+from tif_jax.cost import cost
+from tif_jax.data.loader import evaluation_batches
+from tif_jax.loading import load
+from tif_jax.models.vit import ViT
+from tif_jax.progress import Progress
+from tif_jax.state import make_mesh, params_of, replicate, shard, with_params
+from tif_jax.tokens import image_keys, split
+
+KEEP_RATIOS = (0.7, 0.5, 0.25)  # of the ranking table: 137, 98 and 49 of 196 tokens
+
+
+def main(argv: list[str]) -> None:
+    stages = {"backbone": backbone, "filter": ranking_table, "finetune": finetuned}
+    stage = dict(choices=stages, default="finetune", help="whose checkpoint (default: finetune)")
+    arguments = _arguments.parse("evaluate", __doc__, argv, stage=stage)
+    metrics = stages[arguments.stage](arguments.config, arguments.workdir)
+    print(json.dumps(metrics, indent=2))
+
+
+def backbone(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """DIR/backbone/metrics.json."""
+    return _evaluate(config, workdir / "backbone")
+
+
+def finetuned(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """DIR/finetune/.../metrics.json of config.reducer and config.seed."""
+    return _evaluate(config, train.finetune_directory(config, workdir))
+
+
+def _evaluate(config: ConfigDict, directory: Path) -> dict[str, Any]:
+    model = load(directory, dtype=config.dtype)
+    source = train.open_source(config, "test", model)
+    metrics: dict[str, Any] = {"num_images": len(source), "gmac": cost(model).gmac}
+    classes = sorted(config.data.get("class_index", {}).values())
+    metrics |= accuracy(model, source, config, classes)
+    records.write(directory / "metrics.json", metrics)
+    return metrics
+
+
+def accuracy(model: ViT, source, config: ConfigDict, classes: list[int]) -> dict[str, float]:
+    """Mean cross-entropy (nats) and top-1 (fraction); with `classes` also top-1 among those classes alone."""
+    batch_size = config.evaluate.batch_size
+    mesh = make_mesh(batch_size)
+    graphdef, params = nnx.split(model)[0], replicate(params_of(model), mesh)
+
+    @jax.jit
+    def score(params, batch):
+        prediction, aux = with_params(graphdef, params)(batch["image"])
+        terms = losses.classification(prediction, aux, batch)
+        if classes:
+            among = jnp.asarray(classes)[prediction[:, jnp.asarray(classes)].argmax(axis=-1)]
+            terms["top1_among_classes"] = (among == batch["label"]).astype(jnp.float32)
+        return {name: (term * batch["weight"]).sum() for name, term in terms.items()} | {
+            "images": batch["weight"].sum()
+        }
+
+    totals = []
+    with Progress("evaluate", len(source), "image") as progress:
+        batches = evaluation_batches(source, config.data, batch_size=batch_size)
+        for batch in batches:
+            totals.append(score(params, shard(batch, mesh)))
+            progress.update(int(batch["weight"].sum()))
+        batches.close()
+    sums = {name: sum(float(t[name]) for t in jax.device_get(totals)) for name in totals[0]}
+    images = sums.pop("images")
+    return {name: total / images for name, total in sums.items()}
+
+
+def ranking_table(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """DIR/filter/metrics.json: the filter beside the rankings it has to beat and the oracles it is to learn from.
+
+    On held-out images, with the frozen backbone: cross-entropy (nats), top-1 and agreement with the unreduced model when
+    only a ranking's best tokens are kept; mean per-image Spearman with each oracle; ROC AUC for the label oracle's labels.
+    """
+    directory = train.filter_directory(config, workdir)
+    model = load(directory, dtype=config.dtype)
+    source = train.open_source(config, "test", model)
+    expected = train.expected_manifest(config, model)
+    oracles = {
+        target: shards.read_impact(folder, expected=expected)
+        for target in ("label", "teacher")
+        if (folder := workdir / f"heldout-{target}").exists()
+    }
+    trained_on = shards.read_impact(workdir, expected=expected)
+    labelling = train.labelling(config, trained_on.impact)
+    prior = losses.position_prior(losses.keep_labels(trained_on.impact, **labelling))
+    table = oracles["label"]
+    fixed = {f"{target} oracle": oracle.impact for target, oracle in oracles.items()}
+    fixed["position prior"] = np.broadcast_to(np.asarray(prior), table.impact.shape)
+    found, outcomes = _follow(model, source, config, np.stack([table.index, table.view], axis=1), fixed)
+    labels = np.asarray(losses.keep_labels(table.impact, **labelling))
+    rows = {}
+    for name, ranking in {**found, **fixed}.items():
+        rows[name] = {
+            "auc": rankings.roc_auc(ranking, labels),
+            "spearman": {t: rankings.mean_spearman(ranking, o.impact) for t, o in oracles.items()},
+            "keep": {str(k): outcomes[name, k] for k in KEEP_RATIOS},
+        }
+    metrics = {"num_images": len(table.index), "unreduced": outcomes["unreduced", 1.0], "rankings": rows}
+    records.write(directory / "metrics.json", metrics)
+    return metrics
+
+
+def _follow(model: ViT, source, config: ConfigDict, rows: np.ndarray, fixed: dict[str, np.ndarray]):
+    """The rankings computed from the images, and what the frozen model makes of the best tokens of every ranking."""
+    batch_size = config.evaluate.batch_size
+    mesh = make_mesh(batch_size)
+    graphdef, params = nnx.split(model)[0], replicate(params_of(model), mesh)
+
+    @jax.jit
+    def compute(params, images, fixed):
+        model = with_params(graphdef, params)
+        logits = _unreduced(model, images)
+        patches = split(model.embed(images), model.num_special)[1]
+        uniform = jax.vmap(lambda key: jax.random.uniform(key, patches.shape[1:2]))
+        found = {
+            "filter": model.reducer.filter(patches),
+            "random": uniform(image_keys(config.seed, images)),
+            "token norm": jnp.linalg.norm(patches.astype(jnp.float32), axis=-1),
+            "class attention": rankings.class_attention_ranking(model, images),
+        }
+        ranked = {**found, **fixed}
+        reduced = {n: [rankings.logits_of_best(model, images, r, k) for k in KEEP_RATIOS] for n, r in ranked.items()}
+        return found, logits, reduced
+
+    parts = []
+    batches = evaluation_batches(source, config.data, batch_size=batch_size, records=rows)
+    with Progress("rankings", len(rows), "image") as progress:
+        for i, batch in enumerate(batches):
+            index = np.minimum(np.arange(i * batch_size, (i + 1) * batch_size), len(rows) - 1)
+            arrays = shard({"image": batch["image"], **{n: r[index] for n, r in fixed.items()}}, mesh)
+            found, logits, reduced = jax.device_get(compute(params, arrays.pop("image"), arrays))
+            real = batch["weight"] > 0
+            parts.append(jax.tree.map(lambda x, real=real: x[real], (found, logits, reduced, batch["label"])))
+            progress.update(int(real.sum()))
+    batches.close()
+    found, logits, reduced, label = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    outcomes = {("unreduced", 1.0): _outcome(logits, logits, label)}
+    for name, per_ratio in reduced.items():
+        outcomes |= {(name, k): _outcome(x, logits, label) for k, x in zip(KEEP_RATIOS, per_ratio, strict=True)}
+    return found, outcomes
+
+
+def _unreduced(model: ViT, images):
+    x = model.embed(images)
+    for block in model.blocks:
+        x, _ = block(x)
+    return model.predict(x, {})[0]
+
+
+def _outcome(logits: np.ndarray, unreduced: np.ndarray, label: np.ndarray) -> dict[str, float]:
+    cross_entropy = np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1)) + logits.max(1)
+    cross_entropy = cross_entropy - logits[np.arange(len(label)), label]
+    predicted = logits.argmax(1)
+    return {
+        "cross_entropy": float(cross_entropy.mean()),
+        "top1": float((predicted == label).mean()),
+        "agreement": float((predicted == unreduced.argmax(1)).mean()),
+    }

@@ -1,0 +1,52 @@
+"""The whole pipeline: backbone, score, filter, finetune, evaluate, benchmark, report. Goes on where it stopped."""
+
+import logging
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from tif_jax import records
+from tif_jax.commands import _arguments, evaluate, score, train
+from tif_jax.commands._report import write_report
+from tif_jax.commands.benchmark import benchmark, with_reducer
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: list[str]) -> None:
+    arguments = _arguments.parse("run", __doc__, argv)
+    run(arguments.config, arguments.workdir)
+    print((arguments.workdir / "report.md").read_text())
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """Every stage in order. A finished one notices that itself, or is known by the file it leaves last."""
+    seeds = range(config.seed, config.seed + config.seeds)
+    runs = [with_reducer(config, name, seed) for seed in seeds for name in config.benchmark.reducers]
+    logger.info("stage backbone")
+    train.backbone(config, workdir)
+    _once(workdir / "backbone" / "metrics.json", evaluate.backbone, config, workdir)
+    logger.info("stage score")
+    score.score(config, workdir)
+    score.score_heldout(config, workdir)
+    for seed in seeds:
+        logger.info("stage filter, seed %d", seed)
+        of_seed = with_reducer(config, config.reducer.name, seed)
+        train.token_filter(of_seed, workdir)
+        done = train.filter_directory(of_seed, workdir) / "metrics.json"
+        _once(done, evaluate.ranking_table, of_seed, workdir)
+    for of_run in runs:
+        directory = train.finetune_directory(of_run, workdir)
+        if not (directory / "metrics.json").exists():
+            logger.info("stage finetune, %s", directory.name)
+            train.finetune(of_run, workdir)
+            evaluate.finetuned(of_run, workdir)
+    logger.info("stage benchmark")
+    _once(workdir / "benchmark.json", benchmark, config, workdir)
+    logger.info("stage report")
+    write_report(config, workdir, runs)
+
+
+def _once(result: Path, stage, config: ConfigDict, workdir: Path) -> None:
+    if records.read(result) is None:
+        stage(config, workdir)

@@ -1,0 +1,54 @@
+"""Data: from a config's `data` to a source of labelled images (and, in loader.py, to batches of them)."""
+
+from pathlib import Path
+
+from tif_jax.data.options import DataOptions, Settings, read_options
+from tif_jax.data.source import Source, Subset
+from tif_jax.errors import InputError
+
+KNOWN = ("digits", "image_folder", "image_table", "tfds")
+
+
+def open_source(data: Settings, split: str) -> Source:
+    """The examples of `split`, 'train' or 'test', of the data set that `data` (see DataOptions) describes.
+
+    InputError, naming file or key, for what is missing or malformed.
+    """
+    options = read_options(data)
+    if split not in ("train", "test"):
+        raise InputError(f"unknown split {split!r}; 'train' or 'test', which data.train_split and data.test_split name")
+    if options.name not in KNOWN:
+        raise InputError(f"unknown data.name {options.name!r}; known: {', '.join(KNOWN)}")
+    if options.class_index is not None and options.name != "image_folder":
+        raise InputError(f"data.class_index renumbers the folders of an image_folder; data.name is {options.name!r}")
+    name, num_examples = (
+        (options.train_split, options.num_train) if split == "train" else (options.test_split, options.num_test)
+    )
+    if options.name == "digits":
+        return _open_digits(options, split, num_examples)
+    if not options.root:
+        raise InputError(f"data.root is empty; {options.name} needs the folder that holds the data")
+    if options.name == "image_folder":
+        from tif_jax.data.folder import ImageFolder
+
+        source: Source = ImageFolder(options.root, name, options.class_index)
+    elif options.name == "image_table":
+        from tif_jax.data.folder import ImageTable
+
+        source = ImageTable(Path(options.root, name))
+    else:
+        from tif_jax.data.tfds import Tfds
+
+        source = Tfds(options.tfds_name, options.root, name)
+    return Subset(source, num_examples) if num_examples else source
+
+
+def _open_digits(options: DataOptions, split: str, num_examples: int) -> Source:
+    rows, columns = options.size
+    if rows != columns:
+        raise InputError(f"data.image_size is {options.image_size}; the canvas of digits is square")
+    if not num_examples:
+        raise InputError(f"data.num_{split} is 0; digits are generated, so say how many")
+    from tif_jax.data.digits import Digits
+
+    return Digits(split, num_examples, rows, options.seed)

@@ -1,0 +1,84 @@
+"""Data sets prepared by TensorFlow Datasets, read without TensorFlow."""
+
+import bisect
+import itertools
+import os
+from pathlib import Path
+from typing import Any
+
+from tif_jax.data.preprocess import read_image
+from tif_jax.data.source import Example
+from tif_jax.errors import InputError
+
+
+class Tfds:
+    """A split of the data set `name` ('name', 'name/config' or 'name/config:version') prepared under `data_dir`.
+
+    `split` is TFDS's: 'train', 'train[:90%]', 'train+validation'. The format must be array_record. An example's id is
+    TFDS's own: file name, two underscores, position in the file. Without a label feature all labels are -1.
+    """
+
+    def __init__(self, name: str, data_dir: str | os.PathLike, split: str):
+        import tensorflow_datasets as tfds
+
+        folder = _prepared_folder(name, Path(data_dir))
+        builder: Any = tfds.builder_from_directory(str(folder))
+        info = builder.info
+        if info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+            raise InputError(
+                f"{folder} is prepared as {info.file_format.value}, and only array_record can be read; "
+                f"prepare it again: tfds.builder({info.name!r}, file_format='array_record').download_and_prepare()"
+            )
+        try:
+            shards = info.splits[split].file_instructions
+        except ValueError as error:
+            known = ", ".join(info.splits)
+            raise InputError(
+                f"{folder} has no split {split!r}; it has: {known}, and parts as in train[:90%]"
+            ) from error
+        if not shards:
+            raise InputError(f"split {split!r} of {folder} holds no examples")
+        for shard in shards:
+            if not os.path.isfile(shard.filename):
+                raise InputError(f"no such file: {shard.filename}; prepare or copy the data set again")
+        self._image, self._label = _keys(info, tfds)
+        label = info.features[self._label] if self._label else None
+        self.num_classes: int = label.num_classes if label else 0
+        self.class_names: tuple[str, ...] = tuple(label.names) if label else ()
+        self._files = [(os.path.basename(shard.filename), shard.skip) for shard in shards]
+        self._starts = list(itertools.accumulate((shard.take for shard in shards), initial=0))
+        self._examples = builder.as_data_source(split, decoders={self._image: tfds.decode.SkipDecoding()})
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: int) -> Example:
+        example = self._examples[index]
+        shard = bisect.bisect_right(self._starts, index) - 1
+        file, skip = self._files[shard]
+        name = f"{file}__{skip + index - self._starts[shard]}"
+        label = int(example[self._label]) if self._label else -1
+        return Example(id=name, image=read_image(example[self._image], name), label=label)
+
+
+def _prepared_folder(name: str, data_dir: Path) -> Path:
+    """The one folder with a dataset_info.json that the name leads to."""
+    if not data_dir.is_dir():
+        raise InputError(f"data.root {data_dir} is not a folder; it must be TFDS's data_dir")
+    folder = data_dir / name.replace(":", "/")
+    infos = [info for depth in ("", "*/", "*/*/") for info in sorted(folder.glob(f"{depth}dataset_info.json"))]
+    if not infos:
+        raise InputError(f"no data set prepared by TFDS in {folder}; prepare {name!r} there, or change data.root")
+    if len(infos) > 1:
+        found = ", ".join(str(info.parent.relative_to(data_dir)) for info in infos)
+        raise InputError(f"{name!r} may be any of {found} under {data_dir}; set data.tfds_name to one of them")
+    return infos[0].parent
+
+
+def _keys(info: Any, tfds: Any) -> tuple[str, str]:
+    """Names of the image feature and of the label feature ('' if there is none)."""
+    image, label = (info.supervised_keys or ("image", "label"))[:2]
+    features = dict(info.features)
+    if not isinstance(features.get(image), tfds.features.Image):
+        raise InputError(f"data set {info.name} has no image feature {image!r}; it has: {', '.join(features)}")
+    return image, label if isinstance(features.get(label), tfds.features.ClassLabel) else ""

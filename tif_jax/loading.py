@@ -1,0 +1,94 @@
+"""`tif_jax.load`: a model from a weight file, a checkpoint or a workdir, under any reducer."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, traverse_util
+
+from tif_jax import pretrained, records, state
+from tif_jax.errors import InputError
+from tif_jax.models import MODEL_FIELDS, create_model
+from tif_jax.models.vit import ViT
+from tif_jax.timm_layout import shortened
+
+logger = logging.getLogger(__name__)
+
+
+def load(
+    source: str | Path, *, reducer: str | None = None, dtype: str = "float32", seed: int = 0, **options: Any
+) -> ViT:
+    """A model with the weights of a timm-layout file (.safetensors, .npz, .pth), an Orbax checkpoint or a workdir.
+
+    A workdir stands for its own checkpoints, else for the fine-tuned model that its report.json calls best.
+    reducer: None is the checkpoint's own ('full' for a file). The same weights run under any reducer: parameters under
+    `reducer/` that the source lacks are freshly drawn from `seed` and named in the log; any other difference is an error.
+    options: the reducer's (keep_ratio, ...) and fields of `ViT`: image_size resizes the position embedding, num_classes
+    of a file other than its own starts a fresh head. Raises InputError for everything that does not fit.
+    """
+    path = Path(source)
+    given = {key: options.pop(key) for key in list(options) if key in MODEL_FIELDS and options[key] is not None}
+    if path.is_dir():
+        params, stored = state.load_params(checkpoint_directory(path))
+        fields = {**stored["model"], **given}
+        params["position_embedding"] = _resized(params["position_embedding"], stored["model"], fields)
+        if reducer in (None, stored["reducer"]["name"]):
+            reducer, options = stored["reducer"]["name"], {**stored["reducer"], **options}
+            options.pop("name")
+    else:
+        fields, params = pretrained.read_weights(path, **given)
+    fields["dtype"] = dtype
+
+    def create() -> ViT:
+        return create_model(fields, reducer=reducer or "full", seed=seed, **options)
+
+    model = nnx.eval_shape(create)
+    wanted, found = (_flat(tree) for tree in (state.params_of(model), params))
+    fresh = sorted(set(wanted) - set(found))
+    surplus = [name for name in set(found) - set(wanted) if not name.startswith("reducer/")]
+    wrong = [name for name in set(found) & set(wanted) if found[name].shape != wanted[name].shape]
+    lacking = [name for name in fresh if not name.startswith("reducer/") and path.is_dir()]
+    if problems := sorted({*surplus, *wrong, *lacking}):
+        raise InputError(f"{path} does not fit this model: missing, surplus or of another shape: {shortened(problems)}")
+    if fresh:
+        logger.info("%s: freshly initialised: %s", path, ", ".join(fresh))
+        drawn = jax.jit(lambda: {name: _flat(state.params_of(create()))[name] for name in fresh})()
+        found = {**found, **drawn}
+    found = {name: jnp.asarray(found[name]) for name in wanted}
+    nnx.update(model, traverse_util.unflatten_dict(found, sep="/"))
+    return model
+
+
+def stored_fields(source: str | Path, **given: Any) -> dict[str, Any]:
+    """The fields of `ViT` that a checkpoint or weight file was made with."""
+    path = Path(source)
+    if path.is_dir():
+        return {**state.load_params(checkpoint_directory(path))[1]["model"], **given}
+    return pretrained.read_weights(path, **given)[0]
+
+
+def checkpoint_directory(path: Path) -> Path:
+    """Where in `path` the checkpoints are: a checkpoint's own folder, a folder of checkpoints, a stage, or a workdir."""
+    if (path / "params").is_dir():
+        return path
+    for folder in (path / "checkpoints", path):
+        if folder.is_dir() and any(child.name.isdigit() for child in folder.iterdir()):
+            return folder
+    best = (records.read(path / "report.json") or {}).get("best")
+    if best:
+        return checkpoint_directory(path / best)
+    raise InputError(f"no checkpoint in {path}: neither checkpoints/ nor a report.json that names the best run")
+
+
+def _resized(embedding, old: dict[str, Any], new: dict[str, Any]):
+    grids = [nnx.eval_shape(lambda fields=fields: create_model(fields)).grid for fields in (old, new)]
+    if grids[0] == grids[1]:
+        return embedding
+    num_special = embedding.shape[1] - grids[0][0] * grids[0][1]
+    return pretrained.resize_position_embedding(embedding, *grids, num_special)
+
+
+def _flat(params: dict[str, Any]) -> dict[str, Any]:
+    return traverse_util.flatten_dict(params, sep="/")

@@ -1,0 +1,45 @@
+"""metrics.jsonl: one line of JSON per log step; TensorBoard events beside it where tensorboardX is installed."""
+
+import json
+from pathlib import Path
+
+
+class MetricsLog:
+    """Appends to DIRECTORY/metrics.jsonl. What an interrupted run wrote after step `start` will come again and is dropped."""
+
+    def __init__(self, directory: Path, start: int):
+        self.path = directory / "metrics.jsonl"
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line for line in map(_whole, lines) if line is not None and line["step"] <= start]
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.events = _tensorboard(directory, start)
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self.events:
+            for name, value in metrics.items():
+                self.events.add_scalar(name, value, step)
+            self.events.flush()
+
+
+def read(directory: Path) -> list[dict[str, float]]:
+    """The lines of DIRECTORY/metrics.jsonl; empty if there is none."""
+    path = directory / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [line for line in map(_whole, lines) if line is not None]
+
+
+def _whole(line: str) -> dict[str, float] | None:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:  # the last line of a run that was killed
+        return None
+
+
+def _tensorboard(directory: Path, start: int):
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(directory), purge_step=start + 1)

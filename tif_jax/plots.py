@@ -1,0 +1,61 @@
+"""The figures of a report."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def accuracy_cost(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Top-1 against GMAC, one point with its spread over seeds per reducer."""
+    figure, axes = _figure(6, 4)
+    for row in rows:
+        axes.errorbar(
+            row["gmac"], 100 * row["top1"], 100 * row["top1_spread"], fmt="o", capsize=3, label=row["reducer"]
+        )
+    axes.set(xlabel="GMAC per image", ylabel="top-1 (%)", xlim=(0, None))
+    axes.legend(loc="lower right")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def training_curves(curves: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
+    """Training loss of each run against the fraction of its steps."""
+    figure, axes = _figure(6, 4)
+    for name, lines in curves.items():
+        if lines:
+            axes.plot(
+                [line["step"] / lines[-1]["step"] for line in lines], [line["loss"] for line in lines], label=name
+            )
+    axes.set(xlabel="fraction of the run's steps", ylabel="training loss (nats)", yscale="log")
+    axes.legend(fontsize=7)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def picture_page(pictures: Sequence[Mapping[str, np.ndarray]], path: Path) -> None:
+    """A row per image: the image (Y, X, 3) in [0, 1], oracle impact, predicted impact, what the kept tokens show."""
+    titles = ("image", "oracle impact", "prediction", "kept tokens")
+    figure, grid = _figure(8, 2 * len(pictures), rows=len(pictures), columns=4)
+    for axes, picture in zip(grid, pictures, strict=True):
+        image, kept = picture["image"], picture["kept"]
+        height, width = (size // cells for size, cells in zip(image.shape, kept.shape, strict=False))
+        visible = np.kron(kept, np.ones((height, width), bool))[..., None]
+        bound = np.abs(picture["impact"]).max()
+        axes[0].imshow(image)
+        axes[1].imshow(picture["impact"], cmap="RdBu_r", vmin=-bound, vmax=bound)
+        axes[2].imshow(picture["logits"], cmap="viridis")
+        axes[3].imshow(np.where(visible, image, 0.5 + 0.15 * (image - 0.5)))
+        for panel in axes:
+            panel.set_axis_off()
+    for panel, title in zip(grid[0], titles, strict=True):
+        panel.set_title(title, fontsize=10)
+    figure.savefig(path, dpi=100)
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1):
+    from matplotlib.figure import Figure  # without pyplot: no global state, no display
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns)

@@ -1,0 +1,107 @@
+"""Pretrained weights: reads the files of other programs as parameters of our ViT."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+
+from tif_jax.errors import InputError
+from tif_jax.timm_layout import infer_fields, shortened, to_params
+from tif_jax.timm_layout import resize_position_embedding as resize_position_embedding
+from tif_jax.torch_file import read_torch
+
+_SAFETENSORS_FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+_NESTED = ("model", "state_dict", "model_ema", "state_dict_ema")  # where training programs put the tensors
+_WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
+
+
+def read_weights(path: str | Path, **given: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields of `ViT` and the backbone's float32 parameters (nested dict) of a file in timm's layout.
+
+    The architecture is read off the file; given: fields that a file cannot tell or that are to differ (`infer_fields`).
+    The position embedding is resized to image_size; heads for another num_classes are left out.
+    """
+    tensors = read_tensors(path)
+    with _naming(path):
+        fields = infer_fields(tensors, **given)
+        return fields, to_params(tensors, fields)
+
+
+def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
+    """The tensors of a .safetensors, .npz or .pth/.pt file by name, floats as float32. Runs no code that a file carries.
+
+    Raises InputError for a file that is missing, damaged or of another kind, and for weights that are NaN or infinite.
+    """
+    path = Path(path)
+    readers = {".safetensors": _read_safetensors, ".npz": _read_npz, ".pth": _read_pth, ".pt": _read_pth}
+    if not path.is_file():
+        raise InputError(f"No weight file {path}; give the path of a {', '.join(readers)} file")
+    if path.suffix not in readers:
+        raise InputError(f"{path} is not a weight file by its name; allowed: {', '.join(readers)}")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path} is empty; copy or download it again")
+    tensors = readers[path.suffix](path)
+    if not tensors:
+        raise InputError(f"{path} holds no tensors")
+    for wrapper in _WRAPPERS:
+        if all(name.startswith(wrapper) for name in tensors):
+            tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite and is named below
+        floats = {name for name, tensor in tensors.items() if jnp.issubdtype(tensor.dtype, jnp.floating)}
+        tensors = {k: v.astype(np.float32, copy=False) if k in floats else v for k, v in tensors.items()}
+    if broken := [name for name in tensors if name in floats and not np.isfinite(tensors[name]).all()]:
+        raise InputError(f"{path} holds NaN or infinite weights in {shortened(broken)}; use an earlier checkpoint")
+    return tensors
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        entries = safetensors.deserialize(path.read_bytes())
+    except safetensors.SafetensorError as error:
+        raise _damaged(path, error) from error
+    if other := sorted({entry["dtype"] for _, entry in entries} - set(_SAFETENSORS_FLOATS)):
+        raise InputError(f"{path} holds tensors of type {', '.join(other)}; allowed: {', '.join(_SAFETENSORS_FLOATS)}")
+    return {
+        name: np.frombuffer(entry["data"], _SAFETENSORS_FLOATS[entry["dtype"]]).reshape(entry["shape"])
+        for name, entry in entries
+    }
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with path.open("rb") as file:  # numpy would leave a damaged file open
+            return dict(np.load(file, allow_pickle=False))
+    except Exception as error:  # numpy, zipfile and zlib have many ways to say that a file is damaged
+        raise _damaged(path, error) from error
+
+
+def _read_pth(path: Path) -> dict[str, np.ndarray]:
+    content = read_torch(path)
+    key = next((key for key in _NESTED if isinstance(content, dict) and isinstance(content.get(key), dict)), None)
+    tensors = content if key is None else content[key]
+    if not isinstance(tensors, dict):
+        raise InputError(f"{path} holds a {type(tensors).__name__}; a dict of tensors (a state_dict) is needed")
+    if other := [str(name) for name, tensor in tensors.items() if not isinstance(tensor, np.ndarray)]:
+        raise InputError(
+            f"{path} holds {shortened(other)}, which are no tensors; a state_dict is needed, alone or under one of the keys "
+            f"{', '.join(_NESTED)}"
+        )
+    return tensors
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    reason = str(error).split("\n")[0]
+    return InputError(f"{path} is damaged or no {path.suffix} file ({reason}); copy or download it again")
+
+
+@contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Puts the file's name before what is wrong with its tensors."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error

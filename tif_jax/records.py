@@ -1,0 +1,46 @@
+"""JSON files that a run leaves behind: written whole or not at all."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from tif_jax.errors import InputError
+
+
+def write(path: Path, data: Any) -> None:
+    """Writes JSON through a temporary name, so that a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(data, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def read(path: Path) -> Any:
+    """The data, or None if there is no such file."""
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def claim(directory: Path, record: dict[str, Any]) -> None:
+    """Notes in DIRECTORY/config.json what is made there, or checks that it is the same as noted before.
+
+    Raises InputError that names the first difference, before anything is overwritten.
+    """
+    ours = json.loads(json.dumps(record))
+    noted = read(directory / "config.json")
+    if noted is None:
+        write(directory / "config.json", ours)
+        return
+    for key in sorted({*noted, *ours}):
+        if noted.get(key) != ours.get(key):
+            raise InputError(
+                f"{directory} was made with {_difference(key, noted.get(key), ours.get(key))}; "
+                "choose another --workdir or delete that folder"
+            )
+
+
+def _difference(key: str, there: Any, here: Any) -> str:
+    if isinstance(there, dict) and isinstance(here, dict):
+        inner = next(k for k in sorted({*there, *here}) if there.get(k) != here.get(k))
+        return _difference(f"{key}.{inner}", there.get(inner), here.get(inner))
+    return f"{key} {there!r}, not {here!r}"

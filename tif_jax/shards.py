@@ -1,0 +1,274 @@
+"""Impact shards: the files between scoring and filter training, one parquet file per part of a data split.
+
+    impact/manifest.json                    what was scored and how: written once, never changed
+    impact/part-00017-of-00064.parquet      one row per example and view, in split order
+    impact/part-00017-of-00064.json         its rows and sha256, renamed into place after it: now the part is complete
+
+Legend: R rows, N patch tokens.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from absl import logging
+from flax.traverse_util import flatten_dict
+from jaxtyping import Float, Int, Shaped
+
+from tif_jax.errors import InputError, WorkError
+
+FORMAT_VERSION = 1
+StrPath = str | os.PathLike[str]
+
+_MANIFEST = "manifest.json"
+_RESUME = "run `tif score` again with the same config: it scores only the parts that are missing or damaged"
+_RESTART = "choose another --workdir, or delete that folder and run `tif score`"
+_TYPES = dict(  # of every column but impact
+    index=pa.int64(), view=pa.int32(), id=pa.string(), label=pa.int32(), prediction=pa.int32(), loss=pa.float32()
+)
+
+
+class Manifest(TypedDict):
+    """What makes the parts of one folder belong together. Plain JSON data."""
+
+    num_examples: int
+    num_tokens: int  # patch tokens of an image
+    views: int  # views of each example; view 0 is the evaluation view
+    num_parts: int
+    estimator: dict[str, Any]  # {"name": ..., and its options}
+    mask: str
+    target: str
+    data: dict[str, Any]  # {"name": ..., "split": ...}
+    image_size: int | list[int]
+    preprocessing: dict[str, Any]
+    backbone: str  # `digest` of its parameters
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class ImpactTable:
+    """Rows of impact shards."""
+
+    index: Int[np.ndarray, " R"]  # position in the split; (index, view) is unique
+    view: Int[np.ndarray, " R"]
+    id: Shaped[np.ndarray, " R"]  # strings: file path or TFDS id
+    label: Int[np.ndarray, " R"]  # -1 if there is none
+    prediction: Int[np.ndarray, " R"]
+    loss: Float[np.ndarray, " R"]  # nats, all tokens present
+    impact: Float[np.ndarray, "R N"]  # nats, raster order, positive: the token helps; float32 or float16, as stored
+
+
+def open_manifest(directory: StrPath, manifest: Manifest) -> None:
+    """Claims `directory` for the job that `manifest` describes, or verifies that it is this job's already.
+
+    Of several starters one writes the manifest and the others verify it. Raises InputError if the folder belongs to
+    another job; other versions of the software are only warned about.
+    """
+    directory = Path(directory)
+    ours = json.loads(json.dumps({"format_version": FORMAT_VERSION, **manifest}))
+    has_parts = any(directory.glob("part-*"))  # looked for before the manifest, which is older than its parts
+    if not (directory / _MANIFEST).exists():
+        if has_parts:
+            raise InputError(f"{directory} holds parts of unknown origin: it has no {_MANIFEST}; {_RESTART}")
+        _write(directory / _MANIFEST, json.dumps(ours, indent=2).encode(), once=True)
+    different = _differences(_read_manifest(directory), ours)
+    versions = [text for key, text in different.items() if key.startswith("versions.")]
+    if len(different) > len(versions):
+        raise InputError(f"{directory} holds other impacts: {'; '.join(different.values())}; {_RESTART}")
+    if versions:
+        logging.warning("%s was begun with other versions: %s", directory, "; ".join(versions))
+
+
+def part_rows(num_rows: int, part: int, num_parts: int) -> range:
+    """The rows of a part, counted from 1: contiguous, and the sizes of the parts differ by at most one."""
+    if not 1 <= part <= num_parts:
+        raise InputError(f"part is {part}/{num_parts}; it is K/N with 1 <= K <= N")
+    return range(num_rows * (part - 1) // num_parts, num_rows * part // num_parts)
+
+
+def write_part(directory: StrPath, part: int, num_parts: int, columns: Mapping[str, Any]) -> None:
+    """Writes a part, counted from 1; whatever interrupts it, the part is complete or absent afterwards.
+
+    columns: the fields of `ImpactTable`. Raises WorkError if an impact is not finite or the disk is full, InputError if
+    the folder can not be written to.
+    """
+    impact = np.asarray(columns["impact"])
+    assert impact.dtype in (np.float32, np.float16) and columns.keys() == {*_TYPES, "impact"}
+    if (bad := ~np.isfinite(impact).all(axis=1)).any():
+        raise WorkError(
+            f"impact of {columns['id'][int(bad.argmax())]} is not finite: do the backbone's weights overflow?"
+        )
+    arrays = {name: pa.array(np.asarray(columns[name], kind.to_pandas_dtype()), kind) for name, kind in _TYPES.items()}
+    arrays["impact"] = pa.FixedSizeListArray.from_arrays(pa.array(impact.reshape(-1)), impact.shape[1])
+    buffer = pa.BufferOutputStream()
+    pq.write_table(pa.table(arrays), buffer, compression="zstd", use_dictionary=False)
+    data = buffer.getvalue().to_pybytes()
+    path = _part_path(directory, part, num_parts)
+    _write(path, data)
+    _write(
+        path.with_suffix(".json"),
+        json.dumps({"rows": len(impact), "sha256": hashlib.sha256(data).hexdigest()}).encode(),
+    )
+
+
+def missing_parts(directory: StrPath, num_parts: int, verify: bool = True) -> list[int]:
+    """The parts, counted from 1, that are still to be scored: absent or (with `verify`) damaged, which is logged."""
+    missing = []
+    for part in range(1, num_parts + 1):
+        path = _part_path(directory, part, num_parts)
+        if not (path.exists() and path.with_suffix(".json").exists()):
+            missing.append(part)
+        elif verify and not _is_whole(path, _read(path)):
+            logging.warning("%s is damaged (its sha256 is not that of its .json) and counts as missing", path)
+            missing.append(part)
+    return missing
+
+
+def iter_impact(
+    path: StrPath, *, verify: bool = True, expected: Mapping[str, Any] | None = None
+) -> Iterator[ImpactTable]:
+    """The rows of one part after the other, with one part in memory at a time.
+
+    path: a workdir or its impact folder. verify: check digests. expected: entries that the manifest must have, such as
+    {"backbone": digest(params)}. Raises InputError naming what is missing, damaged or does not match.
+    """
+    directory = Path(path) / "impact" if (Path(path) / "impact").is_dir() else Path(path)
+    manifest = _read_manifest(directory)
+    if different := _differences(manifest, json.loads(json.dumps(expected or {})), partial=True):
+        raise InputError(f"impact in {directory} does not match: {'; '.join(different.values())}; {_RESTART}")
+    if missing := missing_parts(directory, manifest["num_parts"], verify=False):
+        parts = ", ".join(map(str, missing[:10])) + ", ..." * (len(missing) > 10)
+        raise InputError(f"{directory} lacks {len(missing)} of {manifest['num_parts']} parts: {parts}; {_RESUME}")
+    return _iter_parts(directory, manifest, verify)
+
+
+def read_impact(path: StrPath, *, verify: bool = True, expected: Mapping[str, Any] | None = None) -> ImpactTable:
+    """All rows of a workdir or impact folder, sorted by (index, view). Arguments and errors as in `iter_impact`."""
+    parts = [vars(part).values() for part in iter_impact(path, verify=verify, expected=expected)]
+    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    order = np.lexsort((columns[1], columns[0]))
+    return ImpactTable(*(column[order] for column in columns))
+
+
+def digest(params: dict[str, Any]) -> str:
+    """Identity of a backbone: sha256 over the paths, shapes, dtypes and bytes of its parameters, without `reducer`."""
+    sha = hashlib.sha256()
+    leaves = flatten_dict({key: value for key, value in params.items() if key != "reducer"}, sep="/")
+    for name, leaf in sorted(leaves.items()):
+        array = np.asarray(leaf)
+        assert array.dtype.kind != "O", f"{name} is not an array"
+        sha.update(f"{name} {array.shape} {array.dtype.name}\n".encode())
+        sha.update(array.tobytes())
+    return sha.hexdigest()
+
+
+def _iter_parts(directory: Path, manifest: Mapping[str, Any], verify: bool) -> Iterator[ImpactTable]:
+    num_examples, views, num_tokens = (manifest[key] for key in ("num_examples", "views", "num_tokens"))
+    seen = np.zeros(num_examples * views, bool)
+    for part in range(1, manifest["num_parts"] + 1):
+        path = _part_path(directory, part, manifest["num_parts"])
+        data = _read(path)
+        if verify and not _is_whole(path, data):
+            raise InputError(f"{path} is damaged (its sha256 is not that of its .json); {_RESUME}")
+        table = _parse(path, data)
+        inside = (0 <= table.index) & (table.index < num_examples) & (0 <= table.view) & (table.view < views)
+        rows, counts = np.unique(table.index * views + table.view, return_counts=True)
+        if not inside.all():
+            raise InputError(f"{path} goes beyond {num_examples} examples x {views} views; delete it, then {_RESUME}")
+        if (again := rows[(counts > 1) | seen[rows]]).size:
+            example, view = divmod(int(again[0]), views)
+            raise InputError(f"{path} repeats example {example}, view {view}; delete it, then {_RESUME}")
+        if table.impact.shape[1] != num_tokens or not np.isfinite(table.impact).all():
+            raise InputError(f"{path} needs {num_tokens} finite impacts a row; delete it, then {_RESUME}")
+        seen[rows] = True
+        yield table
+
+
+def _parse(path: Path, data: bytes) -> ImpactTable:
+    try:
+        columns = pq.ParquetFile(pa.BufferReader(data)).read()
+        impact = columns["impact"].combine_chunks()
+        values = impact.flatten().to_numpy().reshape(-1, impact.type.list_size)
+        return ImpactTable(**{name: columns[name].to_numpy() for name in _TYPES}, impact=values)
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise InputError(f"{path} is damaged (not an impact part); delete it, then {_RESUME}") from error
+
+
+def _part_path(directory: StrPath, part: int, num_parts: int) -> Path:
+    return Path(directory) / f"part-{part:05}-of-{num_parts:05}.parquet"
+
+
+def _is_whole(path: Path, data: bytes) -> bool:
+    try:
+        return json.loads(_read(path.with_suffix(".json")))["sha256"] == hashlib.sha256(data).hexdigest()
+    except (ValueError, KeyError, TypeError):  # the .json itself is damaged
+        return False
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    path = directory / _MANIFEST
+    if not path.is_file():
+        raise InputError(f"{directory} holds no impact shards: it has no {_MANIFEST}; run `tif score` first")
+    text = _read(path)
+    try:
+        manifest = json.loads(text)
+        known = manifest["format_version"] == FORMAT_VERSION and manifest.keys() >= Manifest.__annotations__.keys()
+    except (ValueError, KeyError, TypeError):
+        known = False
+    if not known:
+        raise InputError(f"{path} is damaged or not of format_version {FORMAT_VERSION}; {_RESTART}")
+    return manifest
+
+
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], partial: bool = False) -> dict[str, str]:
+    """Dotted key -> how it differs; with `partial`, among the keys of `ours` alone."""
+    theirs, ours = flatten_dict(theirs, sep="."), flatten_dict(ours, sep=".")
+    keys = sorted(ours.keys() if partial else theirs.keys() | ours.keys())
+    pairs = {key: (theirs.get(key), ours.get(key)) for key in keys}
+    return {key: f"{key} is {a!r} there, {b!r} here" for key, (a, b) in pairs.items() if a != b}
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _write(path: Path, data: bytes, *, once: bool = False) -> None:
+    """Puts a whole file at `path`, on disk before it has its name; with `once`, unless there is one already."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        (_link if once else os.replace)(temporary, path)
+    except OSError as error:
+        failed = f"cannot write {path}: {error.strerror}"
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise InputError(f"{failed}; choose a --workdir that can be written to") from error
+        raise WorkError(f"{failed}; finished parts are intact: make room, then {_RESUME}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _link(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)  # unlike a rename, never replaces what another starter wrote
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links, such as exFAT or a mounted bucket
+        os.replace(temporary, path)

@@ -1,0 +1,277 @@
+"""timm's (and so DeiT's and DINOv2's) names and layouts of ViT weights, translated to those of `tif_jax.models.ViT`.
+
+Legend: T and S tokens, D width.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax import nnx, traverse_util
+from jaxtyping import Array, Float
+
+from tif_jax.errors import InputError
+from tif_jax.models import create_model
+
+Tensors = Mapping[str, np.ndarray]
+
+
+def _transposed(weight: np.ndarray) -> np.ndarray:
+    return weight.T
+
+
+def _unfolded(weight: np.ndarray) -> np.ndarray:
+    """A convolution (D, 3, P, P) without overlap as a linear layer on patches flattened as (P, P, 3)."""
+    return weight.transpose(2, 3, 1, 0).reshape(-1, weight.shape[0]) if weight.ndim == 4 else weight
+
+
+def _same(weight: np.ndarray) -> np.ndarray:
+    return weight
+
+
+_LINEAR = {"weight": ("kernel", _transposed), "bias": ("bias", _same)}
+_CONVOLUTION = {"weight": ("kernel", _unfolded), "bias": ("bias", _same)}
+_NORM = {"weight": ("scale", _same), "bias": ("bias", _same)}
+
+_MODULES = {
+    "patch_embed.proj": ("patch_embedding", _CONVOLUTION),
+    "blocks.{i}.norm1": ("block_{i}/attention_norm", _NORM),
+    "blocks.{i}.attn.qkv": ("block_{i}/attention/qkv", _LINEAR),
+    "blocks.{i}.attn.q_norm": ("block_{i}/attention/query_norm", _NORM),
+    "blocks.{i}.attn.k_norm": ("block_{i}/attention/key_norm", _NORM),
+    "blocks.{i}.attn.proj": ("block_{i}/attention/out", _LINEAR),
+    "blocks.{i}.norm2": ("block_{i}/feed_forward_norm", _NORM),
+    "blocks.{i}.mlp.fc1": ("block_{i}/mlp/up", _LINEAR),
+    "blocks.{i}.mlp.fc2": ("block_{i}/mlp/down", _LINEAR),
+    "norm": ("norm", _NORM),
+    "fc_norm": ("norm", _NORM),  # instead of `norm`, with mean pooling
+    "head": ("head", _LINEAR),
+    "head_dist": ("distillation_head", _LINEAR),
+}
+_PARAMETERS = {
+    "cls_token": "class_token",
+    "dist_token": "distillation_token",
+    "reg_token": "register_tokens",
+    "register_tokens": "register_tokens",  # in DINOv2's own files
+    "pos_embed": "position_embedding",
+    "blocks.{i}.ls1.gamma": "block_{i}/attention_scale",
+    "blocks.{i}.ls2.gamma": "block_{i}/feed_forward_scale",
+}
+_IGNORED = {"mask_token"}  # DINOv2 shows it in place of masked patches in pre-training only
+
+_SAVE = "use a checkpoint of timm's ViT, DeiT, DeiT III or DINOv2 families, its state_dict() saved as .safetensors"
+_FROM_TIMM = "use timm's conversion of the same weights: timm.create_model(..., pretrained=True).state_dict()"
+_UNSUPPORTED = {  # pattern of a parameter's name: what it belongs to, the remedy
+    r"(^|/)Transformer/encoderblock": ("the Flax layout (AugReg, big_vision)", _FROM_TIMM),
+    r"(^|\.)encoder\.layers?\.|^embeddings\.": ("the layout of HF transformers or torchvision", _FROM_TIMM),
+    r"^visual\.|resblocks\.": ("the layout of CLIP", _FROM_TIMM),
+    r"^(teacher|student|backbone|encoder|decoder)\w*\.": ("a whole training setup", "save its backbone alone"),
+    r"^decoder": ("a masked autoencoder with its decoder", "save the encoder alone"),
+    r"^blocks\.\d+\.\d+\.": ("DINOv2 in chunks of blocks", "save it with block_chunks=0"),
+    r"^attn_pool\.": ("attention pooling (SigLIP)", _SAVE),
+    r"^norm_pre\.": ("a norm before the first block (CLIP)", _SAVE),
+    r"^pre_logits\.|^head\.\w+\.": ("a head of several layers", "remove it and give num_classes for a fresh one"),
+    r"\.mlp\.(w12|w3|w1|w2|fc1_g|fc1_x)\.": ("a SwiGLU feed-forward network (DINOv2 giant, EVA-02)", _SAVE),
+    r"\.(attn|mlp)\.(inner_)?norm\.|lambda_": ("norms inside attention or feed-forward network", _SAVE),
+    r"rope|freqs_cis": ("rotary position embedding (EVA-02, DINOv3)", _SAVE),
+    r"relative_position|rel_pos": ("relative position bias (Swin, BEiT)", _SAVE),
+    r"\.gamma_[12]$|\.[qv]_bias$|\.[qkv]_proj\.": ("the block of BEiT, EVA or CaiT", _SAVE),
+    r"\.in_proj\.": ("attention and feed-forward network in parallel (ViT-22B)", _SAVE),
+    r"running_mean|^stages\.|^layers\.\d|^layer\d\.|^features\.|^stem|^conv": (
+        "a convolutional or Swin network",
+        _SAVE,
+    ),
+    r"^patch_embed\.(?!proj\.(weight|bias)$)": ("a patch embedding of several layers (hybrid ViT)", _SAVE),
+    r"^embeds\.": ("NaFlexViT", _SAVE),
+}
+_NEEDED = ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight")
+_RANKS = dict(zip(_NEEDED, (4, 3, 2, 2), strict=True)) | {
+    "blocks.0.attn.q_norm.weight": 1,
+    "reg_token": 3,
+    "register_tokens": 3,
+    "head.weight": 2,
+}
+_NUM_HEADS = {
+    1152: 16,
+    1280: 16,
+    1408: 16,
+    1664: 16,
+}  # so400m, huge, giant, gigantic; everything else: 64 channels a head
+_LAYER_SCALE = 1e-5  # any number: the file's values replace it
+
+
+def infer_fields(tensors: Tensors, **given: Any) -> dict[str, Any]:
+    """Fields of `ViT` for a file's tensors; `given` fields override those that names and shapes cannot tell.
+
+    These are image_size (default: the square that the position embedding was trained for; needed where it is not one),
+    num_classes (needed without a head), num_heads (default width / 64, but 16 for timm's so400m, huge, giant and gigantic;
+    q/k norms tell it), pool, gelu, norm_eps, drop_path. Names and shapes cannot tell either that a block applies its norms
+    after the branches (timm's `rpn` models): such a file is not recognised and predicts nonsense.
+    Raises InputError for another architecture, by name, and for given fields that contradict the file.
+    """
+    _refuse_unsupported(tensors)
+    width, patch_size = tensors["patch_embed.proj.weight"].shape[0], tensors["patch_embed.proj.weight"].shape[2]
+    num_special, grid = _positions(tensors, given.get("image_size"))
+    has_class, has_distillation = "cls_token" in tensors, "dist_token" in tensors
+    registers = tensors.get("reg_token", tensors.get("register_tokens"))
+    qk_norm = "blocks.0.attn.q_norm.weight" in tensors
+    fields = dict(
+        patch_size=patch_size,
+        width=width,
+        depth=len({name.split(".")[1] for name in tensors if name.startswith("blocks.")}),
+        mlp_dim=tensors["blocks.0.mlp.fc1.weight"].shape[0],
+        class_token=has_class,
+        distillation_token=has_distillation,
+        num_registers=0 if registers is None else registers.shape[1],
+        special_positions=num_special > 0 or not has_class,
+        qkv_bias="blocks.0.attn.qkv.bias" in tensors,
+        qk_norm=qk_norm,
+        layer_scale=_LAYER_SCALE if "blocks.0.ls1.gamma" in tensors else None,
+    )
+    if qk_norm:
+        fields["num_heads"] = width // tensors["blocks.0.attn.q_norm.weight"].shape[0]
+    if contradicted := [f"{k}={v!r} (the file: {fields[k]!r})" for k, v in given.items() if fields.get(k, v) != v]:
+        raise InputError(f"{', '.join(contradicted)} contradicts the weights; leave it out")
+    if "num_heads" not in fields | given:
+        fields["num_heads"] = _NUM_HEADS.get(width, width // 64)
+        if not fields["num_heads"] or width % fields["num_heads"]:
+            raise InputError(f"the number of heads at width {width} is not in the file; give num_heads")
+        logging.info("num_heads %d, by convention for width %d", fields["num_heads"], width)
+    side = grid[0] * patch_size
+    fields["image_size"] = side if grid[0] == grid[1] else (side, grid[1] * patch_size)
+    fields["pool"] = "class" if has_class and "fc_norm.weight" not in tensors else "mean"
+    if "head.weight" in tensors:
+        fields["num_classes"] = tensors["head.weight"].shape[0]
+    elif "num_classes" not in given:
+        raise InputError("the weights have no head (head.weight); give num_classes to start a fresh one")
+    return fields | given
+
+
+def to_params(tensors: Tensors, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The float32 parameters of a `ViT` with these fields (of `infer_fields`), as a nested dict.
+
+    The position embedding is resized to image_size. The heads are left out where the file has none or one for another
+    num_classes. Raises InputError with all missing, surplus and misshapen tensors in one line.
+    """
+    _refuse_unsupported(tensors)
+    # One block stands for all, because tracing a deep model takes seconds.
+    model = nnx.eval_shape(lambda: create_model({**fields, "depth": 1}))
+    wanted = traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)), sep="/")
+    block = {path.removeprefix("block_0/"): shape for path, shape in wanted.items() if path.startswith("block_0/")}
+    wanted |= {f"block_{i}/{path}": shape for i in range(fields["depth"]) for path, shape in block.items()}
+    heads = [path for path in wanted if re.match(r"(distillation_)?head/", path)]
+    fresh_head = "head.weight" not in tensors or tensors["head.weight"].shape[0] != model.head.out_features
+    if fresh_head:
+        tensors = {name: tensor for name, tensor in tensors.items() if not re.match(r"head(_dist)?\.", name)}
+        wanted = {path: shape for path, shape in wanted.items() if path not in heads}
+    elif model.pool != ("mean" if "fc_norm.weight" in tensors else "class"):
+        raise InputError(
+            f"pool {model.pool!r} does not go with this head: mean pooling needs fc_norm.*, the class token norm.* "
+            "(timm's fc_norm=False is not supported); give another num_classes to start a fresh head"
+        )
+    num_special, grid = _positions(tensors, model.image_size)
+    if grid != model.grid:
+        logging.info("Position embedding resized from %dx%d to %dx%d patches", *grid, *model.grid)
+        resized = resize_position_embedding(tensors["pos_embed"], grid, model.grid, num_special)
+        tensors = {**tensors, "pos_embed": resized}
+
+    rules = _rules(fields["depth"])
+    found, surplus, wrong = {}, [], []
+    for name, tensor in tensors.items():
+        path, transform = rules.get(name, (None, _same))
+        if path in wanted and path not in found:
+            found[path] = transform(tensor)
+            if tensor.dtype.kind != "f":
+                wrong.append(f"{name} has dtype {tensor.dtype}, not a float")
+            elif found[path].shape != wanted[path].shape:
+                wrong.append(
+                    f"{name} has shape {tensor.shape}, which gives {found[path].shape}, not {wanted[path].shape}"
+                )
+        elif name not in _IGNORED:
+            surplus.append(name)
+    missing = {path: name for name, (path, _) in reversed(rules.items()) if path in wanted and path not in found}
+    complaints = {"missing": sorted(missing.values()), "surplus": sorted(surplus), "wrong": wrong}
+    if any(complaints.values()):
+        raise InputError(
+            "the weights do not fit the model: "
+            + "; ".join(f"{kind}: {shortened(names)}" for kind, names in complaints.items() if names)
+        )
+    return traverse_util.unflatten_dict(found, sep="/")
+
+
+def resize_position_embedding(
+    embedding: Float[np.ndarray | Array, "1 T D"], old_grid: Sequence[int], new_grid: Sequence[int], num_special: int
+) -> Float[np.ndarray, "1 S D"]:
+    """The position embedding of another patch raster (rows, columns); the first num_special rows stay.
+
+    Bicubic with antialiasing, as timm's `resample_abs_pos_embed` does it.
+    """
+    special, patches = embedding[:, :num_special], embedding[0, num_special:]
+    width = embedding.shape[-1]
+    resized = jax.image.resize(jnp.asarray(patches).reshape(*old_grid, width), (*new_grid, width), "bicubic")
+    return np.concatenate([special, np.asarray(resized).reshape(1, -1, width)], axis=1)
+
+
+def shortened(names: Sequence[str], limit: int = 8) -> str:
+    """The names separated by commas, those beyond the limit only counted."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _rules(depth: int) -> dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]]:
+    """timm's name -> (our path, transform)."""
+    templates = {name: (path, _same) for name, path in _PARAMETERS.items()}
+    for name, (path, leaves) in _MODULES.items():
+        templates |= {f"{name}.{leaf}": (f"{path}/{ours}", transform) for leaf, (ours, transform) in leaves.items()}
+    return {
+        name.format(i=i): (path.format(i=i), transform)
+        for name, (path, transform) in templates.items()
+        for i in (range(depth) if "{i}" in name else [0])
+    }
+
+
+def _positions(tensors: Tensors, image_size: int | Sequence[int] | None) -> tuple[int, tuple[int, int]]:
+    """How many rows of the position embedding belong to special tokens, and the patch raster of the rest.
+
+    A square raster is preferred; else it must be that of image_size.
+    """
+    rows, patch_size = tensors["pos_embed"].shape[1], tensors["patch_embed.proj.weight"].shape[2]
+    candidates = sorted({("cls_token" in tensors) + ("dist_token" in tensors), 0}, reverse=True)
+    for num_special in candidates:
+        side = math.isqrt(max(0, rows - num_special))
+        if side and side * side == rows - num_special:
+            return num_special, (side, side)
+    if image_size is not None and not isinstance(image_size, int):
+        grid = (image_size[0] // patch_size, image_size[1] // patch_size)
+        for num_special in candidates:
+            if grid[0] * grid[1] == rows - num_special:
+                return num_special, grid
+    raise InputError(
+        f"pos_embed has {rows} rows: no square raster of patches with {' or '.join(map(str, candidates))} special tokens in "
+        "front; give the image_size=(height, width) of a checkpoint that is not square (positions of register tokens are "
+        "not supported)"
+    )
+
+
+def _refuse_unsupported(tensors: Tensors) -> None:
+    for pattern, (layout, remedy) in _UNSUPPORTED.items():
+        if name := next((name for name in tensors if re.search(pattern, name)), None):
+            raise InputError(f"{name!r} belongs to {layout}, which is not supported; {remedy}")
+    if missing := [name for name in _NEEDED if name not in tensors]:
+        raise InputError(
+            f"not a ViT in timm's layout: no {', '.join(missing)}, but {shortened(list(tensors))}; {_SAVE}"
+        )
+    shapes = {name: tensors[name].shape for name in _RANKS if name in tensors}
+    if wrong := [f"{name} {shape}" for name, shape in shapes.items() if len(shape) != _RANKS[name] or 0 in shape]:
+        raise InputError(f"not a ViT in timm's layout: the shape of {', '.join(wrong)} is impossible")
+    _, channels, rows, columns = shapes["patch_embed.proj.weight"]
+    if channels != 3 or rows != columns:
+        raise InputError(
+            f"patches of {rows}x{columns} pixels with {channels} channels; supported: square ones with 3 (RGB)"
+        )
+    if shapes["blocks.0.mlp.fc1.weight"][0] == 2 * shapes["blocks.0.mlp.fc2.weight"][1]:
+        raise InputError(f"blocks.0.mlp is a packed SwiGLU network (DINOv2 giant), which is not supported; {_SAVE}")
