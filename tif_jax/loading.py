@@ -10,9 +10,9 @@ from flax import nnx, traverse_util
 
 from tif_jax import pretrained, records, state
 from tif_jax.errors import InputError
-from tif_jax.models import MODEL_FIELDS, create_model
+from tif_jax.models import MODEL_FIELDS, blueprint, grid_of
 from tif_jax.models.vit import ViT
-from tif_jax.timm_layout import shortened
+from tif_jax.timm_layout import resize_position_embedding, shortened
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,8 @@ def load(
     of a file other than its own starts a fresh head. Raises InputError for everything that does not fit.
     """
     path = Path(source)
-    given = {key: options.pop(key) for key in list(options) if key in MODEL_FIELDS and options[key] is not None}
+    given = {key: options.pop(key) for key in list(options) if key in MODEL_FIELDS}
+    given = {key: value for key, value in given.items() if value is not None}
     if path.is_dir():
         params, stored = state.load_params(checkpoint_directory(path))
         fields = {**stored["model"], **given}
@@ -40,11 +41,8 @@ def load(
     else:
         fields, params = pretrained.read_weights(path, **given)
     fields["dtype"] = dtype
-
-    def create() -> ViT:
-        return create_model(fields, reducer=reducer or "full", seed=seed, **options)
-
-    model = nnx.eval_shape(create)
+    build = blueprint(fields, reducer=reducer or "full", **options)
+    model = nnx.eval_shape(build, jax.random.key(0))
     wanted, found = (_flat(tree) for tree in (state.params_of(model), params))
     fresh = sorted(set(wanted) - set(found))
     surplus = [name for name in set(found) - set(wanted) if not name.startswith("reducer/")]
@@ -54,7 +52,9 @@ def load(
         raise InputError(f"{path} does not fit this model: missing, surplus or of another shape: {shortened(problems)}")
     if fresh:
         logger.info("%s: freshly initialised: %s", path, ", ".join(fresh))
-        drawn = jax.jit(lambda: {name: _flat(state.params_of(create()))[name] for name in fresh})()
+        drawn = jax.jit(lambda key: {name: _flat(state.params_of(build(key)))[name] for name in fresh})(
+            jax.random.key(seed)
+        )
         found = {**found, **drawn}
     found = {name: jnp.asarray(found[name]) for name in wanted}
     nnx.update(model, traverse_util.unflatten_dict(found, sep="/"))
@@ -83,11 +83,11 @@ def checkpoint_directory(path: Path) -> Path:
 
 
 def _resized(embedding, old: dict[str, Any], new: dict[str, Any]):
-    grids = [nnx.eval_shape(lambda fields=fields: create_model(fields)).grid for fields in (old, new)]
-    if grids[0] == grids[1]:
+    old_grid, new_grid = grid_of(old), grid_of(new)
+    if old_grid == new_grid:
         return embedding
-    num_special = embedding.shape[1] - grids[0][0] * grids[0][1]
-    return pretrained.resize_position_embedding(embedding, *grids, num_special)
+    num_special = embedding.shape[1] - old_grid[0] * old_grid[1]
+    return resize_position_embedding(embedding, old_grid, new_grid, num_special)
 
 
 def _flat(params: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -35,8 +36,8 @@ class Scores(NamedTuple):
 
 def token_impact(
     model: ViT,
-    images: Float[Array, "B Y X 3"],
-    labels: Int[Array, " B"] | None = None,
+    images: Float[Array | np.ndarray, "B Y X 3"],
+    labels: Int[Array | np.ndarray, " B"] | None = None,
     *,
     estimator: str = "exact",
     mask: str | None = None,

@@ -11,7 +11,6 @@ import safetensors
 
 from tif_jax.errors import InputError
 from tif_jax.timm_layout import infer_fields, shortened, to_params
-from tif_jax.timm_layout import resize_position_embedding as resize_position_embedding
 from tif_jax.torch_file import read_torch
 
 _SAFETENSORS_FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
@@ -32,7 +31,7 @@ def read_weights(path: str | Path, **given: Any) -> tuple[dict[str, Any], dict[s
 
 
 def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
-    """The tensors of a .safetensors, .npz or .pth/.pt file by name, floats as float32. Runs no code that a file carries.
+    """The tensors of a .safetensors, .npz or .pth/.pt file by name, floats as float32. Runs no code that it carries.
 
     Raises InputError for a file that is missing, damaged or of another kind, and for weights that are NaN or infinite.
     """
@@ -87,8 +86,8 @@ def _read_pth(path: Path) -> dict[str, np.ndarray]:
         raise InputError(f"{path} holds a {type(tensors).__name__}; a dict of tensors (a state_dict) is needed")
     if other := [str(name) for name, tensor in tensors.items() if not isinstance(tensor, np.ndarray)]:
         raise InputError(
-            f"{path} holds {shortened(other)}, which are no tensors; a state_dict is needed, alone or under one of the keys "
-            f"{', '.join(_NESTED)}"
+            f"{path} holds {shortened(other)}, which are no tensors; a state_dict is needed, alone or under one of "
+            f"the keys {', '.join(_NESTED)}"
         )
     return tensors
 

@@ -10,6 +10,7 @@ Legend: R rows, N patch tokens.
 import errno
 import hashlib
 import json
+import logging
 import os
 import uuid
 from collections.abc import Iterator, Mapping
@@ -21,11 +22,12 @@ from typing import Any, TypedDict
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from absl import logging
 from flax.traverse_util import flatten_dict
 from jaxtyping import Float, Int, Shaped
 
 from tif_jax.errors import InputError, WorkError
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 StrPath = str | os.PathLike[str]
@@ -86,7 +88,7 @@ def open_manifest(directory: StrPath, manifest: Manifest) -> None:
     if len(different) > len(versions):
         raise InputError(f"{directory} holds other impacts: {'; '.join(different.values())}; {_RESTART}")
     if versions:
-        logging.warning("%s was begun with other versions: %s", directory, "; ".join(versions))
+        logger.warning("%s was begun with other versions: %s", directory, "; ".join(versions))
 
 
 def part_rows(num_rows: int, part: int, num_parts: int) -> range:
@@ -129,7 +131,7 @@ def missing_parts(directory: StrPath, num_parts: int, verify: bool = True) -> li
         if not (path.exists() and path.with_suffix(".json").exists()):
             missing.append(part)
         elif verify and not _is_whole(path, _read(path)):
-            logging.warning("%s is damaged (its sha256 is not that of its .json) and counts as missing", path)
+            logger.warning("%s is damaged (its sha256 is not that of its .json) and counts as missing", path)
             missing.append(part)
     return missing
 

@@ -3,6 +3,7 @@
 Legend: T and S tokens, D width.
 """
 
+import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -11,12 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from flax import nnx, traverse_util
 from jaxtyping import Array, Float
 
 from tif_jax.errors import InputError
-from tif_jax.models import create_model
+from tif_jax.models import ViT
+
+logger = logging.getLogger(__name__)
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -75,19 +77,16 @@ _UNSUPPORTED = {  # pattern of a parameter's name: what it belongs to, the remed
     r"^blocks\.\d+\.\d+\.": ("DINOv2 in chunks of blocks", "save it with block_chunks=0"),
     r"^attn_pool\.": ("attention pooling (SigLIP)", _SAVE),
     r"^norm_pre\.": ("a norm before the first block (CLIP)", _SAVE),
-    r"^pre_logits\.|^head\.\w+\.": ("a head of several layers", "remove it and give num_classes for a fresh one"),
     r"\.mlp\.(w12|w3|w1|w2|fc1_g|fc1_x)\.": ("a SwiGLU feed-forward network (DINOv2 giant, EVA-02)", _SAVE),
     r"\.(attn|mlp)\.(inner_)?norm\.|lambda_": ("norms inside attention or feed-forward network", _SAVE),
     r"rope|freqs_cis": ("rotary position embedding (EVA-02, DINOv3)", _SAVE),
     r"relative_position|rel_pos": ("relative position bias (Swin, BEiT)", _SAVE),
     r"\.gamma_[12]$|\.[qv]_bias$|\.[qkv]_proj\.": ("the block of BEiT, EVA or CaiT", _SAVE),
     r"\.in_proj\.": ("attention and feed-forward network in parallel (ViT-22B)", _SAVE),
-    r"running_mean|^stages\.|^layers\.\d|^layer\d\.|^features\.|^stem|^conv": (
-        "a convolutional or Swin network",
-        _SAVE,
-    ),
+    r"running_mean|^stages\.|^layers?\.?\d|^features\.|^stem|^conv": ("a convolutional or Swin network", _SAVE),
     r"^patch_embed\.(?!proj\.(weight|bias)$)": ("a patch embedding of several layers (hybrid ViT)", _SAVE),
     r"^embeds\.": ("NaFlexViT", _SAVE),
+    r"^pre_logits\.|^head\.\w+\.": ("a head of several layers", "remove it and give num_classes for a fresh one"),
 }
 _NEEDED = ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight")
 _RANKS = dict(zip(_NEEDED, (4, 3, 2, 2), strict=True)) | {
@@ -96,12 +95,8 @@ _RANKS = dict(zip(_NEEDED, (4, 3, 2, 2), strict=True)) | {
     "register_tokens": 3,
     "head.weight": 2,
 }
-_NUM_HEADS = {
-    1152: 16,
-    1280: 16,
-    1408: 16,
-    1664: 16,
-}  # so400m, huge, giant, gigantic; everything else: 64 channels a head
+# timm's so400m, huge, giant and gigantic; everything else has 64 channels a head.
+_NUM_HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
 _LAYER_SCALE = 1e-5  # any number: the file's values replace it
 
 
@@ -109,9 +104,8 @@ def infer_fields(tensors: Tensors, **given: Any) -> dict[str, Any]:
     """Fields of `ViT` for a file's tensors; `given` fields override those that names and shapes cannot tell.
 
     These are image_size (default: the square that the position embedding was trained for; needed where it is not one),
-    num_classes (needed without a head), num_heads (default width / 64, but 16 for timm's so400m, huge, giant and gigantic;
-    q/k norms tell it), pool, gelu, norm_eps, drop_path. Names and shapes cannot tell either that a block applies its norms
-    after the branches (timm's `rpn` models): such a file is not recognised and predicts nonsense.
+    num_classes (needed without a head), num_heads (default width / 64, but 16 for timm's so400m, huge, giant and
+    gigantic; q/k norms tell it), pool, gelu, norm_eps, drop_path.
     Raises InputError for another architecture, by name, and for given fields that contradict the file.
     """
     _refuse_unsupported(tensors)
@@ -141,7 +135,7 @@ def infer_fields(tensors: Tensors, **given: Any) -> dict[str, Any]:
         fields["num_heads"] = _NUM_HEADS.get(width, width // 64)
         if not fields["num_heads"] or width % fields["num_heads"]:
             raise InputError(f"the number of heads at width {width} is not in the file; give num_heads")
-        logging.info("num_heads %d, by convention for width %d", fields["num_heads"], width)
+        logger.info("num_heads %d, by convention for width %d", fields["num_heads"], width)
     side = grid[0] * patch_size
     fields["image_size"] = side if grid[0] == grid[1] else (side, grid[1] * patch_size)
     fields["pool"] = "class" if has_class and "fc_norm.weight" not in tensors else "mean"
@@ -160,7 +154,7 @@ def to_params(tensors: Tensors, fields: Mapping[str, Any]) -> dict[str, Any]:
     """
     _refuse_unsupported(tensors)
     # One block stands for all, because tracing a deep model takes seconds.
-    model = nnx.eval_shape(lambda: create_model({**fields, "depth": 1}))
+    model = nnx.eval_shape(lambda: ViT(**{**fields, "depth": 1}, rngs=nnx.Rngs(0)))
     wanted = traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)), sep="/")
     block = {path.removeprefix("block_0/"): shape for path, shape in wanted.items() if path.startswith("block_0/")}
     wanted |= {f"block_{i}/{path}": shape for i in range(fields["depth"]) for path, shape in block.items()}
@@ -176,7 +170,7 @@ def to_params(tensors: Tensors, fields: Mapping[str, Any]) -> dict[str, Any]:
         )
     num_special, grid = _positions(tensors, model.image_size)
     if grid != model.grid:
-        logging.info("Position embedding resized from %dx%d to %dx%d patches", *grid, *model.grid)
+        logger.info("Position embedding resized from %dx%d to %dx%d patches", *grid, *model.grid)
         resized = resize_position_embedding(tensors["pos_embed"], grid, model.grid, num_special)
         tensors = {**tensors, "pos_embed": resized}
 
@@ -251,9 +245,9 @@ def _positions(tensors: Tensors, image_size: int | Sequence[int] | None) -> tupl
             if grid[0] * grid[1] == rows - num_special:
                 return num_special, grid
     raise InputError(
-        f"pos_embed has {rows} rows: no square raster of patches with {' or '.join(map(str, candidates))} special tokens in "
-        "front; give the image_size=(height, width) of a checkpoint that is not square (positions of register tokens are "
-        "not supported)"
+        f"pos_embed has {rows} rows: no square raster of patches with {' or '.join(map(str, candidates))} special "
+        "tokens in front; give the image_size=(height, width) of a checkpoint that is not square (positions of "
+        "register tokens are not supported)"
     )
 
 
@@ -275,3 +269,6 @@ def _refuse_unsupported(tensors: Tensors) -> None:
         )
     if shapes["blocks.0.mlp.fc1.weight"][0] == 2 * shapes["blocks.0.mlp.fc2.weight"][1]:
         raise InputError(f"blocks.0.mlp is a packed SwiGLU network (DINOv2 giant), which is not supported; {_SAVE}")
+    if "fc_norm.weight" in tensors and not {"cls_token", "blocks.0.attn.qkv.bias"} & tensors.keys():
+        # Its names and shapes are those of an ordinary ViT; that it lacks both of these is its only mark.
+        raise InputError(f"without cls_token and blocks.0.attn.qkv.bias this is timm's post-norm ViT (rpn); {_SAVE}")

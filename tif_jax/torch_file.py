@@ -1,8 +1,8 @@
 """Reads tensors out of PyTorch's .pth/.pt files without PyTorch and without running what a pickle may carry.
 
-Such a file is a zip of one pickle (`data.pkl`: the containers, and for each tensor its storage, offset, shape and strides)
-and one raw little-endian file per storage. The pickle may name any Python function to be called; here it gets the four
-that rebuild tensors and dictionaries, and everything else is refused by name.
+Such a file is a zip of one pickle (`data.pkl`: the containers, and for each tensor its storage, offset, shape and
+strides) and one raw little-endian file per storage. The pickle may name any Python function to be called; here
+it gets the four that rebuild tensors and dictionaries, and everything else is refused by name.
 """
 
 import io
@@ -36,14 +36,12 @@ def read_torch(path: Path) -> Any:
 
     Raises InputError for a damaged file, for the format before PyTorch 1.6 and for a pickle that names anything else.
     """
-    if not zipfile.is_zipfile(path):
-        with path.open("rb") as file:
-            if file.read(len(_LEGACY_MAGIC)) == _LEGACY_MAGIC:
-                raise InputError(
-                    f"{path} is in PyTorch's format before version 1.6, which is not read here; with a PyTorch at hand: "
-                    "torch.save(torch.load(old, weights_only=True), new)"
-                )
-        raise InputError(f"{path} is not a PyTorch file, or it is cut short; copy or download it again")
+    with path.open("rb") as file:
+        if file.read(len(_LEGACY_MAGIC)) == _LEGACY_MAGIC:
+            raise InputError(
+                f"{path} is in PyTorch's format before version 1.6, which is not read here; with a PyTorch at hand: "
+                "torch.save(torch.load(old, weights_only=True), new)"
+            )
     try:
         with zipfile.ZipFile(path) as archive:
             return _Unpickler(archive, path).load()
@@ -51,7 +49,9 @@ def read_torch(path: Path) -> Any:
         raise
     except Exception as error:  # whatever a parser of untrusted bytes trips over means that the file is damaged
         reason = str(error).split("\n")[0]
-        raise InputError(f"{path} is damaged ({type(error).__name__}: {reason}); copy or download it again") from error
+        raise InputError(
+            f"{path} is damaged or no PyTorch file ({type(error).__name__}: {reason}); copy or download it again"
+        ) from error
 
 
 class _Unpickler(pickle.Unpickler):
@@ -79,8 +79,9 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) in known:
             return known[module, name]
         raise InputError(
-            f"{self._path} asks for {module}.{name}: only tensors in plain containers are read. If you trust the file, "
-            "save its tensors alone with PyTorch: torch.save(torch.load(old, weights_only=False)['model'], new)"
+            f"{self._path} asks for {f'{module}.{name}'!r}: only tensors in plain containers are read. "
+            "If you trust the file, save its tensors alone with PyTorch: "
+            "torch.save(torch.load(old, weights_only=False)['model'], new)"
         )
 
     def persistent_load(self, pid: tuple[str, str, str, str, int]) -> np.ndarray:

@@ -1,14 +1,14 @@
 """Handwritten digits among fragments of other digits: a data set to learn on without a download.
 
-One real digit (scikit-learn's `load_digits`) stands whole on a canvas that is otherwise a mosaic of small squares cut from other
-digits and turned at random. Ink, blankness and contrast are those of digits everywhere and every position is equally likely, so
-which tokens matter shows only in whether strokes go on: a ranking has to look at what is in a token.
+One real digit (scikit-learn's `load_digits`) stands whole on a canvas that is otherwise a mosaic of small squares cut
+from other digits and turned at random. The clutter has the digits' mean ink and the digit may stand anywhere, so the surest
+sign of a token that matters is that strokes go on in it: a ranking has to look at what is in a token.
 """
 
 from functools import cache
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from tif_jax.data.source import Example
@@ -25,8 +25,8 @@ _BLOCK = 1000  # canvases per random generator: canvas i is the same whatever nu
 class Digits:
     """`num_examples` canvases of image_size x image_size pixels, in memory; canvas i depends on seed, split and i alone.
 
-    The splits share no handwritten digit, in the fragments neither. Raises InputError for an unknown split, fewer than one canvas
-    or a canvas smaller than a digit.
+    The splits share no handwritten digit, in the fragments neither. Raises InputError for an unknown split, fewer than one
+    canvas or a canvas smaller than a digit.
     """
 
     num_classes = 10
@@ -59,3 +59,62 @@ class Digits:
         index = range(len(self))[index]
         image = np.repeat(self._images[index, :, :, None], 3, axis=2)
         return {"id": f"{self._split}/{index:06d}", "image": image, "label": int(self._labels[index])}
+
+
+@cache
+def _drawn_digits(split: str) -> tuple[dict[int, UInt8[np.ndarray, "D S S"]], Int[np.ndarray, " D"]]:
+    """The split's digits, drawn smoothly at every size, and their labels."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    train, test = train_test_split(
+        np.arange(len(digits.target)), test_size=NUM_TEST_DIGITS, stratify=digits.target, random_state=0
+    )
+    indices = train if split == "train" else test
+    return {size: np.stack([_draw(digits.images[i], size) for i in indices]) for size in SIZES}, digits.target[indices]
+
+
+def _draw(digit: Float[np.ndarray, "8 8"], size: int) -> UInt8[np.ndarray, "S S"]:
+    grey = np.asarray(Image.fromarray((digit / 16).astype(np.float32)).resize((size, size), Image.Resampling.BICUBIC))
+    crisp = 0.5 + 2.5 * (grey - 0.5)  # strokes with an edge, as a pen leaves them
+    return (255 * np.clip(crisp, 0, 1)).astype(np.uint8)
+
+
+def _fragments(drawn: dict[int, UInt8[np.ndarray, "D S S"]], rng: np.random.Generator) -> UInt8[np.ndarray, "M F F"]:
+    """Squares cut anywhere from the drawn digits, one eighth of them in each turned and mirrored position."""
+    cut = []
+    for size, digits in drawn.items():
+        # Wrapped, so that the blank margins are cut as often as the rest: the clutter has the digits' mean ink.
+        wrapped = np.pad(digits, ((0, 0), (0, FRAGMENT - 1), (0, FRAGMENT - 1)), mode="wrap")
+        windows = np.lib.stride_tricks.sliding_window_view(wrapped, (FRAGMENT, FRAGMENT), axis=(1, 2))
+        corners = rng.integers(size, size=(2, _NUM_FRAGMENTS // len(drawn)))
+        cut.append(windows[rng.integers(len(digits), size=corners.shape[1]), *corners])
+    fragments = np.concatenate(cut)
+    for i in range(8):
+        turned = np.rot90(fragments[i::8], i % 4, axes=(1, 2))
+        fragments[i::8] = turned[:, ::-1] if i < 4 else turned
+    return fragments
+
+
+def _canvases(
+    drawn: dict[int, UInt8[np.ndarray, "D S S"]],
+    fragments: UInt8[np.ndarray, "M F F"],
+    image_size: int,
+    rng: np.random.Generator,
+) -> tuple[UInt8[np.ndarray, "n Y X"], Int[np.ndarray, " n"]]:
+    """A block of canvases and which digit stands on each."""
+    side = image_size // FRAGMENT + 2
+    tiles = fragments[rng.integers(len(fragments), size=(_BLOCK, side, side))]
+    mosaics = tiles.swapaxes(2, 3).reshape(_BLOCK, side * FRAGMENT, side * FRAGMENT)
+    shifts = rng.integers(FRAGMENT, size=(_BLOCK, 2))
+    digits = rng.integers(len(drawn[SIZES[0]]), size=_BLOCK)
+    sizes = rng.choice(SIZES, size=_BLOCK)
+    corners = rng.integers(image_size - sizes[:, None] + 1, size=(_BLOCK, 2))
+    canvases = np.empty((_BLOCK, image_size, image_size), np.uint8)
+    for canvas, mosaic, (dy, dx), digit, size, (y, x) in zip(
+        canvases, mosaics, shifts, digits, sizes, corners, strict=True
+    ):
+        canvas[:] = mosaic[dy : dy + image_size, dx : dx + image_size]
+        canvas[y : y + size, x : x + size] = drawn[size][digit]
+    return canvases, digits

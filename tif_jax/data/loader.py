@@ -6,11 +6,11 @@ view v > 0 is an augmentation drawn from (index, v) and nothing else, so that im
 Legend: B images of a batch, R records, Y rows, X columns.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from absl import logging
 from jaxtyping import Float32, Int, Shaped
 from PIL import Image
 
@@ -18,6 +18,8 @@ from tif_jax.data.options import DataOptions, Settings, read_options
 from tif_jax.data.preprocess import augmented_view, evaluation_view
 from tif_jax.data.source import Source, UnreadableImage
 from tif_jax.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 FRESH = -1  # in place of a view: an augmentation drawn anew whenever the image comes round
 
@@ -166,7 +168,7 @@ class _Loader:
 
     def _leave_out(self, index: int, reason: str) -> None:
         if self.unreadable.setdefault(index, reason) is reason:  # one atomic step: several threads may come here
-            logging.warning("Left out: %s", reason)
+            logger.warning("Left out: %s", reason)
         if self._endless and len(self.unreadable) == self._num_images:
             raise InputError(f"none of the {self._num_images} images can be read; one of them: {reason}")
 

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -47,23 +48,35 @@ def create_model(name: str | dict[str, Any], *, reducer: str = "full", seed: int
     name: timm's name, or a dict of `ViT`'s fields. options: fields of `ViT` (num_classes, image_size, dtype, ...) and
     of the reducer (keep_ratio, ...). Raises InputError for anything unknown.
     """
-    fields = model_fields(name) if isinstance(name, str) else dict(name)
-    reducer_options = {k: options.pop(k) for k in list(options) if k not in MODEL_FIELDS}
-    fields |= options
-    if unknown := sorted(set(fields) - MODEL_FIELDS):
-        raise InputError(f"Unknown model fields {', '.join(unknown)}. Known: {', '.join(sorted(MODEL_FIELDS))}")
-    defaults = {k: p.default for k, p in inspect.signature(ViT.__init__).parameters.items()}
-    width, patch_size, image_size = ((defaults | fields)[k] for k in ("width", "patch_size", "image_size"))
-    height, columns = (image_size, image_size) if isinstance(image_size, int) else image_size
-    num_patches = (height // patch_size) * (columns // patch_size)
-
-    def build(key: Key[Array, ""]) -> ViT:
-        rngs = nnx.Rngs(key)
-        built = reducers.build(reducer, width=width, num_patches=num_patches, rngs=rngs, **reducer_options)
-        return ViT(**fields, reducer=built, rngs=rngs)
-
+    build = blueprint(name, reducer=reducer, **options)
     # One compiled program draws all the weights: drawn one by one they would take seconds.
     model = nnx.eval_shape(build, jax.random.key(0))
     params = jax.jit(lambda key: nnx.to_pure_dict(nnx.state(build(key), nnx.Param)))(jax.random.key(seed))
     nnx.update(model, params)
     return model
+
+
+def blueprint(name: str | dict[str, Any], *, reducer: str = "full", **options: Any) -> Callable[[Key[Array, ""]], ViT]:
+    """`create_model` up to the drawing of weights: a function of the random key, for `nnx.eval_shape` or `jax.jit`."""
+    fields = model_fields(name) if isinstance(name, str) else dict(name)
+    reducer_options = {k: options.pop(k) for k in list(options) if k not in MODEL_FIELDS}
+    fields |= options
+    if unknown := sorted(set(fields) - MODEL_FIELDS):
+        raise InputError(f"Unknown model fields {', '.join(unknown)}. Known: {', '.join(sorted(MODEL_FIELDS))}")
+    rows, columns = grid_of(fields)
+    width = fields.get("width", inspect.signature(ViT.__init__).parameters["width"].default)
+
+    def build(key: Key[Array, ""]) -> ViT:
+        rngs = nnx.Rngs(key)
+        built = reducers.build(reducer, width=width, num_patches=rows * columns, rngs=rngs, **reducer_options)
+        return ViT(**fields, reducer=built, rngs=rngs)
+
+    return build
+
+
+def grid_of(fields: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and columns of the patch raster of a `ViT` with these fields."""
+    defaults = inspect.signature(ViT.__init__).parameters
+    patch_size, image_size = (fields.get(key, defaults[key].default) for key in ("patch_size", "image_size"))
+    height, columns = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return height // patch_size, columns // patch_size

@@ -12,6 +12,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
@@ -47,9 +48,27 @@ class Attention(nnx.Module):
         query, key, value = rearrange(self.qkv(x), "b t (three h c) -> three b t h c", three=3, h=self.num_heads)
         if self.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
-        bias = None if key_log_weight is None else key_log_weight[:, None, None, :].astype(query.dtype)
-        mixed = jax.nn.dot_product_attention(query, key, value, bias=bias)  # softmax in float32 for every dtype
-        return self.out(rearrange(mixed, "b t h c -> b t (h c)")), QueryKey(query, key)
+        mixed = _attend(query, key, value, key_log_weight)
+        return self.out(rearrange(mixed, "b h t c -> b t (h c)")), QueryKey(query, key)
+
+
+def _attend(
+    query: Float[Array, "B T H C"],
+    key: Float[Array, "B T H C"],
+    value: Float[Array, "B T H C"],
+    key_log_weight: Float[Array, "B T"] | None,
+) -> Float[Array, "B H T C"]:
+    """softmax(query key^T / sqrt(C) + key_log_weight) value, the softmax in float32 for bfloat16 too.
+
+    Heads are made a batch axis first: on a CPU 1.5 times as fast as jax.nn.dot_product_attention, which keeps them third.
+    """
+    query, key, value = (rearrange(x, "b t h c -> b h t c") for x in (query, key, value))
+    logits = (
+        jnp.einsum("bhtc,bhsc->bhts", query, key, preferred_element_type=_wide(query.dtype)) / query.shape[-1] ** 0.5
+    )
+    if key_log_weight is not None:
+        logits = logits + key_log_weight[:, None, None, :].astype(logits.dtype)
+    return jnp.einsum("bhts,bhsc->bhtc", jax.nn.softmax(logits, axis=-1).astype(value.dtype), value)
 
 
 class FeedForward(nnx.Module):
@@ -220,14 +239,14 @@ class ViT(nnx.Module):
     def blocks(self) -> Sequence[Block]:
         return [getattr(self, f"block_{i}") for i in range(self.depth)]
 
-    def embed(self, images: Float[Array, "B Y X 3"]) -> Float[Array, "B T D"]:
+    def embed(self, images: Float[Array | np.ndarray, "B Y X 3"]) -> Float[Array, "B T D"]:
         """Tokens before the first block: class, distillation and register tokens, then the patches in raster order."""
         if images.shape[1:] != (*self.image_size, 3):
             raise InputError(
                 f"images have shape {images.shape}; this model takes (B, {self.image_size[0]}, {self.image_size[1]}, 3)"
             )
         p = self.patch_size
-        patches = rearrange(images, "b (y p) (x q) c -> b (y x) (p q c)", p=p, q=p).astype(self.dtype)
+        patches = rearrange(jnp.asarray(images), "b (y p) (x q) c -> b (y x) (p q c)", p=p, q=p).astype(self.dtype)
         patches = self.patch_embedding(patches) + self.patch_positions()
         special = [
             jnp.broadcast_to(token.astype(self.dtype), (images.shape[0], *token.shape[1:]))
@@ -258,7 +277,7 @@ class ViT(nnx.Module):
         return logits, aux
 
     def __call__(
-        self, images: Float[Array, "B Y X 3"], rngs: nnx.Rngs | None = None
+        self, images: Float[Array | np.ndarray, "B Y X 3"], rngs: nnx.Rngs | None = None
     ) -> tuple[Float[Array, "B L"], Aux]:
         """Class logits and the reducer's side channel. Deterministic unless `rngs` is given (training)."""
         x, aux = self.encode(self.embed(images), rngs)
@@ -282,8 +301,13 @@ class ViT(nnx.Module):
         return special + ([self.register_tokens[...]] if hasattr(self, "register_tokens") else [])
 
 
+def _wide(dtype: jnp.dtype) -> jnp.dtype:
+    """float32, or float64 where we compute in that."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 def _at_least_float32(y: Float[Array, "..."]) -> Float[Array, "..."]:
-    return y.astype(jnp.promote_types(y.dtype, jnp.float32))
+    return y.astype(_wide(y.dtype))
 
 
 def _scale(y: Float[Array, "B T D"], scale: Float[Array, " D"]) -> Float[Array, "B T D"]:

@@ -1,0 +1,167 @@
+"""The oracle against brute force: a slow numpy network that masks one token at a time."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from reference import random_timm_tensors, vit_forward
+from scipy.special import log_softmax, softmax
+
+from tif_jax import oracle
+from tif_jax.errors import InputError
+from tif_jax.loading import load
+from tif_jax.models import create_model
+from tif_jax.oracle import token_impact
+from tif_jax.state import make_mesh
+from tif_jax.tokens import gates_to_log_weight
+
+NUM_PATCHES, NUM_HEADS = 6, 2
+LABELS = np.array([0, 3, 1])
+KEYWORD = {"zero": "zeroed", "content": "position_only", "drop": "dropped"}
+
+
+@pytest.fixture(scope="module", params=["class", "mean"])
+def network(request, tmp_path_factory):
+    """(tensors in timm's layout, pool, our model in float64, images)."""
+    rng = np.random.default_rng(0)
+    tensors = random_timm_tensors(rng, width=16, depth=2, patch_size=4, grid=(2, 3), num_classes=5, pool=request.param)
+    import safetensors.numpy
+
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    safetensors.numpy.save_file(tensors, path)
+    with jax.enable_x64(True):
+        model = load(path, num_heads=NUM_HEADS, image_size=(8, 12), dtype="float64", pool=request.param)
+        nnx.update(model, jax.tree.map(lambda x: x.astype(jnp.float64), nnx.state(model, nnx.Param)))
+    return tensors, request.param, model, rng.normal(size=(3, 8, 12, 3))
+
+
+def brute_force(tensors, pool, images, mask, target):
+    """Impact by the definition, one masked forward at a time."""
+    forward = lambda **masked: vit_forward(tensors, images, num_heads=NUM_HEADS, pool=pool, **masked)  # noqa: E731
+    clean = forward()
+
+    def loss(logits):
+        if target == "label":
+            return -log_softmax(logits, axis=1)[np.arange(3), LABELS]
+        return (softmax(clean, axis=1) * (log_softmax(clean, axis=1) - log_softmax(logits, axis=1))).sum(axis=1)
+
+    return np.stack([loss(forward(**{KEYWORD[mask]: [i]})) - loss(clean) for i in range(NUM_PATCHES)], axis=1)
+
+
+@pytest.mark.parametrize("target", oracle.TARGETS)
+@pytest.mark.parametrize("mask", oracle.MASKS)
+def test_exact_is_brute_force(network, mask, target):
+    tensors, pool, model, images = network
+    expected = brute_force(tensors, pool, images, mask, target)
+    with jax.enable_x64(True):
+        impact = token_impact(model, jnp.asarray(images), LABELS, mask=mask, target=target, chunk=4)  # 6 = 4 + 2 padded
+    assert np.abs(expected).max() > 1e-3
+    np.testing.assert_allclose(impact, expected, atol=1e-10)
+
+
+def gated_loss(model, images, gates):
+    x = model.embed(images)
+    weight = gates_to_log_weight(gates, model.num_special)
+    for block in model.blocks:
+        x, _ = block(x, weight)
+    logits = model.predict(x, {}, gates)[0]
+    return -jax.nn.log_softmax(logits)[jnp.arange(3), LABELS]
+
+
+def test_gate_zero_is_drop(network):
+    _, _, model, images = network
+    with jax.enable_x64(True):
+        images = jnp.asarray(images)
+        gates = jnp.ones((3, NUM_PATCHES))
+        without = gated_loss(model, images, gates.at[:, 2].set(0.0)) - gated_loss(model, images, gates)
+        dropped = token_impact(model, images, LABELS, mask="drop")[:, 2]
+    np.testing.assert_allclose(without, dropped, atol=1e-10)
+
+
+def test_gradient_is_the_finite_difference_of_the_gated_loss(network):
+    _, _, model, images = network
+    with jax.enable_x64(True):
+        images = jnp.asarray(images)
+        gradient = token_impact(model, images, LABELS, estimator="gradient")
+        loss = jax.jit(lambda gates: gated_loss(model, images, gates))
+        step = 1e-5
+        for i in range(NUM_PATCHES):
+            up, down = (jnp.ones((3, NUM_PATCHES)).at[:, i].add(s) for s in (step, -step))
+            np.testing.assert_allclose(gradient[:, i], -(loss(up) - loss(down)) / (2 * step), atol=1e-6)
+
+
+def test_sampled_is_unbiased():
+    """The mean over many random masks is the mean over all of them, here all 2^4, each with its probability."""
+    model = create_model(dict(image_size=16, patch_size=8, width=16, depth=2, num_heads=2, num_classes=3))
+    images = 3 * jax.random.normal(jax.random.key(1), (3, 16, 16, 3))
+    labels = jnp.array([0, 1, 2])
+    masks = np.array([[(m >> i) & 1 for i in range(4)] for m in range(16)], np.float32)
+
+    def loss(gates):
+        x = model.embed(images)
+        weight = gates_to_log_weight(gates, 1)
+        for block in model.blocks:
+            x, _ = block(x, weight)
+        return -jax.nn.log_softmax(model.predict(x, {})[0])[jnp.arange(3), labels].sum()
+
+    at = jax.jit(jax.vmap(lambda mask: -jax.grad(loss)(jnp.broadcast_to(jnp.maximum(mask, 1e-3)[None], (3, 4)))))(masks)
+    kept = masks.sum(axis=1)
+    probability = 0.7**kept * 0.3 ** (4 - kept)
+    expected = np.einsum("m,mbn->bn", probability, at)
+    deviation = np.sqrt(np.einsum("m,mbn->bn", probability, (at - expected[None]) ** 2))
+    sampled = token_impact(model, images, labels, estimator="sampled", num_samples=4000, keep_ratio=0.7)
+    assert (np.abs(sampled - expected) < 5 * deviation / np.sqrt(4000) + 1e-6).all()
+    one, other = (token_impact(model, images, labels, estimator="sampled", num_samples=8, seed=s) for s in (0, 1))
+    again = token_impact(model, images, labels, estimator="sampled", num_samples=8, seed=0)
+    np.testing.assert_array_equal(one, again)
+    assert (np.asarray(one) != np.asarray(other)).any()
+
+
+@pytest.mark.parametrize("options", [dict(estimator="exact", mask="zero"), dict(estimator="sampled", mask="drop")])
+def test_sharded_is_the_same_and_without_communication(options):
+    model = create_model(dict(image_size=16, patch_size=8, width=16, depth=2, num_heads=2, num_classes=3))
+    images, labels = jax.random.normal(jax.random.key(0), (8, 16, 16, 3)), jnp.arange(8) % 3
+    settings = dict(target="label", num_samples=2, keep_ratio=0.5) | options
+    score = oracle.scorer(model, make_mesh(8), **settings)
+    scores = score(images, labels)
+    assert len(scores.impact.sharding.device_set) == 8
+    np.testing.assert_allclose(scores.impact, token_impact(model, images, labels, **settings), atol=1e-6)
+    logits = jax.jit(lambda x: model(x)[0])(images)
+    np.testing.assert_array_equal(scores.prediction, logits.argmax(axis=1))
+    np.testing.assert_allclose(scores.loss, -jax.nn.log_softmax(logits)[jnp.arange(8), labels], atol=1e-5)
+    text = score.func.lower(*score.args, images, labels).compile().as_text()
+    assert not any(op in text for op in ("all-reduce", "all-gather", "all-to-all", "collective-permute"))
+
+
+def test_unlabelled_images_have_no_loss_but_teacher_impact():
+    model = create_model(dict(image_size=16, patch_size=8, width=16, depth=1, num_heads=2, num_classes=3))
+    images = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
+    impact = token_impact(model, images, target="teacher")
+    assert (np.asarray(impact) >= -1e-6).all() and np.abs(impact).max() > 0
+    score = oracle.scorer(
+        model, make_mesh(2), estimator="exact", mask="zero", target="teacher", num_samples=1, keep_ratio=0.5
+    )
+    assert np.isnan(score(images, jnp.array([-1, -1])).loss).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(estimator="shapley"), "estimator is 'shapley'; allowed: exact, gradient, sampled"),
+        (dict(mask="blur"), "mask is 'blur'; allowed"),
+        (dict(target="model"), "target is 'model'; allowed"),
+        (dict(estimator="sampled", mask="zero"), "'drop' by definition"),
+        (dict(estimator="gradient", target="teacher"), "zero everywhere"),
+        (dict(estimator="sampled", num_samples=0), "num_samples is 0"),
+        (dict(estimator="sampled", keep_ratio=1.5), "keep_ratio is 1.5"),
+    ],
+)
+def test_misuse(options, message):
+    model = create_model(dict(image_size=16, patch_size=8, width=16, depth=1, num_heads=2, num_classes=3))
+    with pytest.raises(InputError, match=message):
+        token_impact(model, jnp.zeros((1, 16, 16, 3)), jnp.zeros(1, jnp.int32), **options)
+    with pytest.raises(InputError, match="target 'label' needs labels"):
+        token_impact(model, jnp.zeros((1, 16, 16, 3)))
+    with pytest.raises(InputError, match="classes 0..2"):
+        token_impact(model, jnp.zeros((1, 16, 16, 3)), jnp.array([3]))
