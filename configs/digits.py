@@ -1,6 +1,6 @@
 """The whole pipeline on a CPU, with nothing to download: handwritten digits among fragments of other digits.
 
-    tif run --config configs/digits.py --workdir runs/digits
+tif run --config configs/digits.py --workdir runs/digits
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
                 name="digits",
                 root="",
                 image_size=64,
-                num_train=20_000,
+                num_train=30_000,
                 num_test=5_000,
                 crop_fraction=1.0,
                 mean=(0.5, 0.5, 0.5),
@@ -29,14 +29,22 @@ def get_config() -> ConfigDict:
             backbone=dict(
                 init_from="",
                 model=dict(
-                    image_size=64, patch_size=8, width=64, depth=4, num_heads=2, num_classes=10, pool="class"
+                    image_size=64,
+                    patch_size=8,
+                    width=96,
+                    depth=2,
+                    num_heads=3,
+                    num_classes=10,
+                    pool="mean",
+                    class_token=False,
                 ),
-                num_epochs=10.0,
-                batch_size=128,
-                learning_rate=1e-3,
-                final_learning_rate=1e-5,
-                warmup_epochs=1.0,
+                num_epochs=3.5,
+                batch_size=64,
+                learning_rate=2e-3,
+                final_learning_rate=1e-6,
+                warmup_epochs=0.35,
                 weight_decay=0.05,
+                clip_norm=1.0,
                 label_smoothing=0.0,
                 drop_path=0.0,
             ),
@@ -62,14 +70,16 @@ def get_config() -> ConfigDict:
                 final_learning_rate=1e-5,
                 warmup_epochs=1.0,
                 weight_decay=1e-4,
+                clip_norm=1.0,
             ),
             finetune=dict(
-                num_epochs=3.0,
-                batch_size=128,
-                learning_rate=3e-4,
+                num_epochs=0.5,
+                batch_size=64,
+                learning_rate=5e-4,
                 final_learning_rate=1e-6,
-                warmup_epochs=0.2,
+                warmup_epochs=0.05,
                 weight_decay=0.05,
+                clip_norm=1.0,
                 label_smoothing=0.0,
                 drop_path=0.0,
             ),

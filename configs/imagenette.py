@@ -63,6 +63,7 @@ def get_config() -> ConfigDict:
                 final_learning_rate=1e-5,
                 warmup_epochs=1.0,
                 weight_decay=1e-2,
+                clip_norm=1.0,
             ),
             finetune=dict(
                 num_epochs=10.0,
@@ -71,6 +72,7 @@ def get_config() -> ConfigDict:
                 final_learning_rate=1e-6,
                 warmup_epochs=0.5,
                 weight_decay=0.05,
+                clip_norm=1.0,
                 label_smoothing=0.1,
                 drop_path=0.0,
             ),

@@ -62,10 +62,10 @@ def test_the_labelled_digit_stands_whole_on_the_canvas(train):
         )
 
 
-def test_ink_is_the_same_in_digits_and_clutter(train):
-    drawn, _ = digits._drawn_digits("train")
+def test_ink_is_the_same_in_digits_and_clutter():
+    drawn, _ = digits._drawn_digits("test")
     in_digits = np.mean([digit.mean() for digit in drawn.values()])
-    grey = images(train)[..., 0]
+    grey = images(Digits("test", 1000))[..., 0]
     assert grey.mean() == pytest.approx(in_digits, rel=0.05)
     blocks = grey.reshape(-1, 8, 8, 8, 8).mean(axis=(0, 2, 4))
     np.testing.assert_allclose(blocks, in_digits, rtol=0.15)
@@ -74,11 +74,16 @@ def test_ink_is_the_same_in_digits_and_clutter(train):
 def test_every_position_and_size_occurs():
     white = {size: np.full((1, size, size), 255, np.uint8) for size in digits.SIZES}
     black = np.zeros((1, digits.FRAGMENT, digits.FRAGMENT), np.uint8)
-    canvases, _ = digits._canvases(white, black, 32, np.random.default_rng(0))
+    canvases, _ = digits._canvases(white, black, 40, 0.0, np.random.default_rng(0))
     assert (canvases.max(axis=0) == 255).all()
     areas, counts = np.unique((canvases == 255).sum(axis=(1, 2)), return_counts=True)
     np.testing.assert_array_equal(areas, np.square(digits.SIZES))
     assert counts.min() > 250
+
+
+def test_training_canvases_are_thinned_and_test_canvases_full(train):
+    ink = [np.sort(images(source).mean(axis=(1, 2, 3))) for source in (train, Digits("test", 500))]
+    assert ink[0][100] < 0.7 * ink[1].mean() and ink[1][0] > 0.7 * ink[1].mean()
 
 
 @pytest.mark.parametrize(

@@ -163,5 +163,5 @@ def test_misuse(options, message):
         token_impact(model, jnp.zeros((1, 16, 16, 3)), jnp.zeros(1, jnp.int32), **options)
     with pytest.raises(InputError, match="target 'label' needs labels"):
         token_impact(model, jnp.zeros((1, 16, 16, 3)))
-    with pytest.raises(InputError, match="classes 0..2"):
+    with pytest.raises(InputError, match=r"classes 0\.\.2"):
         token_impact(model, jnp.zeros((1, 16, 16, 3)), jnp.array([3]))

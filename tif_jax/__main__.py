@@ -50,7 +50,11 @@ def use_all_cores() -> None:
     XLA leaves about a third of the cores idle inside one CPU program; a batch spread over devices does not. Accelerators
     are not touched. JAX_NUM_CPU_DEVICES or --xla_force_host_platform_device_count in XLA_FLAGS overrides it.
     """
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    xla_flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_cpu_collective_call_terminate_timeout_seconds" not in xla_flags:
+        # On a busy machine one core's share of a step can come late by more than XLA's 40 s, which then aborts.
+        os.environ["XLA_FLAGS"] = f"{xla_flags} --xla_cpu_collective_call_terminate_timeout_seconds=1200".strip()
+    if "xla_force_host_platform_device_count" not in xla_flags:
         os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(len(os.sched_getaffinity(0))))
     # Two programs in flight at once on the same CPU devices can wait for each other's all-reduce for ever.
     os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "false")

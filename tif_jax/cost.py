@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array
 
 from tif_jax.models.vit import ViT
 
@@ -29,7 +30,9 @@ def cost(model: ViT, image_size: int | tuple[int, int] | None = None) -> Cost:
     graphdef, params = nnx.split(model)
     program = jax.make_jaxpr(lambda params, images: nnx.merge(graphdef, params)(images)[0])(params, images)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-    return Cost(_multiply_adds(program.jaxpr) / 1e9, parameters, _tokens_after_blocks(model, images))
+    lengths: list[int] = []
+    jax.eval_shape(lambda params, images: _walk(nnx.merge(graphdef, params), images, lengths), params, images)
+    return Cost(_multiply_adds(program.jaxpr) / 1e9, parameters, tuple(lengths))
 
 
 @dataclass(frozen=True)
@@ -51,15 +54,10 @@ class _Recorder:
         return self.feed_forward(x, rngs), qk
 
 
-def _tokens_after_blocks(model: ViT, images: jax.ShapeDtypeStruct) -> tuple[int, ...]:
-    lengths: list[int] = []
-
-    def walk(images):
-        x = model.embed(images)
-        return model.reducer([_Recorder(block, lengths) for block in model.blocks], x, model.tokens(x.shape[0]))[0]
-
-    jax.eval_shape(walk, images)
-    return tuple(lengths)
+def _walk(model: ViT, images: Array, lengths: list[int]) -> Array:
+    """The reducer's walk over the blocks, which notes in `lengths` how many tokens leave each."""
+    x = model.embed(images)
+    return model.reducer([_Recorder(block, lengths) for block in model.blocks], x, model.tokens(x.shape[0]))[0]
 
 
 def _multiply_adds(jaxpr) -> int:

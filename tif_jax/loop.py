@@ -49,7 +49,7 @@ def make_step(
         grads, metrics = jax.grad(mean_loss, has_aux=True)(ours)
         updates, opt_state = optimizer.update(grads, state.opt_state, ours)
         params = optim.merge(optax.apply_updates(ours, updates), frozen)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         return State(state.step + 1, params, opt_state), metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float
 
@@ -48,9 +49,13 @@ def impact(
     }
 
 
-def keep_labels(impact: Float[Array, "B N"], rho: float | str = 0.0, keep_ratio: float = 0.5) -> Bool[Array, "B N"]:
+def keep_labels(
+    impact: Float[Array | np.ndarray, "B N"], rho: float | str = 0.0, keep_ratio: float = 0.5
+) -> Bool[Array, "B N"]:
     """Which tokens are worth keeping: impact above rho nats, or with rho 'top' each image's keep_ratio * N highest."""
-    if rho == "top":
+    impact = jnp.asarray(impact)
+    if isinstance(rho, str):
+        assert rho == "top"
         rank = jnp.argsort(jnp.argsort(-impact, axis=1), axis=1)
         return rank < num_kept(keep_ratio, impact.shape[1])
     return impact > rho

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 
 class MetricsLog:
@@ -23,14 +24,14 @@ class MetricsLog:
             self.events.flush()
 
 
-def read(directory: Path) -> list[dict[str, float]]:
+def read(directory: Path) -> list[dict[str, Any]]:
     """The lines of DIRECTORY/metrics.jsonl; empty if there is none."""
     path = directory / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return [line for line in map(_whole, lines) if line is not None]
 
 
-def _whole(line: str) -> dict[str, float] | None:
+def _whole(line: str) -> dict[str, Any] | None:
     try:
         return json.loads(line)
     except json.JSONDecodeError:  # the last line of a run that was killed

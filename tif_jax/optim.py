@@ -60,7 +60,7 @@ def adamw(
     warmup_steps: int = 0,
     weight_decay: float = 0.0,
     no_decay: tuple[str, ...] = (r"bias$", r"scale$", r"token", r"position_embedding"),
-    clip_norm: float | None = None,
+    clip_norm: float = float("inf"),
 ) -> optax.GradientTransformation:
     """AdamW with linear warm-up from 0 and cosine decay to final_learning_rate at num_steps.
 
@@ -75,4 +75,4 @@ def adamw(
         return jax.tree_util.tree_map_with_path(lambda path, _leaf: not exempt.search(path_name(path)), params)
 
     optimizer = optax.adamw(schedule, weight_decay=weight_decay, mask=mask)
-    return optimizer if clip_norm is None else optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
+    return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)

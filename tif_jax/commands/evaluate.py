@@ -131,8 +131,9 @@ def _follow(model: ViT, source, config: ConfigDict, rows: np.ndarray, fixed: dic
             "filter": model.reducer.filter(patches),
             "random": uniform(image_keys(config.seed, images)),
             "token norm": jnp.linalg.norm(patches.astype(jnp.float32), axis=-1),
-            "class attention": rankings.class_attention_ranking(model, images),
         }
+        if model.pool == "class":  # otherwise nothing has taught a class token where to look
+            found["class attention"] = rankings.class_attention_ranking(model, images)
         ranked = {**found, **fixed}
         reduced = {n: [rankings.logits_of_best(model, images, r, k) for k in KEEP_RATIOS] for n, r in ranked.items()}
         return found, logits, reduced

@@ -202,6 +202,7 @@ def _fit(
         final_learning_rate=recipe.final_learning_rate,
         warmup_steps=min(num_steps - 1, round(recipe.warmup_epochs * steps_per_epoch)),
         weight_decay=recipe.weight_decay,
+        clip_norm=recipe.clip_norm,
     )
     params = params_of(model)
     mask = optim.match(trainable, params, trainable_default)

@@ -1,0 +1,84 @@
+"""The DeiT family on ImageNet-1k, for an accelerator.
+
+    tif run --config configs/imagenet.py:deit_small --workdir runs/imagenet_small
+
+Needs TFDS's imagenet2012 prepared as array_record under $TFDS_DATA_DIR (or --config.data.root), and timm's weights
+<name>_patch16_224.safetensors in $TIF_WEIGHTS (default: the current folder; or --config.backbone.init_from).
+"""
+
+import os
+
+from ml_collections import ConfigDict
+
+KNOWN = ("deit_tiny", "deit_small", "deit_base")
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    if arg not in KNOWN:
+        raise ValueError(f"unknown model {arg!r}; this file takes one of {', '.join(KNOWN)} after a colon")
+    batch_size = 1024
+    return ConfigDict(
+        dict(
+            seed=0,
+            seeds=1,
+            quick=False,
+            dtype="bfloat16",
+            data=dict(
+                name="tfds",
+                tfds_name="imagenet2012",
+                root=os.environ.get("TFDS_DATA_DIR", ""),
+                train_split="train",
+                test_split="validation",
+                num_train=0,
+                num_test=0,
+                image_size=224,
+                crop_fraction=0.875,
+                mean=(0.485, 0.456, 0.406),
+                std=(0.229, 0.224, 0.225),
+                augment="crop_flip",
+                on_error="raise",
+                num_workers=16,
+            ),
+            backbone=dict(
+                init_from=os.path.join(os.environ.get("TIF_WEIGHTS", "."), f"{arg}_patch16_224.safetensors"),
+                num_classes=0,
+                num_heads=0,
+            ),
+            score=dict(
+                estimator="sampled", mask="drop", target="label", num_samples=16, keep_ratio=0.5, views=1,
+                num_images=0, batch_size=256, part="",
+            ),
+            reducer=dict(name="tif", keep_ratio=0.5, features="local+global"),
+            filter=dict(
+                labels="top",
+                rho=0.0,
+                balance=False,
+                num_epochs=5.0,
+                batch_size=batch_size,
+                learning_rate=1e-3,
+                final_learning_rate=1e-5,
+                warmup_epochs=0.5,
+                weight_decay=1e-2,
+                clip_norm=1.0,
+            ),
+            finetune=dict(
+                num_epochs=30.0,
+                batch_size=batch_size,
+                learning_rate=2e-5 * batch_size / 512,
+                final_learning_rate=2e-6,
+                warmup_epochs=1.0,
+                weight_decay=0.05,
+                clip_norm=1.0,
+                label_smoothing=0.1,
+                drop_path=0.1,
+            ),
+            evaluate=dict(batch_size=256, num_images=10_000, num_samples=16),
+            benchmark=dict(batch_size=256, dtype="bfloat16", reducers=("full", "random", "prior", "tif")),
+            when_quick=dict(
+                data=dict(num_train=10_000, num_test=2_000),
+                score=dict(num_samples=4),
+                evaluate=dict(num_images=500, num_samples=4),
+                finetune=dict(num_epochs=1.0, warmup_epochs=0.2),
+            ),
+        )
+    )  # fmt: skip

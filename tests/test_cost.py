@@ -1,0 +1,63 @@
+"""Counted costs against published figures and the analytic formula."""
+
+import jax
+import pytest
+from flax import nnx
+
+from tif_jax.cost import cost
+from tif_jax.errors import InputError
+from tif_jax.models import blueprint, create_model
+
+
+def cost_of(name, **options):
+    return cost(nnx.eval_shape(blueprint(name, **options), jax.random.key(0)))
+
+
+def analytic(width, depth, tokens, mlp=4):
+    """GMAC of a ViT/16 at 224 with 1000 classes whose blocks see `tokens` tokens; the embedding sees 196 patches."""
+    block = (4 + 2 * mlp) * tokens * width**2 + 2 * tokens**2 * width
+    return (196 * 768 * width + depth * block + 1000 * width) / 1e9
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "published"),
+    [
+        ("deit_tiny_patch16_224", 192, 1.254),
+        ("deit_small_patch16_224", 384, 4.599),
+        ("deit_base_patch16_224", 768, 17.56),
+    ],
+)
+def test_deit(name, width, published):
+    counted = cost_of(name)
+    assert counted.gmac == pytest.approx(analytic(width, 12, 197), rel=1e-6)
+    assert counted.gmac == pytest.approx(published, abs=0.005)
+    assert counted.tokens == (197,) * 12
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "keep_ratio", "with_filter", "without"),
+    [
+        ("deit_tiny_patch16_224", 192, 0.7, 0.860, 0.849),
+        ("deit_tiny_patch16_224", 192, 0.5, 0.611, 0.600),
+        ("deit_small_patch16_224", 384, 0.7, 3.207, 3.164),
+        ("deit_small_patch16_224", 384, 0.5, 2.294, 2.251),
+    ],
+)
+def test_tif_with_and_without_its_filter(name, width, keep_ratio, with_filter, without):
+    kept = round(196 * keep_ratio)
+    tif = cost_of(name, reducer="tif", keep_ratio=keep_ratio)
+    random = cost_of(name, reducer="random", keep_ratio=keep_ratio)
+    assert tif.gmac == pytest.approx(with_filter, abs=0.001)
+    assert random.gmac == pytest.approx(without, abs=0.001)
+    assert random.gmac == pytest.approx(analytic(width, 12, kept + 1), rel=1e-6)
+    assert tif.tokens == (kept + 1,) * 12
+    assert tif.parameters - random.parameters == sum(
+        (2 * width, width * width + width, width * width, width * width // 2 + width // 2, width // 2 + 1)
+    )
+
+
+def test_size_is_checked():
+    model = create_model(dict(image_size=16, patch_size=8, width=16, depth=1, num_heads=2))
+    assert cost(model, image_size=16) == cost(model)
+    with pytest.raises(InputError, match=r"takes \(B, 16, 16, 3\)"):
+        cost(model, image_size=32)

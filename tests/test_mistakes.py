@@ -1,0 +1,442 @@
+"""What a user can do wrong, and what else can go wrong, as the user sees it: the program's last line and exit status."""
+
+import errno
+import logging
+import pickle
+import re
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import safetensors.numpy
+from PIL import Image
+from reference import random_timm_tensors
+
+from tif_jax.__main__ import main
+from tif_jax.data import loader
+
+CONFIG = """
+from ml_collections import ConfigDict
+
+def get_config():
+    recipe = dict(
+        batch_size=8, learning_rate=1e-3, final_learning_rate=1e-5, warmup_epochs=1.0, weight_decay=0.05,
+        clip_norm=1.0,
+    )
+    return ConfigDict(dict(
+        seed=0, seeds=1, quick=False, dtype="float32",
+        data=dict(
+            name="image_table", root="data", train_split="train.csv", test_split="test.csv", image_size=16,
+            crop_fraction=1.0, augment="none", on_error="raise", num_workers=0,
+        ),
+        backbone=dict(
+            recipe, init_from="", num_classes=0, num_heads=0, num_epochs=10.0, label_smoothing=0.0, drop_path=0.0,
+            model=dict(image_size=16, patch_size=8, width=16, depth=1, num_heads=2, num_classes=2, pool="class"),
+        ),
+        score=dict(
+            estimator="sampled", mask="drop", target="label", num_samples=2, keep_ratio=0.5, views=1, num_images=0,
+            batch_size=8, part="",
+        ),
+        reducer=dict(name="tif", keep_ratio=0.5, features="local+global"),
+        filter=dict(recipe, labels="top", rho=0.0, balance=False, num_epochs=2.0),
+        finetune=dict(recipe, num_epochs=2.0, label_smoothing=0.0, drop_path=0.0),
+        evaluate=dict(batch_size=8, num_images=0, num_samples=2),
+        benchmark=dict(batch_size=8, dtype="float32", reducers=("full", "tif")),
+        when_quick=dict(),
+    ))
+"""
+
+
+def tif(line: str) -> int:
+    """`tif LINE`, with the config and workdir of `place` where the line names none."""
+    words = line.split()
+    for flag, value in (("--config", "config.py"), ("--workdir", "run")):
+        if not any(word.startswith(f"{flag}=") for word in words):
+            words.append(f"{flag}={value}")
+    return main(words)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A folder with a config, 8 images and a workdir with a trained backbone and its impacts."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "config.py").write_text(CONFIG)
+    (folder / "data").mkdir()
+    rows = ["file,label"]
+    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 255, (8, 16, 16, 3), np.uint8)):
+        Image.fromarray(pixels).save(folder / "data" / f"{i}.png")
+        rows.append(f"{i}.png,{i % 2}")
+    for split in ("train", "test"):
+        (folder / "data" / f"{split}.csv").write_text("\n".join(rows))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert tif("train --stage backbone") == 0
+        assert tif("score") == 0
+    _forget_handlers()
+    return folder
+
+
+@pytest.fixture
+def place(finished, tmp_path, monkeypatch):
+    """A copy of `finished` as the current folder: free to damage."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    _forget_handlers()
+
+
+def _forget_handlers():
+    """The handler that the program gave to its logger writes to the stderr that pytest showed it."""
+    logging.getLogger("tif_jax").handlers.clear()
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def last_line(capsys) -> str:
+    """The one line in which the program says how it failed; it comes last, and before it there is nothing but the log."""
+    *log, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("tif") and all(re.match(r"\d\d:\d\d:\d\d ", entry) for entry in log)
+    return line
+
+
+# Preparations: what the user, or somebody before, did to the folder
+
+
+def config_without(line: str) -> Callable[[Path], None]:
+    def prepare(place):
+        assert line in CONFIG
+        (place / "config.py").write_text(CONFIG.replace(line, ""))
+
+    return prepare
+
+
+def text(name: str, content: str) -> Callable[[Path], None]:
+    return lambda place: (place / name).write_text(content)
+
+
+def removed(name: str) -> Callable[[Path], None]:
+    return lambda place: shutil.rmtree(place / name)
+
+
+def class_folders(place):
+    for split in ("train", "test"):
+        (place / "images" / split / "cat").mkdir(parents=True)
+        (place / "images" / split / "dog").mkdir()
+        shutil.copy(place / "data" / "0.png", place / "images" / split / "cat")
+
+
+def three_class_folders(place):
+    for name in ("cat", "cow", "dog"):
+        (place / "images" / "train" / name).mkdir(parents=True)
+        shutil.copy(place / "data" / "0.png", place / "images" / "train" / name)
+
+
+def truncated_jpeg(place):
+    Image.open(place / "data" / "3.png").save(place / "data" / "cut.jpg")
+    data = (place / "data" / "cut.jpg").read_bytes()
+    (place / "data" / "cut.jpg").write_bytes(data[: len(data) // 2])
+    table = (place / "data" / "train.csv").read_text()
+    (place / "data" / "train.csv").write_text(table.replace("3.png", "cut.jpg"))
+
+
+def label_7(place):
+    table = (place / "data" / "train.csv").read_text()
+    (place / "data" / "train.csv").write_text(table.replace("7.png,1", "7.png,7"))
+
+
+def weights(change: Callable[[dict[str, np.ndarray]], object]) -> Callable[[Path], None]:
+    def prepare(place):
+        rng = np.random.default_rng(0)
+        tensors = random_timm_tensors(rng, width=16, depth=1, patch_size=8, grid=(2, 2), num_classes=2)
+        change(tensors)
+        safetensors.numpy.save_file(tensors, place / "weights.safetensors")
+
+    return prepare
+
+
+def pickle_with_code(place):
+    class Code:
+        def __reduce__(self):
+            return Path.touch, (Path("proof"),)
+
+    with zipfile.ZipFile(place / "weights.pth", "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"model": Code()}))
+
+
+def another_backbone(place):
+    shutil.rmtree(place / "run" / "backbone")
+    assert tif("train --stage backbone --config.seed=1") == 0
+
+
+def trained_filter(place):
+    assert tif("train --stage filter") == 0
+
+
+def flipped_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def damage(checkpoint: Path) -> None:
+    """Changes one bit of the largest file of the parameters."""
+    arrays = [path for path in (checkpoint / "params").rglob("*") if path.is_file()]
+    flipped_byte(max(arrays, key=lambda path: path.stat().st_size))
+
+
+def checkpoints(place) -> list[Path]:
+    """Of the backbone, oldest first."""
+    folder = place / "run" / "backbone" / "checkpoints"
+    return sorted((child for child in folder.iterdir() if child.name.isdigit()), key=lambda child: int(child.name))
+
+
+class Mistake(NamedTuple):
+    line: str
+    named: tuple[str, ...]  # what the message must say
+    prepare: Callable[[Path], object] = lambda place: None
+
+
+_IMPORT = "train --stage backbone --workdir=new --config.backbone.num_heads=2 --config.backbone.init_from="
+
+MISTAKES = {
+    # the command line
+    "unknown command": Mistake("scroe", ("no command 'scroe'", "'score'", "tif --help")),
+    "unknown flag": Mistake("score --fast", ("unknown flag --fast", "`tif score --help`")),
+    "stray word": Mistake("score cat.jpg", ("unexpected 'cat.jpg'", "--config.KEY=VALUE")),
+    "no stage": Mistake("train", ("--stage", "required", "`tif train --help`")),
+    "unknown stage": Mistake("train --stage=head", ("--stage", "'head'", "backbone", "filter", "finetune")),
+    # the config
+    "no such config": Mistake("score --config=confg.py", ("no config file confg.py",)),
+    "config is a folder": Mistake("score --config=data", ("no config file data",)),
+    "config of another kind": Mistake("score --config=data/train.csv", ("data/train.csv", "not a Python file")),
+    "config does not parse": Mistake("score", ("config.py", "line 1"), text("config.py", "seed: 0: 1")),
+    "config raises": Mistake("score", ("config.py", "no GPU"), text("config.py", "raise RuntimeError('no GPU')")),
+    "no get_config": Mistake("score", ("config.py", "get_config"), text("config.py", "seed = 0")),
+    "get_config returns a dict": Mistake(
+        "score", ("config.py", "dict", "ConfigDict"), text("config.py", "def get_config():\n    return dict(seed=0)")
+    ),
+    "config without a section": Mistake(
+        "score", ("config.py", "'when_quick'"), config_without("when_quick=dict(),")
+    ),
+    "config without a key": Mistake(
+        "train --stage=filter", ("config.py", "'balance'"), config_without("balance=False, ")
+    ),
+    "unknown argument of a config": Mistake("score --config=config.py:huge", ("config.py:huge", "argument")),
+    "key misspelt": Mistake("score --config.data.crop_fracton=0.9", ("'data.crop_fracton'", "'data.crop_fraction'")),
+    "value of another type": Mistake("score --config.seed=abc", ("seed", "abc")),
+    "value of another type after a space": Mistake("score --config.seed abc", ("seed", "abc")),
+    "unknown dtype": Mistake("train --stage=backbone --workdir=new --config.dtype=float23", ("float23",)),
+    # the workdir
+    "workdir below a file": Mistake("score --workdir=config.py/run", ("config.py/run", "choose another")),
+    "impact scored with another seed": Mistake(
+        "score --config.seed=1", ("run/impact", "estimator.seed is 0 there, 1 here", "another --workdir")
+    ),
+    "stage made with another recipe": Mistake(
+        "train --stage=backbone --config.backbone.learning_rate=0.5",
+        ("run/backbone", "recipe.learning_rate 0.001, not 0.5", "another --workdir"),
+    ),
+    "record is damaged": Mistake(
+        "train --stage=backbone", ("run/backbone/config.json", "damaged"), text("run/backbone/config.json", '{"model":')
+    ),
+    # the data
+    "unknown data set": Mistake(
+        "train --stage=backbone --workdir=new --config.data.name=mnist", ("data.name", "'mnist'", "image_folder")
+    ),
+    "no data root": Mistake(
+        "train --stage=backbone --workdir=new --config.data.name=image_folder --config.data.root=photos",
+        ("data.root photos", "root/split/class"),
+    ),
+    "empty class folder": Mistake(
+        "train --stage=backbone --workdir=new --config.data.name=image_folder --config.data.root=images"
+        " --config.data.train_split=train",
+        ("no images in images/train/dog", "remove it"),
+        class_folders,
+    ),
+    "more classes than the model has": Mistake(
+        "train --stage=backbone --workdir=new --config.data.name=image_folder --config.data.root=images"
+        " --config.data.train_split=train",
+        ("labels up to 2", "classes 0..1"),
+        three_class_folders,
+    ),
+    "label out of range": Mistake("score --workdir=run", ("labels up to 7", "classes 0..1"), label_7),
+    "truncated photograph": Mistake(
+        "train --stage=backbone --workdir=new", ("cut.jpg", "truncated", "data.on_error='skip'"), truncated_jpeg
+    ),
+    # pretrained weights
+    "no weight file": Mistake(_IMPORT + "weights.safetensors", ("weights.safetensors", ".pth")),
+    "pickle with code in it": Mistake(
+        _IMPORT + "weights.pth", ("weights.pth", "Path.touch", "weights_only"), pickle_with_code
+    ),
+    "weights are NaN": Mistake(
+        _IMPORT + "weights.safetensors",
+        ("weights.safetensors", "NaN", "head.weight"),
+        weights(lambda tensors: tensors["head.weight"].fill(np.nan)),
+    ),
+    "weights of other shapes": Mistake(
+        _IMPORT + "weights.safetensors",
+        ("weights.safetensors", "blocks.0.attn.qkv.weight", "(40, 16)"),
+        weights(lambda tensors: tensors.update({"blocks.0.attn.qkv.weight": np.zeros((40, 16), np.float32)})),
+    ),
+    # impact
+    "score before the backbone": Mistake("score --workdir=new", ("new/backbone", "no checkpoint")),
+    "part beyond the parts": Mistake("score --config.score.part=5/4", ("score.part", "'5/4'", "K/N")),
+    "no views": Mistake("score --config.score.views=0", ("score.views", "0", "at least 1")),
+    "filter before score": Mistake("train --stage=filter", ("no impact", "tif score"), removed("run/impact")),
+    "impact of another backbone": Mistake("train --stage=filter", ("run/impact", "backbone is"), another_backbone),
+    "impact of another view": Mistake(
+        "train --stage=filter --config.data.crop_fraction=0.5",
+        ("run/impact", "crop_fraction is 1.0 there, 0.5 here"),
+    ),
+    # filter and fine-tuning
+    "keep nothing": Mistake("train --stage=filter --config.reducer.keep_ratio=0", ("keep_ratio", "0", "(0, 1]")),
+    "keep too much": Mistake("train --stage=filter --config.reducer.keep_ratio=1.5", ("keep_ratio", "1.5", "(0, 1]")),
+    "unknown reducer": Mistake("train --stage=filter --config.reducer.name=tof", ("reducer", "'tof'", "tif")),
+    "unknown labels": Mistake(
+        "train --stage=filter --config.filter.labels=best", ("filter.labels", "'best'", "'top', 'above', 'quantile'")
+    ),
+    "no token is worth keeping": Mistake(
+        "train --stage=filter --config.filter.labels=above --config.filter.rho=1e9", ("0%", "filter.rho", "another rho")
+    ),
+    "fine-tune before the backbone": Mistake(
+        "train --stage=finetune --workdir=new --config.reducer.name=full", ("new/backbone", "no checkpoint")
+    ),
+    "fine-tune before the filter": Mistake("train --stage=finetune", ("run/filter", "no checkpoint")),
+    "filter made with another recipe": Mistake(
+        "train --stage=filter --config.filter.num_epochs=3",
+        ("run/filter", "recipe.num_epochs 2.0, not 3.0"),
+        trained_filter,
+    ),
+    "evaluate a run that does not exist": Mistake(
+        "evaluate --config.seed=9", ("run/finetune/tif-0.5-9", "no checkpoint")
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES)
+def test_one_line_and_nothing_lost(place, capsys, mistake):
+    mistake.prepare(place)
+    capsys.readouterr()
+    before = contents(place)
+    assert tif(mistake.line) == 2
+    line = last_line(capsys)
+    assert not [word for word in mistake.named if word not in line], line
+    after = contents(place)
+    assert {path: after.get(path) for path in before} == before
+    assert not (place / "proof").exists()  # where the pickle's code would have left its mark
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["score", "--workdir=run"], "required: --config"),
+        (["score", "--config=config.py"], "required: --workdir"),
+    ],
+)
+def test_flag_is_missing(place, capsys, words, named):
+    assert main(words) == 2
+    assert named in last_line(capsys)
+
+
+def test_no_command_shows_how(capsys):
+    assert main([]) == 2
+    shown = capsys.readouterr()
+    assert not shown.out and shown.err.startswith("usage: tif COMMAND") and "  score " in shown.err
+
+
+def test_read_only_workdir(place, capsys, monkeypatch):
+    def refuse(self, *_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", str(self))
+
+    monkeypatch.setattr(Path, "touch", refuse)  # permissions would not stop root
+    assert tif("score") == 2
+    assert "workdir run can not be written (Read-only file system); choose another" in last_line(capsys)
+
+
+def full_record(self, *_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")  # as a failed write says it: without a file name
+
+
+def full_checkpoint(self, step, *_, **__):
+    # as tensorstore says it
+    raise ValueError("RESOURCE_EXHAUSTED: Failed to write 256 bytes: No space left on device [os_error_code='28']")
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "replacement", "named"),
+    [
+        (Path, "write_text", full_record, "new/backbone/config.json"),
+        (ocp.CheckpointManager, "save", full_record, "new/backbone/checkpoints"),
+        (ocp.CheckpointManager, "save", full_checkpoint, "new/backbone/checkpoints"),
+    ],
+)
+def test_disk_full(place, capsys, monkeypatch, owner, method, replacement, named):
+    before = contents(place / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, method, replacement)
+        assert tif("train --stage=backbone --workdir=new") == 1
+    line = last_line(capsys)
+    assert named in line and "No space left on device" in line
+    assert contents(place / "run") == before
+    assert not list((place / "new").rglob(".config.json*"))
+
+
+def test_nan_stops_and_the_same_command_goes_on_once_the_cause_is_gone(place, capsys, monkeypatch):
+    view = loader._Loader._view
+
+    def nan_from_step_5(self, image, position, index, number):
+        return view(self, image, position, index, number) + np.float32("nan" if position >= 5 * 8 else 0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loader._Loader, "_view", nan_from_step_5)
+        assert tif("train --stage=backbone --workdir=new") == 1
+    line = last_line(capsys)
+    assert "loss nan" in line and "step 5" in line and "last checkpoint is intact" in line
+    assert {child.name for child in (place / "new" / "backbone" / "checkpoints").iterdir()} >= {"2", "4"}
+    assert tif("train --stage=backbone --workdir=new") == 0
+    assert "steps 4 to 10" in capsys.readouterr().err
+    metrics = "backbone/metrics.jsonl"
+    assert (place / "new" / metrics).read_text().count("\n") == (place / "run" / metrics).read_text().count("\n") == 10
+
+
+def test_learning_rate_out_of_reason(place, capsys):
+    line = "train --stage=backbone --workdir=new --config.backbone.learning_rate=1e30 --config.backbone.warmup_epochs=0"
+    assert tif(line) == 1
+    assert "lower the learning rate" in last_line(capsys)
+
+
+def test_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(place, capsys):
+    previous, newest = checkpoints(place)
+    damage(newest)
+    damaged = contents(newest)
+    assert tif("train --stage=backbone") == 0
+    log = capsys.readouterr().err
+    assert f"{newest} is damaged" in log and f"steps {previous.name} to {newest.name}" in log
+    aside = place / "run" / "backbone" / f"damaged-{newest.name}"
+    assert {path.relative_to(aside): data for path, data in contents(aside).items()} == {
+        path.relative_to(newest): data for path, data in damaged.items()
+    }
+    assert checkpoints(place) == [previous, newest]
+
+
+def test_damaged_newest_checkpoint_is_not_read_by_a_later_stage(place, capsys):
+    previous, newest = checkpoints(place)
+    damage(newest)
+    tif("evaluate --stage=backbone")
+    assert f"{newest} is damaged" in capsys.readouterr().err
+
+
+def test_no_checkpoint_is_whole(place, capsys):
+    for checkpoint in checkpoints(place):
+        damage(checkpoint)
+    lost = {data for checkpoint in checkpoints(place) for data in contents(checkpoint).values()}
+    assert tif("train --stage=backbone") == 2
+    line = last_line(capsys)
+    assert "run/backbone/checkpoints" in line and "is whole" in line and "delete" in line
+    assert lost <= set(contents(place / "run").values())

@@ -1,0 +1,102 @@
+"""Runs the README's Python in one namespace, with tiny files where it names big ones."""
+
+import json
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from PIL import Image
+from reference import random_timm_tensors
+
+import tif_jax
+from tif_jax import shards
+from tif_jax.state import Checkpoints, State, params_of
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+RUN = dict(image_size=16, patch_size=4, width=16, depth=2, num_heads=2, num_classes=10, pool="mean", class_token=False)
+TIF = dict(name="tif", keep_ratio=0.25, features="local")
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory):
+    """What is defined after the last line of the README."""
+    folder = tmp_path_factory.mktemp("readme")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        _write_files(folder)
+        namespace: dict = {}
+        for block in BLOCKS:
+            exec(block, namespace)
+        yield namespace
+
+
+def test_the_readme_has_its_blocks():
+    assert len(BLOCKS) == 3
+    assert "tif_jax.commands" not in README
+    assert "tif_jax.load" not in BLOCKS[-1]
+
+
+def test_flax_and_orbax_alone_give_the_same_model(names):
+    images = np.random.default_rng(0).normal(size=(4, 16, 16, 3)).astype(np.float32)
+    logits, aux = names["restored"](images)
+    expected, expected_aux = names["best"](images)
+    np.testing.assert_array_equal(logits, expected)
+    np.testing.assert_array_equal(aux["kept"], expected_aux["kept"])
+    fresh = tif_jax.create_model(RUN, reducer="tif", keep_ratio=0.25, features="local", seed=0)(images)[0]
+    assert np.abs(logits - fresh).max() > 1e-3
+
+
+def test_shapes_are_those_of_the_comments(names):
+    num_patches = 9
+    assert names["predict"](names["images"]).shape == names["logits"].shape == (2, 1000)
+    assert names["impact"].shape == (2, num_patches)
+    assert names["aux"]["kept"].shape == (2, round(num_patches / 2))
+    assert names["table"].impact.shape == (6, 16)
+
+
+@pytest.mark.parametrize("file", ["README.md", "launch/README.md", "docs/architecture.md", "docs/methods.md"])
+def test_relative_links_lead_somewhere(file):
+    page = Path(__file__).parents[1] / file
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
+    assert not [link for link in links if not (page.parent / link).exists()]
+
+
+def _write_files(folder: Path) -> None:
+    tensors = random_timm_tensors(np.random.default_rng(0), width=64, depth=1, num_classes=1000)
+    safetensors.numpy.save_file(tensors, "deit_tiny_patch16_224.safetensors")
+    for name in ("cat.jpg", "dog.jpg"):
+        Image.new("RGB", (20, 30), "orange").save(name)
+    run = folder / "runs/digits"
+    options = {key: value for key, value in TIF.items() if key != "name"}
+    _write_checkpoint(run / "backbone", tif_jax.create_model(RUN, seed=1), {"name": "full"})
+    reduced = tif_jax.create_model(RUN, reducer="tif", seed=2, **options)
+    for stage in ("filter", "finetune/tif-0.25-0"):
+        _write_checkpoint(run / stage, reduced, TIF)
+    (run / "report.json").write_text(json.dumps({"best": "finetune/tif-0.25-0"}))
+    _write_impact(run / "impact")
+
+
+def _write_checkpoint(directory: Path, model, reducer: dict) -> None:
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        params = jax.tree.map(np.asarray, params_of(model))
+        for step in (9, 10):  # the newest is not the last in alphabetical order
+            newest = step == 10
+            saved = params if newest else jax.tree.map(np.zeros_like, params)
+            checkpoints.save(State(np.int32(step), saved, ()), {"model": RUN, "reducer": reducer}, {})
+            checkpoints.wait()
+
+
+def _write_impact(directory: Path) -> None:
+    manifest = shards.Manifest(
+        num_examples=6, num_tokens=16, views=1, num_parts=1, estimator={"name": "exact"}, mask="drop", target="label",
+        data={"name": "digits", "split": "train"}, image_size=16, preprocessing={}, backbone="", versions={},
+    )  # fmt: skip
+    shards.open_manifest(directory, manifest)
+    index = np.arange(6)
+    columns = dict(index=index, view=0 * index, id=[str(i) for i in index], label=index, prediction=index)
+    columns |= dict(loss=np.ones(6, np.float32), impact=np.ones((6, 16), np.float32))
+    shards.write_part(directory, 1, 1, columns)

@@ -1,0 +1,277 @@
+"""Losses, optimiser, step, loop, checkpoints: what is differentiated, what rests, and that a run can be cut anywhere."""
+
+import functools
+import json
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from tif_jax import losses, metrics_log, optim
+from tif_jax.errors import InputError, WorkError
+from tif_jax.loading import load
+from tif_jax.loop import init_state, make_step, run
+from tif_jax.models import create_model
+from tif_jax.state import Checkpoints, State, make_mesh, params_of, replicate, shard
+
+TINY = dict(image_size=16, patch_size=8, width=16, depth=2, num_heads=2, num_classes=3)
+
+
+def batch(seed=0, num=8, **more):
+    rng = np.random.default_rng(seed)
+    arrays = {"image": rng.normal(size=(num, 16, 16, 3)), "impact": rng.normal(size=(num, 4))}
+    arrays = {name: a.astype(np.float32) for name, a in arrays.items()}
+    return arrays | {"label": np.arange(num, dtype=np.int32) % 3, "index": np.arange(num) + 100 * seed} | more
+
+
+@functools.cache
+def setup(reducer="full", loss=losses.classification, trainable=(), default=True, **fields):
+    """(step, fresh state, mesh) of a tiny run."""
+    options = {} if reducer == "full" else {"keep_ratio": 0.5}
+    model = create_model(TINY | fields, reducer=reducer, **options)
+    optimizer = optim.adamw(20, learning_rate=1e-2, weight_decay=0.1)
+    mask = optim.match(trainable, params_of(model), default)
+    mesh = make_mesh(8)
+    fresh = lambda: replicate(init_state(params_of(model), optimizer, mask), mesh)  # noqa: E731
+    return make_step(model, loss, optimizer, mask, seed=0, stochastic=True), fresh, mesh
+
+
+def filter_setup(depth=2):
+    return setup("tif", losses.impact, ((r"^reducer/", True),), False, depth=depth)
+
+
+def test_the_filter_step_does_not_run_the_blocks():
+    flops = []
+    for depth in (1, 6):
+        step, fresh, mesh = filter_setup(depth)
+        compiled = step.lower(fresh(), shard(batch(), mesh)).compile()
+        flops.append(compiled.cost_analysis()["flops"])
+    assert flops[0] == flops[1]
+
+
+def test_the_filter_step_leaves_every_backbone_leaf_as_it_was():
+    step, fresh, mesh = filter_setup()
+    state = fresh()
+    before = jax.device_get(state.params)
+    for i in range(10):
+        state, _ = step(state, shard(batch(i), mesh))
+    after = jax.device_get(state.params)
+    moved = [
+        not np.array_equal(a, b)
+        for a, b in zip(*map(jax.tree.leaves, (before.pop("reducer"), after.pop("reducer"))), strict=True)
+    ]
+    assert sum(moved) > len(moved) / 2
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+def test_filter_training_lowers_its_loss_and_separates_the_labels():
+    step, fresh, mesh = filter_setup()
+    state, told = fresh(), []
+    for _ in range(20):
+        state, metrics = step(state, shard(batch(), mesh))
+        told.append(metrics)
+    assert told[-1]["loss"] < 0.7 * told[0]["loss"] and told[-1]["accuracy"] > told[0]["accuracy"]
+    assert 0.3 < told[0]["positives"] < 0.7
+
+
+def test_gradients_do_not_depend_on_the_number_of_devices():
+    step, fresh, mesh = setup()
+    one = make_mesh(7)  # 7 images: seven devices, one image each
+    assert mesh.size == 8 and one.size == 7 and make_mesh(1).size == 1
+    alone = replicate(fresh(), make_mesh(1))
+    states = [step(fresh(), shard(batch(), mesh))[0], step(alone, shard(batch(), make_mesh(1)))[0]]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *(jax.device_get(s.params) for s in states))
+
+
+def test_drop_path_draws_anew_at_every_step_and_the_same_when_repeated():
+    step, fresh, mesh = setup(drop_path=0.5)
+    data = shard(batch(), mesh)
+    told = [step(State(jnp.int32(s), *fresh()[1:]), data)[1]["loss"].item() for s in (0, 0, 1)]
+    assert told[0] == told[1] != told[2]
+
+
+def cut_run(directory, stops):
+    """A run of 4 steps cut at `stops`, each leg from the checkpoint of the one before; returns its parameters."""
+    step, fresh, mesh = setup(drop_path=0.5)
+    for until in (*stops, 4):
+        with Checkpoints(directory) as checkpoints:
+            state = fresh()
+            position = 0
+            if restored := checkpoints.restore(state):
+                state, data = restored
+                position = data["next"]
+            assert int(state.step) == position
+            batches = (shard(batch(i), mesh) for i in range(position, 10))
+            log = lambda at, metrics: None  # noqa: E731
+            save = lambda state: checkpoints.save(state, {"model": TINY}, {"next": int(state.step)})  # noqa: E731
+            state = run(step, state, batches, until=until, log_every=1, save_every=1, log=log, save=save)
+    return jax.device_get(state)
+
+
+def test_resume_is_bit_for_bit(tmp_path):
+    whole, cut = cut_run(tmp_path / "whole", ()), cut_run(tmp_path / "cut", (2, 3))
+    assert whole.step == cut.step == 4
+    jax.tree.map(np.testing.assert_array_equal, whole, cut)
+
+
+def test_order_of_the_loop():
+    events = []
+
+    def step(state, batch):
+        events.append(f"step {int(state.step)}")
+        return State(state.step + 1, {}, ()), {"loss": jnp.float32(1), "grad_norm": jnp.float32(1)}
+
+    def batches():
+        for i in range(9):
+            events.append(f"batch {i}")
+            yield {"index": np.array([i])}
+
+    log = lambda at, metrics: events.append(f"log {at}")  # noqa: E731
+    save = lambda state: events.append(f"save {int(state.step)}")  # noqa: E731
+    run(step, State(jnp.int32(0), {}, ()), batches(), until=3, log_every=2, save_every=2, log=log, save=save)
+    assert events == (
+        "batch 0,step 0,batch 1,step 1,log 2,save 2,batch 2,step 2,log 3,save 3".split(",")
+    )  # no batch is taken that no step uses
+
+
+def test_nan_stops_before_it_is_saved_and_names_step_and_images(tmp_path):
+    step, fresh, mesh = setup()
+    poisoned = batch(2)
+    poisoned["image"] = poisoned["image"] * np.nan
+    batches = iter([shard(b, mesh) for b in (batch(0), batch(1), poisoned, batch(3))])
+    with Checkpoints(tmp_path) as checkpoints:
+        save = lambda state: checkpoints.save(state, {"model": TINY}, {})  # noqa: E731
+        with pytest.raises(WorkError, match=r"step 2 \(images \[200, 201") as error:
+            run(step, fresh(), batches, until=4, log_every=4, save_every=2, log=lambda *_: None, save=save)
+        checkpoints.wait()
+        assert checkpoints.steps() == [2] and "\n" not in str(error.value)
+        state, _ = checkpoints.restore(fresh())
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state.params)))
+
+
+def damage(folder):
+    """Flips bits all over the files that hold the arrays."""
+    for file in (f for f in folder.rglob("d/*") if f.is_file()):
+        data = bytearray(file.read_bytes())
+        for i in range(0, len(data), 61):
+            data[i] ^= 1
+        file.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_is_named_moved_aside_and_the_one_before_used(tmp_path, caplog):
+    cut_run(tmp_path / "c", ())
+    kept = sorted(int(p.name) for p in (tmp_path / "c").iterdir() if p.name.isdigit())
+    assert kept == [3, 4]
+    damage(tmp_path / "c" / "4" / "params")
+    fresh = setup(drop_path=0.5)[1]
+    with caplog.at_level(logging.WARNING), Checkpoints(tmp_path / "c") as checkpoints:
+        state, data = checkpoints.restore(fresh())
+        assert int(state.step) == 3 == data["next"] and "4 is damaged" in caplog.text
+        assert (tmp_path / "damaged-4").is_dir() and checkpoints.steps() == [3]
+        checkpoints.save(State(jnp.int32(4), *state[1:]), {"model": TINY}, {})  # its place is free again
+        checkpoints.wait()
+        assert checkpoints.steps() == [3, 4]
+    for name in ("3", "4"):
+        (tmp_path / "c" / name / "params").rename(tmp_path / f"gone-{name}")
+    with Checkpoints(tmp_path / "c") as checkpoints, pytest.raises(InputError, match=r"no checkpoint in .* is whole"):
+        checkpoints.restore(fresh())
+
+
+def test_load_runs_a_checkpoint_under_any_reducer(tmp_path, caplog):
+    model = create_model(TINY, reducer="tif", keep_ratio=0.5, seed=3)
+    description = {"model": TINY, "reducer": {"name": "tif", "keep_ratio": 0.5}}
+    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+        checkpoints.save(State(jnp.int32(7), params_of(model), ()), description, {})
+    images = batch()["image"]
+    again = load(tmp_path / "run")
+    np.testing.assert_array_equal(again(images)[0], model(images)[0])
+    assert load(tmp_path / "run", keep_ratio=0.25)(images)[1]["kept"].shape == (8, 1)
+    full = load(tmp_path / "run" / "checkpoints" / "7", reducer="full")
+    full_reducer = create_model(TINY)
+    nnx.update(full_reducer, {k: v for k, v in params_of(model).items() if k != "reducer"})
+    np.testing.assert_allclose(full(images)[0], full_reducer(images)[0], atol=1e-6)
+    with caplog.at_level(logging.INFO):
+        load(tmp_path / "run", reducer="prior", keep_ratio=0.5)
+    assert "freshly initialised: reducer/logits" in caplog.text
+    larger = load(tmp_path / "run", reducer="full", image_size=32)
+    assert larger.position_embedding.shape == (1, 17, 16)
+    with pytest.raises(InputError, match="does not fit this model"):
+        load(tmp_path / "run", width=32)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no checkpoint in"):
+        load(tmp_path / "empty")
+
+
+def test_metrics_log_forgets_what_will_come_again(tmp_path):
+    log = metrics_log.MetricsLog(tmp_path, 0)
+    for step in (1, 2, 3):
+        log.write(step, {"loss": 1.0 / step})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # killed while writing
+    metrics_log.MetricsLog(tmp_path, 2).write(3, {"loss": 9.0})
+    assert [line["step"] for line in metrics_log.read(tmp_path)] == [1, 2, 3]
+    assert metrics_log.read(tmp_path)[-1] == {"step": 3, "loss": 9.0}
+    assert all(json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+
+
+def test_keep_labels():
+    impact = np.array([[0.3, -0.1, 0.2, 0.0], [-1.0, -2.0, -3.0, -4.0]], np.float32)
+    np.testing.assert_array_equal(losses.keep_labels(impact), [[1, 0, 1, 0], [0, 0, 0, 0]])
+    np.testing.assert_array_equal(losses.keep_labels(impact, -1.5), [[1, 1, 1, 1], [1, 0, 0, 0]])
+    np.testing.assert_array_equal(losses.keep_labels(impact, "top", 0.5), [[1, 0, 1, 0], [1, 1, 0, 0]])
+    prior = losses.position_prior(losses.keep_labels(impact, "top", 0.5))
+    np.testing.assert_allclose(jax.nn.sigmoid(prior), [3 / 4, 2 / 4, 2 / 4, 1 / 4], atol=1e-6)
+
+
+def test_impact_loss_against_numpy():
+    rng = np.random.default_rng(0)
+    logits, impact = rng.normal(size=(2, 3, 5)).astype(np.float32)
+    terms = losses.impact(None, {"filter_logits": jnp.asarray(logits)}, {"impact": impact}, positive_weight=3.0)
+    probability = 1 / (1 + np.exp(-logits))
+    expected = -np.where(impact > 0, 3 * np.log(probability), np.log(1 - probability)).mean(axis=1)
+    np.testing.assert_allclose(terms["loss"], expected, rtol=1e-5)
+
+
+def test_classification_against_numpy():
+    rng = np.random.default_rng(0)
+    one, two = rng.normal(size=(2, 4, 3)).astype(np.float32)
+    label = np.array([0, 1, 2, 0])
+    cross_entropy = lambda x: np.log(np.exp(x).sum(1)) - x[np.arange(4), label]  # noqa: E731
+    terms = losses.classification(one, {}, {"label": label})
+    np.testing.assert_allclose(terms["loss"], cross_entropy(one), rtol=1e-5)
+    np.testing.assert_array_equal(terms["top1"], one.argmax(1) == label)
+    aux = {"logits/a": one, "logits/b": two, "loss/extra": jnp.ones(4), "kept": None}
+    terms = losses.classification((one + two) / 2, aux, {"label": label})
+    np.testing.assert_allclose(terms["loss"], (cross_entropy(one) + cross_entropy(two)) / 2 + 1, rtol=1e-5)
+
+
+def test_match_and_partition():
+    params = {"block_0": {"mlp": {"kernel": 1, "bias": 2}}, "reducer": {"kernel": 3}}
+    mask = optim.match(((r"^reducer/", "r"), (r"bias$", "b")), params, "other")
+    assert mask == {"block_0": {"mlp": {"kernel": "other", "bias": "b"}}, "reducer": {"kernel": "r"}}
+    with pytest.raises(InputError, match="no parameter path matches 'heed'"):
+        optim.match((("heed", True),), params, False)
+    chosen = optim.match(((r"^reducer/", True),), params, False)
+    assert optim.merge(*optim.partition(params, chosen)) == params
+    assert jax.tree.leaves(optim.partition(params, chosen)[0]) == [3]
+
+
+def test_adamw_schedule_and_decay():
+    params = {"layer": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}}
+    optimizer = optim.adamw(10, learning_rate=0.1, warmup_steps=2, weight_decay=0.5)
+    state = optimizer.init(params)
+    zero = jax.tree.map(jnp.zeros_like, params)
+    moved = []
+    for _ in range(10):
+        updates, state = optimizer.update(zero, state, params)
+        moved.append(updates["layer"]["kernel"][0].item())
+        assert (updates["layer"]["bias"] == 0).all()  # no decay
+    rates = [0.0, 0.05, *(0.1 * (1 + np.cos(np.pi * i / 8)) / 2 for i in range(8))]
+    np.testing.assert_allclose(moved, [-0.5 * rate for rate in rates], atol=1e-6)
+    assert optax.tree.norm(updates) > 0
+    with pytest.raises(InputError, match="warmup_steps is 10"):
+        optim.adamw(10, learning_rate=0.1, warmup_steps=10)
