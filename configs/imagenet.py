@@ -41,7 +41,6 @@ def get_config(arg: str = "") -> ConfigDict:
             ),
             backbone=dict(
                 init_from=os.path.join(os.environ.get("TIF_WEIGHTS", "."), f"{arg}_patch16_224.safetensors"),
-                num_classes=0,
                 num_heads=0,
             ),
             score=dict(

@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
                 on_error="raise",
                 num_workers=8,
             ),
-            backbone=dict(init_from=f"{root}/deit_tiny_patch16_224.safetensors", num_classes=0, num_heads=0),
+            backbone=dict(init_from=f"{root}/deit_tiny_patch16_224.safetensors", num_heads=0),
             score=dict(
                 estimator="sampled",
                 mask="drop",

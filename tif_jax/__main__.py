@@ -1,6 +1,6 @@
 """`tif COMMAND --config FILE[:ARG] [--config.KEY=VALUE ...] --workdir DIR`; the same as `python -m tif_jax COMMAND ...`.
 
-Exit status: 0 done; 1 the work failed; 2 what the user gave is wrong; 75 preempted after saving.
+Exit status: 0 done; 1 the work failed; 2 what the user gave is wrong.
 """
 
 import difflib
@@ -14,6 +14,7 @@ from tif_jax import commands
 from tif_jax.errors import InputError, WorkError
 
 _BAD_WORKDIR = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,6 +30,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"tif: no command {name!r}; did you mean {nearest[0]!r}? `tif --help` lists all", file=sys.stderr)
         return 2
     use_all_cores()
+    # Compiled programs are kept between runs and seeds.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/tif_jax"))
     try:
         importlib.import_module(f"tif_jax.commands.{name}").main(rest)
     except InputError as error:
@@ -38,8 +41,13 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno in _BAD_WORKDIR:
             return _fail(name, f"{error.strerror}: {error.filename}; choose a folder that can be written", 2)
-        if error.errno == errno.ENOSPC:
-            return _fail(name, f"disk full: {error.filename}; make room and run the same command again", 1)
+        if error.errno in _DISK_FULL:
+            full = error.filename or "a file was cut short"
+            return _fail(name, f"{error.strerror}: {full}; make room and run the same command again", 1)
+        raise
+    except AttributeError as error:
+        if error.args and isinstance(error.args[0], KeyError):  # so ml_collections says that a config lacks a key
+            return _fail(name, f"the config lacks a key that is needed here: {error.args[0].args[0]}", 2)
         raise
     return 0
 
@@ -55,9 +63,14 @@ def use_all_cores() -> None:
         # On a busy machine one core's share of a step can come late by more than XLA's 40 s, which then aborts.
         os.environ["XLA_FLAGS"] = f"{xla_flags} --xla_cpu_collective_call_terminate_timeout_seconds=1200".strip()
     if "xla_force_host_platform_device_count" not in xla_flags:
-        os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(len(os.sched_getaffinity(0))))
+        os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(_num_cores()))
     # Two programs in flight at once on the same CPU devices can wait for each other's all-reduce for ever.
     os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "false")
+
+
+def _num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _fail(name: str, error: object, status: int) -> int:

@@ -25,15 +25,17 @@ def load(filename: str, overrides: list[str]) -> ConfigDict:
     values = flags.FlagValues()
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=overrides)
-        values(["tif", *overrides])
+        _, *stray = values(["tif", *overrides])
     except (flags.Error, ValueError, TypeError) as error:
         raise InputError(_one_line(error)) from None
+    if stray:
+        raise InputError(f"unexpected {stray[0]!r}; a value of the config is given as --config.KEY=VALUE")
     given = config_flags.get_override_values(values["config"])
     config = values.config
     if config.get("quick"):
         for key, value in _leaves(config.when_quick):
             if key not in given:
-                config.update_from_flattened_dict({key: value})
+                _update(config, key, value)
     return config.lock()
 
 
@@ -52,16 +54,28 @@ def _get_config(filename: str) -> ConfigDict:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        return module.get_config(arg) if arg else module.get_config()
+        config = module.get_config(arg) if arg else module.get_config()
     except InputError:
         raise
     except Exception as error:
         raise InputError(f"{filename}: {_one_line(error)}") from None
+    if not isinstance(config, ConfigDict):
+        raise InputError(f"{filename}: get_config returns a {type(config).__name__}; it must be a ConfigDict")
+    return config
+
+
+def _update(config: ConfigDict, key: str, value: Any) -> None:
+    try:
+        config.update_from_flattened_dict({key: value})
+    except (KeyError, TypeError) as error:
+        raise InputError(f"when_quick.{key} does not fit the config: {_one_line(error)}") from None
 
 
 def _check_keys(overrides: list[str], config: ConfigDict) -> None:
     known = [key for key, _ in _leaves(config)]
     for argument in overrides:
+        if not argument.startswith("-"):  # the value of `--config.KEY VALUE`
+            continue
         key = re.sub(r"^--?(no)?config\.", "", argument.split("=", 1)[0])
         if key not in known and not isinstance(_get(config, key), ConfigDict):
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Key
 
 from tif_jax import optim
 from tif_jax.errors import WorkError
@@ -37,11 +38,11 @@ def make_step(
     """
     graphdef = nnx.split(model)[0]
 
-    def step(state: State, batch: Mapping[str, Array]) -> tuple[State, dict[str, Array]]:
+    def step(key: Key[Array, ""], state: State, batch: Mapping[str, Array]) -> tuple[State, dict[str, Array]]:
         ours, frozen = optim.partition(state.params, trainable)
 
         def mean_loss(ours):
-            rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(seed), state.step)) if stochastic else None
+            rngs = nnx.Rngs(jax.random.fold_in(key, state.step)) if stochastic else None
             prediction, aux = with_params(graphdef, optim.merge(ours, frozen))(batch["image"], rngs)
             terms = loss(prediction, aux, batch)
             return terms["loss"].mean(), {name: term.mean() for name, term in terms.items()}
@@ -52,7 +53,8 @@ def make_step(
         metrics["grad_norm"] = optax.tree.norm(grads)
         return State(state.step + 1, params, opt_state), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    # The key is an argument: runs that differ in their seed alone share one compiled program.
+    return partial(jax.jit(step, donate_argnums=1), jax.random.key(seed))
 
 
 def run(

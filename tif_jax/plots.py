@@ -54,7 +54,7 @@ def picture_page(pictures: Sequence[Mapping[str, np.ndarray]], path: Path) -> No
     figure.savefig(path, dpi=100)
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1):
+def _figure(width: int, height: int, rows: int = 1, columns: int = 1):
     from matplotlib.figure import Figure  # without pyplot: no global state, no display
 
     figure = Figure(figsize=(width, height), layout="constrained")

@@ -3,6 +3,7 @@
 Legend: B images, N patch tokens, D width, L classes.
 """
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 from scipy.stats import rankdata
@@ -15,12 +16,11 @@ from tif_jax.tokens import class_attention, keep
 
 def class_attention_ranking(model: ViT, images: Float[Array, "B Y X 3"]) -> Float[Array, "B N"]:
     """Attention of the class token to each patch, mean over heads, summed over all layers of the unreduced model."""
-    x = model.embed(images)
-    total = 0.0
+    x, attention = model.embed(images), []
     for block in model.blocks:
         x, qk = block(x)
-        total = total + class_attention(qk, model.num_special)
-    return total
+        attention.append(class_attention(qk, model.num_special))
+    return jnp.stack(attention).sum(axis=0)
 
 
 def logits_of_best(

@@ -12,13 +12,22 @@ def write(path: Path, data: Any) -> None:
     """Writes JSON through a temporary name, so that a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(data, indent=2) + "\n")
-    temporary.replace(path)
+    try:
+        temporary.write_text(json.dumps(data, indent=2) + "\n")
+        temporary.replace(path)
+    except OSError as error:  # a full disk does not say which file
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def read(path: Path) -> Any:
-    """The data, or None if there is no such file."""
-    return json.loads(path.read_text()) if path.exists() else None
+    """The data, or None if there is no such file. InputError if it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}); delete it and run the same command again") from None
 
 
 def claim(directory: Path, record: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import Array, Int
 
 from tif_jax.errors import InputError, WorkError
@@ -156,12 +156,19 @@ def load_params(directory: str | Path) -> tuple[Params, dict[str, Any]]:
     steps = [directory] if (directory / "params").is_dir() else _step_folders(directory)
     for folder in steps:
         try:
-            params = ocp.StandardCheckpointer().restore(folder / "params")
+            checkpointer = ocp.StandardCheckpointer()
+            shapes = checkpointer.metadata(folder / "params").item_metadata.tree
+            params = checkpointer.restore(folder / "params", jax.tree.map(_on_one_device, shapes))
             config = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder / "config")
             return params, config
         except Exception as error:
             logger.warning("checkpoint %s is damaged (%s)", folder, _first_line(error))
     raise InputError(f"no checkpoint that is whole in {directory}" if steps else f"no checkpoint in {directory}")
+
+
+def _on_one_device(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Where a parameter goes, whatever devices it was written from."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=SingleDeviceSharding(jax.local_devices()[0]))
 
 
 def _step_folders(directory: Path) -> list[Path]:

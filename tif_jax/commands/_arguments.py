@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import sys
 from pathlib import Path
 
 from tif_jax import config as config_file
@@ -55,3 +56,16 @@ def _log_to_stderr() -> None:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         logger.propagate = False
+        _silence_abandoned_reads()
+
+
+def _silence_abandoned_reads() -> None:
+    """Of a damaged checkpoint Orbax raises the first error and gives up its other reads, whose threads tell pages."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    otherwise = sys.unraisablehook
+
+    def hook(unraisable) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            otherwise(unraisable)
+
+    sys.unraisablehook = hook

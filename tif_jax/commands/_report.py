@@ -31,7 +31,7 @@ def write_report(config: ConfigDict, workdir: Path, runs: Sequence[ConfigDict]) 
         metrics, measured = records.read(directory / "metrics.json"), per_reducer[of_run.reducer.name]
         row = {
             "reducer": of_run.reducer.name,
-            "keep_ratio": of_run.reducer.get("keep_ratio", 1.0),
+            "keep_ratio": train.reducer_options(of_run).get("keep_ratio", 1.0),
             "seed": of_run.seed,
             "top1": metrics["top1"],
             "gmac": metrics["gmac"],
@@ -170,7 +170,7 @@ def _pictures(config: ConfigDict, first: ConfigDict, workdir: Path) -> list[dict
     images = next(batches)["image"]
     batches.close()
     logits = np.asarray(model(images)[1]["filter_logits"])
-    kept = np.argsort(np.argsort(-logits, axis=1), axis=1) < num_kept(model.reducer.keep_ratio, logits.shape[1])
+    kept = np.argsort(np.argsort(-logits, axis=1), axis=1) < num_kept(config.reducer.keep_ratio, logits.shape[1])
     options = train.data.read_options(config.data)
     pixels = np.clip(images * np.asarray(options.std) + np.asarray(options.mean), 0, 1)
     raster = lambda x: x.reshape(-1, *model.grid)  # noqa: E731

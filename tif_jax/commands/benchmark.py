@@ -36,8 +36,8 @@ def benchmark(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     mesh = make_mesh(recipe.batch_size)
     rows, calls = [], []
     for name in recipe.reducers:
-        of_reducer = with_reducer(config, name)
-        model = load(workdir / "backbone", dtype=recipe.dtype, **train.reducer_options(of_reducer))
+        options = train.reducer_options(with_reducer(config, name))
+        model = load(workdir / "backbone", dtype=recipe.dtype, **options)
         images = np.random.default_rng(0).normal(size=(recipe.batch_size, *model.image_size, 3)).astype(np.float32)
         arguments = replicate(params_of(model), mesh), shard({"image": images}, mesh)["image"]
         graphdef = nnx.split(model)[0]
@@ -49,12 +49,12 @@ def benchmark(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         rows.append(
             {
                 "reducer": name,
-                "options": {key: value for key, value in of_reducer.reducer.items() if key != "name"},
+                "options": {key: value for key, value in options.items() if key != "reducer"},
                 "batch_size": recipe.batch_size,
                 "dtype": recipe.dtype,
                 "gmac": counted.gmac,
                 "parameters": counted.parameters,
-                "peak_memory_bytes": compiled.memory_analysis().peak_memory_in_bytes * mesh.size,
+                "peak_memory_bytes": _peak_memory(compiled) * mesh.size,
             }
         )
         logger.info("benchmark: %s compiled", name)
@@ -70,14 +70,8 @@ def benchmark(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 def with_reducer(config: ConfigDict, name: str, seed: int | None = None) -> ConfigDict:
     """The config with another reducer at the same keep_ratio (where it has one), and another seed."""
-    reducer = (
-        dict(config.reducer) if name == config.reducer.name else {"name": name, "keep_ratio": config.reducer.keep_ratio}
-    )
-    if name == "full":
-        del reducer["keep_ratio"]
     changed = ConfigDict(config)
-    changed.unlock()
-    changed.reducer = ConfigDict(reducer)
+    changed.reducer.name = name
     changed.seed = config.seed if seed is None else seed
     return changed.lock()
 
@@ -92,6 +86,11 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{row['images_per_second'] / full:>7.2f} {row['peak_memory_bytes'] / 2**20:>9.1f}"
         )
     return "\n".join(lines)
+
+
+def _peak_memory(compiled: Any) -> int:
+    """Bytes on one device while the program runs, as its compiler planned them."""
+    return compiled.memory_analysis().peak_memory_in_bytes
 
 
 def _interleaved(calls: list[tuple[Any, tuple]], batch_size: int) -> list[list[float]]:

@@ -14,6 +14,7 @@ from tif_jax import losses, rankings, records, shards
 from tif_jax.commands import _arguments, train
 from tif_jax.cost import cost
 from tif_jax.data.loader import evaluation_batches
+from tif_jax.errors import InputError
 from tif_jax.loading import load
 from tif_jax.models.vit import ViT
 from tif_jax.progress import Progress
@@ -98,6 +99,8 @@ def ranking_table(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     trained_on = shards.read_impact(workdir, expected=expected)
     labelling = train.labelling(config, trained_on.impact)
     prior = losses.position_prior(losses.keep_labels(trained_on.impact, **labelling))
+    if "label" not in oracles:
+        raise InputError(f"{workdir}/heldout-label is missing; `tif run` makes it: score held-out images first")
     table = oracles["label"]
     fixed = {f"{target} oracle": oracle.impact for target, oracle in oracles.items()}
     fixed["position prior"] = np.broadcast_to(np.asarray(prior), table.impact.shape)
@@ -128,7 +131,7 @@ def _follow(model: ViT, source, config: ConfigDict, rows: np.ndarray, fixed: dic
         patches = split(model.embed(images), model.num_special)[1]
         uniform = jax.vmap(lambda key: jax.random.uniform(key, patches.shape[1:2]))
         found = {
-            "filter": model.reducer.filter(patches),
+            "filter": model(images)[1]["filter_logits"],
             "random": uniform(image_keys(config.seed, images)),
             "token norm": jnp.linalg.norm(patches.astype(jnp.float32), axis=-1),
         }

@@ -4,6 +4,7 @@ import importlib.metadata
 import logging
 import re
 from pathlib import Path
+from typing import cast
 
 import jax
 import numpy as np
@@ -130,14 +131,14 @@ def _manifest(
     estimator = {"name": settings["estimator"], "seed": config.seed, "dtype": config.dtype}
     if settings["estimator"] == "sampled":
         estimator |= {key: settings[key] for key in ("num_samples", "keep_ratio")}
-    return shards.Manifest(
-        num_examples=num_examples,
-        views=views,
-        num_parts=num_parts,
-        estimator=estimator,
-        mask=settings["mask"],
-        target=settings["target"],
-        data={"name": config.data.name, "split": split},
-        versions={name: importlib.metadata.version(name) for name in ("jax", "flax", "tif_jax")},
-        **train.expected_manifest(config, model),
-    )
+    manifest = {
+        "num_examples": num_examples,
+        "views": views,
+        "num_parts": num_parts,
+        "estimator": estimator,
+        "mask": settings["mask"],
+        "target": settings["target"],
+        "data": {"name": config.data.name, "split": split},
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "tif_jax")},
+    }
+    return cast(shards.Manifest, manifest | train.expected_manifest(config, model))

@@ -6,11 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from ml_collections import ConfigDict
 
 from tif_jax import config as config_file
-from tif_jax import data, losses, optim, records, shards
+from tif_jax import data, losses, optim, records, reducers, shards
 from tif_jax.commands import _arguments
 from tif_jax.data.loader import Batches, training_batches
 from tif_jax.errors import InputError
@@ -71,7 +73,7 @@ def token_filter(config: ConfigDict, workdir: Path) -> None:
     fields = stored_fields(workdir / "backbone")
     _fit(
         filter_directory(config, workdir), model, loss, REDUCER_ALONE, False, batches, len(table.index), recipe, config,
-        fields, dict(config.reducer), stochastic=False,
+        fields, _stored_reducer(config), stochastic=False,
     )  # fmt: skip
 
 
@@ -84,7 +86,7 @@ def finetune(config: ConfigDict, workdir: Path) -> None:
     if name == "prior":  # nothing to train: its one parameter is read off the shards
         table = shards.read_impact(workdir, expected=expected_manifest(config, model))
         labels = losses.keep_labels(table.impact, **labelling(config, table.impact))
-        model.reducer.logits[...] = losses.position_prior(labels)
+        nnx.update(model, {"reducer": {"logits": losses.position_prior(labels)}})
     source = open_source(config, "train", model)
     batches = training_batches(source, config.data, batch_size=recipe.batch_size, seed=config.seed)
     loss = partial(losses.classification, label_smoothing=recipe.label_smoothing)
@@ -92,7 +94,7 @@ def finetune(config: ConfigDict, workdir: Path) -> None:
     fields = stored_fields(workdir / "backbone")
     _fit(
         finetune_directory(config, workdir), model, loss, frozen, True, batches, len(source), recipe, config,
-        fields, dict(config.reducer),
+        fields, _stored_reducer(config),
     )  # fmt: skip
 
 
@@ -101,13 +103,20 @@ def filter_directory(config: ConfigDict, workdir: Path) -> Path:
 
 
 def finetune_directory(config: ConfigDict, workdir: Path) -> Path:
-    keep_ratio = 1.0 if config.reducer.name == "full" else config.reducer.keep_ratio
+    keep_ratio = reducer_options(config).get("keep_ratio", 1.0)
     return workdir / "finetune" / f"{config.reducer.name}-{keep_ratio:g}-{config.seed}"
 
 
 def reducer_options(config: ConfigDict) -> dict[str, Any]:
-    """config.reducer as keyword arguments of `create_model` and `load`."""
-    return {("reducer" if key == "name" else key): value for key, value in config.reducer.items()}
+    """config.reducer as keyword arguments of `create_model` and `load`; a baseline takes those of them that it knows."""
+    name = config.reducer.name
+    known = reducers.options(name)
+    return {"reducer": name} | {key: value for key, value in config.reducer.items() if key in known}
+
+
+def _stored_reducer(config: ConfigDict) -> dict[str, Any]:
+    options = reducer_options(config)
+    return {"name": options.pop("reducer"), **options}
 
 
 def labelling(config: ConfigDict, impact: np.ndarray) -> dict[str, Any]:
@@ -155,14 +164,14 @@ def open_source(config: ConfigDict, split: str, model: ViT) -> data.Source:
 
 def _import_backbone(config: ConfigDict, directory: Path) -> None:
     recipe = config.backbone
-    given = {key: recipe[key] for key in ("num_classes", "num_heads") if recipe.get(key)}
+    given = {key: recipe[key] for key in ("num_heads",) if recipe.get(key)}
     given["image_size"] = config.data.image_size
     model = load(recipe.init_from, seed=config.seed, **given)
     fields = stored_fields(recipe.init_from, **given)
     records.claim(directory, {"init_from": str(recipe.init_from), "model": fields})
     with Checkpoints(directory / "checkpoints") as checkpoints:
         if not checkpoints.steps():
-            state = State(np.int32(0), params_of(model), ())
+            state = State(jnp.int32(0), params_of(model), ())
             checkpoints.save(state, _description(config, fields, {"name": "full"}), {})
             checkpoints.wait()
 

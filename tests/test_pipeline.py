@@ -1,0 +1,114 @@
+"""`tif run` from nothing to a report, and again; cut in the middle it ends where an uncut run ends."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import tif_jax
+from tif_jax import records, state
+from tif_jax.__main__ import main
+
+TINY = """
+import importlib.util
+spec = importlib.util.spec_from_file_location("digits", {digits!r})
+digits = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(digits)
+
+def get_config():
+    config = digits.get_config()
+    config.seeds = 2
+    config.data.update(num_train=64, num_test=16, num_workers=2)
+    config.backbone.model.update(width=16, depth=1, num_heads=2)
+    config.backbone.update(num_epochs=2.0, batch_size=16)
+    config.score.update(num_samples=1, num_images=32, batch_size=16)
+    config.filter.update(num_epochs=2.0, batch_size=16)
+    config.finetune.update(num_epochs=1.0, batch_size=16)
+    config.evaluate.update(batch_size=16, num_images=16, num_samples=1)
+    config.benchmark.update(batch_size=8, reducers=("full", "prior", "tif"))
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, request):
+    """(config file, workdir) of a finished run."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    config = folder / "tiny.py"
+    config.write_text(TINY.format(digits=str(request.config.rootpath / "configs" / "digits.py")))
+    assert main(["run", "--config", str(config), "--workdir", str(folder / "run")]) == 0
+    return config, folder / "run"
+
+
+def test_what_it_leaves(finished):
+    _, workdir = finished
+    for name in ("report.md", "report.json", "accuracy_cost.png", "training.png", "tokens.png", "benchmark.json"):
+        assert (workdir / name).stat().st_size > 0
+    for stage in (
+        "backbone",
+        "filter",
+        "filter-1",
+        "finetune/tif-0.25-0",
+        "finetune/prior-0.25-1",
+        "finetune/full-1-0",
+    ):
+        assert (workdir / stage / "metrics.jsonl").exists() and (workdir / stage / "metrics.json").exists()
+    report = records.read(workdir / "report.json")
+    assert {"config", "versions", "device", "rows", "filter"} <= set(report)
+    assert [(row["reducer"], row["seed"]) for row in report["rows"]] == [
+        (name, seed) for seed in (0, 1) for name in ("full", "prior", "tif")
+    ]
+    assert {"reducer", "keep_ratio", "seed", "top1", "gmac", "images_per_second"} <= set(report["rows"][0])
+    assert {"auc", "spearman", "position_prior", "random"} == set(report["filter"])
+    keys = {"reducer", "options", "batch_size", "dtype", "gmac", "parameters", "images_per_second", "peak_memory_bytes"}
+    assert keys <= set(records.read(workdir / "benchmark.json")["rows"][0])
+    assert "| tif | 0.25 |" in (workdir / "report.md").read_text()
+
+
+def test_again_it_does_no_finished_work(finished):
+    config, workdir = finished
+    results = [p for p in workdir.rglob("*") if p.is_file() and p.suffix in (".parquet", ".json", ".jsonl")]
+    times = {p: p.stat().st_mtime_ns for p in results if "report" not in p.name and p.name != "metrics.jsonl"}
+    assert main(["run", "--config", str(config), "--workdir", str(workdir)]) == 0
+    assert {p: p.stat().st_mtime_ns for p in times} == times
+
+
+def test_a_workdir_loads_as_its_best_model(finished):
+    _, workdir = finished
+    report = records.read(workdir / "report.json")
+    model, best = tif_jax.load(workdir), tif_jax.load(workdir / report["best"])
+    assert report["best"].startswith("finetune/tif-0.25-")
+    images = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
+    np.testing.assert_array_equal(model(images)[0], best(images)[0])
+    assert model(images)[1]["kept"].shape == (2, 16)
+    table = tif_jax.read_impact(workdir)
+    assert table.impact.shape == (32, 64)
+
+
+def test_the_filter_stays_while_the_rest_is_fine_tuned(finished):
+    _, workdir = finished
+    before, _ = state.load_params(workdir / "filter" / "checkpoints")
+    after, _ = state.load_params(workdir / "finetune" / "tif-0.25-0" / "checkpoints")
+    jax.tree.map(np.testing.assert_array_equal, before.pop("reducer"), after.pop("reducer"))
+    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True))
+
+
+def test_cut_in_the_middle_it_ends_the_same(finished, tmp_path, monkeypatch):
+    config, workdir = finished
+    command = ["train", "--stage", "backbone", "--config", str(config), "--workdir", str(tmp_path)]
+    save = state.Checkpoints.save
+
+    def save_and_die(self, new, *rest):
+        save(self, new, *rest)
+        if int(new.step) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(state.Checkpoints, "save", save_and_die)
+        main(command)
+    assert main(command) == 0
+    lines = [json.loads(line) for line in (tmp_path / "backbone" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == sorted({line["step"] for line in lines})
+    whole, cut = (state.load_params(d / "backbone" / "checkpoints")[0] for d in (workdir, tmp_path))
+    jax.tree.map(np.testing.assert_array_equal, whole, cut)
