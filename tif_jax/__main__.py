@@ -10,6 +10,8 @@ import os
 import pkgutil
 import sys
 
+import jax
+
 from tif_jax import commands
 from tif_jax.errors import InputError, WorkError
 
@@ -31,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     use_all_cores()
     # Compiled programs are kept between runs and seeds.
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/tif_jax"))
+    _unless_given("jax_compilation_cache_dir", os.path.expanduser("~/.cache/tif_jax"))
     try:
         importlib.import_module(f"tif_jax.commands.{name}").main(rest)
     except InputError as error:
@@ -63,9 +65,15 @@ def use_all_cores() -> None:
         # On a busy machine one core's share of a step can come late by more than XLA's 40 s, which then aborts.
         os.environ["XLA_FLAGS"] = f"{xla_flags} --xla_cpu_collective_call_terminate_timeout_seconds=1200".strip()
     if "xla_force_host_platform_device_count" not in xla_flags:
-        os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(_num_cores()))
+        _unless_given("jax_num_cpu_devices", _num_cores())
     # Two programs in flight at once on the same CPU devices can wait for each other's all-reduce for ever.
-    os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "false")
+    _unless_given("jax_cpu_enable_async_dispatch", False)
+
+
+def _unless_given(option: str, value: object) -> None:
+    """Sets a JAX option that the environment does not."""
+    if option.upper() not in os.environ:
+        jax.config.update(option, value)
 
 
 def _num_cores() -> int:

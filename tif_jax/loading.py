@@ -31,7 +31,7 @@ def load(
     path = Path(source)
     given = {key: options.pop(key) for key in list(options) if key in MODEL_FIELDS}
     given = {key: value for key, value in given.items() if value is not None}
-    if path.is_dir():
+    if _is_checkpoint(path):
         params, stored = state.load_params(checkpoint_directory(path))
         fields = {**stored["model"], **given}
         params["position_embedding"] = _resized(params["position_embedding"], stored["model"], fields)
@@ -47,7 +47,7 @@ def load(
     fresh = sorted(set(wanted) - set(found))
     surplus = [name for name in set(found) - set(wanted) if not name.startswith("reducer/")]
     wrong = [name for name in set(found) & set(wanted) if found[name].shape != wanted[name].shape]
-    lacking = [name for name in fresh if not name.startswith("reducer/") and path.is_dir()]
+    lacking = [name for name in fresh if not name.startswith("reducer/") and _is_checkpoint(path)]
     if problems := sorted({*surplus, *wrong, *lacking}):
         raise InputError(f"{path} does not fit this model: missing, surplus or of another shape: {shortened(problems)}")
     if fresh:
@@ -64,7 +64,7 @@ def load(
 def stored_fields(source: str | Path, **given: Any) -> dict[str, Any]:
     """The fields of `ViT` that a checkpoint or weight file was made with."""
     path = Path(source)
-    if path.is_dir():
+    if _is_checkpoint(path):
         return {**state.load_params(checkpoint_directory(path))[1]["model"], **given}
     return pretrained.read_weights(path, **given)[0]
 
@@ -79,7 +79,15 @@ def checkpoint_directory(path: Path) -> Path:
     best = (records.read(path / "report.json") or {}).get("best")
     if best:
         return checkpoint_directory(path / best)
-    raise InputError(f"no checkpoint in {path}: neither checkpoints/ nor a report.json that names the best run")
+    raise InputError(
+        f"no checkpoint in {path}: neither checkpoints/ nor a report.json that names the best run; "
+        "run the stage that makes it first"
+    )
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether this is, or would be if it existed, a folder of ours and no weight file."""
+    return path.is_dir() or not (path.exists() or path.suffix in pretrained.READERS)
 
 
 def _resized(embedding, old: dict[str, Any], new: dict[str, Any]):

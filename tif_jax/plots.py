@@ -20,7 +20,7 @@ def accuracy_cost(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def training_curves(curves: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
+def training_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     """Training loss of each run against the fraction of its steps."""
     figure, axes = _figure(6, 4)
     for name, lines in curves.items():

@@ -36,14 +36,13 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
     Raises InputError for a file that is missing, damaged or of another kind, and for weights that are NaN or infinite.
     """
     path = Path(path)
-    readers = {".safetensors": _read_safetensors, ".npz": _read_npz, ".pth": _read_pth, ".pt": _read_pth}
     if not path.is_file():
-        raise InputError(f"No weight file {path}; give the path of a {', '.join(readers)} file")
-    if path.suffix not in readers:
-        raise InputError(f"{path} is not a weight file by its name; allowed: {', '.join(readers)}")
+        raise InputError(f"No weight file {path}; give the path of a {', '.join(READERS)} file")
+    if path.suffix not in READERS:
+        raise InputError(f"{path} is not a weight file by its name; allowed: {', '.join(READERS)}")
     if path.stat().st_size == 0:
         raise InputError(f"{path} is empty; copy or download it again")
-    tensors = readers[path.suffix](path)
+    tensors = READERS[path.suffix](path)
     if not tensors:
         raise InputError(f"{path} holds no tensors")
     for wrapper in _WRAPPERS:
@@ -104,3 +103,6 @@ def _naming(path: str | Path) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+READERS = {".safetensors": _read_safetensors, ".npz": _read_npz, ".pth": _read_pth, ".pt": _read_pth}

@@ -6,7 +6,8 @@ files that are missing or cut short but not a flipped bit, so `config` also carr
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,22 +80,21 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_exc) -> None:
-        self.manager.close()
+        with self._named():
+            self.manager.close()
 
     def save(self, state: State, config: Mapping[str, Any], data: Mapping[str, Any]) -> None:
         """Writes a checkpoint of that step in the background. data: the input iterator's state."""
-        arrays = {"params": state.params, "opt": state.opt_state}
+        digests = {"params": _digest(state.params), "opt": _digest(state.opt_state)}
         items = {
             "params": ocp.args.StandardSave(state.params),
-            "config": ocp.args.JsonSave({**config, "digest": _digest(arrays)}),
+            "config": ocp.args.JsonSave({**config, "digest": digests}),
             "data": ocp.args.JsonSave(dict(data)),
         }
         if jax.tree.leaves(state.opt_state):  # an imported backbone has none, and Orbax refuses empty items
             items["opt"] = ocp.args.StandardSave(state.opt_state)
-        try:
+        with self._named():
             self.manager.save(int(state.step), args=ocp.args.Composite(**items))
-        except OSError as error:
-            raise WorkError(f"checkpoint of step {int(state.step)} not written to {self.directory}: {error}") from None
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, whole or not."""
@@ -102,10 +102,17 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until everything saved is on disk."""
-        try:
+        with self._named():
             self.manager.wait_until_finished()
-        except OSError as error:
-            raise WorkError(f"checkpoint not written to {self.directory}: {error}") from None
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # on a full disk tensorstore raises a ValueError
+            raise WorkError(
+                f"checkpoint not written to {self.directory}: {error}; make room and run the same command again"
+            ) from None
 
     def restore(self, template: State) -> tuple[State, dict[str, Any]] | None:
         """The newest checkpoint that is whole and its `data`, on template's devices; None if there is none at all.
@@ -135,8 +142,7 @@ class Checkpoints:
             data=ocp.args.JsonRestore(),
         )
         restored = self.manager.restore(step, args=items)
-        if _digest({"params": restored.params, "opt": restored.opt}) != restored.config["digest"]:
-            raise ValueError("the arrays do not have the digest that was written with them")
+        _verify(restored.config, params=restored.params, opt=restored.opt)
         step_array = jax.device_put(np.int32(step), template.step.sharding)
         return State(step_array, restored.params, restored.opt), restored.data
 
@@ -160,6 +166,7 @@ def load_params(directory: str | Path) -> tuple[Params, dict[str, Any]]:
             shapes = checkpointer.metadata(folder / "params").item_metadata.tree
             params = checkpointer.restore(folder / "params", jax.tree.map(_on_one_device, shapes))
             config = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder / "config")
+            _verify(config, params=params)
             return params, config
         except Exception as error:
             logger.warning("checkpoint %s is damaged (%s)", folder, _first_line(error))
@@ -174,6 +181,11 @@ def _on_one_device(leaf: Any) -> jax.ShapeDtypeStruct:
 def _step_folders(directory: Path) -> list[Path]:
     numbered = [p for p in directory.iterdir() if p.is_dir() and p.name.isdigit()] if directory.is_dir() else []
     return sorted(numbered, key=lambda p: int(p.name), reverse=True)
+
+
+def _verify(config: Mapping[str, Any], **arrays: Any) -> None:
+    if any(_digest(tree) != config["digest"][item] for item, tree in arrays.items()):
+        raise ValueError("the arrays do not have the digest that was written with them")
 
 
 def _digest(tree: Any) -> str:

@@ -153,7 +153,7 @@ def _percent(row: dict[str, Any], metric: str) -> str:
     return f"{100 * row[metric]:.2f} ± {100 * row[f'{metric}_spread']:.2f}"
 
 
-def _curves(config: ConfigDict, workdir: Path, runs: Sequence[ConfigDict]) -> dict[str, list[dict[str, float]]]:
+def _curves(config: ConfigDict, workdir: Path, runs: Sequence[ConfigDict]) -> dict[str, list[dict[str, Any]]]:
     directories = [workdir / "backbone", train.filter_directory(runs[0], workdir)]
     directories += [train.finetune_directory(r, workdir) for r in runs if r.seed == config.seed]
     return {directory.name: metrics_log.read(directory) for directory in directories}

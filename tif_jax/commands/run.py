@@ -23,6 +23,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
     """Every stage in order. A finished one notices that itself, or is known by the file it leaves last."""
     seeds = range(config.seed, config.seed + config.seeds)
     runs = [with_reducer(config, name, seed) for seed in seeds for name in config.benchmark.reducers]
+    for of_run in runs:  # mistakes that would otherwise come to light after hours
+        train.check_reducer(of_run)
     logger.info("stage backbone")
     train.backbone(config, workdir)
     _once(workdir / "backbone" / "metrics.json", evaluate.backbone, config, workdir)

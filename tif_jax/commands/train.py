@@ -119,6 +119,13 @@ def _stored_reducer(config: ConfigDict) -> dict[str, Any]:
     return {"name": options.pop("reducer"), **options}
 
 
+def check_reducer(config: ConfigDict) -> None:
+    """Raises InputError if config.reducer can not be built, whatever the model."""
+    options = reducer_options(config)
+    name = options.pop("reducer")
+    nnx.eval_shape(lambda: reducers.build(name, width=2, num_patches=4, rngs=nnx.Rngs(0), **options))
+
+
 def labelling(config: ConfigDict, impact: np.ndarray) -> dict[str, Any]:
     """Arguments of `losses.keep_labels` for config.filter: 'top', 'above' rho nats, or above the data set's quantile rho."""
     kind, rho = config.filter.labels, config.filter.rho
