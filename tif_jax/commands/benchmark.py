@@ -70,7 +70,7 @@ def benchmark(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 def with_reducer(config: ConfigDict, name: str, seed: int | None = None) -> ConfigDict:
     """The config with another reducer at the same keep_ratio (where it has one), and another seed."""
-    changed = ConfigDict(config)
+    changed = config.copy_and_resolve_references()
     changed.reducer.name = name
     changed.seed = config.seed if seed is None else seed
     return changed.lock()

@@ -123,7 +123,11 @@ def check_reducer(config: ConfigDict) -> None:
     """Raises InputError if config.reducer can not be built, whatever the model."""
     options = reducer_options(config)
     name = options.pop("reducer")
-    nnx.eval_shape(lambda: reducers.build(name, width=2, num_patches=4, rngs=nnx.Rngs(0), **options))
+
+    def build() -> None:  # a reducer need not be something that jit can return
+        reducers.build(name, width=2, num_patches=4, rngs=nnx.Rngs(0), **options)
+
+    nnx.eval_shape(build)
 
 
 def labelling(config: ConfigDict, impact: np.ndarray) -> dict[str, Any]:
