@@ -1,5 +1,6 @@
 """Eight CPU devices, implicit rank promotion is an error, compiled programs are kept between runs."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -30,3 +31,9 @@ def data_root() -> Path:
     if not root.is_dir():
         pytest.skip(f"no real data: {root} does not exist (set TIF_DATA)")
     return root
+
+
+@pytest.fixture(autouse=True)
+def _log_propagates():
+    """`main` gives our logger a handler of its own and cuts it off from the root, where caplog listens."""
+    logging.getLogger("tif_jax").propagate = True
