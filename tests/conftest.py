@@ -1,4 +1,4 @@
-"""Eight CPU devices, implicit rank promotion is an error, compiled programs are kept between runs."""
+"""Eight CPU devices, implicit rank promotion is an error, programs compile fast and are kept between runs."""
 
 import logging
 import os
@@ -7,6 +7,8 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"
+# Tiny programs run once each: to optimise them takes longer than it saves.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".jax_cache")
 
 import jax

@@ -42,8 +42,9 @@ def test_its_reducers_take_their_options(name):
     config = config_file.load(name, [])
     assert config.reducer.name in config.benchmark.reducers
     for reducer in config.benchmark.reducers:
-        options = reducer_options(with_reducer(config, reducer))
-        jax.eval_shape(lambda key, options=options: params_of(blueprint(TINY, **options)(key)), jax.random.key(0))
+        _, options = reducer_options(with_reducer(config, reducer))
+        build = blueprint(TINY, reducer=reducer, **options)
+        jax.eval_shape(lambda key, build=build: params_of(build(key)), jax.random.key(0))
 
 
 def test_its_model_builds(name):
@@ -51,8 +52,9 @@ def test_its_model_builds(name):
     if "model" not in config.backbone:
         assert config.backbone.init_from.endswith(".safetensors")
         return
-    options = {"drop_path": config.backbone.drop_path, "dtype": config.dtype, **reducer_options(config)}
-    build = blueprint(config.backbone.model.to_dict(), **options)
+    name, options = reducer_options(config)
+    options |= {"drop_path": config.backbone.drop_path, "dtype": config.dtype}
+    build = blueprint(config.backbone.model.to_dict(), reducer=name, **options)
     shapes = jax.eval_shape(lambda key: params_of(build(key)), jax.random.key(0))
     assert {f"block_{i}" for i in range(config.backbone.model.depth)} < set(shapes)
     size = data.read_options(config.data).size

@@ -28,6 +28,13 @@ def load(
     options: the reducer's (keep_ratio, ...) and fields of `ViT`: image_size resizes the position embedding, num_classes
     of a file other than its own starts a fresh head. Raises InputError for everything that does not fit.
     """
+    return load_with_fields(source, reducer=reducer, dtype=dtype, seed=seed, **options)[0]
+
+
+def load_with_fields(
+    source: str | Path, *, reducer: str | None = None, dtype: str = "float32", seed: int = 0, **options: Any
+) -> tuple[ViT, dict[str, Any]]:
+    """`load`, and the fields of `ViT` that the model was built with: what a checkpoint of it has to say."""
     path = Path(source)
     given = {key: options.pop(key) for key in list(options) if key in MODEL_FIELDS}
     given = {key: value for key, value in given.items() if value is not None}
@@ -58,15 +65,7 @@ def load(
         found = {**found, **drawn}
     found = {name: jnp.asarray(found[name]) for name in wanted}
     nnx.update(model, traverse_util.unflatten_dict(found, sep="/"))
-    return model
-
-
-def stored_fields(source: str | Path, **given: Any) -> dict[str, Any]:
-    """The fields of `ViT` that a checkpoint or weight file was made with."""
-    path = Path(source)
-    if _is_checkpoint(path):
-        return {**state.load_params(checkpoint_directory(path))[1]["model"], **given}
-    return pretrained.read_weights(path, **given)[0]
+    return model, fields
 
 
 def checkpoint_directory(path: Path) -> Path:

@@ -28,8 +28,12 @@ def logits_of_best(
 ) -> Float[Array, "B L"]:
     """Logits of the frozen model when only the round(keep_ratio * N) highest-ranked patches enter its first block."""
     x, tokens = keep(model.embed(images), model.tokens(images.shape[0]), ranking, keep_ratio)
-    x, aux = Full()(model.blocks, x, tokens)
-    return model.predict(x, aux)[0]
+    return model.predict(*Full()(model.blocks, x, tokens))[0]
+
+
+def unreduced_logits(model: ViT, images: Float[Array, "B Y X 3"]) -> Float[Array, "B L"]:
+    """Logits of the model when all patches go all the way, whatever its own reducer does."""
+    return model.predict(*Full()(model.blocks, model.embed(images), model.tokens(images.shape[0])))[0]
 
 
 def mean_spearman(a: Float[np.ndarray, "B N"], b: Float[np.ndarray, "B N"]) -> float:

@@ -57,8 +57,8 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 
 def shard(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Array]:
-    """The batch's arrays, spread over the devices by their first axis; what is not an array is left out."""
-    arrays = {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
+    """The batch's arrays, spread over the devices by their first axis; those of strings are left out."""
+    arrays = {name: array for name, array in batch.items() if array.dtype != object}
     return jax.device_put(arrays, NamedSharding(mesh, PartitionSpec("data")))
 
 
@@ -85,16 +85,18 @@ class Checkpoints:
 
     def save(self, state: State, config: Mapping[str, Any], data: Mapping[str, Any]) -> None:
         """Writes a checkpoint of that step in the background. data: the input iterator's state."""
-        digests = {"params": _digest(state.params), "opt": _digest(state.opt_state)}
+        # From the host: of arrays with a copy on each device, Orbax would cut every device's share with a program of its own.
+        step, params, opt_state = jax.device_get(state)
+        digests = {"params": _digest(params), "opt": _digest(opt_state)}
         items = {
-            "params": ocp.args.StandardSave(state.params),
+            "params": ocp.args.StandardSave(params),
             "config": ocp.args.JsonSave({**config, "digest": digests}),
             "data": ocp.args.JsonSave(dict(data)),
         }
-        if jax.tree.leaves(state.opt_state):  # an imported backbone has none, and Orbax refuses empty items
-            items["opt"] = ocp.args.StandardSave(state.opt_state)
+        if jax.tree.leaves(opt_state):  # an imported backbone has none, and Orbax refuses empty items
+            items["opt"] = ocp.args.StandardSave(opt_state)
         with self._named():
-            self.manager.save(int(state.step), args=ocp.args.Composite(**items))
+            self.manager.save(int(step), args=ocp.args.Composite(**items))
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, whole or not."""

@@ -86,7 +86,7 @@ def gates_to_log_weight(gates: Float[Array, "B N"], num_special: int) -> Float[A
     return jnp.pad(jnp.log(gates), ((0, 0), (num_special, 0)))
 
 
-def image_keys(seed: int, x: Float[Array, "B *rest"]) -> Key[Array, " B"]:
+def image_keys(seed: int | Int[Array, ""], x: Float[Array, "B *rest"]) -> Key[Array, " B"]:
     """A random key per image that depends on the seed and the bits of x[b] alone: not on the batch around it."""
     bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(x).astype(jnp.float32), jnp.uint32)
     bits = bits.reshape(x.shape[0], -1)

@@ -31,7 +31,7 @@ def write_report(config: ConfigDict, workdir: Path, runs: Sequence[ConfigDict]) 
         metrics, measured = records.read(directory / "metrics.json"), per_reducer[of_run.reducer.name]
         row = {
             "reducer": of_run.reducer.name,
-            "keep_ratio": train.reducer_options(of_run).get("keep_ratio", 1.0),
+            "keep_ratio": train.reducer_options(of_run)[1].get("keep_ratio", 1.0),
             "seed": of_run.seed,
             "top1": metrics["top1"],
             "gmac": metrics["gmac"],

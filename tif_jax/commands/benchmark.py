@@ -36,8 +36,8 @@ def benchmark(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     mesh = make_mesh(recipe.batch_size)
     rows, calls = [], []
     for name in recipe.reducers:
-        options = train.reducer_options(with_reducer(config, name))
-        model = load(workdir / "backbone", dtype=recipe.dtype, **options)
+        _, options = train.reducer_options(with_reducer(config, name))
+        model = load(workdir / "backbone", reducer=name, dtype=recipe.dtype, **options)
         images = np.random.default_rng(0).normal(size=(recipe.batch_size, *model.image_size, 3)).astype(np.float32)
         arguments = replicate(params_of(model), mesh), shard({"image": images}, mesh)["image"]
         graphdef = nnx.split(model)[0]
@@ -49,7 +49,7 @@ def benchmark(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         rows.append(
             {
                 "reducer": name,
-                "options": {key: value for key, value in options.items() if key != "reducer"},
+                "options": options,
                 "batch_size": recipe.batch_size,
                 "dtype": recipe.dtype,
                 "gmac": counted.gmac,

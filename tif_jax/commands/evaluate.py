@@ -125,14 +125,14 @@ def _follow(model: ViT, source, config: ConfigDict, rows: np.ndarray, fixed: dic
     graphdef, params = nnx.split(model)[0], replicate(params_of(model), mesh)
 
     @jax.jit
-    def compute(params, images, fixed):
+    def compute(params, seed, images, fixed):
         model = with_params(graphdef, params)
-        logits = _unreduced(model, images)
+        logits = rankings.unreduced_logits(model, images)
         patches = split(model.embed(images), model.num_special)[1]
         uniform = jax.vmap(lambda key: jax.random.uniform(key, patches.shape[1:2]))
         found = {
             "filter": model(images)[1]["filter_logits"],
-            "random": uniform(image_keys(config.seed, images)),
+            "random": uniform(image_keys(seed, images)),
             "token norm": jnp.linalg.norm(patches.astype(jnp.float32), axis=-1),
         }
         if model.pool == "class":  # otherwise nothing has taught a class token where to look
@@ -147,7 +147,7 @@ def _follow(model: ViT, source, config: ConfigDict, rows: np.ndarray, fixed: dic
         for i, batch in enumerate(batches):
             index = np.minimum(np.arange(i * batch_size, (i + 1) * batch_size), len(rows) - 1)
             arrays = shard({"image": batch["image"], **{n: r[index] for n, r in fixed.items()}}, mesh)
-            found, logits, reduced = jax.device_get(compute(params, arrays.pop("image"), arrays))
+            found, logits, reduced = jax.device_get(compute(params, config.seed, arrays.pop("image"), arrays))
             real = batch["weight"] > 0
             parts.append(jax.tree.map(lambda x, real=real: x[real], (found, logits, reduced, batch["label"])))
             progress.update(int(real.sum()))
@@ -157,13 +157,6 @@ def _follow(model: ViT, source, config: ConfigDict, rows: np.ndarray, fixed: dic
     for name, per_ratio in reduced.items():
         outcomes |= {(name, k): _outcome(x, logits, label) for k, x in zip(KEEP_RATIOS, per_ratio, strict=True)}
     return found, outcomes
-
-
-def _unreduced(model: ViT, images):
-    x = model.embed(images)
-    for block in model.blocks:
-        x, _ = block(x)
-    return model.predict(x, {})[0]
 
 
 def _outcome(logits: np.ndarray, unreduced: np.ndarray, label: np.ndarray) -> dict[str, float]:

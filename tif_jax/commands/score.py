@@ -93,15 +93,13 @@ def _score(config: ConfigDict, workdir: Path, directory: Path, split: str, targe
 
 def _columns(scorer, batch, mesh, target: str) -> dict[str, np.ndarray]:
     """The shard columns of a batch's real rows."""
-    if target == "label" and (batch["label"] < 0).any():
-        raise InputError(
-            f"{batch['id'][int((batch['label'] < 0).argmax())]} has no label; set score.target to 'teacher'"
-        )
+    real = batch["weight"] > 0
+    if target == "label" and (unlabelled := real & (batch["label"] < 0)).any():
+        raise InputError(f"{batch['id'][unlabelled][0]} has no label; set score.target to 'teacher'")
     arrays = shard({key: batch[key] for key in ("image", "label")}, mesh)
     scores = jax.device_get(scorer(arrays["image"], arrays["label"]))
-    real = batch["weight"] > 0
     columns = {
-        "index": batch["index"], "view": batch["view"], "id": np.asarray(batch["id"], dtype=object),
+        "index": batch["index"], "view": batch["view"], "id": batch["id"],
         "label": batch["label"], "prediction": scores.prediction, "loss": scores.loss, "impact": scores.impact,
     }  # fmt: skip
     return {name: column[real] for name, column in columns.items()}

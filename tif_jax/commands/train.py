@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -16,7 +17,7 @@ from tif_jax import data, losses, optim, records, reducers, shards
 from tif_jax.commands import _arguments
 from tif_jax.data.loader import Batches, training_batches
 from tif_jax.errors import InputError
-from tif_jax.loading import load, stored_fields
+from tif_jax.loading import load_with_fields
 from tif_jax.loop import init_state, make_step, run
 from tif_jax.metrics_log import MetricsLog
 from tif_jax.models import create_model
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 FROZEN_REDUCER = ((r"^reducer/", False),)
 REDUCER_ALONE = ((r"^reducer/", True),)
+_SAVE_EVERY = (100, 1000)  # steps, at least and at most: what a killed run loses
 
 
 def main(argv: list[str]) -> None:
@@ -52,7 +54,8 @@ def backbone(config: ConfigDict, workdir: Path) -> None:
 def token_filter(config: ConfigDict, workdir: Path) -> None:
     """DIR/filter (DIR/filter-SEED for further seeds): the reducer's filter, fitted to DIR/impact; the backbone rests."""
     recipe, seed = config.filter, config.seed
-    model = load(workdir / "backbone", seed=seed, dtype=config.dtype, **reducer_options(config))
+    name, options = reducer_options(config)
+    model, fields = load_with_fields(workdir / "backbone", reducer=name, seed=seed, dtype=config.dtype, **options)
     table = shards.read_impact(workdir, expected=expected_manifest(config, model))
     labelled = labelling(config, table.impact)
     positives = float(np.mean(losses.keep_labels(table.impact, **labelled)))
@@ -70,19 +73,20 @@ def token_filter(config: ConfigDict, workdir: Path) -> None:
         records=np.stack([table.index, table.view], axis=1),
         extra={"impact": table.impact.astype(np.float32)},
     )
-    fields = stored_fields(workdir / "backbone")
     _fit(
         filter_directory(config, workdir), model, loss, REDUCER_ALONE, False, batches, len(table.index), recipe, config,
-        fields, _stored_reducer(config), stochastic=False,
+        fields, {"name": name, **options}, stochastic=False,
     )  # fmt: skip
 
 
 def finetune(config: ConfigDict, workdir: Path) -> None:
     """DIR/finetune/REDUCER-KEEP_RATIO-SEED: the whole ViT with its reducer in front; the reducer's own parameters rest."""
-    recipe, name = config.finetune, config.reducer.name
+    recipe, (name, options) = config.finetune, reducer_options(config)
+    # The filter has its own stage; every other reducer starts from the backbone.
     start = filter_directory(config, workdir) if name == "tif" else workdir / "backbone"
-    options = {**reducer_options(config), "dtype": config.dtype, "drop_path": recipe.drop_path}
-    model = load(start, seed=config.seed, **options)
+    model, fields = load_with_fields(
+        start, reducer=name, seed=config.seed, dtype=config.dtype, drop_path=recipe.drop_path, **options
+    )
     if name == "prior":  # nothing to train: its one parameter is read off the shards
         table = shards.read_impact(workdir, expected=expected_manifest(config, model))
         labels = losses.keep_labels(table.impact, **labelling(config, table.impact))
@@ -91,10 +95,9 @@ def finetune(config: ConfigDict, workdir: Path) -> None:
     batches = training_batches(source, config.data, batch_size=recipe.batch_size, seed=config.seed)
     loss = partial(losses.classification, label_smoothing=recipe.label_smoothing)
     frozen = FROZEN_REDUCER if "reducer" in params_of(model) else ()
-    fields = stored_fields(workdir / "backbone")
     _fit(
         finetune_directory(config, workdir), model, loss, frozen, True, batches, len(source), recipe, config,
-        fields, _stored_reducer(config),
+        fields, {"name": name, **options},
     )  # fmt: skip
 
 
@@ -103,26 +106,20 @@ def filter_directory(config: ConfigDict, workdir: Path) -> Path:
 
 
 def finetune_directory(config: ConfigDict, workdir: Path) -> Path:
-    keep_ratio = reducer_options(config).get("keep_ratio", 1.0)
+    keep_ratio = reducer_options(config)[1].get("keep_ratio", 1.0)
     return workdir / "finetune" / f"{config.reducer.name}-{keep_ratio:g}-{config.seed}"
 
 
-def reducer_options(config: ConfigDict) -> dict[str, Any]:
-    """config.reducer as keyword arguments of `create_model` and `load`; a baseline takes those of them that it knows."""
+def reducer_options(config: ConfigDict) -> tuple[str, dict[str, Any]]:
+    """Name and options of config.reducer; a baseline takes those of the options that it knows."""
     name = config.reducer.name
     known = reducers.options(name)
-    return {"reducer": name} | {key: value for key, value in config.reducer.items() if key in known}
-
-
-def _stored_reducer(config: ConfigDict) -> dict[str, Any]:
-    options = reducer_options(config)
-    return {"name": options.pop("reducer"), **options}
+    return name, {key: value for key, value in config.reducer.items() if key in known}
 
 
 def check_reducer(config: ConfigDict) -> None:
     """Raises InputError if config.reducer can not be built, whatever the model."""
-    options = reducer_options(config)
-    name = options.pop("reducer")
+    name, options = reducer_options(config)
 
     def build() -> None:  # a reducer need not be something that jit can return
         reducers.build(name, width=2, num_patches=4, rngs=nnx.Rngs(0), **options)
@@ -177,8 +174,7 @@ def _import_backbone(config: ConfigDict, directory: Path) -> None:
     recipe = config.backbone
     given = {key: recipe[key] for key in ("num_heads",) if recipe.get(key)}
     given["image_size"] = config.data.image_size
-    model = load(recipe.init_from, seed=config.seed, **given)
-    fields = stored_fields(recipe.init_from, **given)
+    model, fields = load_with_fields(recipe.init_from, seed=config.seed, **given)
     records.claim(directory, {"init_from": str(recipe.init_from), "model": fields})
     with Checkpoints(directory / "checkpoints") as checkpoints:
         if not checkpoints.steps():
@@ -234,7 +230,9 @@ def _fit(
             state, position = restored
             batches.set_state(position)
         if (start := int(state.step)) < num_steps:
-            logger.info("%s: steps %d to %d on %d %s devices", directory, start, num_steps, mesh.size, _platform())
+            logger.info(
+                "%s: steps %d to %d on %d %s devices", directory, start, num_steps, mesh.size, jax.default_backend()
+            )
         log = MetricsLog(directory, start)
         description = _description(config, fields, reducer)
         run(
@@ -243,15 +241,9 @@ def _fit(
             (shard(batch, mesh) for batch in batches),
             until=num_steps,
             log_every=max(1, min(50, num_steps // 20)),
-            save_every=max(1, num_steps // 5),
+            save_every=min(max(num_steps // 5, _SAVE_EVERY[0]), _SAVE_EVERY[1]),
             log=log.write,
             save=lambda state: checkpoints.save(state, description, batches.get_state()),
             label=directory.name,
         )
     batches.close()
-
-
-def _platform() -> str:
-    import jax
-
-    return jax.default_backend()

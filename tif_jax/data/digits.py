@@ -5,7 +5,7 @@ from other digits and turned at random. The clutter has the digits' mean ink and
 sign of a token that matters is that strokes go on in it: a ranking has to look at what is in a token.
 """
 
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -41,17 +41,7 @@ class Digits:
             raise InputError(f"num_examples is {num_examples}; digits needs at least 1 canvas")
         if image_size < max(SIZES):
             raise InputError(f"image_size is {image_size}; digits need a canvas of at least {max(SIZES)} pixels")
-        drawn, labels = _drawn_digits(split)
-        split_seed = (seed, SPLITS.index(split))
-        fragments = _fragments(drawn, np.random.default_rng(split_seed))
-        canvases, chosen = [], []
-        for block in range(-(-num_examples // _BLOCK)):
-            rng = np.random.default_rng((*split_seed, block))
-            images, digits = _canvases(drawn, fragments, image_size, THINNED if split == "train" else 0.0, rng)
-            canvases.append(images)
-            chosen.append(digits)
-        self._images = np.concatenate(canvases)[:num_examples]
-        self._labels = labels[np.concatenate(chosen)[:num_examples]]
+        self._images, self._labels = _generate(split, num_examples, image_size, seed)
         self._split = split
 
     def __len__(self) -> int:
@@ -61,6 +51,23 @@ class Digits:
         index = range(len(self))[index]
         image = np.repeat(self._images[index, :, :, None], 3, axis=2)
         return {"id": f"{self._split}/{index:06d}", "image": image, "label": int(self._labels[index])}
+
+
+@lru_cache(maxsize=2)  # a split each: the stages of a pipeline open the same ones again and again
+def _generate(
+    split: str, num_examples: int, image_size: int, seed: int
+) -> tuple[UInt8[np.ndarray, "n Y X"], Int[np.ndarray, " n"]]:
+    """The canvases and their labels."""
+    drawn, labels = _drawn_digits(split)
+    split_seed = (seed, SPLITS.index(split))
+    fragments = _fragments(drawn, np.random.default_rng(split_seed))
+    canvases, chosen = [], []
+    for block in range(-(-num_examples // _BLOCK)):
+        rng = np.random.default_rng((*split_seed, block))
+        images, digits = _canvases(drawn, fragments, image_size, THINNED if split == "train" else 0.0, rng)
+        canvases.append(images)
+        chosen.append(digits)
+    return np.concatenate(canvases)[:num_examples], labels[np.concatenate(chosen)[:num_examples]]
 
 
 @cache

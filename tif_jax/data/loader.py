@@ -7,21 +7,25 @@ Legend: B images of a batch, R records, Y rows, X columns.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int, Shaped
+from jaxtyping import Float32, Int, Shaped, UInt8
 from PIL import Image
 
 from tif_jax.data.options import DataOptions, Settings, read_options
-from tif_jax.data.preprocess import augmented_view, evaluation_view
-from tif_jax.data.source import Source, UnreadableImage
+from tif_jax.data.preprocess import augmented_view, evaluation_view, normalise
+from tif_jax.data.source import Example, Source, UnreadableImage
 from tif_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 FRESH = -1  # in place of a view: an augmentation drawn anew whenever the image comes round
+
+_ROWS_PER_TASK = 32
+_ENDLESS = 10**9  # epochs: Grain's own endless repetition can not be batched in ones
 
 Batch = dict[str, Any]
 
@@ -29,14 +33,17 @@ Batch = dict[str, Any]
 class Batches:
     """An iterator over batches that knows where it is. Close it when done, so that its threads end."""
 
-    def __init__(self, order: Any, load: "_Loader", batch_size: int, stack: Callable[[Sequence[Batch]], Batch]):
+    def __init__(self, order: Any, load: "_Loader", batch_size: int):
         import grain
 
-        if batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}; it must be at least 1")
         self.unreadable = load.unreadable  # index -> error of each image left out so far (data.on_error='skip')
-        read = grain.ReadOptions(num_threads=load.options.num_workers, prefetch_buffer_size=2 * batch_size)
-        self._iterator = iter(order.map_with_index(load).to_iter_dataset(read).batch(batch_size, batch_fn=stack))
+        # A thread's task is a few rows at once: handing over small images one by one takes longer than reading them.
+        rows = math.gcd(batch_size, _ROWS_PER_TASK)
+        tasks = batch_size // rows
+        num_threads = load.options.num_workers
+        read = grain.ReadOptions(num_threads, prefetch_buffer_size=max(num_threads, 2 * tasks))
+        dataset = order.batch(rows).map_with_index(load).to_iter_dataset(read)
+        self._iterator = iter(dataset.batch(tasks, batch_fn=_concatenate))
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -70,7 +77,8 @@ def training_batches(
 
     A batch: image float32 (B, Y, X, 3), label int32 (B,), index int64 (B,), view int32 (B,), and the rows of `extra`
     that belong to its records. Without `records`, every image of the source once an epoch, freshly augmented (view
-    FRESH) unless data.augment is 'none' (view 0).
+    FRESH) unless data.augment is 'none' (view 0). With data.on_error='skip' the next record that can be read takes the
+    place of an unreadable one: steps and epochs do not depend on how many there are.
     """
     import grain
 
@@ -83,9 +91,9 @@ def training_batches(
         _check_records(records, source, options)
     if not len(records):
         raise InputError("no records to train on; score impacts first, or train without them")
-    load = _Loader(source, options, records, extra or {}, seed=seed, endless=True)
-    order = grain.MapDataset.range(len(records)).shuffle(seed).repeat()
-    return Batches(order, load, batch_size, _stack)
+    _check_batch_size(batch_size)
+    order = grain.MapDataset.range(len(records)).shuffle(seed).repeat(_ENDLESS)
+    return Batches(order, _Loader(source, options, records, extra or {}, seed), batch_size)
 
 
 def evaluation_batches(
@@ -97,8 +105,8 @@ def evaluation_batches(
 ) -> Batches:
     """Every record once, in order; without `records`, the evaluation view of every image.
 
-    A batch is as in `training_batches`, with id, a list of B strings, and weight float32 (B,): 1, or 0 for the copies
-    of the last image that fill the last batch.
+    A batch is as in `training_batches`, with id, strings (B,), and weight float32 (B,): 1, or 0 for the copies of the
+    last image that fill the last batch and for the black pictures in place of unreadable ones (data.on_error='skip').
     """
     import grain
 
@@ -107,18 +115,13 @@ def evaluation_batches(
         records = _all_records(source, 0)
     else:
         _check_records(records, source, options)
-    load = _Loader(source, options, records, {}, seed=0, endless=False)
-
-    def stack(rows: Sequence[Batch]) -> Batch:
-        padded = [*rows, *[rows[-1]] * (batch_size - len(rows))]
-        weight = (np.arange(batch_size) < len(rows)).astype(np.float32)
-        return _stack(padded) | {"id": [row["id"] for row in padded], "weight": weight}
-
-    return Batches(grain.MapDataset.range(len(records)), load, batch_size, stack)
+    _check_batch_size(batch_size)
+    order = grain.MapDataset.range(-(-len(records) // batch_size) * batch_size)
+    return Batches(order, _Loader(source, options, records, {}, seed=None), batch_size)
 
 
 class _Loader:
-    """Reads the record in a row; `position` counts rows through all epochs. None stands for an unreadable image."""
+    """Reads records, several at a time. seed: of the fresh augmentations; None for evaluation."""
 
     def __init__(
         self,
@@ -126,8 +129,7 @@ class _Loader:
         options: DataOptions,
         records: Int[np.ndarray, "R 2"],
         extra: Mapping[str, Shaped[np.ndarray, "R ..."]],
-        seed: int,
-        endless: bool,
+        seed: int | None,
     ):
         self.options = options
         self.unreadable: dict[int, str] = {}
@@ -135,46 +137,78 @@ class _Loader:
         self._records = records
         self._extra = extra
         self._seed = seed
-        self._endless = endless
         self._num_images = len(np.unique(records[:, 0]))
 
-    def __call__(self, position: int, row: int) -> Batch | None:
-        index, view = map(int, self._records[row])
-        try:
-            example = self._source[index]
-        except UnreadableImage as error:
-            if self.options.on_error == "raise":
-                raise
-            self._leave_out(index, str(error))
-            return None
-        image = example["image"]
-        image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-        return {
-            "id": example["id"],
-            "image": self._view(image, position, index, view),
-            "label": np.int32(example["label"]),
-            "index": np.int64(index),
-            "view": np.int32(view),
-            **{name: values[row] for name, values in self._extra.items()},
+    def __call__(self, task: int, rows: Int[np.ndarray, " b"]) -> Batch:
+        """The task-th few rows. Rows beyond the last stand for copies of it."""
+        images = np.zeros((len(rows), *self.options.size, 3), np.float32)
+        ids, labels, used, weights = [], [], [], []
+        for i, row in enumerate(rows.tolist()):
+            row, example = self._read(row)
+            used.append(row)
+            ids.append(example["id"] if example else "")
+            labels.append(example["label"] if example else -1)
+            weights.append(example is not None and row == rows[i])
+            if example:
+                # Counts rows through all epochs, so that every epoch has augmentations of its own.
+                position = task * len(rows) + i
+                images[i] = self._view(example["image"], position, *map(int, self._records[row]))
+        batch = {
+            "image": images,
+            "label": np.array(labels, np.int32),
+            "index": self._records[used, 0].astype(np.int64),
+            "view": self._records[used, 1].astype(np.int32),
+            **{name: values[used] for name, values in self._extra.items()},
         }
+        if self._seed is None:
+            batch |= {"id": np.array(ids, object), "weight": np.array(weights, np.float32)}
+        return batch
 
-    def _view(self, image: Image.Image, position: int, index: int, view: int) -> Float32[np.ndarray, "Y X 3"]:
+    def _read(self, row: int) -> tuple[int, Example | None]:
+        """A row and its example: this one, or where it is unreadable, for training the next, for evaluation None."""
+        row = min(row, len(self._records) - 1)
+        while True:
+            index = int(self._records[row, 0])
+            if index not in self.unreadable:
+                try:
+                    return row, self._source[index]
+                except UnreadableImage as error:
+                    if self.options.on_error == "raise":
+                        raise
+                    self._leave_out(index, str(error))
+            if self._seed is None:
+                return row, None
+            if len(self.unreadable) == self._num_images:
+                raise InputError(
+                    f"none of the {self._num_images} images can be read; one of them: {self.unreadable[index]}"
+                )
+            row = (row + 1) % len(self._records)
+
+    def _view(
+        self, image: Image.Image | UInt8[np.ndarray, "_ _ 3"], position: int, index: int, view: int
+    ) -> Float32[np.ndarray, "Y X 3"]:
         size, mean, std = self.options.size, self.options.mean, self.options.std
+        if view == 0 and self.options.crop_fraction == 1 and isinstance(image, np.ndarray) and image.shape[:2] == size:
+            return normalise(image, mean, std)  # is its own evaluation view
+        image = image if isinstance(image, Image.Image) else Image.fromarray(image)
         if view == 0:
             return evaluation_view(image, size, self.options.crop_fraction, mean, std)
         # The first number keeps the two families of streams apart.
-        entropy = (0, self._seed, position) if view == FRESH else (1, index, view)
+        entropy = (0, self._seed or 0, position) if view == FRESH else (1, index, view)
         return augmented_view(image, size, np.random.default_rng(entropy), mean, std)
 
     def _leave_out(self, index: int, reason: str) -> None:
         if self.unreadable.setdefault(index, reason) is reason:  # one atomic step: several threads may come here
             logger.warning("Left out: %s", reason)
-        if self._endless and len(self.unreadable) == self._num_images:
-            raise InputError(f"none of the {self._num_images} images can be read; one of them: {reason}")
 
 
-def _stack(rows: Sequence[Batch]) -> Batch:
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0] if name != "id"}
+def _concatenate(parts: Sequence[Batch]) -> Batch:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; it must be at least 1")
 
 
 def _all_records(source: Source, view: int) -> Int[np.ndarray, "R 2"]:

@@ -7,6 +7,7 @@ import io
 import math
 import os
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -147,14 +148,22 @@ def check_view(
         raise InputError(f"mean is {mean} and std {std}; they are three numbers each, std above 0")
 
 
-def normalise(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Float32[np.ndarray, "Y X 3"]:
+def normalise(
+    image: Image.Image | UInt8[np.ndarray, "Y X 3"], mean: Sequence[float], std: Sequence[float]
+) -> Float32[np.ndarray, "Y X 3"]:
     """Pixels as fractions of 255, minus the mean, over the standard deviation, per channel."""
     # In place and a row of pixels at a time: four times as fast as broadcasting over the three channels.
-    rows = np.asarray(image, np.float32).reshape(image.height, -1)
+    pixels = np.array(image, np.float32)
+    rows = pixels.reshape(len(pixels), -1)
     rows /= np.float32(255)
-    rows -= np.tile(np.asarray(mean, np.float32), image.width)
-    rows /= np.tile(np.asarray(std, np.float32), image.width)
-    return rows.reshape(image.height, image.width, 3)
+    rows -= _along_row(tuple(mean), pixels.shape[1])
+    rows /= _along_row(tuple(std), pixels.shape[1])
+    return pixels
+
+
+@cache
+def _along_row(channels: tuple[float, ...], num_pixels: int) -> Float32[np.ndarray, " XC"]:
+    return np.tile(np.asarray(channels, np.float32), num_pixels)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

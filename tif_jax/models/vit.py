@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from tif_jax.errors import InputError
+from tif_jax.layers import Linear, gelu
 from tif_jax.reducers import Aux, Full, Reducer
 from tif_jax.tokens import QueryKey, Tokens
 
@@ -32,7 +33,7 @@ class Attention(nnx.Module):
         self, width: int, num_heads: int, *, qkv_bias: bool, qk_norm: bool, norm_eps: float, dtype, rngs: nnx.Rngs
     ):
         self.num_heads = num_heads
-        linear = partial(nnx.Linear, kernel_init=nnx.initializers.truncated_normal(0.02), dtype=dtype, rngs=rngs)
+        linear = partial(Linear, kernel_init=nnx.initializers.truncated_normal(0.02), dtype=dtype, rngs=rngs)
         self.qkv = linear(width, 3 * width, use_bias=qkv_bias)
         self.out = linear(width, width)
         if qk_norm:
@@ -75,12 +76,12 @@ class FeedForward(nnx.Module):
     """Two linear layers with GELU between: 'exact' (erf: timm, DeiT) or 'tanh' (big_vision, SigLIP)."""
 
     def __init__(self, width: int, mlp_dim: int, *, gelu: str, dtype, rngs: nnx.Rngs):
-        linear = partial(nnx.Linear, kernel_init=nnx.initializers.truncated_normal(0.02), dtype=dtype, rngs=rngs)
+        linear = partial(Linear, kernel_init=nnx.initializers.truncated_normal(0.02), dtype=dtype, rngs=rngs)
         self.up, self.down = linear(width, mlp_dim), linear(mlp_dim, width)
         self.gelu = gelu
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down(jax.nn.gelu(self.up(x), approximate=self.gelu == "tanh"))
+        return self.down(gelu(self.up(x), approximate=self.gelu == "tanh"))
 
 
 class Block(nnx.Module):
@@ -205,7 +206,7 @@ class ViT(nnx.Module):
             return nnx.Param(normal(rngs.params(), shape, jnp.float32))
 
         norm = partial(nnx.LayerNorm, width, epsilon=norm_eps, dtype=self.dtype, use_fast_variance=False, rngs=rngs)
-        self.patch_embedding = nnx.Linear(3 * patch_size**2, width, dtype=self.dtype, rngs=rngs)
+        self.patch_embedding = Linear(3 * patch_size**2, width, dtype=self.dtype, rngs=rngs)
         self.position_embedding = param(1, self.num_positioned + self.grid[0] * self.grid[1], width)
         if class_token:
             self.class_token = param(1, 1, width)

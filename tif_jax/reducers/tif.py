@@ -5,12 +5,12 @@ An MLP looks at the embeddings once, before the first self-attention; the patche
 Legend: B images, N patch tokens, D width.
 """
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from tif_jax.errors import InputError
+from tif_jax.layers import Linear, gelu
 from tif_jax.reducers.full import Full
 from tif_jax.tokens import check_keep_ratio, keep, split
 
@@ -29,11 +29,11 @@ class TokenFilter(nnx.Module):
             raise InputError(f"features is {features!r}; allowed: 'local', 'local+global'")
         sizes = (width, width // 2) if hidden is None else tuple(hidden)
         self.norm = nnx.LayerNorm(width, use_fast_variance=False, rngs=rngs)
-        self.local_in = nnx.Linear(width, sizes[0], rngs=rngs)
+        self.local_in = Linear(width, sizes[0], rngs=rngs)
         if features == "local+global":
-            self.global_in = nnx.Linear(width, sizes[0], use_bias=False, rngs=rngs)
+            self.global_in = Linear(width, sizes[0], use_bias=False, rngs=rngs)
         for i, (size_in, size_out) in enumerate(zip(sizes, (*sizes[1:], 1), strict=True)):
-            setattr(self, f"layer_{i}", nnx.Linear(size_in, size_out, rngs=rngs))
+            setattr(self, f"layer_{i}", Linear(size_in, size_out, rngs=rngs))
         self.features = features
         self.depth = len(sizes)
 
@@ -43,7 +43,7 @@ class TokenFilter(nnx.Module):
         if self.features == "local+global":
             y = y + self.global_in(local.mean(axis=1, keepdims=True))
         for i in range(self.depth):
-            y = getattr(self, f"layer_{i}")(jax.nn.gelu(y, approximate=False))
+            y = getattr(self, f"layer_{i}")(gelu(y, approximate=False))
         return y[..., 0]
 
 
