@@ -58,7 +58,8 @@ def use_all_cores() -> None:
     """Splits a CPU into as many JAX devices as it has cores, rounded down to a power of two, before JAX starts.
 
     XLA leaves about a third of the cores idle inside one CPU program; a batch spread over devices does not. (Three devices
-    on four cores were seen to wait for each other for ever in an all-reduce.) Accelerators are not touched. JAX_NUM_CPU_DEVICES or --xla_force_host_platform_device_count in XLA_FLAGS overrides it.
+    on four cores were seen to wait for each other for ever in an all-reduce.) Accelerators are not touched.
+    JAX_NUM_CPU_DEVICES or --xla_force_host_platform_device_count in XLA_FLAGS overrides it.
     """
     xla_flags = os.environ.get("XLA_FLAGS", "")
     if "xla_cpu_collective_call_terminate_timeout_seconds" not in xla_flags:

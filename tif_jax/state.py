@@ -131,7 +131,8 @@ class Checkpoints:
                 self._move_aside(step)
         if steps:
             raise InputError(
-                f"no checkpoint in {self.directory} is whole (tried steps {steps}): delete the folder to start anew"
+                f"no checkpoint in {self.directory} is whole (tried steps {steps}, now {self.directory.parent}/damaged-*): "
+                "put back a copy, or run again to start anew"
             )
         return None
 

@@ -48,7 +48,7 @@ def _make_writable(workdir: Path) -> None:
 
 
 def _log_to_stderr() -> None:
-    """Our own messages, and only ours: Orbax and JAX tell a page per checkpoint."""
+    """Our own messages, and only ours: Orbax and JAX tell a page per checkpoint, Orbax some of it as warnings."""
     logger = logging.getLogger("tif_jax")
     if not logger.handlers:
         handler = logging.StreamHandler()
@@ -56,6 +56,7 @@ def _log_to_stderr() -> None:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         logger.propagate = False
+        logging.getLogger("absl").setLevel(logging.ERROR)
         _silence_abandoned_reads()
 
 

@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from tif_jax import records
@@ -25,6 +26,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
     runs = [with_reducer(config, name, seed) for seed in seeds for name in config.benchmark.reducers]
     for of_run in runs:  # mistakes that would otherwise come to light after hours
         train.check_reducer(of_run)
+    score.check(config, "train", config.score.target)
+    train.labelling(config, np.zeros((1, 1)))
     logger.info("stage backbone")
     train.backbone(config, workdir)
     _once(workdir / "backbone" / "metrics.json", evaluate.backbone, config, workdir)

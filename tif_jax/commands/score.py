@@ -4,7 +4,7 @@ import importlib.metadata
 import logging
 import re
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -42,26 +42,11 @@ def score_heldout(config: ConfigDict, workdir: Path) -> None:
 
 
 def _score(config: ConfigDict, workdir: Path, directory: Path, split: str, target: str, num_images: int) -> None:
-    recipe, options = config.score, data.read_options(config.data)
-    if split == "test":
-        views, num_samples, part = 1, config.evaluate.num_samples, ""
-    else:
-        views, num_samples, part = recipe.views, recipe.num_samples, recipe.part
-    if views < 1:
-        raise InputError(f"score.views is {views}; at least 1 (the evaluation view)")
-    if views > 1 and options.augment == "none":
-        raise InputError(
-            f"score.views is {views}, but data.augment 'none' has the evaluation view only: set score.views=1"
-        )
+    recipe = config.score
+    views, part = (1, "") if split == "test" else (recipe.views, recipe.part)
+    settings = check(config, split, target)
     model = load(workdir / "backbone", dtype=config.dtype)
     source = train.open_source(config, split, model)
-    settings = {
-        "estimator": recipe.estimator,
-        "mask": recipe.mask if recipe.estimator == "exact" else "drop",
-        "target": target,
-        "num_samples": num_samples,
-        "keep_ratio": recipe.keep_ratio,
-    }
     mesh = make_mesh(recipe.batch_size)
     scorer = oracle.scorer(model, mesh, seed=config.seed, **settings)
     rows = _rows(len(source), num_images, views)
@@ -89,6 +74,25 @@ def _score(config: ConfigDict, workdir: Path, directory: Path, split: str, targe
             shards.write_part(
                 directory, k, num_parts, {name: np.concatenate([c[name] for c in columns]) for name in columns[0]}
             )
+
+
+def check(config: ConfigDict, split: str, target: str) -> dict[str, Any]:
+    """The oracle's options for a split. Raises InputError where config.score is wrong, before any work is done."""
+    recipe = config.score
+    if recipe.views < 1:
+        raise InputError(f"score.views is {recipe.views}; at least 1 (the evaluation view)")
+    if recipe.views > 1 and data.read_options(config.data).augment == "none":
+        raise InputError(
+            f"score.views is {recipe.views}, but data.augment 'none' has the evaluation view only: set score.views=1"
+        )
+    _parts(recipe.part, 1)
+    return oracle.check_options(
+        estimator=recipe.estimator,
+        mask=recipe.mask if recipe.estimator == "exact" else "drop",
+        target=target,
+        num_samples=(config.evaluate if split == "test" else recipe).num_samples,
+        keep_ratio=recipe.keep_ratio,
+    )
 
 
 def _columns(scorer, batch, mesh, target: str) -> dict[str, np.ndarray]:

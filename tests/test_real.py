@@ -1,0 +1,74 @@
+"""A real DeiT-Ti on real photographs. Takes minutes: bash launch/test.sh -m long tests/test_real.py"""
+
+import benchmark_estimators
+import jax
+import numpy as np
+import pytest
+from reference import vit_forward
+from scipy.special import log_softmax, softmax
+
+from tif_jax import load
+from tif_jax.data import open_source
+from tif_jax.data.loader import evaluation_batches
+from tif_jax.oracle import MASKS, TARGETS, token_impact
+from tif_jax.pretrained import read_tensors
+
+pytestmark = pytest.mark.long
+KEYWORD = {"zero": "zeroed", "content": "position_only", "drop": "dropped"}
+
+
+@pytest.fixture(scope="module")
+def weights(data_root):
+    return data_root / "deit_tiny_patch16_224.safetensors"
+
+
+def photographs(data_root, batch_size):
+    """Batches of the 500 photographs with ImageNet labels: resize 256 bicubic, centre crop 224."""
+    data = {"name": "image_table", "root": str(data_root / "imagenet_ccby"), "test_split": "labels.csv"}
+    return evaluation_batches(open_source(data, "test"), data, batch_size=batch_size)
+
+
+def test_top1(data_root, weights):
+    model = load(weights)
+    predict = jax.jit(lambda images: model(images)[0].argmax(axis=1))
+    right = [(predict(b["image"]) == b["label"]) * b["weight"] for b in photographs(data_root, 50)]
+    assert np.sum(right) / 500 >= 0.835
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_exact_is_brute_force_in_float32(data_root, weights, mask):
+    model, tensors = load(weights), read_tensors(weights)
+    batch = next(photographs(data_root, 1))
+
+    def forward(**masked):
+        return vit_forward(tensors, batch["image"], num_heads=3, dtype=np.float32, **masked)
+
+    clean = forward()
+    logits = np.concatenate([forward(**{KEYWORD[mask]: [i]}) for i in range(196)])
+    goals = {"label": np.eye(1000)[batch["label"]], "teacher": softmax(clean, axis=1)}
+    assert goals.keys() == set(TARGETS)
+    for target, goal in goals.items():
+        expected = (goal * log_softmax(clean, axis=1)).sum(axis=1) - (goal * log_softmax(logits, axis=1)).sum(axis=1)
+        impact = token_impact(model, batch["image"], batch["label"], mask=mask, target=target)[0]
+        assert np.abs(expected).max() > 1e-3
+        np.testing.assert_allclose(impact, expected, atol=1e-4)
+
+
+def test_order_of_the_ranking_table(data_root):
+    """methods/tif.md's table on 48 photographs: the order of its rows, where it is wider than the noise."""
+    rows = benchmark_estimators.table(data_root, 48)
+
+    def loss(name, num_kept=98):
+        return rows[name][num_kept]["cross_entropy"]
+
+    best_first = ["exact, drop", "gradient", "class attention", "random", "exact, zero, absolute value"]
+    assert sorted(best_first, key=loss) == best_first
+    assert loss("exact, zero") < loss("gradient") < loss("class attention")
+    assert loss("sampled, keep 0.5, K=16") < loss("gradient")
+    # Few tokens left: what a token is worth among half-empty neighbours is the better measure.
+    assert loss("sampled, keep 0.5, K=16", 49) < loss("exact, drop", 49) < loss("class attention", 49)
+    assert loss("sampled, keep 0.5, K=16", 49) < loss("sampled, keep 0.5, K=4", 49)
+    # The label-aware oracle does better without the tokens that argue for the wrong class.
+    assert loss("exact, drop", 137) < loss("all 196 tokens", 196)
+    by_correlation = ["exact, zero", "gradient", "sampled, keep 0.7, K=16", "sampled, keep 0.5, K=16", "random"]
+    assert sorted(by_correlation, key=lambda name: -rows[name]["spearman"]) == by_correlation
