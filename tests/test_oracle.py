@@ -60,6 +60,40 @@ def test_exact_is_brute_force(network, mask, target):
     np.testing.assert_allclose(impact, expected, atol=1e-10)
 
 
+@pytest.mark.parametrize("mask", oracle.MASKS)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(depth=1),
+        dict(depth=3, layer_scale=0.5, qk_norm=True, num_registers=2, distillation_token=True, drop_path=0.1),
+        dict(depth=3, qk_norm=True, pool="mean", class_token=False, layer_scale=0.5),
+    ],
+    ids=["one block", "everything", "no special tokens"],
+)
+def test_exact_is_brute_force_for_every_kind_of_block(fields, mask):
+    model = create_model(dict(image_size=(16, 24), patch_size=8, width=16, num_heads=2, num_classes=3) | fields)
+    # Large weights: attention far from uniform.
+    nnx.update(model, jax.tree.map(lambda x: 4 * x, nnx.state(model, nnx.Param)))
+    images, labels = jax.random.normal(jax.random.key(0), (2, 16, 24, 3)), jnp.array([0, 2])
+
+    @jax.jit
+    def loss(x):
+        for block in model.blocks:
+            x, _ = block(x)
+        return -jax.nn.log_softmax(model.predict(x, {})[0])[jnp.arange(2), labels]
+
+    x = model.embed(images)
+    stand_in = model.patch_positions() * (mask == "content")
+    expected = []
+    for i in range(6):
+        at = model.num_special + i
+        masked = jnp.delete(x, at, axis=1) if mask == "drop" else x.at[:, at].set(stand_in[:, i])
+        expected.append(loss(masked) - loss(x))
+    impact = token_impact(model, images, labels, mask=mask, chunk=4)
+    assert np.abs(expected).max() > 1e-2
+    np.testing.assert_allclose(impact, np.stack(expected, axis=1), atol=1e-4)
+
+
 def gated_loss(model, images, gates):
     x = model.embed(images)
     weight = gates_to_log_weight(gates, model.num_special)

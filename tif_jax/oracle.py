@@ -19,8 +19,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from tif_jax.errors import InputError
+from tif_jax.masked import masked_logits
 from tif_jax.models.vit import ViT
-from tif_jax.tokens import gates_to_log_weight, image_keys, split
+from tif_jax.tokens import gates_to_log_weight, image_keys
 
 ESTIMATORS = ("exact", "gradient", "sampled")
 MASKS = ("zero", "content", "drop")
@@ -154,14 +155,10 @@ def _exact(model, x, goal, mask, chunk) -> Float[Array, "B N"]:
     """Loss with token i masked, for every i, `chunk` masks at a time folded into the batch axis."""
     num_images, num_patches = x.shape[0], x.shape[1] - model.num_special
     chunk = min(chunk or _default_chunk(num_images), num_patches)
-    if mask == "drop":
-        masked = _dropped
-    else:
-        masked = partial(_replaced, by=model.patch_positions() * (mask == "content"))
+    logits = masked_logits(model, x, mask)
 
     def losses(positions: Int[Array, " M"]) -> Float[Array, "B M"]:
-        copies = rearrange(masked(x, model.num_special, positions), "b m t d -> (b m) t d")
-        loss = _divergence(jnp.repeat(goal, chunk, axis=0), _forward(model, copies))
+        loss = _divergence(jnp.repeat(goal, chunk, axis=0), logits(positions))
         return rearrange(loss, "(b m) -> b m", m=chunk)
 
     # The last chunk is filled up with the last position; what that computes is cut off below.
@@ -173,20 +170,6 @@ def _exact(model, x, goal, mask, chunk) -> Float[Array, "B N"]:
 def _default_chunk(num_images: int) -> int:
     rows = 16 if jax.default_backend() == "cpu" else 1024  # on CPU larger batches fall out of the cache
     return max(1, rows // num_images)
-
-
-def _replaced(x, num_special, positions, by: Float[Array, "1 N D"]) -> Float[Array, "B M T D"]:
-    special, patches = split(x, num_special)
-    hit = positions[:, None] == jnp.arange(patches.shape[1])[None, :]
-    patches = jnp.where(hit[None, :, :, None], by[:, None], patches[:, None])
-    special = jnp.broadcast_to(special[:, None], (special.shape[0], len(positions), *special.shape[1:]))
-    return jnp.concatenate([special, patches], axis=2)
-
-
-def _dropped(x, num_special, positions) -> Float[Array, "B M _ D"]:
-    """Without the slot: nothing in the network can tell that there was a token, under mean pooling neither."""
-    slots = jnp.arange(x.shape[1] - 1)[None, :]
-    return x[:, slots + (slots >= num_special + positions[:, None])]
 
 
 def _gate_gradient(model, x, goal, gates) -> Float[Array, "B N"]:

@@ -46,11 +46,18 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], key_log_weight: Float[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T D"], QueryKey]:
+        query, key, value = self.project(x)
+        mixed = _attend(query, key, value, key_log_weight)
+        return self.out(rearrange(mixed, "b h t c -> b t (h c)")), QueryKey(query, key)
+
+    def project(
+        self, x: Float[Array, "B T D"]
+    ) -> tuple[Float[Array, "B T H C"], Float[Array, "B T H C"], Float[Array, "B T H C"]]:
+        """Queries, keys and values, after q/k norm."""
         query, key, value = rearrange(self.qkv(x), "b t (three h c) -> three b t h c", three=3, h=self.num_heads)
         if self.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
-        mixed = _attend(query, key, value, key_log_weight)
-        return self.out(rearrange(mixed, "b h t c -> b t (h c)")), QueryKey(query, key)
+        return query, key, value
 
 
 def _attend(
@@ -120,9 +127,11 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], QueryKey]:
         """x plus attention. key_log_weight is added to the logits of each key before the softmax."""
         y, qk = self.attention(self.attention_norm(x), key_log_weight)
-        if self.layer_scale is not None:
-            y = _scale(y, self.attention_scale[...])
-        return x + _drop_path(y, self.drop_path, rngs), qk
+        return x + _drop_path(self.scale_attention(y), self.drop_path, rngs), qk
+
+    def scale_attention(self, y: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """LayerScale of the attention branch, where there is one."""
+        return y if self.layer_scale is None else _scale(y, self.attention_scale[...])
 
     def feed_forward(self, x: Float[Array, "B T D"], rngs: nnx.Rngs | None = None) -> Float[Array, "B T D"]:
         """x plus the feed-forward network."""
@@ -311,8 +320,8 @@ def _at_least_float32(y: Float[Array, "..."]) -> Float[Array, "..."]:
     return y.astype(_wide(y.dtype))
 
 
-def _scale(y: Float[Array, "B T D"], scale: Float[Array, " D"]) -> Float[Array, "B T D"]:
-    return y * scale.astype(y.dtype)[None, None]
+def _scale(y: Float[Array, "... D"], scale: Float[Array, " D"]) -> Float[Array, "... D"]:
+    return y * scale.astype(y.dtype).reshape(*(1,) * (y.ndim - 1), -1)
 
 
 def _drop_path(y: Float[Array, "B T D"], rate: float, rngs: nnx.Rngs | None) -> Float[Array, "B T D"]:
