@@ -16,7 +16,7 @@ from tif_jax.errors import InputError, WorkError
 from tif_jax.loading import load
 from tif_jax.loop import init_state, make_step, run
 from tif_jax.models import create_model
-from tif_jax.state import Checkpoints, State, make_mesh, params_of, replicate, shard
+from tif_jax.state import Checkpoints, State, load_params, make_mesh, params_of, replicate, shard
 
 TINY = dict(image_size=16, patch_size=8, width=16, depth=2, num_heads=2, num_classes=3)
 
@@ -179,6 +179,19 @@ def test_a_damaged_checkpoint_is_named_moved_aside_and_the_one_before_used(tmp_p
         (tmp_path / "c" / name / "params").rename(tmp_path / f"gone-{name}")
     with Checkpoints(tmp_path / "c") as checkpoints, pytest.raises(InputError, match=r"no checkpoint in .* is whole"):
         checkpoints.restore(fresh())
+
+
+def test_one_flipped_bit_in_a_large_array_is_found(tmp_path, caplog):
+    large = State(jnp.int32(1), {"w": np.random.default_rng(0).normal(size=(400, 400)).astype(np.float32)}, ())
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(large, {}, {})
+    file = max((f for f in (tmp_path / "checkpoints").rglob("d/*") if f.is_file()), key=lambda f: f.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(InputError, match="no checkpoint that is whole"):
+        load_params(tmp_path / "checkpoints")
+    assert "1 is damaged" in caplog.text
 
 
 def test_load_runs_a_checkpoint_under_any_reducer(tmp_path, caplog):
