@@ -107,7 +107,7 @@ def test_cut_in_the_middle_it_ends_the_same(finished, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(state.Checkpoints, "save", save_and_die)
-        patch.setattr(train, "_SAVE_EVERY", (2, 2))
+        patch.setattr(train, "_SAVE_EVERY", 2)
         main(command)
     assert main(command) == 0
     lines = [json.loads(line) for line in (tmp_path / "backbone" / "metrics.jsonl").read_text().splitlines()]

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 FROZEN_REDUCER = ((r"^reducer/", False),)
 REDUCER_ALONE = ((r"^reducer/", True),)
-_SAVE_EVERY = (100, 1000)  # steps, at least and at most: what a killed run loses
+_SAVE_EVERY = 1000  # steps that a killed run loses at most; shorter runs save once on the way, to have one in reserve
 
 
 def main(argv: list[str]) -> None:
@@ -241,7 +241,7 @@ def _fit(
             (shard(batch, mesh) for batch in batches),
             until=num_steps,
             log_every=max(1, min(50, num_steps // 20)),
-            save_every=min(max(num_steps // 5, _SAVE_EVERY[0]), _SAVE_EVERY[1]),
+            save_every=min(-(-num_steps // 2), _SAVE_EVERY),
             log=log.write,
             save=lambda state: checkpoints.save(state, description, batches.get_state()),
             label=directory.name,
