@@ -59,6 +59,8 @@ def get_config() -> ConfigDict:
                 views=1,
                 num_images=4_000,
                 batch_size=64,
+                chunk=0,
+                dtype="",
                 part="",
             ),
             reducer=dict(name="tif", keep_ratio=0.25, features="local+global"),

@@ -45,7 +45,7 @@ def get_config(arg: str = "") -> ConfigDict:
             ),
             score=dict(
                 estimator="sampled", mask="drop", target="label", num_samples=16, keep_ratio=0.5, views=1,
-                num_images=0, batch_size=256, part="",
+                num_images=0, batch_size=256, chunk=0, dtype="", part="",
             ),
             reducer=dict(name="tif", keep_ratio=0.5, features="local+global"),
             filter=dict(

@@ -50,6 +50,8 @@ def get_config() -> ConfigDict:
                 views=1,
                 num_images=0,
                 batch_size=32,
+                chunk=0,
+                dtype="",
                 part="",
             ),
             reducer=dict(name="tif", keep_ratio=0.5, features="local+global"),

@@ -40,7 +40,7 @@ def get_config():
         ),
         score=dict(
             estimator="sampled", mask="drop", target="label", num_samples=2, keep_ratio=0.5, views=1, num_images=0,
-            batch_size=8, part="",
+            batch_size=8, chunk=0, dtype="", part="",
         ),
         reducer=dict(name="tif", keep_ratio=0.5, features="local+global"),
         filter=dict(recipe, labels="top", rho=0.0, balance=False, num_epochs=2.0),

@@ -20,6 +20,7 @@ NUM_EXAMPLES, VIEWS, NUM_PARTS, NUM_TOKENS = 10, 2, 3, 5
 def manifest(**changes):
     return {
         "num_examples": NUM_EXAMPLES,
+        "num_images": NUM_EXAMPLES,
         "num_tokens": NUM_TOKENS,
         "views": VIEWS,
         "num_parts": NUM_PARTS,

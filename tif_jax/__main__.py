@@ -1,6 +1,6 @@
 """`tif COMMAND --config FILE[:ARG] [--config.KEY=VALUE ...] --workdir DIR`; the same as `python -m tif_jax COMMAND ...`.
 
-Exit status: 0 done; 1 the work failed; 2 what the user gave is wrong.
+Exit status: 0 done; 1 the work failed; 2 what the user gave is wrong; 75 stopped by SIGTERM after saving: run it again.
 """
 
 import difflib
@@ -13,7 +13,7 @@ import sys
 import jax
 
 from tif_jax import commands
-from tif_jax.errors import InputError, WorkError
+from tif_jax.errors import InputError, Preempted, WorkError
 
 _BAD_WORKDIR = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -40,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(name, error, 2)
     except WorkError as error:
         return _fail(name, error, 1)
+    except Preempted as error:
+        return _fail(name, error, 75)
     except OSError as error:
         if error.errno in _BAD_WORKDIR:
             return _fail(name, f"{error.strerror}: {error.filename}; choose a folder that can be written", 2)

@@ -1,4 +1,4 @@
-"""The two ways in which a program of this project ends badly."""
+"""The ways in which a program of this project ends before its work is done."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,7 @@ class InputError(ValueError):
 
 class WorkError(RuntimeError):
     """The work failed (a full disk, a NaN), everything finished so far is intact. Exit status 1."""
+
+
+class Preempted(Exception):
+    """SIGTERM came; everything done is saved, and the same command goes on from there. Exit status 75."""

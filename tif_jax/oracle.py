@@ -4,19 +4,19 @@
 
 Everything here walks the plain blocks: the model's reducer plays no part.
 
-Legend: B images, N patch tokens, T = special + patch tokens, D width, L classes, M masks of a chunk.
+Legend: B images, N patch tokens, T = special + patch tokens, D width, L classes, K random masks, M masks of a chunk.
 """
 
+from collections.abc import Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from tif_jax.errors import InputError
 from tif_jax.masked import masked_logits
@@ -59,7 +59,8 @@ def token_impact(
     mask (exact): 'zero' (default: the token's input to the first block becomes 0), 'content' (only its position
       embedding remains), 'drop' (the token is absent). The other estimators are 'drop' by definition.
     target: 'label' (cross-entropy with `labels`), 'teacher' (KL divergence from the unmasked model's own prediction).
-    chunk (exact): masked copies of each image that run at once; bounds memory.
+    chunk: masked images (image x mask) that run at once: bounds memory. Default: 16 on a CPU, whose caches larger
+      chunks leave, else 1024; `scoring.Scorer` fits it to the device's memory.
 
     Raises InputError for unknown or contradictory options and for labels outside the model's classes.
     """
@@ -76,18 +77,14 @@ def token_impact(
         labels = jnp.full(images.shape[0], -1, jnp.int32)
     options = check_options(estimator, mask, target, num_samples, keep_ratio) | {"seed": seed, "chunk": chunk}
     graphdef, params = nnx.split(model)
-    return _run(graphdef, tuple(options.items()), None, params, images, labels).impact
+    return _jitted(graphdef, tuple(options.items()), params, images, labels).impact
 
 
-def scorer(model: ViT, mesh: Mesh, *, seed: int = 0, chunk: int | None = None, **options):
-    """The batch job's function (images, labels) -> Scores: images spread over the mesh, devices never communicate.
-
-    The number of images must be a multiple of the number of devices. options: as for `token_impact`.
-    """
-    graphdef, params = nnx.split(model)
-    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-    options = check_options(**options) | {"seed": seed, "chunk": chunk}
-    return partial(_run, graphdef, tuple(options.items()), mesh, params)
+@partial(jax.jit, static_argnums=(0, 1))
+def _jitted(graphdef, options, params, images, labels) -> Scores:
+    model = nnx.merge(graphdef, params)
+    scores = shared_scores(model, images, labels, **dict(options))
+    return scores._replace(impact=scores.impact[:, : model.grid[0] * model.grid[1]])
 
 
 def check_options(estimator: str, mask: str | None, target: str, num_samples: int, keep_ratio: float) -> dict:
@@ -113,28 +110,64 @@ def check_options(estimator: str, mask: str | None, target: str, num_samples: in
     return dict(estimator=estimator, mask=mask, target=target, num_samples=num_samples, keep_ratio=keep_ratio)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _run(graphdef, options, mesh, params, images, labels):
-    def score(params, images, labels):
-        return _score(nnx.merge(graphdef, params), images, labels, **dict(options))
-
-    if mesh is not None:
-        data = PartitionSpec("data")
-        score = jax.shard_map(score, mesh=mesh, in_specs=(PartitionSpec(), data, data), out_specs=data, check_vma=False)
-    return score(params, images, labels)
+def num_units(options: Mapping[str, Any], num_patches: int) -> int:
+    """Masked forward passes (`exact`) or forward and backward passes that each image takes."""
+    return {"exact": num_patches, "gradient": 1, "sampled": options["num_samples"]}[options["estimator"]]
 
 
-def _score(model, images, labels, *, estimator, mask, target, num_samples, keep_ratio, seed, chunk) -> Scores:
+def shared_scores(
+    model: ViT,
+    images: Float[Array, "B Y X 3"],
+    labels: Int[Array, " B"],
+    share: int | Int[Array, ""] = 0,
+    num_shares: int = 1,
+    *,
+    chunk: int | None = None,
+    **options,
+) -> Scores:
+    """The Scores as far as one of num_shares workers on the same images makes them; see `whole_impact`.
+
+    chunk: as for `token_impact`. options: those of `check_options` and seed.
+    """
+    num_images = images.shape[0]
+    chunk = chunk or default_chunk()
+    group = max(n for n in range(1, num_images + 1) if num_images % n == 0 and n <= chunk)
+    score = partial(_scores, model, share=share, num_shares=num_shares, chunk=chunk // group, **options)
+    if group == num_images:
+        return score(images=images, labels=labels)
+    arrays = jax.tree.map(lambda x: x.reshape(-1, group, *x.shape[1:]), (images, labels))
+    scores = jax.lax.map(lambda xs: score(images=xs[0], labels=xs[1]), arrays)
+    return jax.tree.map(lambda x: x.reshape(num_images, *x.shape[2:]), scores)
+
+
+def default_chunk() -> int:
+    """Masked images at once on a device."""
+    return 16 if jax.default_backend() == "cpu" else 1024
+
+
+def whole_impact(shares: Float[Array | np.ndarray, "B S _"], estimator: str, num_patches: int):
+    """(B, N) from the impacts of all shares: `exact` divides the tokens among them, the others their random masks."""
+    if estimator == "exact":
+        return rearrange(shares, "b s n -> b (s n)")[:, :num_patches]
+    return shares.sum(axis=1)
+
+
+def _scores(
+    model, *, images, labels, share, num_shares, chunk, estimator, mask, target, num_samples, keep_ratio, seed
+) -> Scores:
+    """chunk: of each image."""
     x = model.embed(images)
     logits = _forward(model, x)
     onehot = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
     goal = onehot if target == "label" else jax.nn.softmax(logits)
     if estimator == "exact":
-        impact = _exact(model, x, goal, mask, chunk) - _divergence(goal, logits)[:, None]
+        impact = _exact(model, x, goal, mask, share, num_shares, chunk) - _divergence(goal, logits)[:, None]
     elif estimator == "gradient":
         impact = _gate_gradient(model, x, goal, jnp.ones((x.shape[0], x.shape[1] - model.num_special), logits.dtype))
+        impact = jnp.where(share == 0, impact, 0)
     else:
-        impact = _sampled(model, x, goal, image_keys(seed, images), num_samples, keep_ratio)
+        kept = sample_masks(image_keys(seed, images), num_samples, x.shape[1] - model.num_special, keep_ratio)
+        impact = _sampled(model, x, goal, kept, share, num_shares, chunk)
     loss = jnp.where(labels < 0, jnp.nan, _divergence(onehot, logits))
     return Scores(impact, logits.argmax(axis=-1).astype(jnp.int32), loss)
 
@@ -151,25 +184,27 @@ def _divergence(goal: Float[Array, "B L"], logits: Float[Array, "B L"]) -> Float
     return jnp.sum(jax.scipy.special.xlogy(goal, goal) - goal * jax.nn.log_softmax(logits), axis=-1)
 
 
-def _exact(model, x, goal, mask, chunk) -> Float[Array, "B N"]:
-    """Loss with token i masked, for every i, `chunk` masks at a time folded into the batch axis."""
-    num_images, num_patches = x.shape[0], x.shape[1] - model.num_special
-    chunk = min(chunk or _default_chunk(num_images), num_patches)
+def _exact(model, x, goal, mask, share, num_shares, chunk) -> Float[Array, "B n"]:
+    """Loss with token i masked, for a share of the i, `chunk` of them at a time folded into the batch axis."""
+    num_patches = x.shape[1] - model.num_special
     logits = masked_logits(model, x, mask)
 
     def losses(positions: Int[Array, " M"]) -> Float[Array, "B M"]:
-        loss = _divergence(jnp.repeat(goal, chunk, axis=0), logits(positions))
-        return rearrange(loss, "(b m) -> b m", m=chunk)
+        loss = _divergence(jnp.repeat(goal, positions.size, axis=0), logits(positions))
+        return rearrange(loss, "(b m) -> b m", m=positions.size)
 
-    # The last chunk is filled up with the last position; what that computes is cut off below.
-    num_chunks = -(-num_patches // chunk)
-    positions = jnp.minimum(jnp.arange(num_chunks * chunk), num_patches - 1).reshape(num_chunks, chunk)
-    return rearrange(jax.lax.map(losses, positions), "c b m -> b (c m)")[:, :num_patches]
+    # Shares and chunks are filled up with the last position; what that computes is cut off again.
+    size = -(-num_patches // num_shares)
+    chunk = _least_padding(size, chunk)
+    positions = share * size + jnp.arange(-(-size // chunk) * chunk)
+    positions = jnp.minimum(positions, num_patches - 1).reshape(-1, chunk)
+    return rearrange(jax.lax.map(losses, positions), "c b m -> b (c m)")[:, :size]
 
 
-def _default_chunk(num_images: int) -> int:
-    rows = 16 if jax.default_backend() == "cpu" else 1024  # on CPU larger batches fall out of the cache
-    return max(1, rows // num_images)
+def _least_padding(num_units: int, most: int) -> int:
+    """The chunk, at most `most` and more than half of it, whose multiples go least beyond num_units; the largest such."""
+    most = min(most, num_units)
+    return min(range(most, most // 2, -1), key=lambda chunk: -(-num_units // chunk) * chunk)
 
 
 def _gate_gradient(model, x, goal, gates) -> Float[Array, "B N"]:
@@ -177,12 +212,37 @@ def _gate_gradient(model, x, goal, gates) -> Float[Array, "B N"]:
     return -jax.grad(lambda w: _divergence(goal, _forward(model, x, w)).sum())(gates)
 
 
-def _sampled(model, x, goal, keys, num_samples, keep_ratio) -> Float[Array, "B N"]:
-    num_patches = x.shape[1] - model.num_special
+def _sampled(model, x, goal, kept, share, num_shares, chunk) -> Float[Array, "B N"]:
+    """A share of the mean of -dL/dw over the masks, `chunk` of them at a time folded into the batch axis."""
+    num_samples = kept.shape[1]
+    size = -(-num_samples // num_shares)
+    chunk = _least_padding(size, chunk)
+    sample = (share * size + jnp.arange(-(-size // chunk) * chunk)).reshape(-1, chunk)
+    last = jnp.minimum((share + 1) * size, num_samples)  # what fills up shares and chunks has no weight
 
-    def sample(k: Int[Array, ""]) -> Float[Array, "B N"]:
-        draw = partial(jax.random.bernoulli, p=keep_ratio, shape=(num_patches,))
-        kept = jax.vmap(lambda key: draw(jax.random.fold_in(key, k)))(keys)
-        return _gate_gradient(model, x, goal, jnp.maximum(kept.astype(goal.dtype), _MIN_GATE))
+    def impacts(sample: Int[Array, " M"]) -> Float[Array, "B N"]:
+        gates = jnp.maximum(kept[:, jnp.minimum(sample, num_samples - 1)].astype(goal.dtype), _MIN_GATE)
+        copies = partial(jnp.repeat, repeats=chunk, axis=0)
+        impact = _gate_gradient(model, copies(x), copies(goal), rearrange(gates, "b m n -> (b m) n"))
+        return jnp.einsum("bmn,m->bn", rearrange(impact, "(b m) n -> b m n", m=chunk), (sample < last).astype(impact.dtype))
 
-    return jax.lax.map(sample, jnp.arange(num_samples)).mean(axis=0)
+    return jax.lax.map(impacts, sample).sum(axis=0) / num_samples
+
+
+def sample_masks(
+    keys: Key[Array, " B"], num_samples: int, num_patches: int, keep_ratio: float
+) -> Bool[Array, "B K N"]:
+    """Random masks for `sampled`: True with probability keep_ratio, tokens of a mask independent of each other.
+
+    The masks come in antithetic pairs, from u and 1 - u, and the u of a token are stratified: one in each of as many equal
+    parts of [0, 1) as there are pairs. So every token is in nearly the same number of masks.
+    """
+    num_pairs = -(-num_samples // 2)
+
+    def draw(key: Key[Array, ""]) -> Bool[Array, "K N"]:
+        order, place = (jax.random.uniform(k, (num_pairs, num_patches)) for k in jax.random.split(key))
+        u = (order.argsort(axis=0) + place) / num_pairs
+        pairs = jnp.stack([u, 1 - u], axis=1) < keep_ratio
+        return pairs.reshape(-1, num_patches)[:num_samples]
+
+    return jax.vmap(draw)(keys)

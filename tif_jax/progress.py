@@ -26,6 +26,12 @@ class Progress:
     def __exit__(self, *_exc) -> None:
         self.bar.close()
 
+    def skip(self, n: int) -> None:
+        """n units turned out to be done already; they do not count as speed."""
+        self.start += n
+        self.done += n
+        self.bar.update(n)
+
     def update(self, n: int, **shown: float) -> None:
         """n more units are done; `shown` are figures to print beside."""
         self.done += n

@@ -3,6 +3,8 @@
     impact/manifest.json                    what was scored and how: written once, never changed
     impact/part-00017-of-00064.parquet      one row per example and view, in split order
     impact/part-00017-of-00064.json         its rows and sha256, renamed into place after it: now the part is complete
+    impact/.part-00017-of-00064.begun       the rows so far of a part that is being scored, behind their sha256
+    impact/.part-00017-of-00064.lock        held (flock) by the process that scores the part
 
 Legend: R rows, N patch tokens.
 """
@@ -14,7 +16,7 @@ import logging
 import os
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -26,6 +28,11 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Float, Int, Shaped
 
 from tif_jax.errors import InputError, WorkError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +51,7 @@ class Manifest(TypedDict):
     """What makes the parts of one folder belong together. Plain JSON data."""
 
     num_examples: int
+    num_images: int  # how many of the examples are scored, evenly spaced
     num_tokens: int  # patch tokens of an image
     views: int  # views of each example; view 0 is the evaluation view
     num_parts: int
@@ -104,6 +112,66 @@ def write_part(directory: StrPath, part: int, num_parts: int, columns: Mapping[s
     columns: the fields of `ImpactTable`. Raises WorkError if an impact is not finite or the disk is full, InputError if
     the folder can not be written to.
     """
+    data = _table_bytes(columns)
+    path = _part_path(directory, part, num_parts)
+    _write(path, data)
+    digest = hashlib.sha256(data).hexdigest()
+    _write(path.with_suffix(".json"), json.dumps({"rows": len(columns["index"]), "sha256": digest}).encode())
+    with suppress(OSError):
+        _hidden(path, "begun").unlink(missing_ok=True)
+
+
+def write_begun(directory: StrPath, part: int, num_parts: int, columns: Mapping[str, Any]) -> None:
+    """Keeps the rows so far of a part; `write_part` removes them. Arguments and errors as there."""
+    data = _table_bytes(columns)
+    digest = hashlib.sha256(data).hexdigest().encode()
+    _write(_hidden(_part_path(directory, part, num_parts), "begun"), digest + data)
+
+
+def read_begun(directory: StrPath, part: int, num_parts: int) -> dict[str, np.ndarray] | None:
+    """The columns that `write_begun` kept; None if there are none or they are damaged."""
+    path = _hidden(_part_path(directory, part, num_parts), "begun")
+    if not path.exists():
+        return None
+    content = _read(path)
+    digest, data = content[:64], content[64:]
+    if hashlib.sha256(data).hexdigest().encode() != digest:
+        logger.warning("%s is damaged: its rows are scored again", path)
+        return None
+    return vars(_parse(path, data))
+
+
+@contextmanager
+def lock_part(directory: StrPath, part: int, num_parts: int) -> Iterator[bool]:
+    """Whether the part is this process's to score: False while another process holds it. A lock ends with its process.
+
+    Where the file system knows no locks (some mounted buckets; Windows) the answer is always True: then two jobs started
+    by mistake do the same work, and write the same files.
+    """
+    if fcntl is None:
+        yield True
+        return
+    path = _hidden(_part_path(directory, part, num_parts), "lock")
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise _not_written(path, error) from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:
+            logger.debug("%s can not be locked", path)
+        yield True
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+def _table_bytes(columns: Mapping[str, Any]) -> bytes:
     impact = np.asarray(columns["impact"])
     assert impact.dtype in (np.float32, np.float16) and columns.keys() == {*_TYPES, "impact"}
     if (bad := ~np.isfinite(impact).all(axis=1)).any():
@@ -114,26 +182,22 @@ def write_part(directory: StrPath, part: int, num_parts: int, columns: Mapping[s
     arrays["impact"] = pa.FixedSizeListArray.from_arrays(pa.array(impact.reshape(-1)), impact.shape[1])
     buffer = pa.BufferOutputStream()
     pq.write_table(pa.table(arrays), buffer, compression="zstd", use_dictionary=False)
-    data = buffer.getvalue().to_pybytes()
-    path = _part_path(directory, part, num_parts)
-    _write(path, data)
-    _write(
-        path.with_suffix(".json"),
-        json.dumps({"rows": len(impact), "sha256": hashlib.sha256(data).hexdigest()}).encode(),
-    )
+    return buffer.getvalue().to_pybytes()
 
 
 def missing_parts(directory: StrPath, num_parts: int, verify: bool = True) -> list[int]:
     """The parts, counted from 1, that are still to be scored: absent or (with `verify`) damaged, which is logged."""
-    missing = []
-    for part in range(1, num_parts + 1):
-        path = _part_path(directory, part, num_parts)
-        if not (path.exists() and path.with_suffix(".json").exists()):
-            missing.append(part)
-        elif verify and not _is_whole(path, _read(path)):
-            logger.warning("%s is damaged (its sha256 is not that of its .json) and counts as missing", path)
-            missing.append(part)
-    return missing
+    return [part for part in range(1, num_parts + 1) if is_missing(directory, part, num_parts, verify)]
+
+
+def is_missing(directory: StrPath, part: int, num_parts: int, verify: bool = True) -> bool:
+    """Whether one part is; see `missing_parts`."""
+    path = _part_path(directory, part, num_parts)
+    if not (path.exists() and path.with_suffix(".json").exists()):
+        return True
+    if damaged := verify and not _is_whole(path, _read(path)):
+        logger.warning("%s is damaged (its sha256 is not that of its .json) and counts as missing", path)
+    return damaged
 
 
 def iter_impact(
@@ -210,6 +274,10 @@ def _part_path(directory: StrPath, part: int, num_parts: int) -> Path:
     return Path(directory) / f"part-{part:05}-of-{num_parts:05}.parquet"
 
 
+def _hidden(path: Path, suffix: str) -> Path:
+    return path.with_name(f".{path.stem}.{suffix}")
+
+
 def _is_whole(path: Path, data: bytes) -> bool:
     try:
         return json.loads(_read(path.with_suffix(".json")))["sha256"] == hashlib.sha256(data).hexdigest()
@@ -258,13 +326,17 @@ def _write(path: Path, data: bytes, *, once: bool = False) -> None:
             os.fsync(file.fileno())
         (_link if once else os.replace)(temporary, path)
     except OSError as error:
-        failed = f"cannot write {path}: {error.strerror}"
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise InputError(f"{failed}; choose a --workdir that can be written to") from error
-        raise WorkError(f"{failed}; finished parts are intact: make room, then {_RESUME}") from error
+        raise _not_written(path, error) from error
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def _not_written(path: Path, error: OSError) -> Exception:
+    failed = f"cannot write {path}: {error.strerror}"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        return InputError(f"{failed}; choose a --workdir that can be written to")
+    return WorkError(f"{failed}; finished parts are intact: make room, then {_RESUME}")
 
 
 def _link(temporary: Path, path: Path) -> None:

@@ -3,25 +3,35 @@
 import importlib.metadata
 import logging
 import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import jax
 import numpy as np
+from jaxtyping import Bool, Int
 from ml_collections import ConfigDict
 
 from tif_jax import data, oracle, shards
 from tif_jax.commands import _arguments, train
-from tif_jax.data.loader import evaluation_batches
-from tif_jax.errors import InputError
+from tif_jax.data.loader import Batch, evaluation_batches
+from tif_jax.data.source import Source
+from tif_jax.errors import InputError, Preempted
 from tif_jax.loading import load
 from tif_jax.models.vit import ViT
+from tif_jax.preemption import sigterm_flag
 from tif_jax.progress import Progress
-from tif_jax.state import make_mesh, shard
+from tif_jax.scoring import Scorer
 
 logger = logging.getLogger(__name__)
 
-_ROWS_PER_PART = 256  # what a killed job loses at most
+_ROWS_PER_PART = 256
+_SECONDS_BETWEEN_SAVES = 60.0  # what a killed job loses at most
+_AGAIN = "run the same command again to go on"
+
+Columns = dict[str, np.ndarray]  # of a shard
 
 
 def main(argv: list[str]) -> None:
@@ -45,35 +55,141 @@ def _score(config: ConfigDict, workdir: Path, directory: Path, split: str, targe
     recipe = config.score
     views, part = (1, "") if split == "test" else (recipe.views, recipe.part)
     settings = check(config, split, target)
-    model = load(workdir / "backbone", dtype=config.dtype)
+    model = load(workdir / "backbone", dtype=_dtype(recipe.dtype))
     source = train.open_source(config, split, model)
-    mesh = make_mesh(recipe.batch_size)
-    scorer = oracle.scorer(model, mesh, seed=config.seed, **settings)
     rows = _rows(len(source), num_images, views)
     chosen, num_parts = _parts(part, len(rows))
-    manifest = _manifest(config, model, settings, split, len(source), views, num_parts)
-    shards.open_manifest(directory, manifest)
+    shards.open_manifest(directory, _manifest(config, model, settings, split, source, len(rows), num_parts))
     todo = [k for k in shards.missing_parts(directory, num_parts) if k in chosen]
-    sizes = {k: len(shards.part_rows(len(rows), k, num_parts)) for k in chosen}
-    finished = sum(sizes[k] for k in chosen if k not in todo)
-    if todo:
-        logger.info("%s: %d of %d parts to score on %d devices", directory, len(todo), len(chosen), mesh.size)
-    with Progress(directory.name, sum(sizes.values()), "image", finished) as progress:
-        for k in todo:
-            batches = evaluation_batches(
-                source,
-                config.data,
-                batch_size=recipe.batch_size,
-                records=rows[shards.part_rows(len(rows), k, num_parts)],
-            )
-            columns = []
-            for batch in batches:
-                columns.append(_columns(scorer, batch, mesh, target))
-                progress.update(len(columns[-1]["index"]))
-            batches.close()
-            shards.write_part(
-                directory, k, num_parts, {name: np.concatenate([c[name] for c in columns]) for name in columns[0]}
-            )
+    if not todo:
+        return
+    with sigterm_flag() as stop:
+        scorer = Scorer(model, recipe.batch_size, seed=config.seed, chunk=recipe.chunk or None, **settings)
+        logger.info(
+            "%s: %d of %d parts to score, in %s, on %d devices with %d masked images at once on each",
+            directory, len(todo), len(chosen), np.dtype(model.dtype).name, scorer.mesh.size, scorer.chunk,
+        )  # fmt: skip
+        sizes = {k: len(shards.part_rows(len(rows), k, num_parts)) for k in chosen}
+        finished = sum(sizes[k] for k in chosen if k not in todo)
+        with Progress(directory.name, sum(sizes.values()), "image", finished) as progress:
+            meter = _Meter(progress, scorer.units_per_image)
+            for k in _locked_in_turn(directory, todo, num_parts, stop):
+                if shards.is_missing(directory, k, num_parts):
+                    its_rows = rows[shards.part_rows(len(rows), k, num_parts)]
+                    begun = shards.read_begun(directory, k, num_parts)
+                    progress.skip(0 if begun is None else len(begun["index"]))
+                    scored = _scored(scorer, source, config, target, _without(its_rows, begun), meter)
+                    _write_part(directory, k, num_parts, begun, scored, stop)
+                else:  # another job has finished it meanwhile
+                    progress.skip(sizes[k])
+
+
+def _locked_in_turn(directory: Path, parts: Sequence[int], num_parts: int, stop: threading.Event) -> Iterator[int]:
+    """The parts, each locked until the next is asked for.
+
+    Those that another job has locked come last, once it lets go of them: it may be stopped before they are finished.
+    """
+    told = False
+    while parts:
+        held = []
+        for k in parts:
+            with shards.lock_part(directory, k, num_parts) as ours:
+                if ours:
+                    yield k
+                else:
+                    held.append(k)
+            if stop.is_set():
+                raise Preempted(f"stopped; {_AGAIN}")
+        if held and not told:
+            logger.warning("%s: another job is scoring parts %s; waiting for it", directory, held)
+            told = True
+        if held:
+            stop.wait(timeout=1.0)
+        parts = held
+
+
+def _write_part(
+    directory: Path, k: int, num_parts: int, begun: Columns | None, scored: Iterable[Columns], stop: threading.Event
+) -> None:
+    """The rows that were there and those that come. All are kept every minute and at SIGTERM: no more is ever lost."""
+    columns = [] if begun is None else [begun]
+    kept_at = time.monotonic()
+    for more in scored:
+        columns.append(more)
+        if stop.is_set() or time.monotonic() - kept_at > _SECONDS_BETWEEN_SAVES:
+            columns = [_joined(columns)]
+            shards.write_begun(directory, k, num_parts, columns[0])
+            kept_at = time.monotonic()
+        if stop.is_set():
+            raise Preempted(f"stopped, everything scored so far is saved; {_AGAIN}")
+    shards.write_part(directory, k, num_parts, _joined(columns))
+
+
+def _scored(
+    scorer: Scorer, source: Source, config: ConfigDict, target: str, rows: Int[np.ndarray, "R 2"], meter: "_Meter"
+) -> Iterator[Columns]:
+    """The shard columns of one batch of rows after the other; the device has the next before one is waited for."""
+    if not len(rows):
+        return
+    batches = evaluation_batches(source, config.data, batch_size=config.score.batch_size, records=rows)
+    try:
+        running = None
+        for batch in meter.timed(batches):
+            real = batch["weight"] > 0
+            if target == "label" and (unlabelled := real & (batch["label"] < 0)).any():
+                raise InputError(f"{batch['id'][unlabelled][0]} has no label; set score.target to 'teacher'")
+            before, running = running, (batch, real, scorer(batch["image"], batch["label"]))
+            if before is not None:
+                yield meter.counted(_columns(*before))
+        if running is not None:
+            yield meter.counted(_columns(*running))
+    finally:
+        batches.close()
+
+
+def _columns(batch: Batch, real: Bool[np.ndarray, " B"], wait: Callable[[], oracle.Scores]) -> Columns:
+    columns = {name: batch[name] for name in ("index", "view", "id", "label")} | wait()._asdict()
+    return {name: column[real] for name, column in columns.items()}
+
+
+def _joined(columns: Sequence[Columns]) -> Columns:
+    return {name: np.concatenate([c[name] for c in columns]) for name in columns[0]}
+
+
+def _without(rows: Int[np.ndarray, "R 2"], begun: Columns | None) -> Int[np.ndarray, "_ 2"]:
+    if begun is None:
+        return rows
+    done = set(zip(begun["index"].tolist(), begun["view"].tolist(), strict=True))
+    return rows[[tuple(row) not in done for row in rows.tolist()]]
+
+
+class _Meter:
+    """Counts what was scored and how long the devices waited for data."""
+
+    def __init__(self, progress: Progress, units_per_image: int):
+        self.progress, self.units_per_image = progress, units_per_image
+        self.began, self.waited, self.num_images = time.perf_counter(), 0.0, 0
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        while True:
+            before = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - before
+            if batch is None:
+                return
+            yield batch
+
+    def counted(self, columns: Columns) -> Columns:
+        self.num_images += len(columns["index"])
+        elapsed = time.perf_counter() - self.began
+        speed = self.num_images / elapsed
+        self.progress.update(
+            len(columns["index"]),
+            images_per_second=speed,
+            masked_forwards_per_second=speed * self.units_per_image,
+            data_wait=self.waited / elapsed,
+        )
+        return columns
 
 
 def check(config: ConfigDict, split: str, target: str) -> dict[str, Any]:
@@ -95,18 +211,18 @@ def check(config: ConfigDict, split: str, target: str) -> dict[str, Any]:
     )
 
 
-def _columns(scorer, batch, mesh, target: str) -> dict[str, np.ndarray]:
-    """The shard columns of a batch's real rows."""
+def _start(scorer: Scorer, batch: Batch, target: str) -> Callable[[], dict[str, np.ndarray]]:
+    """Starts a batch; the function returned waits for the shard columns of its real rows."""
     real = batch["weight"] > 0
     if target == "label" and (unlabelled := real & (batch["label"] < 0)).any():
         raise InputError(f"{batch['id'][unlabelled][0]} has no label; set score.target to 'teacher'")
-    arrays = shard({key: batch[key] for key in ("image", "label")}, mesh)
-    scores = jax.device_get(scorer(arrays["image"], arrays["label"]))
-    columns = {
-        "index": batch["index"], "view": batch["view"], "id": batch["id"],
-        "label": batch["label"], "prediction": scores.prediction, "loss": scores.loss, "impact": scores.impact,
-    }  # fmt: skip
-    return {name: column[real] for name, column in columns.items()}
+    wait = scorer(batch["image"], batch["label"])
+
+    def finish() -> dict[str, np.ndarray]:
+        columns = {name: batch[name] for name in ("index", "view", "id", "label")} | wait()._asdict()
+        return {name: column[real] for name, column in columns.items()}
+
+    return finish
 
 
 def _rows(num_examples: int, num_images: int, views: int) -> np.ndarray:
@@ -116,25 +232,35 @@ def _rows(num_examples: int, num_images: int, views: int) -> np.ndarray:
     return np.stack([np.repeat(index, views), np.tile(np.arange(views), count)], axis=1)
 
 
-def _parts(part: str, num_rows: int) -> tuple[range, int]:
-    """This job's parts and the number of parts of all jobs together. part: 'K/N', or '' for a job that does them all."""
+def _parts(part: str, num_rows: int) -> tuple[Sequence[int], int]:
+    """This process's parts and the number of parts of all jobs together.
+
+    part: 'K/N', the K-th of N; or '' for all, of which each process of a multi-process run takes its share.
+    """
     if not part:
         num_parts = -(-num_rows // _ROWS_PER_PART)
-        return range(1, num_parts + 1), num_parts
+        return range(1 + jax.process_index(), num_parts + 1, jax.process_count()), num_parts
     match = re.fullmatch(r"(\d+)/(\d+)", part)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise InputError(f"score.part is {part!r}; it is K/N with 1 <= K <= N, as in 3/64")
-    return range(int(match[1]), int(match[1]) + 1), int(match[2])
+    return [int(match[1])], int(match[2])
+
+
+def _dtype(name: str) -> str:
+    """score.dtype, where '' stands for what is fast and good enough on this device."""
+    return name or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
 
 def _manifest(
-    config: ConfigDict, model: ViT, settings: dict, split: str, num_examples: int, views: int, num_parts: int
+    config: ConfigDict, model: ViT, settings: dict, split: str, source: Source, num_rows: int, num_parts: int
 ) -> shards.Manifest:
-    estimator = {"name": settings["estimator"], "seed": config.seed, "dtype": config.dtype}
+    estimator = {"name": settings["estimator"], "seed": config.seed, "dtype": np.dtype(model.dtype).name}
     if settings["estimator"] == "sampled":
         estimator |= {key: settings[key] for key in ("num_samples", "keep_ratio")}
+    views = 1 if split == "test" else config.score.views
     manifest = {
-        "num_examples": num_examples,
+        "num_examples": len(source),
+        "num_images": num_rows // views,
         "views": views,
         "num_parts": num_parts,
         "estimator": estimator,

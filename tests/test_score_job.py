@@ -1,0 +1,343 @@
+"""`tif score` as a job that is killed, sent SIGTERM, started twice, divided, and finds its folder damaged."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from tif_jax import shards
+from tif_jax.commands import score, train
+from tif_jax.errors import Preempted, WorkError
+from tif_jax.models import create_model
+from tif_jax.shards import read_impact
+from tif_jax.state import Checkpoints, State, params_of
+
+NUM_IMAGES, ROWS_PER_PART, NUM_PARTS = 80, 8, 10
+MODEL = dict(image_size=32, patch_size=8, width=16, depth=1, num_heads=2, num_classes=10)
+CONFIG = f"""
+from ml_collections import ConfigDict
+
+def get_config():
+    return ConfigDict(dict(
+        seed=0, seeds=1, quick=False, dtype="float32", when_quick=dict(),
+        data=dict(
+            name="digits", root="", image_size=32, num_train={NUM_IMAGES}, num_test=10, crop_fraction=1.0,
+            augment="none", on_error="raise", num_workers=2,
+        ),
+        backbone=dict(init_from="", model={MODEL}),
+        score=dict(
+            estimator="exact", mask="zero", target="label", num_samples=2, keep_ratio=0.5, views=1, num_images=0,
+            batch_size=4, chunk=0, dtype="", part="",
+        ),
+    ))
+"""
+# The program with small parts, each batch kept at once and taking a moment, and a list of the parts it wrote.
+PROGRAM = f"""
+import sys, time
+from tif_jax import shards
+from tif_jax.__main__ import main
+from tif_jax.commands import score
+score._ROWS_PER_PART, score._SECONDS_BETWEEN_SAVES = {ROWS_PER_PART}, 0
+write_part, columns = shards.write_part, score._columns
+def slow(*arguments):
+    time.sleep(0.03)
+    return columns(*arguments)
+def listed(directory, part, *rest):
+    write_part(directory, part, *rest)
+    with open("written", "a") as file:
+        print(part, file=file)
+score._columns, shards.write_part = slow, listed
+sys.exit(main(["score", "--config", "config.py", "--workdir", "run", *sys.argv[1:]]))
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A workdir with a backbone and its impacts, scored without disturbance."""
+    folder = tmp_path_factory.mktemp("job")
+    (folder / "config.py").write_text(CONFIG)
+    _write_backbone(folder / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(score, "_ROWS_PER_PART", ROWS_PER_PART)
+        score.score(_config(), folder / "run")
+    return folder
+
+
+@pytest.fixture
+def place(finished, tmp_path, monkeypatch):
+    """A folder of its own with config and backbone, where nothing is scored yet, as the current one."""
+    (tmp_path / "config.py").write_text(CONFIG)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "backbone").symlink_to(finished / "run" / "backbone")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(score, "_ROWS_PER_PART", ROWS_PER_PART)
+    return tmp_path
+
+
+def _write_backbone(workdir):
+    model = create_model(MODEL)
+    with Checkpoints(workdir / "backbone" / "checkpoints") as checkpoints:
+        checkpoints.save(
+            State(jnp.zeros((), jnp.int32), params_of(model), ()), {"model": MODEL, "reducer": {"name": "full"}}, {}
+        )
+
+
+def _config() -> ConfigDict:
+    namespace: dict = {}
+    exec(CONFIG, namespace)
+    return namespace["get_config"]()
+
+
+def start(*flags) -> subprocess.Popen:
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2"}
+    return subprocess.Popen([sys.executable, "-c", PROGRAM, *flags], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def written(place) -> list[int]:
+    return list(map(int, (place / "written").read_text().split())) if (place / "written").exists() else []
+
+
+def wait_for(condition, process):
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.002)
+
+
+def assert_all_scored(place, finished):
+    table, expected = read_impact(place / "run"), read_impact(finished / "run")
+    for name, column in vars(expected).items():
+        if name in ("loss", "impact"):  # batches and devices differ
+            np.testing.assert_allclose(getattr(table, name), column, atol=1e-6)
+        else:
+            np.testing.assert_array_equal(getattr(table, name), column)
+    assert not list((place / "run" / "impact").glob(".*"))
+
+
+def _kill_and_go_on(place, finished, num_kills, rng):
+    """Kills the job a random moment after it has begun to write; nothing finished is done again, nothing is lost."""
+    for _ in range(num_kills):
+        size = (place / "written").stat().st_size if (place / "written").exists() else 0
+        process = start()
+        wait_for(lambda size=size: (place / "written").exists() and (place / "written").stat().st_size > size, process)
+        time.sleep(rng.uniform(0, 0.15))
+        process.kill()
+        process.communicate()
+        if len(written(place)) == NUM_PARTS:
+            break
+    process = start()
+    assert process.wait() == 0, process.stderr.read()
+    # A kill between a part and its line in the list leaves a part that is not listed, but never one listed twice.
+    assert len(set(written(place))) == len(written(place)) >= NUM_PARTS - num_kills
+    assert_all_scored(place, finished)
+
+
+def test_killed_at_any_moment(place, finished):
+    _kill_and_go_on(place, finished, num_kills=3, rng=random.Random(0))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(10))
+def test_killed_at_many_moments(place, finished, seed):
+    _kill_and_go_on(place, finished, num_kills=4, rng=random.Random(seed))
+
+
+def test_sigterm_finishes_the_chunk_keeps_it_and_exits_75(place, finished):
+    process = start()
+    begun = lambda: list((place / "run" / "impact").glob(".*.begun"))  # noqa: E731
+    wait_for(begun, process)
+    process.send_signal(signal.SIGTERM)
+    *_, line = process.communicate()[1].splitlines()
+    assert process.returncode == 75
+    assert line.startswith("tif score: stopped") and "run the same command again" in line
+    (path,) = begun()  # the first half of that part's rows is not scored again
+    part = int(path.name.removeprefix(".part-").split("-")[0])
+    rows = shards.read_begun(place / "run" / "impact", part, NUM_PARTS)
+    assert rows is not None and len(rows["index"]) in (4, 8)
+    scored = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(score, "_columns", lambda *a, whole=score._columns: scored.append(a[0]["index"]) or whole(*a))
+        score.score(_config(), place / "run")
+    assert not set(np.concatenate([*scored, []])) & set(rows["index"])
+    assert_all_scored(place, finished)
+
+
+def test_two_jobs_started_on_one_folder_share_the_work(place, finished):
+    processes = [start(), start()]
+    messages = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], messages
+    assert sorted(written(place)) == list(range(1, NUM_PARTS + 1))
+    assert_all_scored(place, finished)
+
+
+def test_a_job_waits_for_parts_that_another_has_locked(place, finished, caplog):
+    script = f"""
+        import time
+        from tif_jax.shards import lock_part
+        with lock_part("run/impact", 2, {NUM_PARTS}) as ours:
+            assert ours
+            print("locked", flush=True)
+            time.sleep(60)
+    """
+    (place / "run" / "impact").mkdir()
+    other = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"locked\n"
+    job = start()
+    wait_for(lambda: len(written(place)) == NUM_PARTS - 1, job)
+    assert job.poll() is None and 2 not in written(place)
+    other.kill()  # a lock ends with its process
+    other.wait()
+    assert job.wait() == 0
+    assert "another job is scoring parts [2]; waiting for it" in job.stderr.read()
+    assert_all_scored(place, finished)
+
+
+def test_parts_of_an_array_job_need_no_order(place, finished):
+    for k in (2, 3, 1):
+        config = _config()
+        config.score.part = f"{k}/3"
+        score.score(config, place / "run")
+    assert_all_scored(place, finished)
+
+
+def test_processes_take_parts_in_turn(monkeypatch):
+    monkeypatch.setattr("jax.process_count", lambda: 3)
+    shares = []
+    for k in range(3):
+        monkeypatch.setattr("jax.process_index", lambda k=k: k)
+        shares.append(list(score._parts("", 10 * score._ROWS_PER_PART)[0]))
+    assert shares == [[1, 4, 7, 10], [2, 5, 8], [3, 6, 9]]
+
+
+@pytest.mark.parametrize("damage", ["removed", "removed json", "flipped byte", "truncated"])
+def test_a_damaged_part_alone_is_scored_again(place, finished, damage, monkeypatch, caplog):
+    score.score(_config(), place / "run")
+    path = place / "run" / "impact" / f"part-00003-of-{NUM_PARTS:05}.parquet"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    if damage.startswith("removed"):
+        (path.with_suffix(".json") if damage == "removed json" else path).unlink()
+    else:
+        path.write_bytes(data if damage == "flipped byte" else data[:-5])
+    again = []
+    monkeypatch.setattr(shards, "write_part", lambda *a, whole=shards.write_part: again.append(a[1]) or whole(*a))
+    score.score(_config(), place / "run")
+    assert again == [3]
+    assert ("part-00003" in caplog.text and "is damaged" in caplog.text) == (not damage.startswith("removed"))
+    assert_all_scored(place, finished)
+
+
+def test_damaged_rows_of_a_begun_part_are_scored_again(place, finished, caplog):
+    directory = place / "run" / "impact"
+    table = read_impact(finished / "run")
+    columns = {name: column[:3] for name, column in vars(table).items()}
+    directory.mkdir()
+    shards.write_begun(directory, 1, NUM_PARTS, columns)
+    (path,) = directory.glob(".*.begun")
+    path.write_bytes(path.read_bytes()[:-1])
+    score.score(_config(), place / "run")
+    assert "its rows are scored again" in caplog.text
+    assert_all_scored(place, finished)
+
+
+def test_a_full_disk_loses_nothing_that_is_finished(place, finished, monkeypatch):
+    write, count = shards._write, []
+
+    def full(path, data, **options):
+        count.append(path.name)
+        if len(count) > 6:
+            raise WorkError(f"cannot write {path}: No space left on device")
+        write(path, data, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "_write", full)
+        with pytest.raises(WorkError, match="No space left"):
+            score.score(_config(), place / "run")
+    left = shards.missing_parts(place / "run" / "impact", NUM_PARTS)
+    assert 0 < len(left) < NUM_PARTS
+    score.score(_config(), place / "run")
+    assert_all_scored(place, finished)
+
+
+def test_a_finished_job_needs_no_device_and_no_right_to_write(place, monkeypatch):
+    score.score(_config(), place / "run")
+    monkeypatch.setattr(score, "Scorer", None)
+    monkeypatch.setattr(shards, "_write", None)
+    score.score(_config(), place / "run")
+
+
+def test_a_kept_minute(place, finished, monkeypatch):
+    """The rows of each batch are kept once the time has come; an error afterwards costs the next batch alone."""
+    monkeypatch.setattr(score, "_SECONDS_BETWEEN_SAVES", 0)
+    batches = []
+
+    def fails(*arguments, whole=score._columns):
+        if len(batches) == 5:
+            raise WorkError("the machine is gone")
+        batches.append(arguments[0]["index"])
+        return whole(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(score, "_columns", fails)
+        with pytest.raises(WorkError, match="gone"):
+            score.score(_config(), place / "run")
+    monkeypatch.setattr(score, "_columns", lambda *a, whole=score._columns: batches.append(a[0]["index"]) or whole(*a))
+    score.score(_config(), place / "run")
+    seen = np.concatenate(batches)
+    assert len(np.unique(seen)) == len(seen) == NUM_IMAGES
+    assert_all_scored(place, finished)
+
+
+def test_sigterm_in_process(place, monkeypatch):
+    """Between two parts as well; afterwards SIGTERM means what it did before."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(
+        shards, "write_part", lambda *a, whole=shards.write_part: (whole(*a), os.kill(os.getpid(), signal.SIGTERM))
+    )
+    with pytest.raises(Preempted):
+        score.score(_config(), place / "run")
+    assert len(shards.missing_parts(place / "run" / "impact", NUM_PARTS)) == NUM_PARTS - 1
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_progress_says_speed_and_wait(place, caplog):
+    caplog.set_level("INFO")
+    score.score(_config(), place / "run")
+    for text in (
+        "images_per_second",
+        "masked_forwards_per_second",
+        "data_wait",
+        "left",
+        "masked images at once on each",
+    ):
+        assert text in caplog.text
+
+
+def test_another_number_of_images_is_another_job(place):
+    score.score(_config(), place / "run")
+    config = _config()
+    config.score.num_images = NUM_IMAGES - 1
+    with pytest.raises(ValueError, match="num_images is 80 there, 79 here"):
+        score.score(config, place / "run")
+
+
+def test_the_dtype_follows_the_device(monkeypatch):
+    assert score._dtype("") == "float32" and score._dtype("bfloat16") == "bfloat16"
+    monkeypatch.setattr("jax.default_backend", lambda: "tpu")
+    assert score._dtype("") == "bfloat16"
+
+
+def test_impacts_fit_the_filter(finished):
+    """What `read_impact` is asked for by `tif train` matches what `tif score` writes."""
+    from tif_jax.loading import load
+
+    config = _config()
+    model = load(finished / "run" / "backbone")
+    assert read_impact(finished / "run", expected=train.expected_manifest(config, model)).impact.shape == (80, 16)

@@ -1,0 +1,101 @@
+"""The oracle over several devices and within their memory."""
+
+import jax
+import numpy as np
+import pytest
+from jax.errors import JaxRuntimeError
+
+from tif_jax import scoring
+from tif_jax.errors import WorkError
+from tif_jax.models import create_model
+from tif_jax.oracle import token_impact
+from tif_jax.scoring import Scorer
+
+EXACT = dict(estimator="exact", mask="zero", target="label", num_samples=1, keep_ratio=0.5)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return create_model(dict(image_size=24, patch_size=8, width=16, depth=2, num_heads=2, num_classes=3))
+
+
+def inputs(num_images):
+    images = np.random.default_rng(0).normal(size=(num_images, 24, 24, 3)).astype(np.float32)
+    return images, np.arange(num_images, dtype=np.int32) % 3
+
+
+@pytest.mark.parametrize("num_images, mesh", [(8, (8, 1)), (2, (2, 4)), (6, (2, 4)), (1, (1, 8)), (16, (8, 1))])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, dict(estimator="sampled", mask="drop", num_samples=5), dict(estimator="gradient", mask="drop")],
+    ids=["exact", "sampled", "gradient"],
+)
+def test_any_number_of_images_on_eight_devices_is_the_same_as_on_one(model, num_images, mesh, changes):
+    options = EXACT | changes
+    images, labels = inputs(num_images)
+    scorer = Scorer(model, num_images, chunk=7, **options)
+    units = {"exact": 9, "sampled": 5, "gradient": 1}[options["estimator"]]
+    assert scorer.mesh.devices.shape == (mesh[0], min(mesh[1], units)) and scorer.units_per_image == units
+    scores = scorer(images, labels)()
+    expected = token_impact(model, images, labels, **options)
+    assert scores.impact.shape == (num_images, 9) and np.abs(expected).max() > 1e-4
+    np.testing.assert_allclose(scores.impact, expected, atol=1e-6)
+    logits = jax.jit(lambda x: model(x)[0])(images)
+    np.testing.assert_array_equal(scores.prediction, logits.argmax(axis=1))
+    np.testing.assert_allclose(scores.loss, -jax.nn.log_softmax(logits)[np.arange(num_images), labels], atol=1e-5)
+    text = scorer.program.as_text()
+    assert not any(op in text for op in ("all-reduce", "all-gather", "all-to-all", "collective-permute"))
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 8, 9, 100])
+@pytest.mark.parametrize("estimator, mask", [("exact", "drop"), ("sampled", "drop")])
+def test_the_chunk_changes_nothing(model, chunk, estimator, mask):
+    """Chunks smaller than the batch take a few images at a time, larger ones several masks of each."""
+    images, labels = inputs(6)
+    options = EXACT | dict(estimator=estimator, mask=mask, num_samples=7)
+    scores = Scorer(model, 6, devices=jax.devices()[:1], chunk=chunk, **options)(images, labels)()
+    np.testing.assert_allclose(scores.impact, token_impact(model, images, labels, **options), atol=1e-6)
+
+
+def test_the_chunk_fits_into_the_free_memory(model, monkeypatch):
+    options = EXACT | dict(devices=jax.devices()[:1])
+    large, small = (Scorer(model, 2, chunk=chunk, **options) for chunk in (16, 4))
+    between = (scoring._memory_needed(large.program) + scoring._memory_needed(small.program)) / 2
+    monkeypatch.setattr(scoring, "_free_memory", lambda device: between)
+    fitted = Scorer(model, 2, chunk=16, **options)
+    assert fitted.chunk in (4, 8) and scoring._memory_needed(fitted.program) <= between
+    monkeypatch.setattr(scoring, "_free_memory", lambda device: 0)
+    assert Scorer(model, 2, chunk=16, **options).chunk == 1  # what free memory says may be wrong: the device decides
+
+
+def test_out_of_memory_halves_the_chunk_says_so_once_and_loses_nothing(model, monkeypatch, caplog):
+    images, labels = inputs(2)
+    expected = token_impact(model, images, labels)
+    scorer = Scorer(model, 2, devices=jax.devices()[:1], chunk=8, **EXACT)
+
+    def full(*_):
+        raise JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes")
+
+    scorer.program = full
+    waits = [scorer(images, labels), scorer(images, labels)]  # the second is under way when the first fails
+    for wait in waits:
+        np.testing.assert_allclose(wait().impact, expected, atol=1e-6)
+    assert scorer.chunk == 4 and len(caplog.records) == 1
+    assert "out of memory with 8 masked images at once" in caplog.text
+    monkeypatch.setattr(scorer, "_lower", lambda *_, chunk: type("", (), {"compile": lambda self: full})())
+    monkeypatch.setattr(scoring, "_memory_needed", lambda program: 0)
+    scorer.program = full
+    with pytest.raises(WorkError, match="one masked image does not fit"):
+        scorer(images, labels)()
+    assert scorer.chunk == 1
+
+
+def test_other_failures_of_a_device_are_not_hidden(model):
+    scorer = Scorer(model, 2, **EXACT)
+
+    def broken(*_):
+        raise JaxRuntimeError("INTERNAL: the device is lost")
+
+    scorer.program = broken
+    with pytest.raises(JaxRuntimeError, match="device is lost"):
+        scorer(*inputs(2))()

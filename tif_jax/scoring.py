@@ -1,0 +1,138 @@
+"""The oracle over all devices of a process, within their memory.
+
+Legend: B images, N patch tokens.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import psutil
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float, Int
+
+from tif_jax.errors import WorkError
+from tif_jax.models.vit import ViT
+from tif_jax.oracle import Scores, check_options, default_chunk, num_units, shared_scores, whole_impact
+
+logger = logging.getLogger(__name__)
+
+
+class Scorer:
+    """Scores batches of a fixed size. Masked images (image x mask) are spread over the devices, which never communicate.
+
+    The images go to as many groups of devices as divide them evenly, their masks to the devices of the group: two images
+    fill eight devices. Called with images and labels it starts the work, and returns a function that waits for it.
+    """
+
+    def __init__(
+        self,
+        model: ViT,
+        batch_size: int,
+        *,
+        devices: Sequence[jax.Device] | None = None,
+        seed: int = 0,
+        chunk: int | None = None,
+        **options,
+    ):
+        """devices: by default those of this process. chunk, options: as for `token_impact`, the options without defaults.
+
+        The chunk, of each device, is halved until the compiled program fits into the memory that is free.
+        """
+        self._options = check_options(**options)
+        self._num_patches = model.grid[0] * model.grid[1]
+        self.units_per_image = num_units(self._options, self._num_patches)
+        devices = jax.local_devices() if devices is None else devices
+        groups = math.gcd(batch_size, len(devices))
+        shares = min(self.units_per_image, len(devices) // groups)
+        used = np.array(devices[: groups * shares]).reshape(groups, shares)
+        self.mesh = Mesh(used, ("data", "mask"), axis_types=(AxisType.Auto,) * 2)
+        graphdef, params = nnx.split(model)
+        self._params = jax.device_put(params, NamedSharding(self.mesh, PartitionSpec()))
+        self._data = NamedSharding(self.mesh, PartitionSpec("data"))
+        self._lower = partial(_lower, graphdef, self._params, self.mesh, self._options | {"seed": seed})
+        self._inputs = (
+            jax.ShapeDtypeStruct((batch_size, *model.image_size, 3), jnp.float32, sharding=self._data),
+            jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=self._data),
+        )
+        self._compile(chunk or default_chunk())
+
+    def __call__(self, images: Float[np.ndarray, "B Y X 3"], labels: Int[np.ndarray, " B"]) -> Callable[[], Scores]:
+        """Starts; the function returned waits for the Scores (numpy), and at a lack of memory halves the chunk and repeats.
+
+        Raises WorkError, on waiting, if a single masked image does not fit.
+        """
+        inputs = jax.device_put((images, labels), self._data)
+        program, outcome = self.program, self._start(*inputs)
+
+        def wait() -> Scores:
+            nonlocal program, outcome
+            while True:
+                try:
+                    if isinstance(outcome, Exception):
+                        raise outcome
+                    scores = jax.device_get(outcome)
+                except jax.errors.JaxRuntimeError as error:
+                    if "RESOURCE_EXHAUSTED" not in str(error):
+                        raise
+                    if program is self.program:  # else an earlier batch has met this already
+                        self._halve(error)
+                    program, outcome = self.program, self._start(*inputs)
+                else:
+                    impact = whole_impact(scores.impact, self._options["estimator"], self._num_patches)
+                    return scores._replace(impact=impact)
+
+        return wait
+
+    def _start(self, images, labels) -> Scores | Exception:
+        try:
+            return self.program(self._params, images, labels)
+        except jax.errors.JaxRuntimeError as error:  # a device may notice at once or only when it comes to the work
+            return error
+
+    def _halve(self, error: Exception) -> None:
+        if self.chunk == 1:
+            raise WorkError("one masked image does not fit into the device's memory: score on a larger device") from error
+        logger.warning("out of memory with %d masked images at once on a device: going on with half", self.chunk)
+        self._compile(self.chunk // 2)
+
+    def _compile(self, chunk: int) -> None:
+        free = min(map(_free_memory, self.mesh.local_mesh.devices.flat))
+        self.chunk, self.program = chunk, self._lower(*self._inputs, chunk=chunk).compile()
+        while self.chunk > 1 and _memory_needed(self.program) > free:
+            self.chunk //= 2
+            self.program = self._lower(*self._inputs, chunk=self.chunk).compile()
+
+
+def _lower(graphdef, params, mesh, options, images, labels, *, chunk):
+    def score(params, images, labels):
+        model, share = nnx.merge(graphdef, params), jax.lax.axis_index("mask")
+        scores = shared_scores(model, images, labels, share, mesh.shape["mask"], chunk=chunk, **options)
+        return scores._replace(impact=scores.impact[:, None])
+
+    data = PartitionSpec("data")
+    out_specs: Any = Scores(PartitionSpec("data", "mask"), data, data)  # type: ignore[arg-type]
+    sharded = jax.shard_map(
+        score, mesh=mesh, in_specs=(PartitionSpec(), data, data), out_specs=out_specs, check_vma=False
+    )
+    return jax.jit(sharded).lower(params, images, labels)
+
+
+def _memory_needed(program: jax.stages.Compiled) -> int:
+    """Bytes on each device beyond what is there already: parameters and images."""
+    analysis = program.memory_analysis()
+    return 0 if analysis is None else analysis.temp_size_in_bytes + analysis.output_size_in_bytes
+
+
+def _free_memory(device: jax.Device) -> float:
+    """Bytes; a CPU's memory is divided among the devices made of it."""
+    if device.platform == "cpu":
+        return psutil.virtual_memory().available / jax.local_device_count()
+    statistics = device.memory_stats() or {}
+    return statistics.get("bytes_limit", math.inf) - statistics.get("bytes_in_use", 0)
