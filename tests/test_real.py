@@ -65,7 +65,7 @@ def test_order_of_the_ranking_table(data_root):
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}  # ours optimise nothing
     printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines() if "/" in line]
-    rows = {name: (correlation, kept) for name, _, correlation, *kept in table[1:]}
+    rows = {name: (correlation, kept) for name, _, _, correlation, *kept in table[1:]}
 
     def loss(name, num_kept=98):
         return float(rows[name][1][(137, 98, 49).index(num_kept)].split(" / ")[0])

@@ -7,11 +7,12 @@ one: with A = exp(logits), U = value W_out and primes for what stands in token i
 
     out_i[t] = sum_h (sum_j A[t,j] U[j] - A[t,i] U[i] + A'[t,i] U'[i]) / (sum_{j != i} A[t,j] + A'[t,i])
 
-Last block. Where only the special tokens are read, only they ask, are projected and go through the feed-forward network; keys
-and values fold into the queries' side: logits = (W_key^T q) . y, out = W_value (sum_t softmax_t y_t), y = LayerNorm(x).
+Last block: see `last_block`.
 
-Legend: B images, T tokens, N patch tokens, M masks of a chunk, BM masked images, S tokens of a masked image, R special tokens
-read, D width, H heads, C channels of a head, L classes.
+Nothing else is shared exactly: after the first block's feed-forward network every token of every masked image is another.
+
+Legend: B images, T tokens, N patch tokens, M masks of a chunk, BM masked images, S tokens of a masked image, D width, H
+heads, C channels of a head, L classes.
 """
 
 from collections.abc import Callable
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
+from tif_jax.last_block import logits_after
 from tif_jax.models.vit import Attention, Block, ViT
 
 
@@ -31,18 +33,11 @@ def masked_logits(
 
     x: the embedded images. mask: 'zero', 'content' or 'drop', as in `token_impact`.
     """
-    first, *middle = model.blocks
+    first, *rest = model.blocks
     after_first = _first_block(first, x, model.num_special, _stand_in(model, x, mask))
-    # Mean pooling reads every token. Otherwise the class token and the distillation token are in front.
-    shortened = model.pool == "class" and bool(middle)
 
     def logits(positions: Int[Array, " M"]) -> Float[Array, "BM L"]:
-        y = rearrange(after_first(positions), "b m s d -> (b m) s d")
-        for block in middle[:-1] if shortened else middle:
-            y, _ = block(y)
-        if shortened:
-            y = _last_block(middle[-1], y, 1 + model.has_distillation)
-        return model.predict(y, {})[0]
+        return logits_after(model, rest, rearrange(after_first(positions), "b m s d -> (b m) s d"))
 
     return logits
 
@@ -133,29 +128,6 @@ def _own_rows(
     at_own = jnp.sum(weight * here[None, None], axis=-1)
     received = jnp.einsum("bhnt,bhtd->bnd", weight * ~here[None, None], out)
     return received + jnp.einsum("bhn,bhnd->bnd", at_own, new_out)
-
-
-def _last_block(block: Block, x: Float[Array, "B S D"], num_read: int) -> Float[Array, "B R D"]:
-    """The first num_read tokens after the block."""
-    attention = block.attention
-    y = block.attention_norm(x)
-    kernel = rearrange(attention.qkv.kernel[...], "d (three h c) -> three d h c", three=3, h=attention.num_heads)
-    query, key, value = kernel.astype(y.dtype)
-    bias = 0 if attention.qkv.bias is None else attention.qkv.bias[...]
-    bias = jnp.broadcast_to(bias, attention.qkv.kernel.shape[1:]).astype(y.dtype)
-    bias = rearrange(bias, "(three h c) -> three 1 1 h c", three=3, h=attention.num_heads)
-    asked = jnp.einsum("brd,dhc->brhc", y[:, :num_read], query) + bias[0]
-    if attention.qk_norm:
-        keys = attention.key_norm(jnp.einsum("bsd,dhc->bshc", y, key) + bias[1])
-        logits = _logits(attention.query_norm(asked), keys)
-    else:  # the bias of the keys shifts all logits of a query alike
-        folded = jnp.einsum("brhc,dhc->bhrd", asked, key)
-        wide = jnp.promote_types(y.dtype, jnp.float32)
-        logits = jnp.einsum("bhrd,bsd->bhrs", folded, y, preferred_element_type=wide) / asked.shape[-1] ** 0.5
-    pooled = jnp.einsum("bhrs,bsd->bhrd", jax.nn.softmax(logits, axis=-1).astype(y.dtype), y)
-    mixed = jnp.einsum("bhrd,dhc->brhc", pooled, value) + bias[2]
-    out = attention.out(rearrange(mixed, "b r h c -> b r (h c)"))
-    return block.feed_forward(x[:, :num_read] + block.scale_attention(out))
 
 
 def _logits(query: Float[Array, "B T H C"], key: Float[Array, "B S H C"]) -> Float[Array, "B H T S"]:

@@ -19,9 +19,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from tif_jax.errors import InputError
+from tif_jax.last_block import logits_after
 from tif_jax.masked import masked_logits
 from tif_jax.models.vit import ViT
-from tif_jax.tokens import gates_to_log_weight, image_keys
+from tif_jax.tokens import image_keys
 
 ESTIMATORS = ("exact", "gradient", "sampled")
 MASKS = ("zero", "content", "drop")
@@ -59,8 +60,8 @@ def token_impact(
     mask (exact): 'zero' (default: the token's input to the first block becomes 0), 'content' (only its position
       embedding remains), 'drop' (the token is absent). The other estimators are 'drop' by definition.
     target: 'label' (cross-entropy with `labels`), 'teacher' (KL divergence from the unmasked model's own prediction).
-    chunk: masked images (image x mask) that run at once: bounds memory. Default: 16 on a CPU, whose caches larger
-      chunks leave, else 1024; `scoring.Scorer` fits it to the device's memory.
+    chunk: masked images (image x mask) that run at once: bounds memory. Default: 7 on a CPU, with a backward pass 4,
+      else 1024; `scoring.Scorer` fits it to the device's memory.
 
     Raises InputError for unknown or contradictory options and for labels outside the model's classes.
     """
@@ -130,8 +131,10 @@ def shared_scores(
     chunk: as for `token_impact`. options: those of `check_options` and seed.
     """
     num_images = images.shape[0]
-    chunk = chunk or default_chunk()
-    group = max(n for n in range(1, num_images + 1) if num_images % n == 0 and n <= chunk)
+    chunk = chunk or default_chunk(options["estimator"])
+    # All masks of few images rather than few masks of all images: what the masks of an image share takes memory too.
+    units = -(-num_units(options, model.grid[0] * model.grid[1]) // num_shares)
+    group = max(n for n in range(1, num_images + 1) if num_images % n == 0 and n <= max(1, chunk // units))
     score = partial(_scores, model, share=share, num_shares=num_shares, chunk=chunk // group, **options)
     if group == num_images:
         return score(images=images, labels=labels)
@@ -140,9 +143,11 @@ def shared_scores(
     return jax.tree.map(lambda x: x.reshape(num_images, *x.shape[2:]), scores)
 
 
-def default_chunk() -> int:
-    """Masked images at once on a device."""
-    return 16 if jax.default_backend() == "cpu" else 1024
+def default_chunk(estimator: str) -> int:
+    """Masked images at once on a device. A CPU is fastest while what is kept for the backward pass stays in its caches."""
+    if jax.default_backend() != "cpu":
+        return 1024
+    return 7 if estimator == "exact" else 4
 
 
 def whole_impact(shares: Float[Array | np.ndarray, "B S _"], estimator: str, num_patches: int):
@@ -157,26 +162,26 @@ def _scores(
 ) -> Scores:
     """chunk: of each image."""
     x = model.embed(images)
-    logits = _forward(model, x)
-    onehot = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
-    goal = onehot if target == "label" else jax.nn.softmax(logits)
-    if estimator == "exact":
-        impact = _exact(model, x, goal, mask, share, num_shares, chunk) - _divergence(goal, logits)[:, None]
-    elif estimator == "gradient":
-        impact = _gate_gradient(model, x, goal, jnp.ones((x.shape[0], x.shape[1] - model.num_special), logits.dtype))
+    num_patches = x.shape[1] - model.num_special
+    onehot = jax.nn.one_hot(labels, model.head.out_features, dtype=jnp.promote_types(x.dtype, jnp.float32))
+
+    def goal(logits: Float[Array, "B L"]) -> Float[Array, "B L"]:
+        return onehot if target == "label" else jax.nn.softmax(logits)
+
+    if estimator == "gradient":  # its forward pass is the clean one
+        gates = jnp.ones((x.shape[0], num_patches), onehot.dtype)
+        impact, logits = _gate_gradient(model, x, goal(onehot), gates)
         impact = jnp.where(share == 0, impact, 0)
     else:
-        kept = sample_masks(image_keys(seed, images), num_samples, x.shape[1] - model.num_special, keep_ratio)
-        impact = _sampled(model, x, goal, kept, share, num_shares, chunk)
+        logits = logits_after(model, model.blocks, x)
+        if estimator == "exact":
+            impact = _exact(model, x, goal(logits), mask, share, num_shares, chunk)
+            impact = impact - _divergence(goal(logits), logits)[:, None]
+        else:
+            kept = sample_masks(image_keys(seed, images), num_samples, num_patches, keep_ratio)
+            impact = _sampled(model, x, goal(logits), kept, share, num_shares, chunk)
     loss = jnp.where(labels < 0, jnp.nan, _divergence(onehot, logits))
     return Scores(impact, logits.argmax(axis=-1).astype(jnp.int32), loss)
-
-
-def _forward(model, x, gates=None) -> Float[Array, "B L"]:
-    log_weight = None if gates is None else gates_to_log_weight(gates, model.num_special)
-    for block in model.blocks:
-        x, _ = block(x, log_weight)
-    return model.predict(x, {}, gates)[0]
 
 
 def _divergence(goal: Float[Array, "B L"], logits: Float[Array, "B L"]) -> Float[Array, " B"]:
@@ -207,9 +212,15 @@ def _least_padding(num_units: int, most: int) -> int:
     return min(range(most, most // 2, -1), key=lambda chunk: -(-num_units // chunk) * chunk)
 
 
-def _gate_gradient(model, x, goal, gates) -> Float[Array, "B N"]:
-    """-dL/dw at w = gates: images do not interact, so the gradient of the summed loss is each image's own."""
-    return -jax.grad(lambda w: _divergence(goal, _forward(model, x, w)).sum())(gates)
+def _gate_gradient(model, x, goal, gates) -> tuple[Float[Array, "B N"], Float[Array, "B L"]]:
+    """-dL/dw at w = gates, and the logits there. Images do not interact: the summed loss has each image's own gradient."""
+
+    def total_loss(gates):
+        logits = logits_after(model, model.blocks, x, gates)
+        return _divergence(goal, logits).sum(), logits
+
+    gradient, logits = jax.grad(total_loss, has_aux=True)(gates)
+    return -gradient, logits
 
 
 def _sampled(model, x, goal, kept, share, num_shares, chunk) -> Float[Array, "B N"]:
@@ -223,7 +234,7 @@ def _sampled(model, x, goal, kept, share, num_shares, chunk) -> Float[Array, "B 
     def impacts(sample: Int[Array, " M"]) -> Float[Array, "B N"]:
         gates = jnp.maximum(kept[:, jnp.minimum(sample, num_samples - 1)].astype(goal.dtype), _MIN_GATE)
         copies = partial(jnp.repeat, repeats=chunk, axis=0)
-        impact = _gate_gradient(model, copies(x), copies(goal), rearrange(gates, "b m n -> (b m) n"))
+        impact, _ = _gate_gradient(model, copies(x), copies(goal), rearrange(gates, "b m n -> (b m) n"))
         return jnp.einsum("bmn,m->bn", rearrange(impact, "(b m) n -> b m n", m=chunk), (sample < last).astype(impact.dtype))
 
     return jax.lax.map(impacts, sample).sum(axis=0) / num_samples
@@ -232,17 +243,18 @@ def _sampled(model, x, goal, kept, share, num_shares, chunk) -> Float[Array, "B 
 def sample_masks(
     keys: Key[Array, " B"], num_samples: int, num_patches: int, keep_ratio: float
 ) -> Bool[Array, "B K N"]:
-    """Random masks for `sampled`: True with probability keep_ratio, tokens of a mask independent of each other.
+    """Random masks for `sampled`: True with probability keep_ratio, the tokens of a mask independent of each other.
 
-    The masks come in antithetic pairs, from u and 1 - u, and the u of a token are stratified: one in each of as many equal
-    parts of [0, 1) as there are pairs. So every token is in nearly the same number of masks.
+    They come in antithetic pairs, from u and 1 - u; and a token's distances from 0 or 1, min(u, 1 - u), are stratified over
+    the pairs. So with an even number of masks every token is in the same number of them, up to two, at 0.5 in just half.
     """
     num_pairs = -(-num_samples // 2)
 
     def draw(key: Key[Array, ""]) -> Bool[Array, "K N"]:
-        order, place = (jax.random.uniform(k, (num_pairs, num_patches)) for k in jax.random.split(key))
-        u = (order.argsort(axis=0) + place) / num_pairs
-        pairs = jnp.stack([u, 1 - u], axis=1) < keep_ratio
-        return pairs.reshape(-1, num_patches)[:num_samples]
+        order, place, side = (jax.random.uniform(k, (num_pairs, num_patches)) for k in jax.random.split(key, 3))
+        distance = (order.argsort(axis=0) + place) / (2 * num_pairs)
+        u = jnp.where(side < 0.5, distance, 1 - distance)
+        masks = jnp.stack([u, 1 - u], axis=1) < keep_ratio
+        return masks.reshape(-1, num_patches)[:num_samples]
 
     return jax.vmap(draw)(keys)

@@ -61,7 +61,7 @@ class Scorer:
             jax.ShapeDtypeStruct((batch_size, *model.image_size, 3), jnp.float32, sharding=self._data),
             jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=self._data),
         )
-        self._compile(chunk or default_chunk())
+        self._compile(chunk or default_chunk(self._options["estimator"]))
 
     def __call__(self, images: Float[np.ndarray, "B Y X 3"], labels: Int[np.ndarray, " B"]) -> Callable[[], Scores]:
         """Starts; the function returned waits for the Scores (numpy), and at a lack of memory halves the chunk and repeats.

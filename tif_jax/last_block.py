@@ -1,0 +1,60 @@
+"""What is left of the last block where only special tokens are read: exact, and nearly free.
+
+Only the tokens that are read ask, are projected and go through the feed-forward network; keys and values fold into the
+queries' side: logits = (W_key^T q) . y, out = W_value (sum_t softmax_t y_t), with y = LayerNorm(x).
+
+Legend: B images, T tokens, R special tokens read, N patch tokens, D width, H heads, C channels of a head, L classes.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float
+
+from tif_jax.models.vit import Block, ViT
+from tif_jax.tokens import gates_to_log_weight
+
+
+def logits_after(
+    model: ViT, blocks: Sequence[Block], x: Float[Array, "B T D"], gates: Float[Array, "B N"] | None = None
+) -> Float[Array, "B L"]:
+    """Class logits when x goes through `blocks`, the last of which is the model's last. gates: of `token_impact`."""
+    log_weight = None if gates is None else gates_to_log_weight(gates, model.num_special)
+    # Mean pooling reads every token. Otherwise the class token and the distillation token are in front.
+    shortened = model.pool == "class" and bool(blocks)
+    for block in blocks[:-1] if shortened else blocks:
+        x, _ = block(x, log_weight)
+    if shortened:
+        x = _last_block(blocks[-1], x, 1 + model.has_distillation, log_weight)
+    return model.predict(x, {}, gates)[0]
+
+
+def _last_block(
+    block: Block, x: Float[Array, "B T D"], num_read: int, key_log_weight: Float[Array, "B T"] | None
+) -> Float[Array, "B R D"]:
+    """The first num_read tokens after the block."""
+    attention = block.attention
+    y = block.attention_norm(x)
+    wide = jnp.promote_types(y.dtype, jnp.float32)
+    kernel = rearrange(attention.qkv.kernel[...], "d (three h c) -> three d h c", three=3, h=attention.num_heads)
+    query, key, value = kernel.astype(y.dtype)
+    bias = 0 if attention.qkv.bias is None else attention.qkv.bias[...]
+    bias = jnp.broadcast_to(bias, attention.qkv.kernel.shape[1:]).astype(y.dtype)
+    bias = rearrange(bias, "(three h c) -> three 1 1 h c", three=3, h=attention.num_heads)
+    asked = jnp.einsum("brd,dhc->brhc", y[:, :num_read], query) + bias[0]
+    if attention.qk_norm:
+        asked = attention.query_norm(asked)
+        keys = attention.key_norm(jnp.einsum("btd,dhc->bthc", y, key) + bias[1])
+        logits = jnp.einsum("brhc,bthc->bhrt", asked, keys, preferred_element_type=wide)
+    else:  # the bias of the keys shifts all logits of a query alike
+        folded = jnp.einsum("brhc,dhc->bhrd", asked, key)
+        logits = jnp.einsum("bhrd,btd->bhrt", folded, y, preferred_element_type=wide)
+    logits = logits / asked.shape[-1] ** 0.5
+    if key_log_weight is not None:
+        logits = logits + key_log_weight[:, None, None].astype(logits.dtype)
+    pooled = jnp.einsum("bhrt,btd->bhrd", jax.nn.softmax(logits, axis=-1).astype(y.dtype), y)
+    mixed = jnp.einsum("bhrd,dhc->brhc", pooled, value) + bias[2]
+    out = attention.out(rearrange(mixed, "b r h c -> b r (h c)"))
+    return block.feed_forward(x[:, :num_read] + block.scale_attention(out))
