@@ -291,6 +291,11 @@ MISTAKES = {
     # impact
     "score before the backbone": Mistake("score --workdir=new", ("new/backbone", "no checkpoint")),
     "part beyond the parts": Mistake("score --config.score.part=5/4", ("score.part", "'5/4'", "K/N")),
+    "process beyond the processes": Mistake("score --process_id=2 --num_processes=2", ("--process_id is 2", "from 0")),
+    "no coordinator": Mistake("score --num_processes=2", ("--coordinator=HOST:PORT", "go together")),
+    "no images in a batch": Mistake("score --config.score.batch_size=0", ("score.batch_size is 0", "at least 1")),
+    "negative chunk": Mistake("score --config.score.chunk=-1", ("score.chunk is -1", "at least 0")),
+    "dtype of scoring": Mistake("score --config.score.dtype=float15", ("float15", "bfloat16")),
     "no views": Mistake("score --config.score.views=0", ("score.views", "0", "at least 1")),
     "filter before score": Mistake("train --stage=filter", ("no impact", "tif score"), removed("run/impact")),
     "impact of another backbone": Mistake(

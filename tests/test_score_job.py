@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -204,6 +205,19 @@ def test_parts_of_an_array_job_need_no_order(place, finished):
         config = _config()
         config.score.part = f"{k}/3"
         score.score(config, place / "run")
+    assert_all_scored(place, finished)
+
+
+def test_two_processes_of_one_run_take_half_each(place, finished):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    flags = (f"--coordinator=localhost:{port}", "--num_processes=2")
+    processes = [start(*flags, f"--process_id={k}") for k in range(2)]
+    messages = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], messages
+    assert all(f"{NUM_PARTS // 2} of {NUM_PARTS // 2} parts to score" in message for message in messages)
+    assert sorted(written(place)) == list(range(1, NUM_PARTS + 1))
     assert_all_scored(place, finished)
 
 

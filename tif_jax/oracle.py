@@ -235,14 +235,14 @@ def _sampled(model, x, goal, kept, share, num_shares, chunk) -> Float[Array, "B 
         gates = jnp.maximum(kept[:, jnp.minimum(sample, num_samples - 1)].astype(goal.dtype), _MIN_GATE)
         copies = partial(jnp.repeat, repeats=chunk, axis=0)
         impact, _ = _gate_gradient(model, copies(x), copies(goal), rearrange(gates, "b m n -> (b m) n"))
-        return jnp.einsum("bmn,m->bn", rearrange(impact, "(b m) n -> b m n", m=chunk), (sample < last).astype(impact.dtype))
+        return jnp.einsum(
+            "bmn,m->bn", rearrange(impact, "(b m) n -> b m n", m=chunk), (sample < last).astype(impact.dtype)
+        )
 
     return jax.lax.map(impacts, sample).sum(axis=0) / num_samples
 
 
-def sample_masks(
-    keys: Key[Array, " B"], num_samples: int, num_patches: int, keep_ratio: float
-) -> Bool[Array, "B K N"]:
+def sample_masks(keys: Key[Array, " B"], num_samples: int, num_patches: int, keep_ratio: float) -> Bool[Array, "B K N"]:
     """Random masks for `sampled`: True with probability keep_ratio, the tokens of a mask independent of each other.
 
     They come in antithetic pairs, from u and 1 - u; and a token's distances from 0 or 1, min(u, 1 - u), are stratified over

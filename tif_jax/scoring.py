@@ -98,7 +98,9 @@ class Scorer:
 
     def _halve(self, error: Exception) -> None:
         if self.chunk == 1:
-            raise WorkError("one masked image does not fit into the device's memory: score on a larger device") from error
+            raise WorkError(
+                "one masked image does not fit into the device's memory: score on a larger device"
+            ) from error
         logger.warning("out of memory with %d masked images at once on a device: going on with half", self.chunk)
         self._compile(self.chunk // 2)
 

@@ -35,7 +35,8 @@ Columns = dict[str, np.ndarray]  # of a shard
 
 
 def main(argv: list[str]) -> None:
-    arguments = _arguments.parse("score", __doc__, argv)
+    arguments = _arguments.parse("score", __doc__, argv, **_arguments.PROCESS_FLAGS)
+    _arguments.join_processes(arguments)
     score(arguments.config, arguments.workdir)
 
 
@@ -201,6 +202,9 @@ def check(config: ConfigDict, split: str, target: str) -> dict[str, Any]:
         raise InputError(
             f"score.views is {recipe.views}, but data.augment 'none' has the evaluation view only: set score.views=1"
         )
+    for name, least in (("batch_size", 1), ("chunk", 0)):
+        if recipe[name] < least:
+            raise InputError(f"score.{name} is {recipe[name]}; at least {least}")
     _parts(recipe.part, 1)
     return oracle.check_options(
         estimator=recipe.estimator,
@@ -209,20 +213,6 @@ def check(config: ConfigDict, split: str, target: str) -> dict[str, Any]:
         num_samples=(config.evaluate if split == "test" else recipe).num_samples,
         keep_ratio=recipe.keep_ratio,
     )
-
-
-def _start(scorer: Scorer, batch: Batch, target: str) -> Callable[[], dict[str, np.ndarray]]:
-    """Starts a batch; the function returned waits for the shard columns of its real rows."""
-    real = batch["weight"] > 0
-    if target == "label" and (unlabelled := real & (batch["label"] < 0)).any():
-        raise InputError(f"{batch['id'][unlabelled][0]} has no label; set score.target to 'teacher'")
-    wait = scorer(batch["image"], batch["label"])
-
-    def finish() -> dict[str, np.ndarray]:
-        columns = {name: batch[name] for name in ("index", "view", "id", "label")} | wait()._asdict()
-        return {name: column[real] for name, column in columns.items()}
-
-    return finish
 
 
 def _rows(num_examples: int, num_images: int, views: int) -> np.ndarray:
