@@ -342,10 +342,11 @@ def test_another_number_of_images_is_another_job(place):
         score.score(config, place / "run")
 
 
-def test_the_dtype_follows_the_device(monkeypatch):
-    assert score._dtype("") == "float32" and score._dtype("bfloat16") == "bfloat16"
+def test_the_dtype_follows_the_device_and_the_estimator(monkeypatch):
+    assert score._dtype("", "sampled") == "float32" and score._dtype("bfloat16", "exact") == "bfloat16"
     monkeypatch.setattr("jax.default_backend", lambda: "tpu")
-    assert score._dtype("") == "bfloat16"
+    assert score._dtype("", "sampled") == score._dtype("", "gradient") == "bfloat16"
+    assert score._dtype("", "exact") == "float32"
 
 
 def test_impacts_fit_the_filter(finished):

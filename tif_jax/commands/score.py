@@ -56,7 +56,7 @@ def _score(config: ConfigDict, workdir: Path, directory: Path, split: str, targe
     recipe = config.score
     views, part = (1, "") if split == "test" else (recipe.views, recipe.part)
     settings = check(config, split, target)
-    model = load(workdir / "backbone", dtype=_dtype(recipe.dtype))
+    model = load(workdir / "backbone", dtype=_dtype(recipe.dtype, recipe.estimator))
     source = train.open_source(config, split, model)
     rows = _rows(len(source), num_images, views)
     chosen, num_parts = _parts(part, len(rows))
@@ -236,9 +236,10 @@ def _parts(part: str, num_rows: int) -> tuple[Sequence[int], int]:
     return [int(match[1])], int(match[2])
 
 
-def _dtype(name: str) -> str:
-    """score.dtype, where '' stands for what is fast and good enough on this device."""
-    return name or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+def _dtype(name: str, estimator: str) -> str:
+    """score.dtype, where '' stands for what suits: differences of losses lose in bfloat16 what gradients do not."""
+    fast = estimator != "exact" and jax.default_backend() != "cpu"
+    return name or ("bfloat16" if fast else "float32")
 
 
 def _manifest(
