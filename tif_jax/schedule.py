@@ -11,7 +11,7 @@ def check_sites(sites: tuple[int, ...] | None) -> None:
 
 
 def resolve_sites(sites: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
-    """The sites for this number of blocks; None stands for a quarter, a half and three quarters of the way (3, 6, 9 of 12)."""
+    """The sites for this number of blocks; None is a quarter, a half and three quarters of the way: 3, 6, 9 of 12."""
     if sites is None:
         return tuple(sorted({depth * quarter // 4 for quarter in (1, 2, 3)}))
     if sites and sites[-1] >= depth:
