@@ -23,8 +23,9 @@ from tif_jax import shards
 
 NUM_IMAGES = (256, 1024, 4096)
 JOB = """
-import resource, sys
+import os, resource, sys
 from pathlib import Path
+os.environ |= dict(JAX_NUM_CPU_DEVICES="4", JAX_CPU_ENABLE_ASYNC_DISPATCH="false")  # `main` comes after the first use of JAX
 import jax.numpy as jnp
 from tif_jax.__main__ import main
 from tif_jax.models import create_model

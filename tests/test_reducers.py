@@ -22,6 +22,7 @@ VARIANTS = {
         gelu="tanh", qkv_bias=False, special_positions=False,
     ),
 }  # fmt: skip
+FRONT = ("norm", "prior", "random", "tif")  # choose once, before the first block: what follows is a plain walk
 
 
 def images(num=4, size=(32, 32), seed=0):
@@ -32,6 +33,8 @@ def images(num=4, size=(32, 32), seed=0):
 def model_of(name, keep_ratio=0.5, variant="plain", **options):
     if "keep_ratio" in reducers.options(name):
         options["keep_ratio"] = keep_ratio
+    elif "num_merged" in reducers.options(name):
+        options["num_merged"] = 0 if keep_ratio == 1 else 2
     return create_model(TINY | VARIANTS[variant], reducer=name, **options)
 
 
@@ -78,20 +81,28 @@ def test_keeping_everything_is_the_plain_model_bit_for_bit(name, variant):
     np.testing.assert_array_equal(jitted(reduced)(x)[0], jitted(plain)(x)[0])
 
 
-def test_kept_is_sorted_and_of_the_right_number(name):
-    aux = jitted(model_of(name))(images())[1]
-    if name == "full":
-        assert "kept" not in aux
-        return
-    kept = np.asarray(aux["kept"])
-    assert kept.shape == (4, num_kept(0.5, 16)) and kept.dtype == np.int32
-    assert (np.diff(kept, axis=1) > 0).all() and kept.min() >= 0 and kept.max() < 16
+def test_kept_and_source_say_where_patches_are(name):
+    """kept: raster positions, ascending. source: the row, among the patch tokens that come out, that a patch lives in."""
+    model = model_of(name)
+    aux = jitted(model)(images())[1]
+    x = jax.eval_shape(lambda x: model.encode(model.embed(x))[0], images())
+    assert ("kept" in aux or "source" in aux) == (name != "full")
+    if "kept" in aux:
+        kept = np.asarray(aux["kept"])
+        assert kept.shape[0] == 4 and kept.dtype == np.int32
+        assert (np.diff(kept, axis=1) > 0).all() and kept.min() >= 0 and kept.max() < 16
+    if "source" in aux:
+        source = np.asarray(aux["source"])
+        assert source.shape == (4, 16) and source.dtype == np.int32
+        assert source.min() >= -1 and source.max() < x.shape[1] - model.num_special
+    if name in FRONT:
+        assert kept.shape == (4, num_kept(0.5, 16))
 
 
 def test_only_kept_patches_matter(name):
     """Noise in the patches that were dropped changes nothing, as long as the ranking stays as it is."""
-    if name in ("full", "random", "norm", "tif"):  # their ranking looks at the patches: see the next test
-        pytest.skip(f"the ranking of {name} depends on every patch, or nothing is dropped")
+    if name != "prior":  # the others' ranking looks at the patches, or they drop them later: see their own tests
+        pytest.skip(f"the outcome of {name} depends on every patch")
     model = model_of(name)
     x = np.array(images())
     logits, aux = jitted(model)(jnp.asarray(x))
@@ -104,6 +115,8 @@ def test_only_kept_patches_matter(name):
 
 def test_equals_a_walk_over_the_kept_tokens(name):
     """Independent of `keep`: gather with numpy what aux says was kept, and run the blocks by hand."""
+    if name not in ("full", *FRONT):
+        pytest.skip(f"{name} reduces between the blocks")
     model = model_of(name)
     x = images()
     logits, aux = jitted(model)(jnp.asarray(x))

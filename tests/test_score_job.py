@@ -253,8 +253,10 @@ def test_damaged_rows_of_a_begun_part_are_scored_again(place, finished, caplog):
     table = read_impact(finished / "run")
     columns = {name: column[:3] for name, column in vars(table).items()}
     directory.mkdir()
+    (directory / ".part-00001-of-00010.parquet.0123.tmp").touch()  # of a job that was killed while it wrote
+    (directory / "..part-00001-of-00010.begun.0123.tmp").touch()
     shards.write_begun(directory, 1, NUM_PARTS, columns)
-    (path,) = directory.glob(".*.begun")
+    path = directory / ".part-00001-of-00010.begun"
     path.write_bytes(path.read_bytes()[:-1])
     score.score(_config(), place / "run")
     assert "its rows are scored again" in caplog.text

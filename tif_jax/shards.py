@@ -159,6 +159,8 @@ def lock_part(directory: StrPath, part: int, num_parts: int) -> Iterator[bool]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for abandoned in path.parent.glob(f".*{path.stem.removeprefix('.')}.*.tmp"):  # by a writer that was killed
+                abandoned.unlink(missing_ok=True)
         except BlockingIOError:
             yield False
             return
