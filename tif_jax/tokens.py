@@ -51,6 +51,14 @@ def take(x: Shaped[Array, "B N *rest"], index: Int[Array, "B K"]) -> Shaped[Arra
     return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
+def put(
+    x: Shaped[Array, "B N *rest"], index: Int[Array, "B K"], y: Shaped[Array, "B K *rest"]
+) -> Shaped[Array, "B N *rest"]:
+    """x with y[b, k] in row index[b, k] of x[b], the other rows as they are: undoes `take`. No row may occur twice."""
+    set_rows = lambda x, index, y: x.at[index].set(y, unique_indices=True, mode="promise_in_bounds")  # noqa: E731
+    return jax.vmap(set_rows)(x, index, y)
+
+
 def keep(
     x: Float[Array, "B T D"], tokens: Tokens, scores: Float[Array, "B N"], keep_ratio: float
 ) -> tuple[Float[Array, "B S D"], Tokens]:
