@@ -1,3 +1,5 @@
+"""Evo-ViT against its specification's pseudocode, token by token."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,15 +87,13 @@ def evolve(model, x, keep_ratio, stages, representative, t):
     ("fields", "options", "stages"),
     [
         ({}, {}, (2, 4)),
-        ({}, dict(representative=False), (2, 4)),
-        ({}, dict(stages=(2, 3, 4, 5), keep_ratio=0.3), (2, 3, 4, 5)),
+        ({}, dict(stages=(2, 3, 4, 5), keep_ratio=0.3, representative=False), (2, 3, 4, 5)),
         (EVERYTHING | dict(image_size=(24, 40)), dict(stages=(1, 5), momentum=0.25), (1, 5)),
-        (EVERYTHING, dict(stages=(3,), keep_ratio=0.7, representative=False), (3,)),
     ],
 )
 def test_the_walk_of_the_specification(fields, options, stages):
     model = lively(create_model(TINY | fields, reducer="evo_vit", **options))
-    x = model.embed(images(size=model.image_size))
+    x = model.embed(images(2, size=model.image_size))
     out, aux = jax.jit(lambda x: model.encode(x))(x)
     num_patches = model.grid[0] * model.grid[1]
     for b in range(len(x)):
@@ -202,7 +202,7 @@ def test_number_of_slow_tokens_is_rounded_down(keep_ratio, num_patches, num_slow
     assert aux["kept"].shape == (1, num_slow)
 
 
-@pytest.mark.parametrize(("depth", "stages"), [(12, (4, 8)), (3, (1, 2)), (2, (1,)), (24, (8, 16))])
+@pytest.mark.parametrize(("depth", "stages"), [(12, (4, 8)), (3, (1, 2)), (2, (1,))])
 def test_default_stages(depth, stages):
     def tokens(**options):
         fields = TINY | dict(depth=depth)
