@@ -1,0 +1,92 @@
+"""EViT (Liang et al., "Not All Patches are What You Need: Expediting Vision Transformers via Token Reorganizations", 2022).
+
+Between attention and feed-forward network of some blocks, the patches to which the class token attends least leave,
+or are fused into one token. The ranking uses attention that is there anyway, so that there is nothing to train.
+
+Legend: B images, T tokens, S tokens left, N patch tokens, M patch tokens at a site, K kept patch tokens, D width.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from tif_jax.errors import InputError
+from tif_jax.schedule import check_ratios, check_sites, ratio_per_site, resolve_sites
+from tif_jax.tokens import class_attention, join, split, take, top_k
+
+
+@dataclass(frozen=True)
+class Evit:
+    """At every site keeps the ceil(keep_ratio * M) attentive tokens and fuses the inattentive ones into a further one.
+
+    fuse: whether the inattentive tokens are fused, or gone. The fused token is an ordinary patch token from then on: it
+    counts in the next site's M, and may be kept, or fused again, there.
+
+    aux has `source`, and `kept` unless a site ranks an earlier site's fused token: how many patches stay tokens of their
+    own then depends on whether that one is kept, and differs between images.
+    """
+
+    keep_ratio: float | tuple[float, ...] = 0.7
+    sites: tuple[int, ...] | None = None
+    fuse: bool = True
+
+    def __post_init__(self):
+        check_ratios(self.keep_ratio)
+        check_sites(self.sites)
+        if self.sites is not None:
+            ratio_per_site(self.keep_ratio, len(self.sites))
+        if not isinstance(self.fuse, bool):
+            raise InputError(f"fuse is {self.fuse!r}; allowed: True, False")
+
+    def __call__(self, blocks, x, tokens, rngs=None):
+        if tokens.num_special == 0:
+            raise InputError("evit ranks patches by the class token's attention; this model has no class token")
+        sites = resolve_sites(self.sites, len(blocks))
+        ratios = dict(zip(sites, ratio_per_site(self.keep_ratio, len(sites)), strict=True))
+        own = tokens.index  # raster positions of the patches that are tokens of their own, while their number is known
+        source = jnp.broadcast_to(jnp.arange(own.shape[1], dtype=jnp.int32)[None], own.shape)
+        for i, block in enumerate(blocks):
+            x, qk = block.attend(x, rngs=rngs)
+            num_patches = x.shape[1] - tokens.num_special
+            num_kept = math.ceil(ratios.get(i, 1.0) * num_patches)
+            if num_kept < num_patches:
+                scores = class_attention(qk, tokens.num_special)
+                kept = top_k(scores, num_kept)
+                rows = new_rows(kept, num_patches, others=num_kept if self.fuse else -1)
+                x = reorganise(x, scores, kept, rows == num_kept if self.fuse else None)
+                source = jnp.where(source < 0, -1, take(rows, jnp.maximum(source, 0)))
+                own = take(own, kept) if own is not None and own.shape[1] == num_patches else None
+            x = block.feed_forward(x, rngs=rngs)
+        return x, {"source": source} if own is None else {"source": source, "kept": own}
+
+
+def new_rows(kept: Int[Array, "B K"], num_patches: int, others: int) -> Int[Array, "B M"]:
+    """For each of num_patches tokens its place among the kept ones; `others` for those that are not kept."""
+    num_images, num_kept = kept.shape
+    image = jnp.arange(num_images, dtype=jnp.int32)[:, None]
+    rows = jnp.full((num_images, num_patches), others, jnp.int32)
+    place = jnp.broadcast_to(jnp.arange(num_kept, dtype=jnp.int32)[None], kept.shape)
+    return rows.at[image, kept].set(place, unique_indices=True, indices_are_sorted=True, mode="promise_in_bounds")
+
+
+def reorganise(
+    x: Float[Array, "B T D"],
+    scores: Float[Array, "B M"],
+    kept: Int[Array, "B K"],
+    fused: Bool[Array, "B M"] | None,
+) -> Float[Array, "B S D"]:
+    """The special tokens, the kept tokens and, unless `fused` is None, the sum over fused tokens of score * token.
+
+    The scores are weights of the sum as they are: not renormalised. Through them, but not through the ranking, the
+    gradient reaches the attention.
+    """
+    special, patches = split(x, x.shape[1] - scores.shape[1])
+    left = take(patches, kept)
+    if fused is None:
+        return join(special, left)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    weights = jnp.where(fused, scores, 0.0).astype(wide)
+    token = jnp.einsum("bm,bmd->bd", weights, patches.astype(wide))[:, None].astype(x.dtype)
+    return join(special, jnp.concatenate([left, token], axis=1))
