@@ -1,0 +1,221 @@
+"""BAT (Long et al., "Beyond Attentive Tokens: Incorporating Token Importance and Diversity", CVPR 2023).
+
+Between the two half-steps of a block, class attention decouples the tokens into attentive and inattentive ones; similar
+inattentive tokens are clustered and combined, homogeneous attentive tokens are matched and combined.
+
+Legend: B images, N patch tokens (of one kind, in `cluster` and `match`), K attentive tokens, M tokens left, D width.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float, Int
+
+from tif_jax.errors import InputError
+from tif_jax.schedule import check_ratios, check_sites, ratio_per_site, resolve_sites
+from tif_jax.tokens import class_attention, gates_to_log_weight, split, take, top_k
+
+_CHOICES = {
+    "matching": ("bipartite", "greedy_pairs"),
+    "features": ("tokens", "keys"),
+    "cluster_weights": ("attention", "attention_sum", "mean"),
+    "pair_weights": ("attention", "mean"),
+}
+_EXTRA_CLUSTERS = {0.7: 0, 0.6: -2, 0.5: 3, 0.4: 3, 0.3: 1, 0.2: 1}  # keep_ratio -> clusters less pairs: see docs
+
+
+class Counts(NamedTuple):
+    """Of the patch tokens at a site: attentive - pairs + clusters of them are left."""
+
+    attentive: int
+    pairs: int
+    clusters: int
+
+
+@dataclass(frozen=True)
+class Bat:
+    """Leaves about keep_ratio of the patches at each site: attentive ones, some merged in pairs, and cluster tokens.
+
+    The paper does not give the counts: match_ratio (pairs per attentive token) and extra_clusters (clusters less pairs
+    at each site; None: what the authors' logged costs suggest for the nearest keep_ratio) are inferred.
+    """
+
+    keep_ratio: float | tuple[float, ...] = 0.7
+    sites: tuple[int, ...] | None = None
+    match_ratio: float = 0.25
+    extra_clusters: int | None = None
+    neighbours: int = 5
+    matching: str = "bipartite"
+    features: str = "tokens"  # what is compared, in clustering and matching
+    cluster_weights: str = "attention"
+    pair_weights: str = "attention"
+    proportional_attention: bool = False  # log(patches in a token) on the attention logits, as in ToMe
+
+    def __post_init__(self):
+        check_ratios(self.keep_ratio)
+        check_sites(self.sites)
+        if not 0 <= self.match_ratio <= 0.5:
+            raise InputError(f"match_ratio is {self.match_ratio}; pairs per attentive token lie in [0, 0.5]")
+        if self.neighbours < 1:
+            raise InputError(f"neighbours is {self.neighbours}; at least 1, the token itself, is needed")
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(map(repr, allowed))}")
+
+    def __call__(self, blocks, x, tokens, rngs=None):
+        if tokens.num_special == 0:
+            raise InputError("bat ranks patches by the attention of a class token; this model has none")
+        sites = resolve_sites(self.sites, len(blocks))
+        ratios = dict(zip(sites, ratio_per_site(self.keep_ratio, len(sites)), strict=True))
+        source = jnp.broadcast_to(jnp.arange(tokens.index.shape[1], dtype=jnp.int32)[None], tokens.index.shape)
+        log_size = None
+        for i, block in enumerate(blocks):
+            x, qk = block.attend(x, log_size, rngs=rngs)
+            counts = self.counts(tokens.index.shape[1], ratios.get(i, 1.0))
+            if counts.clusters:
+                special, patches = split(x, tokens.num_special)
+                scores = class_attention(qk, tokens.num_special)
+                keys = rearrange(qk.key[:, tokens.num_special :], "b n h c -> b n (h c)")
+                patches, left, row = self.reduce(
+                    patches, scores, patches if self.features == "tokens" else keys, counts
+                )
+                x, tokens = jnp.concatenate([special, patches], axis=1), tokens._replace(index=take(tokens.index, left))
+                source = take(row, source)
+                if self.proportional_attention:
+                    inside = source[:, None] == jnp.arange(row_count(counts), dtype=jnp.int32)[None, :, None]
+                    log_size = gates_to_log_weight(inside.sum(axis=-1).astype(scores.dtype), tokens.num_special)
+            x = block.feed_forward(x, rngs=rngs)
+        return x, {"kept": tokens.index, "source": source}
+
+    def counts(self, num_patches: int, keep_ratio: float) -> Counts:
+        """What becomes of num_patches tokens at a site; no clusters: nothing is to be done."""
+        attentive = math.ceil(keep_ratio * num_patches - 1e-9)
+        if attentive == num_patches:
+            return Counts(attentive, 0, 0)
+        pairs = math.floor(self.match_ratio * attentive + 1e-9)
+        nearest = min(_EXTRA_CLUSTERS, key=lambda ratio: abs(ratio - keep_ratio))
+        extra = _EXTRA_CLUSTERS[nearest] if self.extra_clusters is None else self.extra_clusters
+        return Counts(attentive, pairs, min(max(1, pairs + extra), num_patches - attentive))
+
+    def reduce(
+        self, x: Float[Array, "B N D"], scores: Float[Array, "B N"], features: Float[Array, "B N F"], counts: Counts
+    ) -> tuple[Float[Array, "B M D"], Int[Array, "B M"], Int[Array, "B N"]]:
+        """The tokens left, in raster order; the position of each (of a merged one: where it was merged to); where each
+        of the N tokens went. Gradients pass through the tokens and the weights, not through the assignment."""
+        order = decouple(scores)
+        attentive, inattentive = order[:, : counts.attentive], order[:, counts.attentive :]
+        features = jax.lax.stop_gradient(features)
+        partner = match(take(features, attentive), counts.pairs, self.matching)
+        centre = cluster(take(features, inattentive), counts.clusters, self.neighbours)
+        joined = jnp.concatenate([take(attentive, partner), take(inattentive, centre)], axis=1)
+        rank = jnp.argsort(order, axis=1)  # back to raster order
+        joined, is_attentive = take(joined, rank), rank < counts.attentive
+        weights = {"attention": jnp.maximum(scores, 1e-12), "mean": jnp.ones_like(scores)}  # attention may underflow
+        weight = jnp.where(is_attentive, weights[self.pair_weights], weights[self.cluster_weights.removesuffix("_sum")])
+        share = shares(weight, joined)
+        if self.cluster_weights == "attention_sum":
+            share = jnp.where(is_attentive, share, scores)
+        return merge(x, share, joined, row_count(counts))
+
+
+def row_count(counts: Counts) -> int:
+    """How many patch tokens are left."""
+    return counts.attentive - counts.pairs + counts.clusters
+
+
+def decouple(scores: Float[Array, "B N"]) -> Int[Array, "B N"]:
+    """Positions from the most to the least attentive token: the first K are the attentive ones. Ties: in raster order."""
+    return jax.lax.top_k(jax.lax.stop_gradient(scores), scores.shape[1])[1].astype(jnp.int32)
+
+
+def cluster(x: Float[Array, "B N D"], num_clusters: int, neighbours: int) -> Int[Array, "B N"]:
+    """The cluster centre that each token belongs to, by simplified density peak clustering; centres belong to themselves.
+
+    Centres have the largest density * distance to the next denser token, density = exp(-mean of the squared distances
+    to the nearest neighbours, self included); distances are divided by sqrt(D). Of equally dense tokens the first is
+    the denser one. In logarithms, because densities underflow where tokens are large.
+    """
+    num = x.shape[1]
+    itself = jnp.eye(num, dtype=bool)[None]
+    products = _products(x, x)
+    square = jnp.square(x.astype(products.dtype)).sum(axis=-1)
+    distance = jnp.maximum(square[:, None] + square[:, :, None] - 2 * products, 0) / x.shape[-1]
+    distance = jnp.where(itself, 0, distance)  # squared, here and below
+    density = jax.lax.top_k(-distance, min(neighbours, num))[0].mean(axis=-1)
+    earlier = ~jnp.tri(num, dtype=bool)[None]
+    own, other = density[:, None], density[:, :, None]  # reduced over the first: on a CPU faster than over the last
+    denser = (other > own) | ((other == own) & earlier)
+    furthest = distance.max(axis=(1, 2), keepdims=True)
+    peak = jnp.where(denser, distance, furthest).min(axis=1)
+    centres = top_k(density + 0.5 * jnp.log(peak), num_clusters)
+    to_centre = jnp.where(take(jnp.broadcast_to(itself, distance.shape), centres), -1, take(distance, centres))
+    return take(centres, to_centre.argmin(axis=1).astype(jnp.int32))
+
+
+def match(x: Float[Array, "B K D"], num_pairs: int, matching: str) -> Int[Array, "B K"]:
+    """The token that each of the tokens, given from the most attentive down, is merged into; itself, if it stays.
+
+    Tokens of even rank look for the most similar one (cosine) of odd rank; the num_pairs most similar pairs merge.
+    'bipartite': a token of odd rank may take several. 'greedy_pairs': it takes one, the most similar pair first.
+    """
+    ranks = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], x.shape[:2])
+    if num_pairs == 0:
+        return ranks
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    unit = wide / jnp.maximum(jnp.linalg.norm(wide, axis=-1, keepdims=True), 1e-12)
+    similarity = _products(unit[:, ::2], unit[:, 1::2])
+    even = ranks[:, ::2]
+    if matching == "bipartite":
+        chosen = top_k(similarity.max(axis=-1), num_pairs)
+        moves = (chosen[:, :, None] == ranks[:, None, : even.shape[1]]).any(axis=1)
+        even = jnp.where(moves, 2 * similarity.argmax(axis=-1).astype(jnp.int32) + 1, even)
+    else:
+        rows, columns = (jnp.arange(n, dtype=jnp.int32)[None] for n in similarity.shape[1:])
+
+        def pair(_, state):
+            similarity, even = state
+            best = similarity.reshape(x.shape[0], -1).argmax(axis=-1).astype(jnp.int32)[:, None]
+            is_row, is_column = rows == best // columns.size, columns == best % columns.size
+            used = is_row[:, :, None] | is_column[:, None]
+            return jnp.where(used, -jnp.inf, similarity), jnp.where(is_row, 2 * (best % columns.size) + 1, even)
+
+        even = jax.lax.fori_loop(0, num_pairs, pair, (similarity, even))[1]
+    return jnp.where(ranks % 2 == 0, jnp.repeat(even, 2, axis=1)[:, : x.shape[1]], ranks)
+
+
+def shares(weights: Float[Array, "B N"], joined: Int[Array, "B N"]) -> Float[Array, "B N"]:
+    """Each token's share in the weight of all tokens that join the same one. Exactly 1 for a token on its own."""
+    together = joined[:, :, None] == joined[:, None]
+    return weights / jnp.where(together, weights[:, None], 0).sum(axis=-1)
+
+
+def merge(
+    x: Float[Array, "B N D"], share: Float[Array, "B N"], joined: Int[Array, "B N"], num_left: int
+) -> tuple[Float[Array, "B M D"], Int[Array, "B M"], Int[Array, "B N"]]:
+    """Sums of share * x over the tokens that join the same one; the positions of those joined; the row of every token.
+
+    joined: for each token the position of the one that it joins, itself for the num_left that are left.
+    """
+    is_left = joined == jnp.arange(joined.shape[1], dtype=jnp.int32)[None]
+    order = jnp.argsort(~is_left, axis=1, stable=True).astype(jnp.int32)
+    left, gone = order[:, :num_left], order[:, num_left:]
+    row = take(jnp.cumsum(is_left, axis=1, dtype=jnp.int32) - 1, joined)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    share = share.astype(wide)
+    # Tokens that nothing joins are copied as they are; a product with all of `share` would cost several times as much.
+    joins = take(row, gone)[:, None] == jnp.arange(num_left, dtype=jnp.int32)[None, :, None]
+    gone_share = jnp.where(joins, take(share, gone)[:, None], 0)
+    merged = take(share, left)[..., None] * take(x, left).astype(wide) + jnp.einsum(
+        "bmn,bnd->bmd", gone_share, take(x, gone).astype(wide), precision="highest"
+    )
+    return merged.astype(x.dtype), left, row
+
+
+def _products(x: Float[Array, "B N D"], y: Float[Array, "B P D"]) -> Float[Array, "B N P"]:
+    """All inner products, exact enough to rank by: full float32, also where devices would round the factors."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.einsum("bnd,bpd->bnp", x, y, precision="highest", preferred_element_type=wide)
