@@ -1,0 +1,118 @@
+"""ToMe, token merging (Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023).
+
+In every block, between attention and feed-forward, the patch tokens are dealt alternately into two sets; the pairs across the
+sets whose keys are most alike become one token each: nothing is dropped, nothing is learned.
+
+Legend: B images, N patch tokens, R merged ones, D width, C channels of a head.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from tif_jax.errors import InputError
+from tif_jax.tokens import QueryKey, gates_to_log_weight, join, split, take
+
+
+class Pairs(NamedTuple):
+    """Which patch tokens merge. Of N tokens the odd rows are the sources, the even rows the targets.
+
+    Afterwards come the sources that stay, then the targets, both in the order they had.
+    """
+
+    unmerged: Int[Array, "B _"]  # rows of the sources that stay, ascending
+    merged: Int[Array, "B R"]  # rows of the sources that merge, the most similar pair first
+    target: Int[Array, "B R"]  # which target each of them merges into: 0 is row 0, 1 is row 2, ...
+
+
+@dataclass(frozen=True)
+class Tome:
+    """Merges `num_merged` patch tokens per block: one number for all, or one for each block; at most half of those there.
+
+    proportional: attention in proportion to how many patches a token stands for (log size is added to its logits).
+    """
+
+    num_merged: int | tuple[int, ...] = 13
+    proportional: bool = True
+
+    def __post_init__(self):
+        numbers = self.num_merged if isinstance(self.num_merged, tuple) else (self.num_merged,)
+        if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
+            raise InputError(
+                f"num_merged is {self.num_merged!r}; it is the number of patch tokens merged per block, "
+                "an integer from 0, or a tuple of one for each block"
+            )
+
+    def __call__(self, blocks, x, tokens, rngs=None):
+        per_block = self.num_merged if isinstance(self.num_merged, tuple) else (self.num_merged,) * len(blocks)
+        if len(per_block) != len(blocks):
+            raise InputError(f"num_merged has {len(per_block)} entries for {len(blocks)} blocks; give one for each")
+        source = jnp.broadcast_to(jnp.arange(tokens.index.shape[1], dtype=jnp.int32)[None], tokens.index.shape)
+        size = jnp.ones(source.shape, _wide(x))
+        log_size = None  # nothing to add while every size is 1
+        for block, num_merged in zip(blocks, per_block, strict=True):
+            x, qk = block.attend(x, log_size, rngs)
+            special, patches = split(x, tokens.num_special)
+            num_patches = patches.shape[1]
+            if num_merged := min(num_merged, num_patches // 2):
+                pairs = match(unit_keys(qk, tokens.num_special), num_merged)
+                patches, size = merge(patches, size, pairs)
+                x = join(special, patches)
+                source = take(destination(pairs, num_patches), source)
+                log_size = gates_to_log_weight(size, tokens.num_special) if self.proportional else None
+            x = block.feed_forward(x, rngs)
+        return x, {"source": source}
+
+
+def unit_keys(qk: QueryKey, num_special: int) -> Float[Array, "B N C"]:
+    """The metric: keys of the patch tokens, mean over heads, of length 1, at least float32. No gradient."""
+    key = jax.lax.stop_gradient(qk.key[:, num_special:])
+    key = key.astype(_wide(key)).mean(axis=2)
+    return key * jax.lax.rsqrt(jnp.maximum(jnp.sum(key**2, axis=-1, keepdims=True), 1e-24))
+
+
+def match(metric: Float[Array, "B N C"], num_merged: int) -> Pairs:
+    """Bipartite soft matching: every source's most similar target, and the num_merged most similar of these pairs.
+
+    Ties go to the lower row, of sources as of targets. num_merged is at most N // 2, the number of sources.
+    """
+    sources, targets = metric[:, 1::2], metric[:, ::2]
+    similarity = jnp.einsum("bsc,btc->bst", sources, targets, precision="highest")
+    _, order = jax.lax.top_k(similarity.max(axis=2), sources.shape[1])
+    merged, unmerged = order[:, :num_merged], jnp.sort(order[:, num_merged:], axis=1)
+    target = jnp.argmax(take(similarity, merged), axis=2)  # only where it is needed: slower than max
+    return Pairs(*((2 * row + 1).astype(jnp.int32) for row in (unmerged, merged)), target.astype(jnp.int32))
+
+
+def merge(
+    patches: Float[Array, "B N D"], size: Float[Array, "B N"], pairs: Pairs
+) -> tuple[Float[Array, "B M D"], Float[Array, "B M"]]:
+    """Tokens and their sizes after merging: means weighted by size, and sums.
+
+    The mean is written target + sum of size/(new size) (source - target), which touches only what changes.
+    """
+    image = jnp.arange(patches.shape[0])[:, None]
+    row = pairs.unmerged.shape[1] + pairs.target
+    added = take(size, pairs.merged)
+    size = jnp.concatenate([take(size, pairs.unmerged), size[:, ::2]], axis=1).at[image, row].add(added)
+    share = added / take(size, row)
+    left = jnp.concatenate([take(patches, pairs.unmerged), patches[:, ::2]], axis=1).astype(_wide(patches))
+    difference = take(patches, pairs.merged).astype(left.dtype) - take(left, row)
+    return left.at[image, row].add(share[..., None].astype(left.dtype) * difference).astype(patches.dtype), size
+
+
+def destination(pairs: Pairs, num_patches: int) -> Int[Array, "B N"]:
+    """The row where each of the num_patches tokens is after merging."""
+    num_images, num_unmerged = pairs.unmerged.shape
+    image = jnp.arange(num_images)[:, None]
+    targets = num_unmerged + jnp.arange((num_patches + 1) // 2, dtype=jnp.int32)
+    stay = jnp.arange(num_unmerged, dtype=jnp.int32)[None]
+    rows = jnp.zeros((num_images, num_patches), jnp.int32).at[:, ::2].set(targets[None])
+    return rows.at[image, pairs.unmerged].set(stay).at[image, pairs.merged].set(num_unmerged + pairs.target)
+
+
+def _wide(x: Array) -> jnp.dtype:
+    return jnp.promote_types(x.dtype, jnp.float32)
