@@ -5,7 +5,8 @@ A reducer is an nnx.Module (if it has parameters) or a frozen dataclass, called 
     reducer(blocks, x, tokens, rngs) -> (x, aux)
 
 `aux` is the whole side channel. Reserved names:
-  kept           int32 (B, K), raster positions of the kept patches, ascending
+  kept           int32 (B, K), raster positions of the patches that stay tokens of their own, ascending
+  source         int32 (B, N), for each patch the row among the patch tokens that come out in which it lives, or -1
   filter_logits  (B, N), raster order: how much each patch is worth keeping
   loss/...       per-example terms that the training step adds
   logits/...     further predictions that the classification loss scores with the labels
@@ -58,6 +59,7 @@ def build(name: str, *, width: int, num_patches: int, rngs: Any, **given: Any) -
     required = {k for k, p in allowed.items() if p.default is p.empty}
     if missing := sorted(required - set(given)):
         raise InputError(f"Reducer {name!r} needs {', '.join(missing)}")
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}  # as a stored config has them
     shape = {"width": width, "num_patches": num_patches, "rngs": rngs}
     return _constructor(name)(**given, **{k: v for k, v in shape.items() if k in _parameters(name)})
 
