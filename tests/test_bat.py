@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import mostly_long
 from flax import nnx
 
 from tif_jax.cost import cost
@@ -135,7 +136,7 @@ def slow_site(reducer, counts, x, query, key, front):
     return np.concatenate([x[:front], merged]), left, row
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", mostly_long(VARIANTS, short=(0,)))
 def test_whole_against_loops(variant):
     model = model_of(**VARIANTS[variant])
     embedded = model.embed(images())
@@ -218,6 +219,7 @@ def test_source_names_the_row_and_lone_patches_pass_unchanged():
             np.testing.assert_array_equal(merged[b, row[b, n]], x[b, n])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", [{}, FRONT, dict(proportional_attention=True), dict(sites=())], ids=str)
 def test_keeping_everything_is_the_plain_model_bit_for_bit(options):
     own = {k: v for k, v in options.items() if k not in FRONT}
@@ -229,6 +231,7 @@ def test_keeping_everything_is_the_plain_model_bit_for_bit(options):
     np.testing.assert_array_equal(aux["source"], aux["kept"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("variant", ["default", "greedy"])
 def test_gradients_are_finite(variant, dtype):
@@ -239,6 +242,7 @@ def test_gradients_are_finite(variant, dtype):
     assert np.isfinite(value) and all(jax.tree.leaves(jax.tree.map(lambda g: bool(jnp.isfinite(g).all()), grads)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_strict_dtypes(variant, strict_dtypes):
     build = blueprint(TINY, reducer="bat", **{"keep_ratio": 0.5} | VARIANTS[variant])
@@ -254,6 +258,7 @@ def test_attention_that_underflows_makes_no_nan():
     assert np.isfinite(value) and all(bool(jnp.isfinite(g).all()) for g in grads)
 
 
+@pytest.mark.long
 def test_gradient_passes_through_tokens_and_weights_as_in_the_weighted_mean():
     x, w = jax.random.normal(jax.random.key(0), (1, 3, 2)), jnp.array([[0.2, 0.5, 0.3]])
     joined = jnp.array([[1, 1, 2]], jnp.int32)
@@ -266,14 +271,17 @@ def test_gradient_passes_through_tokens_and_weights_as_in_the_weighted_mean():
 
 @pytest.mark.parametrize(
     ("keep_ratio", "gmac", "tokens"),  # authors' logs; tokens by the rule in docs
-    [
-        (0.7, 3.005, (138, 97, 68)),
-        (0.6, 2.583, (116, 68, 39)),
-        (0.5, 2.344, (101, 54, 30)),
-        (0.4, 2.083, (82, 36, 18)),
-        (0.3, 1.823, (60, 19, 7)),
-        (0.2, 1.645, (41, 10, 3)),
-    ],
+    mostly_long(
+        [
+            (0.7, 3.005, (138, 97, 68)),
+            (0.6, 2.583, (116, 68, 39)),
+            (0.5, 2.344, (101, 54, 30)),
+            (0.4, 2.083, (82, 36, 18)),
+            (0.3, 1.823, (60, 19, 7)),
+            (0.2, 1.645, (41, 10, 3)),
+        ],
+        short=(0,),
+    ),
 )
 def test_cost_is_that_of_the_authors_logs(keep_ratio, gmac, tokens):
     build = blueprint("deit_small_patch16_224", reducer="bat", keep_ratio=keep_ratio)

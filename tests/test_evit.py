@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import mostly_long
 from flax import nnx
 
 from tif_jax import reducers
@@ -91,16 +92,19 @@ def reference(model, image, ratios, fuse):
 
 @pytest.mark.parametrize(
     ("special", "options", "ratios", "num_tokens"),
-    [
-        (False, dict(keep_ratio=0.5), {1: 0.5, 2: 0.5, 3: 0.5}, 4),  # 16 -> 8 + 1 -> 5 + 1 -> 3 + 1
-        (False, dict(keep_ratio=0.5, fuse=False), {1: 0.5, 2: 0.5, 3: 0.5}, 2),  # 16 -> 8 -> 4 -> 2
-        (False, dict(keep_ratio=0.7, sites=(0,)), {0: 0.7}, 13),  # 11.2 -> 12 + 1
-        (False, dict(keep_ratio=(0.6, 1.0, 0.3), sites=(0, 2, 3)), {0: 0.6, 3: 0.3}, 5),  # 10 + 1 -> 11 -> 4 + 1
-        (False, dict(keep_ratio=(0.6, 1.0, 0.3), sites=(0, 2, 3), fuse=False), {0: 0.6, 3: 0.3}, 3),
-        (False, dict(keep_ratio=0.97, sites=(1,)), {}, 16),  # ceil(15.52) is all of them: nothing to fuse
-        (True, dict(keep_ratio=0.6), {1: 0.6, 2: 0.6, 3: 0.6}, 6),  # 16 -> 10 + 1 -> 7 + 1 -> 5 + 1
-        (True, dict(keep_ratio=0.6, fuse=False), {1: 0.6, 2: 0.6, 3: 0.6}, 4),  # 16 -> 10 -> 6 -> 4
-    ],
+    mostly_long(
+        [
+            (False, dict(keep_ratio=0.5), {1: 0.5, 2: 0.5, 3: 0.5}, 4),  # 16 -> 8 + 1 -> 5 + 1 -> 3 + 1
+            (False, dict(keep_ratio=0.5, fuse=False), {1: 0.5, 2: 0.5, 3: 0.5}, 2),  # 16 -> 8 -> 4 -> 2
+            (False, dict(keep_ratio=0.7, sites=(0,)), {0: 0.7}, 13),  # 11.2 -> 12 + 1
+            (False, dict(keep_ratio=(0.6, 1.0, 0.3), sites=(0, 2, 3)), {0: 0.6, 3: 0.3}, 5),  # 10 + 1 -> 11 -> 4 + 1
+            (False, dict(keep_ratio=(0.6, 1.0, 0.3), sites=(0, 2, 3), fuse=False), {0: 0.6, 3: 0.3}, 3),
+            (False, dict(keep_ratio=0.97, sites=(1,)), {}, 16),  # ceil(15.52) is all of them: nothing to fuse
+            (True, dict(keep_ratio=0.6), {1: 0.6, 2: 0.6, 3: 0.6}, 6),  # 16 -> 10 + 1 -> 7 + 1 -> 5 + 1
+            (True, dict(keep_ratio=0.6, fuse=False), {1: 0.6, 2: 0.6, 3: 0.6}, 4),  # 16 -> 10 -> 6 -> 4
+        ],
+        short=(6,),
+    ),
 )
 def test_against_the_reference(special, options, ratios, num_tokens):
     model, x = with_evit(special, **options), images()
@@ -148,6 +152,7 @@ def test_source_follows_the_order_of_the_index_and_kept_is_raster():
         np.testing.assert_array_equal(np.asarray(index)[0][source < 4], kept)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize("fuse", [False, True])
 def test_keeping_everything_is_the_plain_model(special, fuse):
@@ -172,6 +177,7 @@ def test_the_fused_token_passes_gradient_to_its_weights_and_members():
     assert (to_scores[:, :8] == 0).all() and (to_x[:, :9] == 0).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gradients_are_finite(dtype):
     graphdef, params = nnx.split(with_evit(keep_ratio=0.5, dtype=dtype))
@@ -179,6 +185,7 @@ def test_gradients_are_finite(dtype):
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(nnx.to_pure_dict(grads)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fuse", [False, True])
 def test_bfloat16(fuse):
     tokens, logits, aux = run(with_evit(dtype="bfloat16", keep_ratio=0.5, fuse=fuse), images())
@@ -186,12 +193,14 @@ def test_bfloat16(fuse):
     assert np.isfinite(logits).all() and np.isfinite(tokens.astype(np.float32)).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fuse", [False, True])
 def test_strict_dtypes(strict_dtypes, fuse):
     model = create_model(TINY, reducer="evit", keep_ratio=0.5, fuse=fuse)
     jax.eval_shape(lambda x: model(x), images())
 
 
+@pytest.mark.long
 def test_rngs_reach_both_half_steps():
     """In training drop-path draws twice per block, as in the plain model."""
     fields = TINY | dict(drop_path=0.5)
@@ -240,7 +249,7 @@ def test_options():
 
 
 @pytest.mark.parametrize(
-    ("keep_ratio", "published"), [(0.9, 4.0), (0.8, 3.5), (0.7, 3.0), (0.6, 2.6), (0.5, 2.3)]
+    ("keep_ratio", "published"), mostly_long([(0.9, 4.0), (0.8, 3.5), (0.7, 3.0), (0.6, 2.6), (0.5, 2.3)], short=(2,))
 )  # the authors' table, rounded to 0.1
 def test_published_cost(keep_ratio, published):
     assert cost_of(keep_ratio=keep_ratio).gmac == pytest.approx(published, abs=0.05)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import mostly_long
 from flax import nnx
 
 from tif_jax.cost import cost
@@ -85,11 +86,14 @@ def evolve(model, x, keep_ratio, stages, representative, t):
 
 @pytest.mark.parametrize(
     ("fields", "options", "stages"),
-    [
-        ({}, {}, (2, 4)),
-        ({}, dict(stages=(2, 3, 4, 5), keep_ratio=0.3, representative=False), (2, 3, 4, 5)),
-        (EVERYTHING | dict(image_size=(24, 40)), dict(stages=(1, 5), momentum=0.25), (1, 5)),
-    ],
+    mostly_long(
+        [
+            ({}, {}, (2, 4)),
+            ({}, dict(stages=(2, 3, 4, 5), keep_ratio=0.3, representative=False), (2, 3, 4, 5)),
+            (EVERYTHING | dict(image_size=(24, 40)), dict(stages=(1, 5), momentum=0.25), (1, 5)),
+        ],
+        short=(2,),
+    ),
 )
 def test_the_walk_of_the_specification(fields, options, stages):
     model = lively(create_model(TINY | fields, reducer="evo_vit", **options))
@@ -162,6 +166,7 @@ def walk_straight(x, *blocks, **options):
     return EvoVit(**options)(blocks, x, Tokens(1, (1, x.shape[1] - 1), index), None)
 
 
+@pytest.mark.long
 def test_weights_and_ranking_pass_no_gradient():
     x = jax.random.normal(jax.random.key(0), (1, 7, 4))
 
@@ -228,6 +233,7 @@ def test_published_cost(name, published, with_representative):
         assert counted.tokens == (197,) * 4 + (99 + representative,) * 8
 
 
+@pytest.mark.long
 def test_bfloat16_stays_bfloat16_and_near():
     model = lively(create_model(TINY | EVERYTHING, reducer="evo_vit"))
     x = model.embed(images())

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import mostly_long
 from flax import nnx
 
 from tif_jax.cost import cost
@@ -126,14 +127,17 @@ def test_merging_in_bfloat16_rounds_once():
 
 @pytest.mark.parametrize(
     ("num_merged", "proportional", "fields"),
-    [
-        (3, True, {}),
-        (3, False, {}),
-        ((0, 5, 100), True, {}),
-        (2, True, EVERYTHING),
-        (2, True, MEAN),
-        (3, True, dict(MEAN, num_registers=3)),
-    ],
+    mostly_long(
+        [
+            (3, True, {}),
+            (3, False, {}),
+            ((0, 5, 100), True, {}),
+            (2, True, EVERYTHING),
+            (2, True, MEAN),
+            (3, True, dict(MEAN, num_registers=3)),
+        ],
+        short=(5,),
+    ),
 )
 def test_against_the_reference(num_merged, proportional, fields):
     model = model_of(num_merged=num_merged, proportional=proportional, **fields)
@@ -146,6 +150,7 @@ def test_against_the_reference(num_merged, proportional, fields):
     np.testing.assert_array_equal(aux["source"], source)
 
 
+@pytest.mark.long
 def test_proportional_matters_only_after_the_first_merge():
     x = model_of().embed(images())
     encoded = {p: model_of(num_merged=(0, 0, 4), proportional=p).encode(x)[0] for p in (True, False)}
@@ -154,6 +159,7 @@ def test_proportional_matters_only_after_the_first_merge():
     assert np.abs(encoded[True] - encoded[False]).max() > 1e-4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fields", [{}, EVERYTHING, MEAN])
 @pytest.mark.parametrize("num_merged", [0, (0, 0, 0)])
 def test_nothing_merged_is_the_plain_model_bit_for_bit(num_merged, fields):
@@ -165,6 +171,7 @@ def test_nothing_merged_is_the_plain_model_bit_for_bit(num_merged, fields):
     np.testing.assert_array_equal(aux["source"], np.tile(np.arange(16), (3, 1)))
 
 
+@pytest.mark.long
 def test_mean_pooling_is_the_plain_mean_over_the_tokens_left():
     model = model_of(num_merged=5, **MEAN)
     x, aux = model.encode(model.embed(images()))
@@ -172,6 +179,7 @@ def test_mean_pooling_is_the_plain_mean_over_the_tokens_left():
     np.testing.assert_allclose(model.predict(x, aux)[0], model.head(model.norm(x.mean(axis=1))), atol=1e-6)
 
 
+@pytest.mark.long
 def test_special_tokens_never_merge():
     """Not even where class, distillation and register tokens look just like patches."""
     model = model_of(num_merged=6, **EVERYTHING)
@@ -182,6 +190,7 @@ def test_special_tokens_never_merge():
     assert encoded.shape[1] == 4 + 16 - 6 - 5 - 2  # 16, 10, 5: half of 5 is 2
 
 
+@pytest.mark.long
 def test_half_of_the_patches_is_the_limit():
     model = model_of(num_merged=1000)
     x, aux = model.encode(model.embed(images()))
@@ -189,6 +198,7 @@ def test_half_of_the_patches_is_the_limit():
     assert set(np.asarray(aux["source"]).ravel().tolist()) <= {0, 1}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gradients_are_finite(dtype):
     graphdef, params = nnx.split(model_of(num_merged=4, dtype=dtype))
@@ -207,7 +217,10 @@ def test_keys_of_length_zero():
 
 @pytest.mark.parametrize(
     ("size", "num_merged", "published", "left"),
-    [("tiny", 13, 0.731, 41), ("small", 13, 2.703, 41), ("base", 13, 10.37, 41), ("small", 16, 2.291, 11)],
+    mostly_long(
+        [("tiny", 13, 0.731, 41), ("small", 13, 2.703, 41), ("base", 13, 10.37, 41), ("small", 16, 2.291, 11)],
+        short=(1,),
+    ),
 )
 def test_cost(size, num_merged, published, left):
     build = blueprint(f"deit_{size}_patch16_224", reducer="tome", num_merged=num_merged)

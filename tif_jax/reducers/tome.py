@@ -7,6 +7,7 @@ Legend: B images, N patch tokens, R merged ones, D width, C channels of a head.
 """
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple
 
 import jax
@@ -71,7 +72,7 @@ def unit_keys(qk: QueryKey, num_special: int) -> Float[Array, "B N C"]:
     """The metric: keys of the patch tokens, mean over heads, of length 1, at least float32. No gradient."""
     key = jax.lax.stop_gradient(qk.key[:, num_special:])
     # Lengths become 1: a sum will do, and head by head it is faster on a CPU than a reduction.
-    key = sum(key[:, :, head].astype(_wide(key)) for head in range(key.shape[2]))
+    key = reduce(jnp.add, (key[:, :, head].astype(_wide(key)) for head in range(key.shape[2])))
     return key * jax.lax.rsqrt(jnp.maximum(jnp.sum(key**2, axis=-1, keepdims=True), 1e-24))
 
 
