@@ -1,0 +1,49 @@
+"""Accuracy and cost of every reducer off the shelf: a real DeiT-Ti, without fine-tuning, on photographs with ImageNet labels.
+
+    python tests/benchmark_reducers.py
+
+Needs imagenet_ccby and the DeiT-Ti weights in $TIF_DATA (default: ../shared/data). Speed: `tif benchmark`.
+"""
+
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from tif_jax import cost, load
+from tif_jax.__main__ import use_all_cores
+from tif_jax.data import open_source
+from tif_jax.data.loader import evaluation_batches
+from tif_jax.state import make_mesh, shard
+
+BATCH_SIZE = 32
+ROWS = [
+    ("full", {}),
+    *[("evit", dict(keep_ratio=ratio)) for ratio in (0.7, 0.5)],
+    *[("tome", dict(num_merged=number)) for number in (8, 13)],
+    *[("bat", dict(keep_ratio=ratio)) for ratio in (0.7, 0.5)],
+    *[("evo_vit", dict(keep_ratio=0.5, representative=choice)) for choice in (True, False)],
+    *[(name, dict(keep_ratio=0.7)) for name in ("random", "norm")],
+]
+
+
+def main() -> None:
+    root = Path(os.environ.get("TIF_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    use_all_cores()
+    data = dict(name="image_table", root=str(root / "imagenet_ccby"), test_split="labels.csv", num_test=0)
+    batches = list(evaluation_batches(open_source(data, "test"), data, batch_size=BATCH_SIZE))
+    labels, weight = (np.concatenate([batch[key] for batch in batches]) for key in ("label", "weight"))
+    mesh = make_mesh(BATCH_SIZE)
+    print("| reducer | options | top-1 % | GMAC |\n|---|---|---|---|")
+    for name, options in ROWS:
+        model = load(root / "deit_tiny_patch16_224.safetensors", reducer=name, **options)
+        classify = jax.jit(lambda images, model=model: model(images)[0].argmax(axis=-1))
+        predictions = [classify(shard({"image": batch["image"]}, mesh)["image"]) for batch in batches]
+        top1 = np.average(np.concatenate(predictions) == labels, weights=weight)
+        text = ", ".join(f"{key}={value}" for key, value in options.items())
+        print(f"| {name} | {text} | {100 * top1:.1f} | {cost(model).gmac:.3f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
