@@ -24,7 +24,7 @@ def inputs(num_images):
     return images, np.arange(num_images, dtype=np.int32) % 3
 
 
-@pytest.mark.parametrize("num_images, mesh", [(8, (8, 1)), (2, (2, 4)), (6, (2, 4)), (1, (1, 8)), (16, (8, 1))])
+@pytest.mark.parametrize("num_images, mesh", [(2, (2, 4)), (6, (2, 4)), (16, (8, 1))])
 @pytest.mark.parametrize(
     "changes",
     [{}, dict(estimator="sampled", mask="drop", num_samples=5), dict(estimator="gradient", mask="drop")],
@@ -47,7 +47,7 @@ def test_any_number_of_images_on_eight_devices_is_the_same_as_on_one(model, num_
     assert not any(op in text for op in ("all-reduce", "all-gather", "all-to-all", "collective-permute"))
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 8, 9, 100])
+@pytest.mark.parametrize("chunk", [1, 5, 100])
 @pytest.mark.parametrize("estimator, mask", [("exact", "drop"), ("sampled", "drop")])
 def test_the_chunk_changes_nothing(model, chunk, estimator, mask):
     """Chunks smaller than the batch take a few images at a time, larger ones several masks of each."""
