@@ -5,7 +5,7 @@ from tif_jax.tokens import check_keep_ratio
 
 
 def check_sites(sites: tuple[int, ...] | None) -> None:
-    """Raises InputError unless sites are ascending block indices, or None for `default_sites`."""
+    """Raises InputError unless sites are ascending block indices, or None (see `resolve_sites`)."""
     if sites is not None and (list(sites) != sorted(set(sites)) or any(site < 0 for site in sites)):
         raise InputError(f"sites is {sites}; it lists block indices, from 0, in ascending order")
 
