@@ -216,7 +216,7 @@ def test_rngs_reach_both_half_steps():
         (dict(keep_ratio=(0.5, 1.5, 0.5)), "keep_ratio is 1.5"),
         (dict(keep_ratio=(0.5, 0.5), sites=(1, 2, 3)), "2 entries for 3 sites"),
         (dict(sites=(3, 1)), r"sites is \(3, 1\)"),
-        (dict(fuse_token=True), "takes keep_ratio, sites, fuse; got fuse_token"),
+        (dict(fuse_token=True), "takes keep_ratio, sites, num_kept, fuse; got fuse_token"),
     ],
 )
 def test_misuse(options, message):
@@ -229,7 +229,7 @@ def test_misuse(options, message):
     [
         ({}, dict(sites=(1, 4)), r"sites is \(1, 4\); the model has blocks 0..3"),
         ({}, dict(keep_ratio=(0.5, 0.5)), "2 entries for 3 sites"),
-        (dict(class_token=False, pool="mean"), {}, "no class token"),
+        (dict(class_token=False, pool="mean"), {}, "attention of the class token; this model has none"),
     ],
 )
 def test_misuse_that_only_the_model_reveals(fields, options, message):
@@ -240,11 +240,12 @@ def test_misuse_that_only_the_model_reveals(fields, options, message):
 
 def test_misuse_that_the_type_checker_of_the_tests_would_see_first():
     with pytest.raises(InputError, match="fuse is 'sum'; allowed: True, False"):
-        Evit.__post_init__(SimpleNamespace(keep_ratio=0.5, sites=None, fuse="sum"))
+        Evit.__post_init__(SimpleNamespace(keep_ratio=0.5, sites=None, num_kept=None, fuse="sum"))
 
 
 def test_options():
-    assert {k: p.default for k, p in reducers.options("evit").items()} == dict(keep_ratio=0.7, sites=None, fuse=True)
+    defaults = {k: p.default for k, p in reducers.options("evit").items()}
+    assert defaults == dict(keep_ratio=0.7, sites=None, num_kept=None, fuse=True)
     assert hash(Evit(keep_ratio=(0.5, 0.6), sites=(1, 2))) == hash(Evit(keep_ratio=(0.5, 0.6), sites=(1, 2)))
 
 

@@ -163,7 +163,7 @@ class Straight:
 
 def walk_straight(x, *blocks, **options):
     index = jnp.arange(x.shape[1] - 1, dtype=jnp.int32)[None]
-    return EvoVit(**options)(blocks, x, Tokens(1, (1, x.shape[1] - 1), index), None)
+    return EvoVit(**options)(blocks, x, Tokens(1, (1, x.shape[1] - 1), index, True), None)
 
 
 @pytest.mark.long
@@ -264,9 +264,9 @@ def test_put_undoes_take():
         (dict(keep_ratio=0.0), "keep_ratio is 0.0"),
         (dict(momentum=1.5), "momentum is 1.5; it is a share"),
         (dict(stages=()), r"stages is \(\); it lists"),
-        (dict(stages=(0, 4)), r"stages is \(0, 4\); it lists block indices in ascending order, from 1"),
+        (dict(stages=(0, 4)), r"stages is \(0, 4\); it lists block indices from 1"),
         (dict(stages=(4, 2)), r"stages is \(4, 2\)"),
-        (dict(sites=(4, 8)), "takes keep_ratio, stages, representative, momentum; got sites"),
+        (dict(sites=(4, 8)), "takes keep_ratio, stages, num_kept, representative, momentum; got sites"),
     ],
 )
 def test_misuse(options, message):

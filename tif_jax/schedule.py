@@ -1,36 +1,68 @@
-"""Where along the blocks a reducer works, and how much it leaves: what several methods have in common."""
+"""Where along the blocks a reducer works, and how many tokens it leaves there: what several methods have in common.
+
+An amount is a ratio (float) of the patch tokens that arrive at a block, or a number (int) of patch tokens.
+"""
+
+from collections.abc import Callable
 
 from tif_jax.errors import InputError
 from tif_jax.tokens import check_keep_ratio
 
-
-def check_sites(sites: tuple[int, ...] | None) -> None:
-    """Raises InputError unless sites are ascending block indices, or None (see `resolve_sites`)."""
-    if sites is not None and (list(sites) != sorted(set(sites)) or any(site < 0 for site in sites)):
-        raise InputError(f"sites is {sites}; it lists block indices, from 0, in ascending order")
+Amount = float | int
+Ratios = float | tuple[float, ...]
 
 
-def resolve_sites(sites: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
-    """The sites for this number of blocks; None is a quarter, a half and three quarters of the way: 3, 6, 9 of 12."""
-    if sites is None:
-        return tuple(sorted({depth * quarter // 4 for quarter in (1, 2, 3)}))
-    if sites and sites[-1] >= depth:
-        raise InputError(f"sites is {sites}; the model has blocks 0..{depth - 1}")
-    return tuple(sites)
-
-
-def check_ratios(keep_ratio: float | tuple[float, ...]) -> None:
-    """Raises InputError unless every keep_ratio lies in (0, 1]."""
+def check(
+    keep_ratio: Ratios, sites: tuple[int, ...] | None, num_kept: tuple[int, ...] | None, *, name: str = "sites"
+) -> None:
+    """What can be said of a schedule before the number of blocks is known. Raises InputError; name: what sites are called."""
     for ratio in keep_ratio if isinstance(keep_ratio, tuple) else (keep_ratio,):
         check_keep_ratio(ratio)
+    if sites is not None and (list(sites) != sorted(set(sites)) or any(site < 0 for site in sites)):
+        raise InputError(f"{name} is {sites}; it lists block indices, from 0, in ascending order")
+    if num_kept is not None and not all(type(number) is int and number > 0 for number in num_kept):
+        raise InputError(f"num_kept is {num_kept}; it lists numbers of patch tokens, integers from 1")
+    if sites is not None and num_kept is None:
+        _per_site(keep_ratio, len(sites), name)
 
 
-def ratio_per_site(keep_ratio: float | tuple[float, ...], num_sites: int) -> tuple[float, ...]:
-    """One ratio for each site: the one for all, or a tuple of as many as there are sites."""
+def amounts(
+    keep_ratio: Ratios,
+    sites: tuple[int, ...] | None,
+    num_kept: tuple[int, ...] | None,
+    depth: int,
+    *,
+    name: str = "sites",
+) -> dict[int, Amount]:
+    """How much to leave at which block, in ascending order of blocks.
+
+    keep_ratio: one ratio for all sites, or one for each. sites: block indices; None is a quarter, a half and three
+    quarters of the way: 3, 6, 9 of 12. num_kept: instead of ratios, integers: one for each site, or one for each block.
+    """
+    if num_kept is not None and sites is None and len(num_kept) == depth:
+        return dict(enumerate(num_kept))
+    if sites is None:
+        sites = tuple(sorted({depth * quarter // 4 for quarter in (1, 2, 3)}))
+    if sites and sites[-1] >= depth:
+        raise InputError(f"{name} is {sites}; the model has blocks 0..{depth - 1}")
+    given = _per_site(keep_ratio, len(sites), name) if num_kept is None else num_kept
+    if len(given) != len(sites):
+        raise InputError(
+            f"num_kept has {len(given)} entries for {len(sites)} {name} and {depth} blocks; give one for each of either"
+        )
+    return dict(zip(sites, given, strict=True))
+
+
+def count(amount: Amount, num_patches: int, rounding: Callable[[float], int]) -> int:
+    """How many of num_patches tokens are left, from 1: a ratio's product is rounded as the method says."""
+    return min(num_patches, max(1, amount if isinstance(amount, int) else rounding(amount * num_patches)))
+
+
+def _per_site(keep_ratio: Ratios, num_sites: int, name: str) -> tuple[float, ...]:
     if not isinstance(keep_ratio, tuple):
-        return (keep_ratio,) * num_sites
+        return (float(keep_ratio),) * num_sites
     if len(keep_ratio) != num_sites:
         raise InputError(
-            f"keep_ratio has {len(keep_ratio)} entries for {num_sites} sites; give one for each, or one for all"
+            f"keep_ratio has {len(keep_ratio)} entries for {num_sites} {name}; give one for each, or one for all"
         )
-    return keep_ratio
+    return tuple(map(float, keep_ratio))

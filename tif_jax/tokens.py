@@ -25,6 +25,19 @@ class Tokens(NamedTuple):
     num_special: int  # class, distillation and register tokens in front: never reduced
     grid: tuple[int, int]  # rows, columns of the patch raster
     index: Int[Array, "B N"]  # type: ignore[assignment]  # (hides tuple.index)  raster position of each patch token
+    has_class: bool  # whether the first special token is a class token
+
+
+def require_class(tokens: Tokens, method: str) -> None:
+    """Raises InputError where a method that asks the class token finds none."""
+    if not tokens.has_class:
+        raise InputError(f"{method} ranks patches by the attention of the class token; this model has none")
+
+
+def identity_source(tokens: Tokens) -> Int[Array, "B N"]:
+    """aux['source'] before anything is reduced: every patch lives in its own row."""
+    num_images, num_patches = tokens.index.shape
+    return jnp.broadcast_to(jnp.arange(num_patches, dtype=jnp.int32)[None], (num_images, num_patches))
 
 
 def split(x: Float[Array, "B T D"], num_special: int) -> tuple[Float[Array, "B S D"], Float[Array, "B N D"]]:
@@ -80,12 +93,13 @@ def num_kept(keep_ratio: float, num_patches: int) -> int:
 
 
 def class_attention(qk: QueryKey, num_special: int) -> Float[Array, "B N"]:
-    """Attention of the class token to each patch token, mean over heads, in float32; rows sum to at most 1.
+    """Attention of the class token to each patch token, mean over heads, at least in float32; rows sum to at most 1.
 
     The special tokens' columns take part in the softmax and are then left out, not renormalised (EViT, section 3.2).
     """
-    query = qk.query[:, 0].astype(jnp.float32)
-    logits = jnp.einsum("bhc,bthc->bht", query, qk.key.astype(jnp.float32)) / qk.query.shape[-1] ** 0.5
+    wide = jnp.promote_types(qk.query.dtype, jnp.float32)
+    query = qk.query[:, 0].astype(wide)
+    logits = jnp.einsum("bhc,bthc->bht", query, qk.key.astype(wide)) / qk.query.shape[-1] ** 0.5
     return jax.nn.softmax(logits, axis=-1).mean(axis=1)[:, num_special:]
 
 

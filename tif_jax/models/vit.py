@@ -297,7 +297,7 @@ class ViT(nnx.Module):
         """What the rows of `embed`'s output are."""
         num_patches = self.grid[0] * self.grid[1]
         index = jnp.broadcast_to(jnp.arange(num_patches, dtype=jnp.int32)[None], (num_images, num_patches))
-        return Tokens(self.num_special, self.grid, index)
+        return Tokens(self.num_special, self.grid, index, has_class=hasattr(self, "class_token"))
 
     def patch_positions(self) -> Float[Array, "1 N D"]:
         """Position embedding of the patch tokens: what `content` masking leaves of a token."""

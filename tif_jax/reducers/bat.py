@@ -15,9 +15,18 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
+from tif_jax import schedule
 from tif_jax.errors import InputError
-from tif_jax.schedule import check_ratios, check_sites, ratio_per_site, resolve_sites
-from tif_jax.tokens import class_attention, gates_to_log_weight, split, take, top_k
+from tif_jax.tokens import (
+    class_attention,
+    gates_to_log_weight,
+    identity_source,
+    join,
+    require_class,
+    split,
+    take,
+    top_k,
+)
 
 _CHOICES = {
     "matching": ("bipartite", "greedy_pairs"),
@@ -46,6 +55,7 @@ class Bat:
 
     keep_ratio: float | tuple[float, ...] = 0.7
     sites: tuple[int, ...] | None = None
+    num_kept: tuple[int, ...] | None = None
     match_ratio: float = 0.25
     extra_clusters: int | None = None
     neighbours: int = 5
@@ -56,8 +66,7 @@ class Bat:
     proportional_attention: bool = False  # log(patches in a token) on the attention logits, as in ToMe
 
     def __post_init__(self):
-        check_ratios(self.keep_ratio)
-        check_sites(self.sites)
+        schedule.check(self.keep_ratio, self.sites, self.num_kept)
         if not 0 <= self.match_ratio <= 0.5:
             raise InputError(f"match_ratio is {self.match_ratio}; pairs per attentive token lie in [0, 0.5]")
         if self.neighbours < 1:
@@ -67,15 +76,13 @@ class Bat:
                 raise InputError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(map(repr, allowed))}")
 
     def __call__(self, blocks, x, tokens, rngs=None):
-        if tokens.num_special == 0:
-            raise InputError("bat ranks patches by the attention of a class token; this model has none")
-        sites = resolve_sites(self.sites, len(blocks))
-        ratios = dict(zip(sites, ratio_per_site(self.keep_ratio, len(sites)), strict=True))
-        source = jnp.broadcast_to(jnp.arange(tokens.index.shape[1], dtype=jnp.int32)[None], tokens.index.shape)
+        require_class(tokens, "bat")
+        amounts = schedule.amounts(self.keep_ratio, self.sites, self.num_kept, len(blocks))
+        source = identity_source(tokens)
         log_size = None
         for i, block in enumerate(blocks):
             x, qk = block.attend(x, log_size, rngs=rngs)
-            counts = self.counts(tokens.index.shape[1], ratios.get(i, 1.0))
+            counts = self.counts(tokens.index.shape[1], amounts.get(i, 1.0))
             if counts.clusters:
                 special, patches = split(x, tokens.num_special)
                 scores = class_attention(qk, tokens.num_special)
@@ -83,7 +90,7 @@ class Bat:
                 patches, left, row = self.reduce(
                     patches, scores, patches if self.features == "tokens" else keys, counts
                 )
-                x, tokens = jnp.concatenate([special, patches], axis=1), tokens._replace(index=take(tokens.index, left))
+                x, tokens = join(special, patches), tokens._replace(index=take(tokens.index, left))
                 source = take(row, source)
                 if self.proportional_attention:
                     inside = source[:, None] == jnp.arange(row_count(counts), dtype=jnp.int32)[None, :, None]
@@ -91,13 +98,22 @@ class Bat:
             x = block.feed_forward(x, rngs=rngs)
         return x, {"kept": tokens.index, "source": source}
 
-    def counts(self, num_patches: int, keep_ratio: float) -> Counts:
-        """What becomes of num_patches tokens at a site; no clusters: nothing is to be done."""
-        attentive = math.ceil(keep_ratio * num_patches - 1e-9)
+    def counts(self, num_patches: int, amount: schedule.Amount) -> Counts:
+        """What becomes of num_patches tokens at a site; no clusters: nothing is to be done.
+
+        A ratio says how many are attentive; a number how many tokens are left, or as few less as the counts allow.
+        """
+        if isinstance(amount, int):
+            num_left = schedule.count(amount, num_patches, math.ceil)
+            fitting = (self._counts(num_patches, attentive) for attentive in range(num_patches, 0, -1))
+            return next((c for c in fitting if row_count(c) <= num_left), self._counts(num_patches, 1))
+        return self._counts(num_patches, math.ceil(amount * num_patches - 1e-9))
+
+    def _counts(self, num_patches: int, attentive: int) -> Counts:
         if attentive == num_patches:
             return Counts(attentive, 0, 0)
         pairs = math.floor(self.match_ratio * attentive + 1e-9)
-        nearest = min(_EXTRA_CLUSTERS, key=lambda ratio: abs(ratio - keep_ratio))
+        nearest = min(_EXTRA_CLUSTERS, key=lambda ratio: abs(ratio - attentive / num_patches))
         extra = _EXTRA_CLUSTERS[nearest] if self.extra_clusters is None else self.extra_clusters
         return Counts(attentive, pairs, min(max(1, pairs + extra), num_patches - attentive))
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from tif_jax import schedule
 from tif_jax.errors import InputError
-from tif_jax.schedule import check_ratios, check_sites, ratio_per_site, resolve_sites
-from tif_jax.tokens import class_attention, join, split, take, top_k
+from tif_jax.tokens import class_attention, identity_source, join, require_class, split, take, top_k
 
 
 @dataclass(frozen=True)
@@ -30,28 +30,23 @@ class Evit:
 
     keep_ratio: float | tuple[float, ...] = 0.7
     sites: tuple[int, ...] | None = None
+    num_kept: tuple[int, ...] | None = None
     fuse: bool = True
 
     def __post_init__(self):
-        check_ratios(self.keep_ratio)
-        check_sites(self.sites)
-        if self.sites is not None:
-            ratio_per_site(self.keep_ratio, len(self.sites))
+        schedule.check(self.keep_ratio, self.sites, self.num_kept)
         if not isinstance(self.fuse, bool):
             raise InputError(f"fuse is {self.fuse!r}; allowed: True, False")
 
     def __call__(self, blocks, x, tokens, rngs=None):
-        if tokens.num_special == 0:
-            raise InputError("evit ranks patches by the class token's attention; this model has no class token")
-        sites = resolve_sites(self.sites, len(blocks))
-        ratios = dict(zip(sites, ratio_per_site(self.keep_ratio, len(sites)), strict=True))
+        require_class(tokens, "evit")
+        amounts = schedule.amounts(self.keep_ratio, self.sites, self.num_kept, len(blocks))
         own = tokens.index  # raster positions of the patches that are tokens of their own, while their number is known
-        source = jnp.broadcast_to(jnp.arange(own.shape[1], dtype=jnp.int32)[None], own.shape)
+        source = identity_source(tokens)
         for i, block in enumerate(blocks):
             x, qk = block.attend(x, rngs=rngs)
             num_patches = x.shape[1] - tokens.num_special
-            num_kept = math.ceil(ratios.get(i, 1.0) * num_patches)
-            if num_kept < num_patches:
+            if (num_kept := self._num_kept(amounts.get(i, 1.0), num_patches)) < num_patches:
                 scores = class_attention(qk, tokens.num_special)
                 kept = top_k(scores, num_kept)
                 rows = new_rows(kept, num_patches, others=num_kept if self.fuse else -1)
@@ -60,6 +55,12 @@ class Evit:
                 own = take(own, kept) if own is not None and own.shape[1] == num_patches else None
             x = block.feed_forward(x, rngs=rngs)
         return x, {"source": source} if own is None else {"source": source, "kept": own}
+
+    def _num_kept(self, amount: schedule.Amount, num_patches: int) -> int:
+        num_kept = schedule.count(amount, num_patches, math.ceil)
+        # Ratios are of the kept tokens, numbers of the tokens left: the fused one is among those.
+        is_number = isinstance(amount, int) and num_kept < num_patches
+        return max(1, num_kept - 1) if is_number and self.fuse else num_kept
 
 
 def new_rows(kept: Int[Array, "B K"], num_patches: int, others: int) -> Int[Array, "B M"]:

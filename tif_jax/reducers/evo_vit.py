@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from tif_jax import schedule
 from tif_jax.errors import InputError
 from tif_jax.reducers.full import Full
-from tif_jax.tokens import check_keep_ratio, class_attention, join, put, split, take, top_k
+from tif_jax.tokens import class_attention, identity_source, join, put, require_class, split, take, top_k
 
 
 @dataclass(frozen=True)
@@ -25,43 +26,53 @@ class EvoVit:
     """In every stage the floor(keep_ratio * N) patches with the highest global class attention are slow.
 
     stages: blocks at which the slow tokens are selected anew, from 1; None is (4, 8) of 12. Blocks before are dense.
+    keep_ratio, num_kept: ratios or numbers of slow tokens, one for each stage (a ratio: or one for all). With numbers
+    for each block instead, a stage begins where the number changes.
     representative: False leaves placeholders as they are during a stage, as the published DeiT code does.
     momentum: how much of the global class attention of a slow token is kept when a block's is averaged into it.
     """
 
-    keep_ratio: float = 0.5
+    keep_ratio: float | tuple[float, ...] = 0.5
     stages: tuple[int, ...] | None = None
+    num_kept: tuple[int, ...] | None = None
     representative: bool = True
     momentum: float = 0.5
 
     def __post_init__(self):
-        check_keep_ratio(self.keep_ratio)
+        schedule.check(self.keep_ratio, self.stages, self.num_kept, name="stages")
         if not 0 <= self.momentum <= 1:
             raise InputError(f"momentum is {self.momentum}; it is a share, in [0, 1]")
-        stages = self.stages
-        if stages is not None and (not stages or stages[0] < 1 or list(stages) != sorted(set(stages))):
-            raise InputError(
-                f"stages is {stages}; it lists block indices in ascending order, from 1 (block 0 is dense)"
-            )
+        if self.stages is not None and (not self.stages or self.stages[0] < 1):
+            raise InputError(f"stages is {self.stages}; it lists block indices from 1 (block 0 is dense)")
 
     def __call__(self, blocks, x, tokens, rngs=None):
-        num_special, (num_images, num_patches) = tokens.num_special, tokens.index.shape
-        if num_special == 0:
-            raise InputError("Evo-ViT ranks patches by the attention of the class token; this model has none")
-        stages = _resolve(self.stages, len(blocks))
-        num_slow = max(1, math.floor(self.keep_ratio * num_patches))
-        everyone = jnp.broadcast_to(jnp.arange(num_patches, dtype=jnp.int32)[None], (num_images, num_patches))
-        if num_slow == num_patches:
+        require_class(tokens, "evo_vit")
+        num_special, num_patches, source = tokens.num_special, tokens.index.shape[1], identity_source(tokens)
+        stages = self._stages(len(blocks), num_patches)
+        if not stages:
             x, _ = Full()(blocks, x, tokens, rngs)
-            return x, {"kept": tokens.index, "source": everyone}
+            return x, {"kept": tokens.index, "source": source}
 
-        for block in blocks[: stages[0]]:
+        for block in blocks[: min(stages)]:
             x, qk = block(x, rngs=rngs)
         score = class_attention(qk, num_special)  # of the newest dense block alone: nothing is averaged yet
-        for start, stop in zip(stages, (*stages[1:], len(blocks)), strict=True):
+        for (start, num_slow), stop in zip(stages.items(), (*list(stages)[1:], len(blocks)), strict=True):
             slow = top_k(score, num_slow)
             x, score = self._stage(blocks[start:stop], x, score, slow, num_special, rngs)
-        return x, {"kept": take(tokens.index, slow), "source": everyone}
+        return x, {"kept": take(tokens.index, slow), "source": source}
+
+    def _stages(self, depth: int, num_patches: int) -> dict[int, int]:
+        """The number of slow tokens of each stage, by the block that it begins with; none if all tokens are slow."""
+        default = tuple(sorted({max(1, depth * third // 3) for third in (1, 2)}))
+        per_block = self.num_kept is not None and self.stages is None and len(self.num_kept) == depth
+        stages = None if per_block else self.stages or default
+        amounts = schedule.amounts(self.keep_ratio, stages, self.num_kept, depth, name="stages")
+        slow = {start: schedule.count(amount, num_patches, math.floor) for start, amount in amounts.items()}
+        if per_block:
+            if slow[0] < num_patches:
+                raise InputError(f"num_kept begins with {slow[0]}; block 0 is dense: give {num_patches}, all patches")
+            slow = {i: number for i, number in slow.items() if i and number != slow[i - 1]}
+        return {} if all(number == num_patches for number in slow.values()) else slow
 
     def _stage(
         self,
@@ -75,7 +86,8 @@ class EvoVit:
         """The tokens, in raster order again, and the global class attention after some blocks with these slow tokens."""
         special, patches = split(x, num_special)
         y = join(special, take(patches, slow))
-        if self.representative:
+        representative = self.representative and slow.shape[1] < patches.shape[1]
+        if representative:
             before = _represent(patches, score, slow)
             y = join(y, before)
         slow_score, num_slow = take(score, slow), slow.shape[1]
@@ -83,7 +95,7 @@ class EvoVit:
             y, qk = block(y, rngs=rngs)
             newest = class_attention(qk, num_special)[:, :num_slow]  # without the representative's column
             slow_score = self.momentum * slow_score + (1 - self.momentum) * newest
-        if self.representative:
+        if representative:
             # The sum of the residual increments of all branches telescopes. Slow tokens get it too and are overwritten.
             wide = jnp.promote_types(x.dtype, jnp.float32)
             increment = y[:, -1:].astype(wide) - before.astype(wide)
@@ -102,12 +114,3 @@ def _represent(
     weight = put(weight, slow, jnp.zeros(slow.shape, score.dtype))
     weight = (weight / weight.sum(axis=1, keepdims=True)).astype(wide)
     return jnp.einsum("bn,bnd->bd", weight, patches.astype(wide))[:, None].astype(patches.dtype)
-
-
-def _resolve(stages: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
-    """The stages for this number of blocks; None is a third and two thirds of the way."""
-    if stages is None:
-        stages = tuple(sorted({max(1, depth * third // 3) for third in (1, 2)}))
-    if stages[-1] >= depth:
-        raise InputError(f"stages is {stages}; the model has blocks 0..{depth - 1}")
-    return stages

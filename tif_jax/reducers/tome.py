@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tif_jax.errors import InputError
-from tif_jax.tokens import QueryKey, gates_to_log_weight, join, split, take
+from tif_jax.tokens import QueryKey, gates_to_log_weight, identity_source, join, split, take
 
 
 class Pairs(NamedTuple):
@@ -51,7 +51,7 @@ class Tome:
         per_block = self.num_merged if isinstance(self.num_merged, tuple) else (self.num_merged,) * len(blocks)
         if len(per_block) != len(blocks):
             raise InputError(f"num_merged has {len(per_block)} entries for {len(blocks)} blocks; give one for each")
-        source = jnp.broadcast_to(jnp.arange(tokens.index.shape[1], dtype=jnp.int32)[None], tokens.index.shape)
+        source = identity_source(tokens)
         size = jnp.ones(source.shape, _wide(x))
         log_size = None  # nothing to add while every size is 1
         for block, num_merged in zip(blocks, per_block, strict=True):
