@@ -63,7 +63,7 @@ def get_config() -> ConfigDict:
                 dtype="",
                 part="",
             ),
-            reducer=dict(name="tif", keep_ratio=0.25, features="local+global"),
+            reducer=dict(name="tif", keep_ratio=0.25, budget=0.0, features="local+global"),
             filter=dict(
                 labels="top",
                 rho=0.0,
@@ -86,6 +86,7 @@ def get_config() -> ConfigDict:
                 clip_norm=1.0,
                 label_smoothing=0.0,
                 drop_path=0.0,
+                phases=(),
             ),
             evaluate=dict(batch_size=128, num_images=500, num_samples=8),
             benchmark=dict(batch_size=64, dtype="float32", reducers=("full", "random", "norm", "prior", "tif")),

@@ -47,7 +47,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 estimator="sampled", mask="drop", target="label", num_samples=16, keep_ratio=0.5, views=1,
                 num_images=0, batch_size=256, chunk=0, dtype="", part="",
             ),
-            reducer=dict(name="tif", keep_ratio=0.5, features="local+global"),
+            reducer=dict(name="tif", keep_ratio=0.5, budget=0.0, features="local+global"),
             filter=dict(
                 labels="top",
                 rho=0.0,
@@ -70,6 +70,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 clip_norm=1.0,
                 label_smoothing=0.1,
                 drop_path=0.1,
+                phases=(),
             ),
             evaluate=dict(batch_size=256, num_images=10_000, num_samples=16),
             benchmark=dict(batch_size=256, dtype="bfloat16", reducers=("full", "random", "prior", "tif")),

@@ -54,7 +54,7 @@ def get_config() -> ConfigDict:
                 dtype="",
                 part="",
             ),
-            reducer=dict(name="tif", keep_ratio=0.5, features="local+global"),
+            reducer=dict(name="tif", keep_ratio=0.5, budget=0.0, features="local+global"),
             filter=dict(
                 labels="top",
                 rho=0.0,
@@ -77,6 +77,7 @@ def get_config() -> ConfigDict:
                 clip_norm=1.0,
                 label_smoothing=0.1,
                 drop_path=0.0,
+                phases=(),
             ),
             evaluate=dict(batch_size=32, num_images=0, num_samples=16),
             benchmark=dict(batch_size=32, dtype="float32", reducers=("full", "random", "prior", "tif")),

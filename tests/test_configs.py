@@ -41,8 +41,8 @@ def test_it_loads_with_a_valid_data_section(name):
 def test_its_reducers_take_their_options(name):
     config = config_file.load(name, [])
     assert config.reducer.name in config.benchmark.reducers
-    for reducer in config.benchmark.reducers:
-        _, options = reducer_options(with_reducer(config, reducer))
+    for entry in config.benchmark.reducers:
+        reducer, options = reducer_options(with_reducer(config, entry))
         build = blueprint(TINY, reducer=reducer, **options)
         jax.eval_shape(lambda key, build=build: params_of(build(key)), jax.random.key(0))
 

@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tif_jax import cost
 from tif_jax.errors import InputError
+from tif_jax.losses import classification
 from tif_jax.models import create_model
+from tif_jax.state import params_of
 
 TINY = dict(image_size=32, patch_size=8, width=32, depth=2, num_heads=2, num_classes=5)
 
@@ -67,9 +70,42 @@ def test_bfloat16_keeps_parameters_and_logits_in_float32():
     np.testing.assert_allclose(model(images)[0], create_model(TINY)(images)[0], atol=0.02)
 
 
+def test_every_head_is_trained():
+    """The prediction is the mean of two heads; of each the classification loss knows."""
+    batch = {"label": jnp.zeros(2, jnp.int32)}
+    images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    for fields, heads in (
+        (dict(distillation_token=True), {"head", "distillation_head"}),
+        (dict(pool="mean", class_head=True), {"head", "class_head"}),
+    ):
+        graphdef, params = nnx.split(create_model(TINY | fields))
+
+        @jax.jit
+        def loss(params, graphdef=graphdef):
+            return classification(*nnx.merge(graphdef, params)(images), batch)["loss"].mean()
+
+        gradient = nnx.to_pure_dict(jax.grad(loss)(params))
+        norms = {name: float(jnp.abs(gradient[name]["kernel"]).max()) for name in heads}
+        assert min(norms.values()) > 0, norms
+
+
+def test_a_head_on_the_class_token_predicts_nothing():
+    with_head, without = (create_model(TINY | dict(pool="mean", class_head=given)) for given in (True, False))
+    nnx.update(
+        without, {k: v for k, v in params_of(with_head).items() if not k.startswith("class_") or k == "class_token"}
+    )
+    images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    logits, aux = with_head(images)
+    np.testing.assert_array_equal(logits, without(images)[0])
+    assert cost(with_head).gmac == cost(without).gmac
+    features = with_head.class_norm(with_head.encode(with_head.embed(images))[0][:, 0])
+    np.testing.assert_allclose(aux["logits/class"], with_head.class_head(features), atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        (dict(class_head=True), "class_head needs class_token=True and pool 'mean'"),
         (dict(image_size=30), "30x30 is not a multiple of patch_size 8"),
         (dict(num_heads=3), "width 32 is not a multiple of num_heads 3"),
         (dict(pool="max"), "pool is 'max'"),

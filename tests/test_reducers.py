@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.core import FrozenDict
 
-from tif_jax import reducers
+from tif_jax import cost, reducers, tokens
 from tif_jax.errors import InputError
-from tif_jax.models import create_model
+from tif_jax.models import blueprint, create_model
+from tif_jax.reducers import tome
 from tif_jax.state import params_of
 from tif_jax.tokens import num_kept
 
@@ -204,6 +206,52 @@ def test_tif_keeps_the_highest_logits_and_its_filter_is_the_written_mlp():
     np.testing.assert_array_equal(aux["kept"], np.sort(np.argsort(-y[..., 0], axis=1)[:, :8], axis=1))
 
 
+def test_tif_then_another_is_the_other_on_the_tokens_that_tif_keeps():
+    then = dict(name="tome", num_merged=2)
+    model = model_of("tif", then=FrozenDict(then))
+    x = images()
+    logits, aux = jitted(model)(x)
+    kept = jitted(model_of("tif"))(x)[1]["kept"]  # the same filter: drawn from the same key
+    np.testing.assert_array_equal(aux["kept"], kept)
+
+    @jax.jit
+    def by_hand(x):
+        special, patches = tokens.split(model.embed(x), 1)
+        state = model.tokens(4)._replace(index=kept)
+        y, aux = tome.Tome(num_merged=2)(model.blocks, tokens.join(special, tokens.take(patches, kept)), state)
+        return model.predict(y, {})[0], aux["source"]
+
+    expected, source = by_hand(x)
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    whole = np.full((4, 16), -1)
+    np.put_along_axis(whole, np.asarray(kept), np.asarray(source), axis=1)
+    np.testing.assert_array_equal(aux["source"], whole)
+    assert cost(model).tokens == (1 + 6, 1 + 4, 1 + 2)
+
+
+def test_then_has_parameters_of_its_own():
+    model = model_of("tif", then=FrozenDict(name="prior", keep_ratio=0.5))
+    params = params_of(model)["reducer"]
+    assert set(params) == {"filter", "then"} and params["then"]["logits"].shape == (16,)
+    _, aux = jitted(model)(images())
+    assert aux["kept"].shape == (4, 4) and (np.asarray(aux["source"]) >= 0).sum() == 16
+    for row, of_image in zip(np.asarray(aux["source"]), np.asarray(aux["kept"]), strict=True):
+        np.testing.assert_array_equal(np.flatnonzero(row >= 0), of_image)
+
+
+@pytest.mark.parametrize("reducer", ["tif", "evit", "tome"])
+def test_a_budget_is_used_up(reducer):
+    full = cost(model_of("full")).gmac
+    model = nnx.eval_shape(blueprint(TINY, reducer=reducer, budget=0.7 * full), jax.random.key(0))
+    assert cost(model).gmac <= 0.7 * full
+    one_more = (
+        dict(num_merged=model.reducer.num_merged - 1)
+        if reducer == "tome"
+        else dict(keep_ratio=model.reducer.keep_ratio + 0.001)
+    )
+    assert cost(nnx.eval_shape(blueprint(TINY, reducer=reducer, **one_more), jax.random.key(0))).gmac > 0.7 * full
+
+
 @pytest.mark.parametrize("reducer", ["bat", "evit", "evo_vit"])
 def test_registers_are_no_class_token(reducer):
     model = create_model(TINY | dict(class_token=False, pool="mean", num_registers=2), reducer=reducer)
@@ -215,11 +263,16 @@ def test_registers_are_no_class_token(reducer):
     ("reducer", "options", "message"),
     [
         ("baat", {}, "Unknown reducer 'baat'. Known: "),
-        ("tif", {"keep_rate": 0.5}, "takes keep_ratio, features, hidden; got keep_rate"),
+        ("tif", {"keep_rate": 0.5}, "takes keep_ratio, features, hidden, then; got keep_rate"),
         ("tif", {"keep_ratio": 0.0}, "keep_ratio is 0.0"),
         ("random", {"keep_ratio": 1.5}, "keep_ratio is 1.5"),
         ("tif", {"features": "all"}, "features is 'all'; allowed"),
         ("full", {"keep_ratio": 0.5}, "takes no options; got keep_ratio"),
+        ("full", {"budget": 0.5}, "neither keep_ratio nor num_merged"),
+        ("evit", {"budget": 0.5, "keep_ratio": 0.5}, "budget and keep_ratio are given"),
+        ("tome", {"budget": 1e-6}, "budget is 1e-06 GMAC; the least that this reducer can do is 0.000"),
+        ("tif", {"then": {"keep_ratio": 0.5}}, "then is {'keep_ratio': 0.5}; it names a reducer"),
+        ("tif", {"then": {"name": "tomme"}}, "Unknown reducer 'tomme'"),
     ],
 )
 def test_misuse(reducer, options, message):

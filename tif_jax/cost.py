@@ -10,8 +10,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from tif_jax.models.vit import ViT
-
 
 class Cost(NamedTuple):
     gmac: float  # 1e9 multiply-adds of matrix products and convolutions, per image
@@ -19,9 +17,10 @@ class Cost(NamedTuple):
     tokens: tuple[int, ...]  # tokens that leave each block, special tokens included
 
 
-def cost(model: ViT, image_size: int | tuple[int, int] | None = None) -> Cost:
+def cost(model: Any, image_size: int | tuple[int, int] | None = None) -> Cost:
     """Cost of one prediction for one image. Work that the prediction does not depend on is not counted.
 
+    model: one of `tif_jax.models`, also an abstract one (`nnx.eval_shape`).
     image_size: a check, not a choice: a ViT takes the size that it was built for (InputError otherwise).
     """
     size = model.image_size if image_size is None else image_size
@@ -54,7 +53,7 @@ class _Recorder:
         return self.feed_forward(x, rngs), qk
 
 
-def _walk(model: ViT, images: Array, lengths: list[int]) -> Array:
+def _walk(model: Any, images: Array, lengths: list[int]) -> Array:
     """The reducer's walk over the blocks, which notes in `lengths` how many tokens leave each."""
     x = model.embed(images)
     return model.reducer([_Recorder(block, lengths) for block in model.blocks], x, model.tokens(x.shape[0]))[0]

@@ -9,12 +9,15 @@ import jax.numpy as jnp
 from flax import nnx, traverse_util
 
 from tif_jax import pretrained, records, state
+from tif_jax.budget import AMOUNTS
 from tif_jax.errors import InputError
 from tif_jax.models import MODEL_FIELDS, blueprint, grid_of
 from tif_jax.models.vit import ViT
 from tif_jax.timm_layout import resize_position_embedding, shortened
 
 logger = logging.getLogger(__name__)
+
+_MAY_DIFFER = ("reducer/", "class_head/", "class_norm/")  # between a source and the model that it is loaded into
 
 
 def load(
@@ -43,7 +46,11 @@ def load_with_fields(
         fields = {**stored["model"], **given}
         params["position_embedding"] = _resized(params["position_embedding"], stored["model"], fields)
         if reducer in (None, stored["reducer"]["name"]):
-            reducer, options = stored["reducer"]["name"], {**stored["reducer"], **options}
+            reducer, own = stored["reducer"]["name"], dict(stored["reducer"])
+            amount = {*AMOUNTS, "budget"}
+            if amount & set(options):  # another amount stands in place of the checkpoint's
+                own = {key: value for key, value in own.items() if key not in amount}
+            options = {**own, **options}
             options.pop("name")
     else:
         fields, params = pretrained.read_weights(path, **given)
@@ -52,9 +59,9 @@ def load_with_fields(
     model = nnx.eval_shape(build, jax.random.key(0))
     wanted, found = (_flat(tree) for tree in (state.params_of(model), params))
     fresh = sorted(set(wanted) - set(found))
-    surplus = [name for name in set(found) - set(wanted) if not name.startswith("reducer/")]
+    surplus = [name for name in set(found) - set(wanted) if not name.startswith(_MAY_DIFFER)]
     wrong = [name for name in set(found) & set(wanted) if found[name].shape != wanted[name].shape]
-    lacking = [name for name in fresh if not name.startswith("reducer/") and _is_checkpoint(path)]
+    lacking = [name for name in fresh if not name.startswith(_MAY_DIFFER) and _is_checkpoint(path)]
     if problems := sorted({*surplus, *wrong, *lacking}):
         raise InputError(f"{path} does not fit this model: missing, surplus or of another shape: {shortened(problems)}")
     if fresh:

@@ -20,11 +20,11 @@ Loss = Callable[[Float[Array, "B L"], Mapping[str, Array], Mapping[str, Any]], d
 def classification(prediction, aux, batch, *, label_smoothing: float = 0.0) -> dict[str, Float[Array, " B"]]:
     """Cross-entropy with batch['label'] in nats, and whether the top class is right.
 
-    Every aux['logits/...'] is scored likewise and the mean over all heads taken; every aux['loss/...'] is added.
+    Where there are aux['logits/...'], the loss is the mean over these instead; every aux['loss/...'] is added.
     """
     num_classes = prediction.shape[-1]
     target = optax.smooth_labels(jax.nn.one_hot(batch["label"], num_classes), label_smoothing)
-    # A model with several heads predicts with their mean but is trained through each.
+    # A model with several heads predicts with some of them, or their mean, but is trained through each.
     heads = [v for k, v in aux.items() if k.startswith("logits/")] or [prediction]
     loss = sum(optax.softmax_cross_entropy(logits, target) for logits in heads) / len(heads)
     loss = loss + sum(v for k, v in aux.items() if k.startswith("loss/"))

@@ -27,7 +27,7 @@ def logits_of_best(
     model: ViT, images: Float[Array, "B Y X 3"], ranking: Float[Array, "B N"], keep_ratio: float
 ) -> Float[Array, "B L"]:
     """Logits of the frozen model when only the round(keep_ratio * N) highest-ranked patches enter its first block."""
-    x, tokens = keep(model.embed(images), model.tokens(images.shape[0]), ranking, keep_ratio)
+    x, tokens, _ = keep(model.embed(images), model.tokens(images.shape[0]), ranking, keep_ratio)
     return model.predict(*Full()(model.blocks, x, tokens))[0]
 
 

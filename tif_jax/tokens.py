@@ -74,11 +74,26 @@ def put(
 
 def keep(
     x: Float[Array, "B T D"], tokens: Tokens, scores: Float[Array, "B N"], keep_ratio: float
-) -> tuple[Float[Array, "B S D"], Tokens]:
-    """The special tokens and the round(keep_ratio * N) patches with the highest scores, raster order kept."""
+) -> tuple[Float[Array, "B S D"], Tokens, Int[Array, "B N"]]:
+    """The special tokens and the round(keep_ratio * N) patches with the highest scores, raster order kept.
+
+    Also the place of each of the N patches among those kept, or -1: aux['source'].
+    """
     special, patches = split(x, tokens.num_special)
     kept = top_k(scores, num_kept(keep_ratio, patches.shape[1]))
-    return join(special, take(patches, kept)), tokens._replace(index=take(tokens.index, kept))
+    source = rows_of(kept, patches.shape[1], others=-1)
+    return join(special, take(patches, kept)), tokens._replace(index=take(tokens.index, kept)), source
+
+
+def rows_of(kept: Int[Array, "B K"], num_patches: int, others: int) -> Int[Array, "B N"]:
+    """For each of num_patches tokens its place among the kept ones; `others` for those that are not kept."""
+    place = jnp.broadcast_to(jnp.arange(kept.shape[1], dtype=jnp.int32)[None], kept.shape)
+    return put(jnp.full((kept.shape[0], num_patches), others, jnp.int32), kept, place)
+
+
+def follow(source: Int[Array, "B N"], rows: Int[Array, "B M"]) -> Int[Array, "B N"]:
+    """Where patches live after row m went to rows[b, m]; -1, nowhere, stays."""
+    return jnp.where(source < 0, -1, take(rows, jnp.maximum(source, 0)))
 
 
 def check_keep_ratio(keep_ratio: float) -> None:

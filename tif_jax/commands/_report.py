@@ -24,13 +24,15 @@ _NUM_PICTURES = 8
 def write_report(config: ConfigDict, workdir: Path, runs: Sequence[ConfigDict]) -> None:
     """DIR/report.json, DIR/report.md, accuracy_cost.png, training.png and tokens.png. runs: one config per fine-tuning."""
     speed = records.read(workdir / "benchmark.json")
-    per_reducer = {row["reducer"]: row for row in speed["rows"]}
+    per_label = {row["label"]: row for row in speed["rows"]}
     rows = []
     for of_run in runs:
         directory = train.finetune_directory(of_run, workdir)
-        metrics, measured = records.read(directory / "metrics.json"), per_reducer[of_run.reducer.name]
+        label = train.label(of_run)
+        metrics, measured = records.read(directory / "metrics.json"), per_label[label]
         row = {
             "reducer": of_run.reducer.name,
+            "label": label,
             "keep_ratio": train.reducer_options(of_run)[1].get("keep_ratio", 1.0),
             "seed": of_run.seed,
             "top1": metrics["top1"],
@@ -39,7 +41,7 @@ def write_report(config: ConfigDict, workdir: Path, runs: Sequence[ConfigDict]) 
             "directory": str(directory.relative_to(workdir)),
         }
         rows.append(row | {key: metrics[key] for key in ("top1_among_classes",) if key in metrics})
-    ranking = records.read(train.filter_directory(runs[0], workdir) / "metrics.json")
+    ranking = records.read(train.filter_directory(config, workdir) / "metrics.json")
     short = {
         name: {"auc": row["auc"], "spearman": row["spearman"]["label"]} for name, row in ranking["rankings"].items()
     }
@@ -58,22 +60,22 @@ def write_report(config: ConfigDict, workdir: Path, runs: Sequence[ConfigDict]) 
     summary = summarise(rows)
     accuracy_cost(summary, workdir / "accuracy_cost.png")
     training_curves(_curves(config, workdir, runs), workdir / "training.png")
-    picture_page(_pictures(config, runs[0], workdir), workdir / "tokens.png")
+    picture_page(_pictures(config, workdir), workdir / "tokens.png")
     (workdir / "report.md").write_text(_markdown(result, summary))
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per reducer: mean and sample standard deviation of top-1 over the seeds."""
     summary = []
-    for name in dict.fromkeys(row["reducer"] for row in rows):
-        of_name = [row for row in rows if row["reducer"] == name]
-        row = {key: of_name[0][key] for key in ("reducer", "keep_ratio", "gmac", "images_per_second")}
+    for label in dict.fromkeys(row["label"] for row in rows):
+        of_label = [row for row in rows if row["label"] == label]
+        row = {key: of_label[0][key] for key in ("label", "reducer", "keep_ratio", "gmac", "images_per_second")}
         for metric in ("top1", "top1_among_classes"):
-            if metric in of_name[0]:
-                values = [r[metric] for r in of_name]
+            if metric in of_label[0]:
+                values = [r[metric] for r in of_label]
                 row[metric] = statistics.mean(values)
                 row[f"{metric}_spread"] = statistics.stdev(values) if len(values) > 1 else 0.0
-        summary.append(row | {"num_seeds": len(of_name)})
+        summary.append(row | {"num_seeds": len(of_label)})
     return summary
 
 
@@ -82,7 +84,7 @@ def _markdown(result: dict[str, Any], summary: list[dict[str, Any]]) -> str:
     seeds = summary[0]["num_seeds"]
     full = next((row for row in summary if row["reducer"] == "full"), summary[0])
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    head = ["reducer", "keep", "top-1 %", *(["among classes %"] if among else []), "GMAC", "images/s", "x full"]
+    head = ["reducer", "top-1 %", *(["among classes %"] if among else []), "GMAC", "images/s", "x full"]
     lines = [
         "# Report",
         "",
@@ -97,8 +99,7 @@ def _markdown(result: dict[str, Any], summary: list[dict[str, Any]]) -> str:
             head,
             [
                 [
-                    row["reducer"],
-                    f"{row['keep_ratio']:g}",
+                    row["label"],
                     _percent(row, "top1"),
                     *([_percent(row, "top1_among_classes")] if among else []),
                     f"{row['gmac']:.4f}",
@@ -154,15 +155,15 @@ def _percent(row: dict[str, Any], metric: str) -> str:
 
 
 def _curves(config: ConfigDict, workdir: Path, runs: Sequence[ConfigDict]) -> dict[str, list[dict[str, Any]]]:
-    directories = [workdir / "backbone", train.filter_directory(runs[0], workdir)]
+    directories = [workdir / "backbone", train.filter_directory(config, workdir)]
     directories += [train.finetune_directory(r, workdir) for r in runs if r.seed == config.seed]
     return {directory.name: metrics_log.read(directory) for directory in directories}
 
 
-def _pictures(config: ConfigDict, first: ConfigDict, workdir: Path) -> list[dict[str, np.ndarray]]:
+def _pictures(config: ConfigDict, workdir: Path) -> list[dict[str, np.ndarray]]:
     """Test images with oracle impact, filter logits and kept mask, each (rows, columns) of the patch raster."""
     table = shards.read_impact(workdir / "heldout-label")
-    model = load(train.filter_directory(first, workdir))
+    model = load(train.filter_directory(config, workdir))
     chosen = np.arange(_NUM_PICTURES) * len(table.index) // _NUM_PICTURES
     rows = np.stack([table.index, table.view], axis=1)[chosen]
     source = train.open_source(config, "test", model)

@@ -5,6 +5,7 @@ import logging
 import random
 import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ def benchmark(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     recipe = config.benchmark
     mesh = make_mesh(recipe.batch_size)
     rows, calls = [], []
-    for name in recipe.reducers:
-        _, options = train.reducer_options(with_reducer(config, name))
+    for of_row in [with_reducer(config, entry) for entry in recipe.reducers]:
+        name, options = train.reducer_options(of_row)
         model = load(workdir / "backbone", reducer=name, dtype=recipe.dtype, **options)
         images = np.random.default_rng(0).normal(size=(recipe.batch_size, *model.image_size, 3)).astype(np.float32)
         arguments = replicate(params_of(model), mesh), shard({"image": images}, mesh)["image"]
@@ -49,6 +50,7 @@ def benchmark(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         rows.append(
             {
                 "reducer": name,
+                "label": train.label(of_row),
                 "options": options,
                 "batch_size": recipe.batch_size,
                 "dtype": recipe.dtype,
@@ -57,7 +59,7 @@ def benchmark(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 "peak_memory_bytes": _peak_memory(compiled) * mesh.size,
             }
         )
-        logger.info("benchmark: %s compiled", name)
+        logger.info("benchmark: %s compiled", rows[-1]["label"])
     for row, rates in zip(rows, _interleaved(calls, recipe.batch_size), strict=True):
         row["images_per_second"] = statistics.median(rates)
         row["images_per_second_range"] = [min(rates), max(rates)]
@@ -68,21 +70,25 @@ def benchmark(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     return result
 
 
-def with_reducer(config: ConfigDict, name: str, seed: int | None = None) -> ConfigDict:
-    """The config with another reducer at the same keep_ratio (where it has one), and another seed."""
-    changed = config.copy_and_resolve_references()
-    changed.reducer.name = name
+def with_reducer(config: ConfigDict, entry: str | Mapping[str, Any], seed: int | None = None) -> ConfigDict:
+    """The config with another reducer, and another seed. entry: its name, or dict(name=..., ...) with its own options.
+
+    It takes those of the options in config.reducer that it knows, unless the entry has them.
+    """
+    changed = ConfigDict(config.to_dict())
+    changed.reducer.update({"name": entry} if isinstance(entry, str) else dict(entry))
     changed.seed = config.seed if seed is None else seed
     return changed.lock()
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as text."""
-    lines = [f"{'reducer':<10} {'GMAC':>8} {'params M':>9} {'images/s':>9} {'x full':>7} {'peak MiB':>9}"]
+    width = max(len(row["label"]) for row in rows)
+    lines = [f"{'reducer':<{width}} {'GMAC':>8} {'params M':>9} {'images/s':>9} {'x full':>7} {'peak MiB':>9}"]
     full = next((row["images_per_second"] for row in rows if row["reducer"] == "full"), float("nan"))
     for row in rows:
         lines.append(
-            f"{row['reducer']:<10} {row['gmac']:>8.4f} {row['parameters'] / 1e6:>9.3f} {row['images_per_second']:>9.1f} "
+            f"{row['label']:<{width}} {row['gmac']:>8.4f} {row['parameters'] / 1e6:>9.3f} {row['images_per_second']:>9.1f} "
             f"{row['images_per_second'] / full:>7.2f} {row['peak_memory_bytes'] / 2**20:>9.1f}"
         )
     return "\n".join(lines)

@@ -10,6 +10,7 @@ from tif_jax import records
 from tif_jax.commands import _arguments, evaluate, score, train
 from tif_jax.commands._report import write_report
 from tif_jax.commands.benchmark import benchmark, with_reducer
+from tif_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,12 @@ def main(argv: list[str]) -> None:
 def run(config: ConfigDict, workdir: Path) -> None:
     """Every stage in order. A finished one notices that itself, or is known by the file it leaves last."""
     seeds = range(config.seed, config.seed + config.seeds)
-    runs = [with_reducer(config, name, seed) for seed in seeds for name in config.benchmark.reducers]
+    runs = [with_reducer(config, entry, seed) for seed in seeds for entry in config.benchmark.reducers]
+    if config.reducer.name != "tif":
+        raise InputError(
+            f"reducer.name is {config.reducer.name!r}; `tif run` makes and judges the filter of 'tif': "
+            "name other reducers in benchmark.reducers, or train and evaluate them stage by stage"
+        )
     for of_run in runs:  # mistakes that would otherwise come to light after hours
         train.check_reducer(of_run)
     score.check(config, "train", config.score.target)
@@ -41,6 +47,9 @@ def run(config: ConfigDict, workdir: Path) -> None:
         done = train.filter_directory(of_seed, workdir) / "metrics.json"
         _once(done, evaluate.ranking_table, of_seed, workdir)
     for of_run in runs:
+        if train.is_fitted(of_run) and of_run.reducer.name != config.reducer.name:
+            logger.info("stage filter, %s, seed %d", train.label(of_run), of_run.seed)
+            train.fit_reducer(of_run, workdir)
         directory = train.finetune_directory(of_run, workdir)
         if not (directory / "metrics.json").exists():
             logger.info("stage finetune, %s", directory.name)

@@ -1,7 +1,7 @@
 """Train one stage: the backbone, the token filter on impact, or the ViT with its reducer in front."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from tif_jax import config as config_file
 from tif_jax import data, losses, optim, records, reducers, shards
+from tif_jax.budget import AMOUNTS
 from tif_jax.commands import _arguments
 from tif_jax.data.loader import Batches, training_batches
 from tif_jax.errors import InputError
@@ -32,7 +33,7 @@ _SAVE_EVERY = 1000  # steps that a killed run loses at most; shorter runs save o
 
 
 def main(argv: list[str]) -> None:
-    stages = {"backbone": backbone, "filter": token_filter, "finetune": finetune}
+    stages = {"backbone": backbone, "filter": fit_reducer, "finetune": finetune}
     arguments = _arguments.parse("train", __doc__, argv, stage=dict(required=True, choices=stages))
     stages[arguments.stage](arguments.config, arguments.workdir)
 
@@ -48,11 +49,31 @@ def backbone(config: ConfigDict, workdir: Path) -> None:
     source = open_source(config, "train", model)
     batches = training_batches(source, config.data, batch_size=recipe.batch_size, seed=config.seed)
     loss = partial(losses.classification, label_smoothing=recipe.label_smoothing)
-    _fit(directory, model, loss, (), True, batches, len(source), recipe, config, fields, {"name": "full"})
+    _fit(
+        directory,
+        model,
+        loss,
+        (),
+        True,
+        batches,
+        len(source),
+        recipe,
+        config,
+        fields,
+        {"name": "full"},
+    )
+
+
+def fit_reducer(config: ConfigDict, workdir: Path) -> None:
+    """DIR/filter: what config.reducer has to learn before fine-tuning, fitted by itself; the backbone rests."""
+    name = config.reducer.name
+    if name not in FITTED:
+        raise InputError(f"reducer {name!r} has no stage 'filter'; it is there for {', '.join(FITTED)}")
+    FITTED[name](config, workdir)
 
 
 def token_filter(config: ConfigDict, workdir: Path) -> None:
-    """DIR/filter (DIR/filter-SEED for further seeds): the reducer's filter, fitted to DIR/impact; the backbone rests."""
+    """The token filter of tif, fitted to the impact in DIR/impact."""
     recipe, seed = config.filter, config.seed
     name, options = reducer_options(config)
     model, fields = load_with_fields(workdir / "backbone", reducer=name, seed=seed, dtype=config.dtype, **options)
@@ -74,19 +95,36 @@ def token_filter(config: ConfigDict, workdir: Path) -> None:
         extra={"impact": table.impact.astype(np.float32)},
     )
     _fit(
-        filter_directory(config, workdir), model, loss, REDUCER_ALONE, False, batches, len(table.index), recipe, config,
-        fields, {"name": name, **options}, stochastic=False,
+        filter_directory(config, workdir), model, loss, REDUCER_ALONE, False, batches, len(table.index),
+        recipe, config, fields, {"name": name, **options}, stochastic=False,
+    )  # fmt: skip
+
+
+def selectors(config: ConfigDict, workdir: Path) -> None:
+    """The selectors of tosa, fitted to the attention of the blocks that they choose for; nothing is scored, no label read."""
+    recipe, (name, options) = config.filter, reducer_options(config)
+    model, fields = load_with_fields(
+        workdir / "backbone", reducer=name, seed=config.seed, dtype=config.dtype, **{**options, "fitting": True}
+    )
+    source = data.open_source(config.data, "train")
+    batches = training_batches(source, config.data, batch_size=recipe.batch_size, seed=config.seed)
+    _fit(
+        filter_directory(config, workdir), model, losses.selector, REDUCER_ALONE, False, batches, len(source),
+        recipe, config, fields, {"name": name, **options}, stochastic=False,
     )  # fmt: skip
 
 
 def finetune(config: ConfigDict, workdir: Path) -> None:
-    """DIR/finetune/REDUCER-KEEP_RATIO-SEED: the whole ViT with its reducer in front; the reducer's own parameters rest."""
+    """DIR/finetune/REDUCER-AMOUNT-SEED: the whole ViT with its reducer in front.
+
+    What has a stage of its own (FITTED), or was read off the shards, rests; other parameters of reducers are trained here.
+    """
     recipe, (name, options) = config.finetune, reducer_options(config)
-    # The filter has its own stage; every other reducer starts from the backbone.
-    start = filter_directory(config, workdir) if name == "tif" else workdir / "backbone"
-    model, fields = load_with_fields(
-        start, reducer=name, seed=config.seed, dtype=config.dtype, drop_path=recipe.drop_path, **options
-    )
+    start = filter_directory(config, workdir) if is_fitted(config) else workdir / "backbone"
+    given = {"seed": config.seed, "dtype": config.dtype, "drop_path": recipe.drop_path, **recipe.get("model", {})}
+    model, fields = load_with_fields(start, reducer=name, **given, **options)
+    build = lambda changed: load_with_fields(start, reducer=name, **given, **changed)[0]  # noqa: E731
+    early = [(until, build(changed)) for until, changed in early_phases(config)]
     if name == "prior":  # nothing to train: its one parameter is read off the shards
         table = shards.read_impact(workdir, expected=expected_manifest(config, model))
         labels = losses.keep_labels(table.impact, **labelling(config, table.impact))
@@ -94,37 +132,84 @@ def finetune(config: ConfigDict, workdir: Path) -> None:
     source = open_source(config, "train", model)
     batches = training_batches(source, config.data, batch_size=recipe.batch_size, seed=config.seed)
     loss = partial(losses.classification, label_smoothing=recipe.label_smoothing)
-    frozen = FROZEN_REDUCER if "reducer" in params_of(model) else ()
+    rests = (is_fitted(config) or name == "prior") and "reducer" in params_of(model)
     _fit(
-        finetune_directory(config, workdir), model, loss, frozen, True, batches, len(source), recipe, config,
-        fields, {"name": name, **options},
+        finetune_directory(config, workdir), model, loss, FROZEN_REDUCER if rests else (), True, batches, len(source),
+        recipe, config, fields, {"name": name, **options}, early=early,
     )  # fmt: skip
 
 
+FITTED: dict[str, Callable[[ConfigDict, Path], None]] = {"tif": token_filter, "tosa": selectors}
+
+
+def is_fitted(config: ConfigDict) -> bool:
+    """Whether config.reducer has something to learn before fine-tuning."""
+    name, options = reducer_options(config)
+    return name in FITTED and options.get("selector", "learned") == "learned"
+
+
 def filter_directory(config: ConfigDict, workdir: Path) -> Path:
-    return workdir / ("filter" if config.seed == 0 else f"filter-{config.seed}")
+    """DIR/filter; for reducers other than tif, and for further seeds, their name and the seed are appended."""
+    name, seed = config.reducer.name, config.seed
+    return workdir / "-".join(["filter"] + [name] * (name != "tif") + [str(seed)] * (seed != 0))
 
 
 def finetune_directory(config: ConfigDict, workdir: Path) -> Path:
-    keep_ratio = reducer_options(config)[1].get("keep_ratio", 1.0)
-    return workdir / "finetune" / f"{config.reducer.name}-{keep_ratio:g}-{config.seed}"
+    return workdir / "finetune" / f"{label(config)}-{config.seed}"
+
+
+def label(config: ConfigDict) -> str:
+    """REDUCER-AMOUNT, as in 'tif-0.5', and the options that differ from the reducer's defaults: 'evit-0.5,fuse=False'."""
+    name, options = reducer_options(config)
+    defaults = {key: p.default for key, p in reducers.options(name).items()}
+    amount = options.pop("budget", None)
+    text = "1" if amount is None else f"{amount:g}GMAC"
+    for key in AMOUNTS:
+        value = options.pop(key, defaults.get(key))
+        if key in defaults and amount is None:
+            text = ",".join(f"{v:g}" for v in (value if isinstance(value, tuple | list) else (value,)))
+    others = [f"{key}={_short(value)}" for key, value in options.items() if value != defaults[key]]
+    return ",".join([f"{name}-{text}", *others])
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "+".join(map(str, value.values()))
+    return "+".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
 def reducer_options(config: ConfigDict) -> tuple[str, dict[str, Any]]:
-    """Name and options of config.reducer; a baseline takes those of the options that it knows."""
-    name = config.reducer.name
+    """Name and options of config.reducer: those that this reducer knows, and a budget instead of an amount."""
+    name, given = config.reducer.name, config.reducer.to_dict()
     known = reducers.options(name)
-    return name, {key: value for key, value in config.reducer.items() if key in known}
+    budget = {"budget": given["budget"]} if given.get("budget") and not AMOUNTS.isdisjoint(known) else {}
+    return name, {k: v for k, v in given.items() if k in known and not (budget and k in AMOUNTS)} | budget
+
+
+def early_phases(config: ConfigDict) -> list[tuple[float, dict[str, Any]]]:
+    """What finetune.phases say: until which epoch the reducer has which options. After the last come its own.
+
+    A phase is dict(until=EPOCH, OPTION=...); a baseline takes those of its options that it knows.
+    """
+    name, options = reducer_options(config)
+    phases = config.finetune.get("phases", ())
+    ends = [phase.get("until") for phase in phases]
+    if not all(isinstance(end, int | float) and end > 0 for end in ends) or ends != sorted(ends):
+        raise InputError(f"finetune.phases last until the epochs {ends}; give each an `until`, above 0 and ascending")
+    known = reducers.options(name)
+    return [(phase["until"], options | {k: v for k, v in phase.items() if k in known}) for phase in phases]
 
 
 def check_reducer(config: ConfigDict) -> None:
-    """Raises InputError if config.reducer can not be built, whatever the model."""
+    """Raises InputError if config.reducer, or a phase of it, can not be built, whatever the model."""
     name, options = reducer_options(config)
+    for changed in (options, *(of_phase for _, of_phase in early_phases(config))):
+        changed = {key: value for key, value in changed.items() if key != "budget"}
 
-    def build() -> None:  # a reducer need not be something that jit can return
-        reducers.build(name, width=2, num_patches=4, rngs=nnx.Rngs(0), **options)
+        def build(changed=changed) -> None:  # a reducer need not be something that jit can return
+            reducers.build(name, width=2, num_patches=4, rngs=nnx.Rngs(0), **changed)
 
-    nnx.eval_shape(build)
+        nnx.eval_shape(build)
 
 
 def labelling(config: ConfigDict, impact: np.ndarray) -> dict[str, Any]:
@@ -202,8 +287,12 @@ def _fit(
     reducer: Mapping[str, Any],
     *,
     stochastic: bool = True,
+    early: Sequence[tuple[float, ViT]] = (),
 ) -> None:
-    """Trains, or goes on where an interrupted run of the same recipe stopped, until recipe.num_epochs are done."""
+    """Trains, or goes on where an interrupted run of the same recipe stopped, until recipe.num_epochs are done.
+
+    early: until which epochs the model is replaced by which other: the same parameters under another reducer.
+    """
     keys = ("seed", "dtype", "data")
     records.claim(
         directory,
@@ -224,7 +313,6 @@ def _fit(
     mask = optim.match(trainable, params, trainable_default)
     mesh = make_mesh(recipe.batch_size)
     state = replicate(init_state(params, optimizer, mask), mesh)
-    step = make_step(model, loss, optimizer, mask, seed=config.seed, stochastic=stochastic)
     with Checkpoints(directory / "checkpoints") as checkpoints:
         if restored := checkpoints.restore(state):
             state, position = restored
@@ -235,15 +323,19 @@ def _fit(
             )
         log = MetricsLog(directory, start)
         description = _description(config, fields, reducer)
-        run(
-            step,
-            state,
-            (shard(batch, mesh) for batch in batches),
-            until=num_steps,
-            log_every=max(1, min(50, num_steps // 20)),
-            save_every=min(-(-num_steps // 2), _SAVE_EVERY),
-            log=log.write,
-            save=lambda state: checkpoints.save(state, description, batches.get_state()),
-            label=directory.name,
-        )
+        ends = [min(num_steps, round(epoch * steps_per_epoch)) for epoch, _ in early]
+        for of_phase, until in zip((*(other for _, other in early), model), (*ends, num_steps), strict=True):
+            if int(state.step) >= until:
+                continue
+            state = run(
+                make_step(of_phase, loss, optimizer, mask, seed=config.seed, stochastic=stochastic),
+                state,
+                (shard(batch, mesh) for batch in batches),
+                until=until,
+                log_every=max(1, min(50, num_steps // 20)),
+                save_every=min(-(-num_steps // 2), _SAVE_EVERY),
+                log=log.write,
+                save=lambda state: checkpoints.save(state, description, batches.get_state()),
+                label=directory.name,
+            )
     batches.close()

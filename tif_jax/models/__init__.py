@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Key
 
 from tif_jax import reducers
+from tif_jax.budget import within_budget
 from tif_jax.errors import InputError
 from tif_jax.models.vit import ViT
 
@@ -46,7 +48,8 @@ def create_model(name: str | dict[str, Any], *, reducer: str = "full", seed: int
     """A model with random weights.
 
     name: timm's name, or a dict of `ViT`'s fields. options: fields of `ViT` (num_classes, image_size, dtype, ...) and
-    of the reducer (keep_ratio, ...). Raises InputError for anything unknown.
+    of the reducer (keep_ratio, ...); budget=GMAC instead of keep_ratio or num_merged keeps as many tokens as that allows.
+    Raises InputError for anything unknown.
     """
     build = blueprint(name, reducer=reducer, **options)
     # One compiled program draws all the weights: drawn one by one they would take seconds.
@@ -65,11 +68,14 @@ def blueprint(name: str | dict[str, Any], *, reducer: str = "full", **options: A
         raise InputError(f"Unknown model fields {', '.join(unknown)}. Known: {', '.join(sorted(MODEL_FIELDS))}")
     rows, columns = grid_of(fields)
     width = fields.get("width", inspect.signature(ViT.__init__).parameters["width"].default)
+    attach = partial(reducers.build, reducer, width=width, num_patches=rows * columns)
+    if (budget := reducer_options.pop("budget", None)) is not None:
+        full = nnx.eval_shape(lambda key: ViT(**fields, rngs=nnx.Rngs(key)), jax.random.key(0))
+        reducer_options |= within_budget(budget, full, attach, reducers.options(reducer), reducer_options)
 
     def build(key: Key[Array, ""]) -> ViT:
         rngs = nnx.Rngs(key)
-        built = reducers.build(reducer, width=width, num_patches=rows * columns, rngs=rngs, **reducer_options)
-        return ViT(**fields, reducer=built, rngs=rngs)
+        return ViT(**fields, reducer=attach(rngs=rngs, **reducer_options), rngs=rngs)
 
     return build
 

@@ -152,6 +152,8 @@ class ViT(nnx.Module):
 
     Fields beyond the obvious, with the checkpoints that need them:
       pool: 'class' (the class token) or 'mean' (over the patch tokens left, then a norm of its own: timm's fc_norm).
+      class_head: with pool 'mean', a further norm and head on the class token. Its logits, aux['logits/class'], are trained
+        and predict nothing (Evo-ViT: they teach the class token where to look).
       distillation_token: a second head's token (DeiT distilled): the prediction is the mean of both heads.
       num_registers: register tokens (Darcet et al. 2024), after the class token; they have no position embedding.
       special_positions: whether class and distillation token have one (DeiT: yes; DeiT III: no).
@@ -172,6 +174,7 @@ class ViT(nnx.Module):
         num_classes: int = 1000,
         pool: str = "class",
         class_token: bool = True,
+        class_head: bool = False,
         distillation_token: bool = False,
         num_registers: int = 0,
         special_positions: bool = True,
@@ -196,6 +199,10 @@ class ViT(nnx.Module):
             raise InputError(f"pool is {pool!r}; allowed: 'class', 'mean'")
         if pool == "class" and not class_token:
             raise InputError("pool 'class' needs class_token=True")
+        if class_head and not (class_token and pool == "mean"):
+            raise InputError(
+                "class_head needs class_token=True and pool 'mean'; otherwise the class token has the head"
+            )
         if gelu not in ("exact", "tanh"):
             raise InputError(f"gelu is {gelu!r}; allowed: 'exact', 'tanh'")
         if dtype not in DTYPES:
@@ -242,6 +249,9 @@ class ViT(nnx.Module):
         self.head = nnx.Linear(width, num_classes, kernel_init=normal, dtype=self.dtype, rngs=rngs)
         if distillation_token:
             self.distillation_head = nnx.Linear(width, num_classes, kernel_init=normal, dtype=self.dtype, rngs=rngs)
+        if class_head:
+            self.class_norm = norm()
+            self.class_head = nnx.Linear(width, num_classes, kernel_init=normal, dtype=self.dtype, rngs=rngs)
         self.has_distillation = distillation_token
         self.reducer = reducer
 
@@ -280,9 +290,12 @@ class ViT(nnx.Module):
         else:
             features = self.norm(x[:, 0])
         logits = _at_least_float32(self.head(features))
+        if hasattr(self, "class_head"):
+            aux = {**aux, "logits/main": logits}
+            aux["logits/class"] = _at_least_float32(self.class_head(self.class_norm(x[:, 0])))
         if self.has_distillation:
             distilled = _at_least_float32(self.distillation_head(self.norm(x[:, 1])))
-            aux = {**aux, "logits/distillation": distilled}
+            aux = {**aux, "logits/main": logits, "logits/distillation": distilled}
             logits = (logits + distilled) / 2
         return logits, aux
 

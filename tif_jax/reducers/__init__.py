@@ -9,13 +9,13 @@ A reducer is an nnx.Module (if it has parameters) or a frozen dataclass, called 
   source         int32 (B, N), for each patch the row among the patch tokens that come out in which it lives, or -1
   filter_logits  (B, N), raster order: how much each patch is worth keeping
   loss/...       per-example terms that the training step adds
-  logits/...     further predictions that the classification loss scores with the labels
+  logits/...     predictions of single heads, where the model has several: the classification loss scores each
 """
 
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
@@ -61,6 +61,10 @@ def build(name: str, *, width: int, num_patches: int, rngs: Any, **given: Any) -
         raise InputError(f"Reducer {name!r} needs {', '.join(missing)}")
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}  # as a stored config has them
     shape = {"width": width, "num_patches": num_patches, "rngs": rngs}
+    if isinstance(then := given.get("then"), Mapping):
+        if "name" not in then:
+            raise InputError(f"then is {dict(then)}; it names a reducer, as in dict(name='evo_vit', keep_ratio=0.5)")
+        given["then"] = build(**then, **shape)
     return _constructor(name)(**given, **{k: v for k, v in shape.items() if k in _parameters(name)})
 
 

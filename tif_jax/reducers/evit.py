@@ -14,7 +14,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tif_jax import schedule
 from tif_jax.errors import InputError
-from tif_jax.tokens import class_attention, identity_source, join, require_class, split, take, top_k
+from tif_jax.tokens import (
+    class_attention,
+    follow,
+    identity_source,
+    join,
+    require_class,
+    rows_of,
+    split,
+    take,
+    top_k,
+)
 
 
 @dataclass(frozen=True)
@@ -49,9 +59,9 @@ class Evit:
             if (num_kept := self._num_kept(amounts.get(i, 1.0), num_patches)) < num_patches:
                 scores = class_attention(qk, tokens.num_special)
                 kept = top_k(scores, num_kept)
-                rows = new_rows(kept, num_patches, others=num_kept if self.fuse else -1)
+                rows = rows_of(kept, num_patches, others=num_kept if self.fuse else -1)
                 x = reorganise(x, scores, kept, rows == num_kept if self.fuse else None)
-                source = jnp.where(source < 0, -1, take(rows, jnp.maximum(source, 0)))
+                source = follow(source, rows)
                 own = take(own, kept) if own is not None and own.shape[1] == num_patches else None
             x = block.feed_forward(x, rngs=rngs)
         return x, {"source": source} if own is None else {"source": source, "kept": own}
@@ -61,15 +71,6 @@ class Evit:
         # Ratios are of the kept tokens, numbers of the tokens left: the fused one is among those.
         is_number = isinstance(amount, int) and num_kept < num_patches
         return max(1, num_kept - 1) if is_number and self.fuse else num_kept
-
-
-def new_rows(kept: Int[Array, "B K"], num_patches: int, others: int) -> Int[Array, "B M"]:
-    """For each of num_patches tokens its place among the kept ones; `others` for those that are not kept."""
-    num_images, num_kept = kept.shape
-    image = jnp.arange(num_images, dtype=jnp.int32)[:, None]
-    rows = jnp.full((num_images, num_patches), others, jnp.int32)
-    place = jnp.broadcast_to(jnp.arange(num_kept, dtype=jnp.int32)[None], kept.shape)
-    return rows.at[image, kept].set(place, unique_indices=True, indices_are_sorted=True, mode="promise_in_bounds")
 
 
 def reorganise(

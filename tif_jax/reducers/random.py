@@ -31,6 +31,6 @@ class Random:
         else:
             keys = jax.random.split(rngs.random_reducer(), x.shape[0])
         scores = jax.vmap(lambda key: jax.random.uniform(key, patches.shape[1:2]))(keys)
-        x, tokens = keep(x, tokens, scores, self.keep_ratio)
+        x, tokens, source = keep(x, tokens, scores, self.keep_ratio)
         x, aux = Full()(blocks, x, tokens, rngs)
-        return x, {**aux, "kept": tokens.index}
+        return x, {**aux, "kept": tokens.index, "source": source}

@@ -5,6 +5,8 @@ An MLP looks at the embeddings once, before the first self-attention; the patche
 Legend: B images, N patch tokens, D width.
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -12,7 +14,7 @@ from jaxtyping import Array, Float
 from tif_jax.errors import InputError
 from tif_jax.layers import Linear, gelu
 from tif_jax.reducers.full import Full
-from tif_jax.tokens import check_keep_ratio, keep, split
+from tif_jax.tokens import check_keep_ratio, follow, keep, split
 
 
 class TokenFilter(nnx.Module):
@@ -51,6 +53,8 @@ class Tif(nnx.Module):
     """Keeps the round(keep_ratio * N) patches with the highest filter logits.
 
     The selection passes no gradient: the filter learns from impact (`losses.impact`), not from the task.
+    then: the reducer that the patches left go through; None: all of them through every block. As an option of a model or
+    in a config it is a dict, dict(name="evo_vit", keep_ratio=0.5), whose parameters are under `reducer/then/`.
     """
 
     def __init__(
@@ -58,16 +62,20 @@ class Tif(nnx.Module):
         keep_ratio: float = 0.5,
         features: str = "local+global",
         hidden: tuple[int, ...] | None = None,
+        then: Callable | None = None,
         *,
         width: int,
         rngs: nnx.Rngs,
     ):
         check_keep_ratio(keep_ratio)
         self.keep_ratio = keep_ratio
+        self.then = then or Full()
         self.filter = TokenFilter(width, features, hidden, rngs=rngs)
 
     def __call__(self, blocks, x, tokens, rngs=None):
         logits = self.filter(split(x, tokens.num_special)[1])
-        x, tokens = keep(x, tokens, logits, self.keep_ratio)
-        x, aux = Full()(blocks, x, tokens, rngs)
-        return x, {**aux, "kept": tokens.index, "filter_logits": logits}
+        x, tokens, source = keep(x, tokens, logits, self.keep_ratio)
+        x, aux = self.then(blocks, x, tokens, rngs)
+        if "source" in aux:
+            source = follow(source, aux["source"])
+        return x, {"kept": tokens.index, **aux, "source": source, "filter_logits": logits}
