@@ -22,6 +22,7 @@ from tif_jax.state import Checkpoints, State, make_mesh, params_of, replicate
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+WEIGHTS = "deit_tiny_patch16_224.safetensors"
 RUN = dict(image_size=16, patch_size=4, width=16, depth=1, num_heads=2, num_classes=10, pool="mean", class_token=False)
 TIF = dict(name="tif", keep_ratio=0.25, features="local")
 COMPARISON = """
@@ -45,13 +46,18 @@ def names(tmp_path_factory):
         patch.setitem(SIZES, "tiny", dict(width=16, depth=1, num_heads=2))
         _write_files(folder)
         namespace: dict = {"folder": folder}
+        patch.syspath_prepend(folder)
         for block in BLOCKS:
-            exec(block, namespace)
+            if file := re.match(r'"""(\w+/\w+\.py)"""', block):
+                (folder / file[1]).parent.mkdir()
+                (folder / file[1]).write_text(block)
+            else:
+                exec(block, namespace)
         yield namespace
 
 
 def test_the_readme_has_its_blocks():
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 5
     assert "tif_jax.commands" not in README
     assert "tif_jax.load" not in BLOCKS[-1]
 
@@ -75,6 +81,24 @@ def test_shapes_are_those_of_the_comments(names):
     assert names["table"].impact.shape == (6, 16)
 
 
+def test_the_reducer_of_ones_own(names):
+    mine, plain, images = names["mine"], names["model"], names["images"]
+    assert mine(images)[1]["kept"].shape == (2, round(0.7 * 9))
+    everything = tif_jax.load(names["folder"] / WEIGHTS, reducer="my_reducers.key_norm", keep_ratio=1.0)
+    np.testing.assert_array_equal(everything(images)[0], plain(images)[0])
+    keys = np.linalg.norm(np.asarray(plain.blocks[0].attend(plain.embed(images))[1].key)[:, 1:], axis=(2, 3))
+    np.testing.assert_array_equal(mine(images)[1]["kept"], np.sort(np.argsort(-keys, axis=1)[:, :6], axis=1))
+
+
+@pytest.mark.parametrize("name", ["my_reducers.no_such_file", "no_such_package.file", "my_reducers.empty"])
+def test_a_reducer_that_is_not_there(names, name):
+    (names["folder"] / "my_reducers" / "empty.py").write_text("")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(names["folder"])
+        with pytest.raises(tif_jax.InputError, match=f"in a module {name} that can be imported"):
+            tif_jax.create_model(RUN, reducer=name)
+
+
 @pytest.mark.parametrize("file", ["README.md", "launch/README.md", "docs/architecture.md", "docs/methods.md"])
 def test_relative_links_lead_somewhere(file):
     page = Path(__file__).parents[1] / file
@@ -84,7 +108,7 @@ def test_relative_links_lead_somewhere(file):
 
 def _write_files(folder: Path) -> None:
     tensors = random_timm_tensors(np.random.default_rng(0), width=64, depth=1, num_classes=1000)
-    safetensors.numpy.save_file(tensors, "deit_tiny_patch16_224.safetensors")
+    safetensors.numpy.save_file(tensors, WEIGHTS)
     for name in ("cat.jpg", "dog.jpg"):
         Image.new("RGB", (20, 30), "orange").save(name)
     run = folder / "runs/digits"

@@ -1,5 +1,7 @@
 """Reducers: how tokens travel through the blocks. One method, one file; this folder is the registry.
 
+A method of one's own may also lie in any module that can be imported: 'my_reducers.key_norm' is its class KeyNorm.
+
 A reducer is an nnx.Module (if it has parameters) or a frozen dataclass, called as
 
     reducer(blocks, x, tokens, rngs) -> (x, aux)
@@ -46,8 +48,6 @@ def known() -> list[str]:
 
 def options(name: str) -> dict[str, inspect.Parameter]:
     """The options a user may give to a reducer, with their defaults."""
-    if name not in known():
-        raise InputError(f"Unknown reducer {name!r}. Known: {', '.join(known())}")
     return {k: p for k, p in _parameters(name).items() if k not in _SHAPE}
 
 
@@ -74,5 +74,15 @@ def _parameters(name: str) -> dict[str, inspect.Parameter]:
 
 
 def _constructor(name: str) -> Any:
-    module = importlib.import_module(f"{__name__}.{name}")
-    return getattr(module, "".join(word.capitalize() for word in name.split("_")))
+    path = name if "." in name else f"{__name__}.{name}"
+    class_name = "".join(word.capitalize() for word in path.rpartition(".")[2].split("_"))
+    try:
+        if "." in name or name in known():
+            return getattr(importlib.import_module(path), class_name)
+    except (ImportError, AttributeError) as error:
+        if "." not in name or getattr(error, "name", path) not in (path, path.partition(".")[0], class_name):
+            raise  # a mistake inside the file
+        raise InputError(f"No class {class_name} in a module {path} that can be imported from here") from error
+    raise InputError(
+        f"Unknown reducer {name!r}. Known: {', '.join(known())}, or a module of your own, 'package.module'"
+    )
