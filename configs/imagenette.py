@@ -1,6 +1,7 @@
 """Real photographs and a real DeiT-Ti: ten ImageNet classes (Imagenette) under the checkpoint's 1000-way head.
 
     tif run --config configs/imagenette.py --workdir runs/imagenette [--config.quick=true]
+    tif run --config configs/imagenette.py:peers --workdir runs/peers    # all methods at one budget of multiply-adds
 
 `data.root` holds imagenette/{train,val}/<wnid>/*.JPEG and deit_tiny_patch16_224.safetensors; it defaults to $TIF_DATA, or
 ../shared/data. The classes were in the checkpoint's pre-training set: this is re-training with fewer tokens, no transfer.
@@ -10,13 +11,31 @@ import os
 
 from ml_collections import ConfigDict
 
+from tif_jax.errors import InputError
+
 FOLDERS = dict(
     n01440764=0, n02102040=217, n02979186=482, n03000684=491, n03028079=497,
     n03394916=566, n03417042=569, n03425413=571, n03445777=574, n03888257=701,
 )  # fmt: skip
 
 
-def get_config() -> ConfigDict:
+PEERS = (
+    "full", "random", "prior", "tif", dict(name="tif", then=dict(name="tome", num_merged=5)),
+    "evit", "tome", "bat", "tosa", "evo_vit", "dynamic_vit",
+)  # fmt: skip
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    if arg not in ("", "peers"):
+        raise InputError(f"configs/imagenette.py has no variant {arg!r}; known: peers")
+    config = _config()
+    if arg == "peers":
+        config.reducer.update(keep_ratio=0.65, budget=0.8)  # keep_ratio: what the filter's labels are for
+        config.benchmark.reducers = PEERS
+    return config
+
+
+def _config() -> ConfigDict:
     root = os.environ.get("TIF_DATA", "../shared/data")
     return ConfigDict(
         dict(

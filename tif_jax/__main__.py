@@ -12,9 +12,10 @@ import sys
 
 import jax
 
-from tif_jax import commands
+from tif_jax import commands, reducers
 from tif_jax.errors import InputError, Preempted, WorkError
 
+_HELP = ("--help", "-h", "help")
 _BAD_WORKDIR = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -23,7 +24,10 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status. Expected failures print one line on stderr, no traceback."""
     argv = sys.argv[1:] if argv is None else argv
     names = [module.name for module in pkgutil.iter_modules(commands.__path__) if not module.name.startswith("_")]
-    if not argv or argv[0] in ("--help", "-h", "help"):
+    if argv[1:] == ["reducers"] and argv[0] in _HELP:
+        print("\n\n".join(map(_describe, reducers.known())))
+        return 0
+    if not argv or argv[0] in _HELP:
         print(_usage(names), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     name, rest = argv[0], argv[1:]
@@ -91,7 +95,15 @@ def _fail(name: str, error: object, status: int) -> int:
 
 def _usage(names: list[str]) -> str:
     lines = [f"  {name:<10} {_summary(name)}" for name in names]
-    return "\n".join(["usage: tif COMMAND --config FILE[:ARG] [--config.KEY=VALUE ...] --workdir DIR", "", *lines])
+    usage = "usage: tif COMMAND --config FILE[:ARG] [--config.KEY=VALUE ...] --workdir DIR"
+    return "\n".join([usage, "", *lines, "", "`tif --help reducers` lists the reducers and their options"])
+
+
+def _describe(name: str) -> str:
+    """A reducer: what its file says of it in one line, and its options with their defaults."""
+    module = importlib.import_module(f"tif_jax.reducers.{name}")
+    options = [f"  {key} = {option.default!r}" for key, option in reducers.options(name).items()]
+    return "\n".join([f"{name}: {(module.__doc__ or '').splitlines()[0]}", *options])
 
 
 def _summary(name: str) -> str:

@@ -36,6 +36,7 @@ def write_report(config: ConfigDict, workdir: Path, runs: Sequence[ConfigDict]) 
             "keep_ratio": train.reducer_options(of_run)[1].get("keep_ratio", 1.0),
             "seed": of_run.seed,
             "top1": metrics["top1"],
+            "top1_before": metrics["before"]["top1"],
             "gmac": metrics["gmac"],
             "images_per_second": measured["images_per_second"],
             "directory": str(directory.relative_to(workdir)),
@@ -70,7 +71,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for label in dict.fromkeys(row["label"] for row in rows):
         of_label = [row for row in rows if row["label"] == label]
         row = {key: of_label[0][key] for key in ("label", "reducer", "keep_ratio", "gmac", "images_per_second")}
-        for metric in ("top1", "top1_among_classes"):
+        for metric in ("top1", "top1_before", "top1_among_classes"):
             if metric in of_label[0]:
                 values = [r[metric] for r in of_label]
                 row[metric] = statistics.mean(values)
@@ -84,7 +85,7 @@ def _markdown(result: dict[str, Any], summary: list[dict[str, Any]]) -> str:
     seeds = summary[0]["num_seeds"]
     full = next((row for row in summary if row["reducer"] == "full"), summary[0])
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    head = ["reducer", "top-1 %", *(["among classes %"] if among else []), "GMAC", "images/s", "x full"]
+    head = ["reducer", "before %", "top-1 %", *(["among classes %"] if among else []), "GMAC", "images/s", "x full"]
     lines = [
         "# Report",
         "",
@@ -93,13 +94,15 @@ def _markdown(result: dict[str, Any], summary: list[dict[str, Any]]) -> str:
         "## Accuracy and cost after fine-tuning",
         "",
         f"Every row is fine-tuned from the same backbone by the same recipe; mean ± standard deviation over {seeds} "
-        f"seed{'s' * (seeds > 1)}. Images/s: interleaved in one process.",
+        f"seed{'s' * (seeds > 1)}. Before: top-1 of the same weights under the reducer, not yet fine-tuned. Images/s: "
+        "interleaved in one process.",
         "",
         *_table(
             head,
             [
                 [
                     row["label"],
+                    _percent(row, "top1_before"),
                     _percent(row, "top1"),
                     *([_percent(row, "top1_among_classes")] if among else []),
                     f"{row['gmac']:.4f}",

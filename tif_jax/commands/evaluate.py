@@ -34,22 +34,26 @@ def main(argv: list[str]) -> None:
 
 def backbone(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """DIR/backbone/metrics.json."""
-    return _evaluate(config, workdir / "backbone")
+    directory = workdir / "backbone"
+    metrics = _evaluate(config, load(directory, dtype=config.dtype))
+    records.write(directory / "metrics.json", metrics)
+    return metrics
 
 
 def finetuned(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    """DIR/finetune/.../metrics.json of config.reducer and config.seed."""
-    return _evaluate(config, train.finetune_directory(config, workdir))
-
-
-def _evaluate(config: ConfigDict, directory: Path) -> dict[str, Any]:
-    model = load(directory, dtype=config.dtype)
-    source = train.open_source(config, "test", model)
-    metrics: dict[str, Any] = {"num_images": len(source), "gmac": cost(model).gmac}
-    classes = sorted(config.data.get("class_index", {}).values())
-    metrics |= accuracy(model, source, config, classes)
+    """DIR/finetune/.../metrics.json of config.reducer and config.seed; under `before`, those before fine-tuning."""
+    directory = train.finetune_directory(config, workdir)
+    metrics = _evaluate(config, load(directory, dtype=config.dtype))
+    before, _ = train.before_finetuning(config, workdir, train.reducer_options(config)[1])
+    metrics["before"] = _evaluate(config, before)
     records.write(directory / "metrics.json", metrics)
     return metrics
+
+
+def _evaluate(config: ConfigDict, model: ViT) -> dict[str, Any]:
+    source = train.open_source(config, "test", model)
+    classes = sorted(config.data.get("class_index", {}).values())
+    return {"num_images": len(source), "gmac": cost(model).gmac, **accuracy(model, source, config, classes)}
 
 
 def accuracy(model: ViT, source, config: ConfigDict, classes: list[int]) -> dict[str, float]:

@@ -120,15 +120,8 @@ def finetune(config: ConfigDict, workdir: Path) -> None:
     What has a stage of its own (FITTED), or was read off the shards, rests; other parameters of reducers are trained here.
     """
     recipe, (name, options) = config.finetune, reducer_options(config)
-    start = filter_directory(config, workdir) if is_fitted(config) else workdir / "backbone"
-    given = {"seed": config.seed, "dtype": config.dtype, "drop_path": recipe.drop_path, **recipe.get("model", {})}
-    model, fields = load_with_fields(start, reducer=name, **given, **options)
-    build = lambda changed: load_with_fields(start, reducer=name, **given, **changed)[0]  # noqa: E731
-    early = [(until, build(changed)) for until, changed in early_phases(config)]
-    if name == "prior":  # nothing to train: its one parameter is read off the shards
-        table = shards.read_impact(workdir, expected=expected_manifest(config, model))
-        labels = losses.keep_labels(table.impact, **labelling(config, table.impact))
-        nnx.update(model, {"reducer": {"logits": losses.position_prior(labels)}})
+    model, fields = before_finetuning(config, workdir, options)
+    early = [(end, before_finetuning(config, workdir, changed)[0]) for end, changed in early_phases(config)]
     source = open_source(config, "train", model)
     batches = training_batches(source, config.data, batch_size=recipe.batch_size, seed=config.seed)
     loss = partial(losses.classification, label_smoothing=recipe.label_smoothing)
@@ -137,6 +130,19 @@ def finetune(config: ConfigDict, workdir: Path) -> None:
         finetune_directory(config, workdir), model, loss, FROZEN_REDUCER if rests else (), True, batches, len(source),
         recipe, config, fields, {"name": name, **options}, early=early,
     )  # fmt: skip
+
+
+def before_finetuning(config: ConfigDict, workdir: Path, options: Mapping[str, Any]) -> tuple[ViT, dict[str, Any]]:
+    """The model that fine-tuning begins with, under config.reducer with these options, and its fields."""
+    name, recipe = config.reducer.name, config.finetune
+    start = filter_directory(config, workdir) if is_fitted(config) else workdir / "backbone"
+    given = {"seed": config.seed, "dtype": config.dtype, "drop_path": recipe.drop_path, **recipe.get("model", {})}
+    model, fields = load_with_fields(start, reducer=name, **given, **options)
+    if name == "prior":  # nothing to train: its one parameter is read off the shards
+        table = shards.read_impact(workdir, expected=expected_manifest(config, model))
+        labels = losses.keep_labels(table.impact, **labelling(config, table.impact))
+        nnx.update(model, {"reducer": {"logits": losses.position_prior(labels)}})
+    return model, fields
 
 
 FITTED: dict[str, Callable[[ConfigDict, Path], None]] = {"tif": token_filter, "tosa": selectors}

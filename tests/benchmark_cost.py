@@ -1,0 +1,28 @@
+"""Counted costs beside the published ones, as the table of docs/results.md.
+
+python tests/benchmark_cost.py
+"""
+
+import jax
+from flax import nnx
+from published import ROWS
+
+from tif_jax import cost
+from tif_jax.models import blueprint
+
+
+def main() -> None:
+    print("| model | reducer | GMAC | published | by | off by | parameters M |\n|---|---|---|---|---|---|---|")
+    for row in ROWS:
+        model = nnx.eval_shape(blueprint(row.model, reducer=row.reducer, **row.options), jax.random.key(0))
+        counted = cost(model)
+        options = ", ".join(f"{key} {value}" for key, value in row.options.items())
+        print(
+            f"| {row.model} | {row.reducer}{', ' * bool(options)}{options} | {counted.gmac:.3f} | {row.gmac:g} | "
+            f"{row.source} | {100 * (counted.gmac / row.gmac - 1):+.1f} % | {counted.parameters / 1e6:.2f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
