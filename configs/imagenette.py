@@ -11,8 +11,6 @@ import os
 
 from ml_collections import ConfigDict
 
-from tif_jax.errors import InputError
-
 FOLDERS = dict(
     n01440764=0, n02102040=217, n02979186=482, n03000684=491, n03028079=497,
     n03394916=566, n03417042=569, n03425413=571, n03445777=574, n03888257=701,
@@ -27,7 +25,7 @@ PEERS = (
 
 def get_config(arg: str = "") -> ConfigDict:
     if arg not in ("", "peers"):
-        raise InputError(f"configs/imagenette.py has no variant {arg!r}; known: peers")
+        raise ValueError(f"unknown variant {arg!r}; this file takes none, or peers after a colon")
     config = _config()
     if arg == "peers":
         config.reducer.update(keep_ratio=0.65, budget=0.8)  # keep_ratio: what the filter's labels are for
