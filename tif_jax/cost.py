@@ -10,26 +10,26 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from tif_jax.models.vit import ViT
+from tif_jax.models import Model
 
 
 class Cost(NamedTuple):
     gmac: float  # 1e9 multiply-adds of matrix products and convolutions, per image
-    parameters: int  # all of them, the reducer's included
+    parameters: int  # all of them, the reducer's included; running statistics are none
     tokens: tuple[int, ...]  # tokens that leave each block, special tokens included
 
 
-def cost(model: ViT, image_size: int | tuple[int, int] | None = None) -> Cost:
+def cost(model: Model, image_size: int | tuple[int, int] | None = None) -> Cost:
     """Cost of one prediction for one image. Work that the prediction does not depend on is not counted.
 
-    image_size: a check, not a choice: a ViT takes the size that it was built for (InputError otherwise).
+    image_size: a check, not a choice: a model takes the size that it was built for (InputError otherwise).
     """
     size = model.image_size if image_size is None else image_size
     height, columns = (size, size) if isinstance(size, int) else size
     images = jax.ShapeDtypeStruct((1, height, columns, 3), jnp.float32)
     graphdef, params = nnx.split(model)
     program = jax.make_jaxpr(lambda params, images: nnx.merge(graphdef, params)(images)[0])(params, images)
-    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     lengths: list[int] = []
     jax.eval_shape(lambda params, images: _walk(nnx.merge(graphdef, params), images, lengths), params, images)
     return Cost(_multiply_adds(program.jaxpr) / 1e9, parameters, tuple(lengths))
@@ -41,6 +41,9 @@ class _Recorder:
 
     block: Any
     lengths: list[int]
+
+    def __getattr__(self, name: str):
+        return getattr(self.block, name)  # what a reducer asks a shrink block
 
     def attend(self, *args, **kwargs):
         return self.block.attend(*args, **kwargs)
@@ -54,7 +57,7 @@ class _Recorder:
         return self.feed_forward(x, rngs), qk
 
 
-def _walk(model: ViT, images: Array, lengths: list[int]) -> Array:
+def _walk(model: Model, images: Array, lengths: list[int]) -> Array:
     """The reducer's walk over the blocks, which notes in `lengths` how many tokens leave each."""
     x = model.embed(images)
     return model.reducer([_Recorder(block, lengths) for block in model.blocks], x, model.tokens(x.shape[0]))[0]

@@ -16,7 +16,7 @@ from jaxtyping import Array, Key
 from tif_jax import optim
 from tif_jax.errors import WorkError
 from tif_jax.losses import Loss
-from tif_jax.models.vit import ViT
+from tif_jax.models import Model
 from tif_jax.progress import Progress
 from tif_jax.state import Params, State, with_params
 
@@ -29,7 +29,7 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, trainabl
 
 
 def make_step(
-    model: ViT, loss: Loss, optimizer: optax.GradientTransformation, trainable: Any, *, seed: int, stochastic: bool
+    model: Model, loss: Loss, optimizer: optax.GradientTransformation, trainable: Any, *, seed: int, stochastic: bool
 ) -> Step:
     """The compiled function (state, batch) -> (state, metrics): one update of the trainable parameters.
 

@@ -19,7 +19,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDev
 from jaxtyping import Array, Int
 
 from tif_jax.errors import InputError, WorkError
-from tif_jax.models.vit import ViT
+from tif_jax.layers import WEIGHTS
+from tif_jax.models import Model
 
 logger = logging.getLogger(__name__)
 
@@ -34,14 +35,14 @@ class State(NamedTuple):
     opt_state: Any
 
 
-def params_of(model: ViT) -> Params:
-    """The model's parameters as a nested dict of arrays with string keys."""
-    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+def params_of(model: Model) -> Params:
+    """The model's parameters, and running statistics if it has any, as a nested dict of arrays with string keys."""
+    return nnx.to_pure_dict(nnx.state(model, WEIGHTS))
 
 
-def with_params(graphdef: Any, params: Params) -> ViT:
+def with_params(graphdef: Any, params: Params) -> Model:
     """The model of `nnx.split(model)[0]` with these parameters; inside jit this costs nothing at run time."""
-    return nnx.merge(graphdef, nnx.State(jax.tree.map(nnx.Param, params)))
+    return nnx.merge(graphdef, nnx.State(params))
 
 
 def make_mesh(batch_size: int) -> Mesh:
