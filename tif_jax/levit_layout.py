@@ -152,7 +152,7 @@ def _stages(tensors: Tensors) -> list[str]:
             raise InputError(f"{name!r} belongs to {layout}, which is not supported; {_SAVE}")
     numbers = {int(match[1]) for name in tensors if (match := re.match(r"stages\.(\d{1,3})\.", name))}
     stages = [f"stages.{i}" for i in range(max(1, len(numbers)))]
-    ranks = {"stem.conv1.linear.weight": (4,), "stem.conv4.linear.weight": (4,)}
+    ranks: dict[str, tuple[int, ...]] = {"stem.conv1.linear.weight": (4,), "stem.conv4.linear.weight": (4,)}
     for stage in stages:
         ranks |= {f"{stage}.blocks.0.attn.attention_biases": (2,), f"{stage}.blocks.0.attn.qkv.linear.weight": (2, 4)}
     if missing := [name for name in ranks if name not in tensors]:

@@ -178,7 +178,7 @@ def to_params(tensors: Tensors, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def translate(
-    tensors: Tensors, rules: Mapping[str, tuple[str, Callable[[np.ndarray], np.ndarray]]], wanted: Mapping[str, Any]
+    tensors: Tensors, rules: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]], wanted: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The tensors as a nested dict of parameters. rules: name -> (our path, transform); wanted: our path -> its shape.
 
@@ -186,7 +186,7 @@ def translate(
     """
     found, surplus, wrong = {}, [], []
     for name, tensor in tensors.items():
-        path, transform = rules.get(name, (None, _same))
+        path, transform = rules.get(name, ("", _same))
         if path in wanted and path not in found:
             found[path] = transform(tensor)
             if tensor.dtype.kind != "f":

@@ -111,6 +111,13 @@ def blueprint(
     return build
 
 
+def plain_vit(model: Model, what: str) -> ViT:
+    """The model, if it is a ViT. Raises InputError for others, which can not do `what`."""
+    if not isinstance(model, ViT):
+        raise InputError(f"{what} needs a ViT; a {type(model).__name__} has no token for each patch in every block")
+    return model
+
+
 def grid_of(fields: Mapping[str, Any]) -> tuple[int, int]:
     """Rows and columns of the patch raster (before the first block) of a model with these fields."""
     family = FAMILIES[fields.get("family", "vit")]

@@ -54,8 +54,8 @@ class Stem(nnx.Module):
 
     def __init__(self, width: int, *, dtype, rngs: nnx.Rngs):
         widths = (3, width // 8, width // 4, width // 2, width)
-        for i in range(4):
-            setattr(self, f"layer_{i}", ConvNorm(widths[i], widths[i + 1], dtype=dtype, rngs=rngs))
+        layers = [ConvNorm(widths[i], widths[i + 1], dtype=dtype, rngs=rngs) for i in range(4)]
+        self.layer_0, self.layer_1, self.layer_2, self.layer_3 = layers
 
     def __call__(self, images: Float[Array, "B Y X 3"], training: bool) -> Float[Array, "B N D"]:
         x = self.layer_0(images, training)
@@ -239,7 +239,7 @@ class LeViT(nnx.Module):
       (Evo-LeViT: position embeddings before the first block and before each shrink block).
     class_token: Evo-LeViT's; it ranks patches, the prediction is made of the patches' mean. Needs positions 'absolute'.
     distillation_head: a second head, whose mean with the first one is the prediction.
-    class_heads: as many heads on the class token, for training only: their logits are in aux, not in the prediction.
+    class_head: as many heads on the class token. Their logits, in aux, are trained and predict nothing.
 
     With `rngs` batch statistics take the place of the running ones and update them (training); without, a call is
     deterministic and changes nothing. aux has the logits of each head, if there are several, as `logits/...`.
@@ -258,28 +258,30 @@ class LeViT(nnx.Module):
         positions: str = "relative",
         class_token: bool = False,
         distillation_head: bool = True,
-        class_heads: bool = False,
+        class_head: bool = False,
         drop_path: float = 0.0,
         dtype: str = "float32",
         reducer: Reducer = FULL,
         rngs: nnx.Rngs,
     ):
         height, columns = (image_size, image_size) if isinstance(image_size, int) else image_size
-        _check(height, columns, widths, depths, num_heads, key_dim, positions, class_token, class_heads, dtype)
+        _check(height, columns, widths, depths, num_heads, key_dim, positions, class_token, class_head, dtype)
         if not getattr(reducer, "walks_pyramids", False):
             raise InputError(
                 f"{type(reducer).__name__} can not reduce a LeViT, whose shrink blocks need the complete raster; "
                 "use reducer 'full', or 'evo_levit' with a model evo_levit_..."
             )
+        if reducer != FULL and not class_token:
+            raise InputError(
+                f"{type(reducer).__name__} needs a LeViT with class_token=True and positions='absolute': "
+                "use a model evo_levit_..."
+            )
         self.image_size, self.patch_size = (height, columns), PATCH_SIZE
         self.grid = grid = (height // PATCH_SIZE, columns // PATCH_SIZE)
         self.dtype = DTYPES[dtype]
         self.num_special = int(class_token)
-        self.absolute, self.has_distillation, self.has_class_heads = (
-            positions == "absolute",
-            distillation_head,
-            class_heads,
-        )
+        self.absolute = positions == "absolute"
+        self.has_distillation, self.has_class_head = distillation_head, class_head
 
         def num_positions(grid):
             return (self.num_special + grid[0] * grid[1]) * self.absolute
@@ -299,9 +301,14 @@ class LeViT(nnx.Module):
         for i, block in enumerate(blocks):
             setattr(self, f"block_{i}", block)
         self.depth = len(blocks)
-        names = ["head"] + ["distillation_head"] * distillation_head
-        for name in names + [f"class_{name}" for name in names] * class_heads:
-            setattr(self, name, Head(widths[-1], num_classes, dtype=self.dtype, rngs=rngs))
+        head = functools.partial(Head, widths[-1], num_classes, dtype=self.dtype, rngs=rngs)
+        self.head = head()
+        if distillation_head:
+            self.distillation_head = head()
+        if class_head:
+            self.class_head = head()
+            if distillation_head:
+                self.class_distillation_head = head()
         self.reducer = reducer
 
     @property
@@ -338,11 +345,12 @@ class LeViT(nnx.Module):
         weight = jnp.ones(patches.shape[:2], patches.dtype) if patch_weight is None else patch_weight
         pooled = jnp.einsum("bnd,bn->bd", patches, weight) / weight.sum(axis=1, keepdims=True)
         features, training = pooled.astype(self.dtype), rngs is not None
-        heads = {"logits/head": self.head(features, training)}
+        logits = self.head(features, training)
+        heads = {"logits/main": logits}
         if self.has_distillation:
             heads["logits/distillation"] = self.distillation_head(features, training)
-        logits = sum(heads.values()) / len(heads)
-        if self.has_class_heads:
+            logits = (logits + heads["logits/distillation"]) / 2
+        if self.has_class_head:
             heads["logits/class"] = self.class_head(x[:, 0], training)
             if self.has_distillation:
                 heads["logits/class_distillation"] = self.class_distillation_head(x[:, 0], training)
@@ -359,7 +367,7 @@ class LeViT(nnx.Module):
         """What the rows of `embed`'s output are."""
         num_patches = self.grid[0] * self.grid[1]
         index = jnp.broadcast_to(jnp.arange(num_patches, dtype=jnp.int32)[None], (num_images, num_patches))
-        return Tokens(self.num_special, self.grid, index)
+        return Tokens(self.num_special, self.grid, index, has_class=self.num_special > 0)
 
 
 def smaller(grid: tuple[int, int]) -> tuple[int, int]:
@@ -416,7 +424,7 @@ def _attend(
     return rearrange(mixed, "b h t v -> b t (h v)")
 
 
-def _check(height, columns, widths, depths, num_heads, key_dim, positions, class_token, class_heads, dtype) -> None:
+def _check(height, columns, widths, depths, num_heads, key_dim, positions, class_token, class_head, dtype) -> None:
     """Raises InputError for fields that do not fit together."""
     if height % PATCH_SIZE or columns % PATCH_SIZE:
         raise InputError(f"image_size {height}x{columns} is not a multiple of {PATCH_SIZE} in both directions")
@@ -436,7 +444,7 @@ def _check(height, columns, widths, depths, num_heads, key_dim, positions, class
         raise InputError(f"positions is {positions!r}; allowed: 'relative', 'absolute'")
     if class_token and positions == "relative":
         raise InputError("class_token=True needs positions='absolute': attention biases are for patches alone")
-    if class_heads and not class_token:
-        raise InputError("class_heads=True needs class_token=True")
+    if class_head and not class_token:
+        raise InputError("class_head=True needs class_token=True")
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; allowed: {', '.join(map(repr, DTYPES))}")

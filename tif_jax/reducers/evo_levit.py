@@ -17,10 +17,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from tif_jax.errors import InputError
 from tif_jax.reducers.evo_vit import evolve
 from tif_jax.reducers.full import Full
-from tif_jax.tokens import check_keep_ratio, class_attention, take, top_k
+from tif_jax.tokens import check_keep_ratio, class_attention, require_class, take, top_k
 
 _DENSE = 2  # blocks of the first stage before the first selection
 
@@ -46,11 +45,7 @@ class EvoLevit(nnx.Module):
 
     def __call__(self, blocks, x, tokens, rngs=None):
         num_special, index = tokens.num_special, tokens.index
-        if num_special == 0:
-            raise InputError(
-                "Evo-LeViT ranks patches by the attention of the class token; this model has none: "
-                "use a ViT with one or a model evo_levit_..."
-            )
+        require_class(tokens, "evo_levit")
         grid, num_shrinks = tokens.grid, sum(_shrinks(block) for block in blocks)
         source = jnp.broadcast_to(_cells(grid, num_shrinks)[None], index.shape)
         if self.keep_ratio == 1:
