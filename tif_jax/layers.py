@@ -76,7 +76,7 @@ def drop_path(y: Float[Array, "B T D"], rate: float, rngs: nnx.Rngs | None) -> F
 
 def wide(dtype: jnp.dtype) -> jnp.dtype:
     """float32, or float64 where we compute in that."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return dtype if dtype == jnp.float64 else jnp.dtype(jnp.float32)
 
 
 def at_least_float32(y: Float[Array, "..."]) -> Float[Array, "..."]:

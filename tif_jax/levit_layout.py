@@ -51,7 +51,7 @@ _HEADS = {"head": "head", "head_dist": "distillation_head"}
 _OURS = r"attn_downsample\.|\.attention_biases$"
 _SAVE = "use timm's conversion of the same weights: timm.create_model('levit_128s', pretrained=True).state_dict()"
 _OTHERS = {  # pattern of a parameter's name: what it belongs to
-    r"^(patch_embed|blocks)\.\d+\.(m\.)?\w+(\.\d+)?\.c\.weight": "the layout of the authors' own code",
+    r"^(patch_embed|blocks)\.\d+\.(\w+\.)*c\.weight$": "the layout of the authors' own code",
     r"^levit\.(patch_embeddings|encoder)": "the layout of HF transformers",
 }
 
