@@ -9,12 +9,13 @@ from cases import lively, mostly_long
 from flax import nnx, traverse_util
 from reference_levit import levit_forward, random_levit_tensors
 
-from tif_jax import levit_layout, reducers, token_impact
+from tif_jax import levit_layout, losses, optim, reducers, token_impact
 from tif_jax.cost import cost
 from tif_jax.errors import InputError
 from tif_jax.layers import BatchNorm
 from tif_jax.levit_layout import infer_fields, resize_positions, to_params
 from tif_jax.loading import load
+from tif_jax.loop import init_state, make_step
 from tif_jax.models import LeViT, blueprint
 from tif_jax.pretrained import read_weights
 from tif_jax.state import Checkpoints, State, params_of
@@ -145,6 +146,26 @@ def test_statistics_are_weights_that_no_gradient_reaches():
     assert len(flat) == len(jax.tree.leaves(nnx.split(model)[1]))
     num_statistics = sum(leaf.size for path, leaf in flat.items() if path.endswith(("/mean", "/var")))
     assert cost(model).parameters == sum(leaf.size for leaf in flat.values()) - num_statistics
+
+
+def test_training_step_updates_statistics_and_learns():
+    model = lively(TINY | dict(widths=(16,), depths=(1,), num_heads=(2,), drop_path=0.1))
+    params = params_of(model)
+    optimizer, trainable = optim.adamw(100, learning_rate=3e-3, weight_decay=0.5), jax.tree.map(lambda _: True, params)
+    step = make_step(model, losses.classification, optimizer, trainable, seed=0, stochastic=True)
+    batch = {"image": images(num=8), "label": np.arange(8) % 5}
+    first = np.asarray(jax.jit(model.stem.layer_0.conv)(batch["image"])).reshape(-1, 2)
+    state = init_state(jax.tree.map(jnp.copy, params), optimizer, trainable)
+    entries = []
+    for _ in range(12):
+        state, metrics = step(state, batch)
+        entries.append(float(metrics["loss"]))
+        if len(entries) == 1:
+            found, old = (tree["stem"]["layer_0"]["norm"] for tree in (state.params, params))
+            np.testing.assert_allclose(found["mean"], 0.9 * old["mean"] + 0.1 * first.mean(0), rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(found["var"], 0.9 * old["var"] + 0.1 * first.var(0, ddof=1), rtol=1e-4)
+    assert min(entries[-3:]) < 0.8 * entries[0]
+    assert jax.tree.structure(state.params) == jax.tree.structure(params)
 
 
 def test_key_log_weight_of_minus_infinity_removes_a_token():

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from flax import nnx
+from flax import nnx, traverse_util
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import Array, Int
 
@@ -43,6 +43,17 @@ def params_of(model: Model) -> Params:
 def with_params(graphdef: Any, params: Params) -> Model:
     """The model of `nnx.split(model)[0]` with these parameters; inside jit this costs nothing at run time."""
     return nnx.merge(graphdef, nnx.State(params))
+
+
+def statistics_of(model: Model) -> Params:
+    """The part of `params_of` that training does not learn but measures; empty for a ViT."""
+    return nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+
+
+def with_statistics(params: Params, statistics: Params) -> Params:
+    """The parameters with these statistics in the place of theirs."""
+    merged = {**traverse_util.flatten_dict(params), **traverse_util.flatten_dict(statistics)}
+    return traverse_util.unflatten_dict(merged)
 
 
 def make_mesh(batch_size: int) -> Mesh:
