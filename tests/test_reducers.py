@@ -204,7 +204,7 @@ def test_tif_keeps_the_highest_logits_and_its_filter_is_the_written_mlp():
     np.testing.assert_array_equal(aux["kept"], np.sort(np.argsort(-y[..., 0], axis=1)[:, :8], axis=1))
 
 
-@pytest.mark.parametrize("reducer", ["bat", "evit", "evo_vit"])
+@pytest.mark.parametrize("reducer", ["bat", "evit", "evo_vit", "evo_levit"])
 def test_registers_are_no_class_token(reducer):
     model = create_model(TINY | dict(class_token=False, pool="mean", num_registers=2), reducer=reducer)
     with pytest.raises(InputError, match="attention of the class token; this model has none"):

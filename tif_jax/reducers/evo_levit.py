@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from tif_jax.reducers.evo_vit import evolve
 from tif_jax.reducers.full import Full
-from tif_jax.tokens import check_keep_ratio, class_attention, require_class, take, top_k
+from tif_jax.tokens import check_keep_ratio, class_attention, identity_source, require_class, take, top_k
 
 _DENSE = 2  # blocks of the first stage before the first selection
 
@@ -46,8 +46,9 @@ class EvoLevit(nnx.Module):
     def __call__(self, blocks, x, tokens, rngs=None):
         num_special, index = tokens.num_special, tokens.index
         require_class(tokens, "evo_levit")
-        grid, num_shrinks = tokens.grid, sum(_shrinks(block) for block in blocks)
-        source = jnp.broadcast_to(_cells(grid, num_shrinks)[None], index.shape)
+        source = identity_source(tokens)
+        if num_shrinks := sum(_shrinks(block) for block in blocks):
+            source = jnp.broadcast_to(_cells(tokens.grid, num_shrinks)[None], index.shape)
         if self.keep_ratio == 1:
             x, _ = Full()(blocks, x, tokens, rngs)
             for block in filter(_shrinks, blocks):
