@@ -88,8 +88,8 @@ _LEVIT = {
     "384": (2.352, 1.849),
 }
 LEVIT = [
-    Published(f"levit_{size}", reducer, {}, gmac, 0.01 * gmac, "formula")
+    Published(f"{prefix}levit_{size}", reducer, {}, gmac, 0.01 * gmac, "formula")
     for size, both in _LEVIT.items()
-    for reducer, gmac in zip(("full", "evo_levit"), both, strict=True)
+    for prefix, reducer, gmac in zip(("", "evo_"), ("full", "evo_levit"), both, strict=True)
 ]
 ROWS = [*DEIT, *TIF, *EVIT, *DYNAMIC_VIT, *BAT, *EVO_VIT, *TOME, *TOSA, *LEVIT]

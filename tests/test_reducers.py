@@ -252,7 +252,7 @@ def test_a_budget_is_used_up(reducer):
     assert cost(nnx.eval_shape(blueprint(TINY, reducer=reducer, **one_more), jax.random.key(0))).gmac > 0.7 * full
 
 
-@pytest.mark.parametrize("reducer", ["bat", "evit", "evo_vit"])
+@pytest.mark.parametrize("reducer", ["bat", "evit", "evo_vit", "evo_levit"])
 def test_registers_are_no_class_token(reducer):
     model = create_model(TINY | dict(class_token=False, pool="mean", num_registers=2), reducer=reducer)
     with pytest.raises(InputError, match="attention of the class token; this model has none"):

@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 class Cost(NamedTuple):
     gmac: float  # 1e9 multiply-adds of matrix products and convolutions, per image
-    parameters: int  # all of them, the reducer's included
+    parameters: int  # all of them, the reducer's included; running statistics are none
     tokens: tuple[int, ...]  # tokens that leave each block, special tokens included
 
 
@@ -21,14 +21,14 @@ def cost(model: Any, image_size: int | tuple[int, int] | None = None) -> Cost:
     """Cost of one prediction for one image. Work that the prediction does not depend on is not counted.
 
     model: one of `tif_jax.models`, also an abstract one (`nnx.eval_shape`).
-    image_size: a check, not a choice: a ViT takes the size that it was built for (InputError otherwise).
+    image_size: a check, not a choice: a model takes the size that it was built for (InputError otherwise).
     """
     size = model.image_size if image_size is None else image_size
     height, columns = (size, size) if isinstance(size, int) else size
     images = jax.ShapeDtypeStruct((1, height, columns, 3), jnp.float32)
     graphdef, params = nnx.split(model)
     program = jax.make_jaxpr(lambda params, images: nnx.merge(graphdef, params)(images)[0])(params, images)
-    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     lengths: list[int] = []
     jax.eval_shape(lambda params, images: _walk(nnx.merge(graphdef, params), images, lengths), params, images)
     return Cost(_multiply_adds(program.jaxpr) / 1e9, parameters, tuple(lengths))
@@ -40,6 +40,9 @@ class _Recorder:
 
     block: Any
     lengths: list[int]
+
+    def __getattr__(self, name: str):
+        return getattr(self.block, name)  # what a reducer asks a shrink block
 
     def attend(self, *args, **kwargs):
         return self.block.attend(*args, **kwargs)

@@ -1,12 +1,16 @@
-"""Layers that compute what Flax's do, in a form that XLA compiles to something faster.
+"""Layers: what Flax's compute, in a form that XLA compiles to something faster, and what several models share.
 
-Legend: D width in, E width out.
+Legend: B images, T tokens, D width in, E width out.
 """
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
+
+# What a model has learned: its parameters, and the running statistics that it normalises with. They live in one tree, so
+# that a checkpoint's `params` are all that a prediction needs.
+WEIGHTS = (nnx.Param, nnx.BatchStat)
 
 
 class Linear(nnx.Linear):
@@ -28,5 +32,52 @@ def gelu(x: Float[Array, "..."], approximate: bool) -> Float[Array, "..."]:
     """
     if approximate:
         return jax.nn.gelu(x, approximate=True)
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
+    y = at_least_float32(x)
+    return (0.5 * y * (1 + jax.lax.erf(y * 0.5**0.5))).astype(x.dtype)
+
+
+class BatchNorm(nnx.Module):
+    """Batch normalisation over all axes but the last (Ioffe & Szegedy 2015), computed in at least float32.
+
+    training: by the mean and variance of these inputs, which also move `mean` and `var` a tenth of the way (to the
+    unbiased variance, as PyTorch does); else by `mean` and `var`, an affine map.
+    """
+
+    def __init__(self, width: int, *, scale: float = 1.0, epsilon: float = 1e-5, momentum: float = 0.9):
+        self.scale = nnx.Param(jnp.full((width,), scale))
+        self.bias = nnx.Param(jnp.zeros((width,)))
+        self.mean = nnx.BatchStat(jnp.zeros((width,)))
+        self.var = nnx.BatchStat(jnp.ones((width,)))
+        self.epsilon, self.momentum = epsilon, momentum
+
+    def __call__(self, x: Float[Array, "... D"], training: bool = False) -> Float[Array, "... D"]:
+        rows = at_least_float32(x.reshape(-1, x.shape[-1]))
+        if training:
+            mean, var = rows.mean(axis=0), rows.var(axis=0)
+            unbiased = var * (rows.shape[0] / max(1, rows.shape[0] - 1))
+            for running, newest in ((self.mean, mean), (self.var, unbiased)):
+                newest = jax.lax.stop_gradient(newest).astype(running.dtype)
+                running[...] = self.momentum * running[...] + (1 - self.momentum) * newest
+        else:
+            # They lie among the parameters: what differentiates by all of those must find them constant.
+            mean, var = (jax.lax.stop_gradient(leaf[...]).astype(rows.dtype) for leaf in (self.mean, self.var))
+        factor = self.scale[...].astype(rows.dtype) / jnp.sqrt(var + self.epsilon)
+        offset = self.bias[...].astype(rows.dtype) - mean * factor
+        return (rows * factor[None] + offset[None]).astype(x.dtype).reshape(x.shape)
+
+
+def drop_path(y: Float[Array, "B T D"], rate: float, rngs: nnx.Rngs | None) -> Float[Array, "B T D"]:
+    """Stochastic depth (Huang et al. 2016): a fraction `rate` of the images skips the branch, the rest is rescaled."""
+    if rngs is None or rate == 0.0:
+        return y
+    keep = jax.random.bernoulli(rngs.drop_path(), 1 - rate, (y.shape[0], 1, 1))
+    return jnp.where(keep, y / (1 - rate), jnp.zeros((), y.dtype))
+
+
+def wide(dtype: jnp.dtype) -> jnp.dtype:
+    """float32, or float64 where we compute in that."""
+    return dtype if dtype == jnp.float64 else jnp.dtype(jnp.float32)
+
+
+def at_least_float32(y: Float[Array, "..."]) -> Float[Array, "..."]:
+    return y.astype(wide(y.dtype))

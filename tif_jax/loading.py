@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
 
-from tif_jax import pretrained, records, state
+from tif_jax import levit_layout, pretrained, records, state
 from tif_jax.budget import AMOUNTS
 from tif_jax.errors import InputError
-from tif_jax.models import MODEL_FIELDS, blueprint, grid_of
-from tif_jax.models.vit import ViT
+from tif_jax.models import MODEL_FIELDS, Model, blueprint, grid_of
 from tif_jax.timm_layout import resize_position_embedding, shortened
 
 logger = logging.getLogger(__name__)
@@ -22,13 +21,13 @@ _MAY_DIFFER = ("reducer/", "class_head/", "class_norm/")  # between a source and
 
 def load(
     source: str | Path, *, reducer: str | None = None, dtype: str = "float32", seed: int = 0, **options: Any
-) -> ViT:
+) -> Model:
     """A model with the weights of a timm-layout file (.safetensors, .npz, .pth), an Orbax checkpoint or a workdir.
 
     A workdir stands for its own checkpoints, else for the fine-tuned model that its report.json calls best.
     reducer: None is the checkpoint's own ('full' for a file). The same weights run under any reducer: parameters under
     `reducer/` that the source lacks are freshly drawn from `seed` and named in the log; any other difference is an error.
-    options: the reducer's (keep_ratio, ...) and fields of `ViT`: image_size resizes the position embedding, num_classes
+    options: the reducer's (keep_ratio, ...) and fields of the model: image_size resizes position embeddings, num_classes
     of a file other than its own starts a fresh head. Raises InputError for everything that does not fit.
     """
     return load_with_fields(source, reducer=reducer, dtype=dtype, seed=seed, **options)[0]
@@ -36,15 +35,15 @@ def load(
 
 def load_with_fields(
     source: str | Path, *, reducer: str | None = None, dtype: str = "float32", seed: int = 0, **options: Any
-) -> tuple[ViT, dict[str, Any]]:
-    """`load`, and the fields of `ViT` that the model was built with: what a checkpoint of it has to say."""
+) -> tuple[Model, dict[str, Any]]:
+    """`load`, and the fields that the model was built with: what a checkpoint of it has to say."""
     path = Path(source)
     given = {key: options.pop(key) for key in list(options) if key in MODEL_FIELDS}
     given = {key: value for key, value in given.items() if value is not None}
     if _is_checkpoint(path):
         params, stored = state.load_params(checkpoint_directory(path))
         fields = {**stored["model"], **given}
-        params["position_embedding"] = _resized(params["position_embedding"], stored["model"], fields)
+        params = _resized(params, stored["model"], fields)
         if reducer in (None, stored["reducer"]["name"]):
             reducer, own = stored["reducer"]["name"], dict(stored["reducer"])
             amount = {*AMOUNTS, "budget"}
@@ -96,12 +95,16 @@ def _is_checkpoint(path: Path) -> bool:
     return path.is_dir() or not (path.exists() or path.suffix in pretrained.READERS)
 
 
-def _resized(embedding, old: dict[str, Any], new: dict[str, Any]):
+def _resized(params: dict[str, Any], old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The parameters for the patch raster of other fields."""
     old_grid, new_grid = grid_of(old), grid_of(new)
     if old_grid == new_grid:
-        return embedding
+        return params
+    if old.get("family") == "levit":
+        return levit_layout.resize_positions(params, old_grid, new_grid, int(old.get("class_token", False)))
+    embedding = params["position_embedding"]
     num_special = embedding.shape[1] - old_grid[0] * old_grid[1]
-    return resize_position_embedding(embedding, old_grid, new_grid, num_special)
+    return {**params, "position_embedding": resize_position_embedding(embedding, old_grid, new_grid, num_special)}
 
 
 def _flat(params: dict[str, Any]) -> dict[str, Any]:

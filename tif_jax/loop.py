@@ -16,9 +16,9 @@ from jaxtyping import Array, Key
 from tif_jax import optim
 from tif_jax.errors import WorkError
 from tif_jax.losses import Loss
-from tif_jax.models.vit import ViT
+from tif_jax.models import Model
 from tif_jax.progress import Progress
-from tif_jax.state import Params, State, with_params
+from tif_jax.state import Params, State, statistics_of, with_params, with_statistics
 
 Step = Callable[[State, Mapping[str, Array]], tuple[State, dict[str, Array]]]
 
@@ -29,12 +29,13 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, trainabl
 
 
 def make_step(
-    model: ViT, loss: Loss, optimizer: optax.GradientTransformation, trainable: Any, *, seed: int, stochastic: bool
+    model: Model, loss: Loss, optimizer: optax.GradientTransformation, trainable: Any, *, seed: int, stochastic: bool
 ) -> Step:
     """The compiled function (state, batch) -> (state, metrics): one update of the trainable parameters.
 
     Only they are differentiated; the others come out as they went in. stochastic: drop-path and random reducers draw
-    from fold_in(key(seed), step). Metrics are batch means; the state is donated.
+    from fold_in(key(seed), step), and a model with running statistics normalises by those of the batch, over all
+    devices, and updates them. Metrics are batch means; the state is donated.
     """
     graphdef = nnx.split(model)[0]
 
@@ -43,13 +44,14 @@ def make_step(
 
         def mean_loss(ours):
             rngs = nnx.Rngs(jax.random.fold_in(key, state.step)) if stochastic else None
-            prediction, aux = with_params(graphdef, optim.merge(ours, frozen))(batch["image"], rngs)
+            model = with_params(graphdef, optim.merge(ours, frozen))
+            prediction, aux = model(batch["image"], rngs)
             terms = loss(prediction, aux, batch)
-            return terms["loss"].mean(), {name: term.mean() for name, term in terms.items()}
+            return terms["loss"].mean(), ({name: term.mean() for name, term in terms.items()}, statistics_of(model))
 
-        grads, metrics = jax.grad(mean_loss, has_aux=True)(ours)
+        grads, (metrics, statistics) = jax.grad(mean_loss, has_aux=True)(ours)
         updates, opt_state = optimizer.update(grads, state.opt_state, ours)
-        params = optim.merge(optax.apply_updates(ours, updates), frozen)
+        params = with_statistics(optim.merge(optax.apply_updates(ours, updates), frozen), statistics)
         metrics["grad_norm"] = optax.tree.norm(grads)
         return State(state.step + 1, params, opt_state), metrics
 

@@ -59,7 +59,7 @@ def adamw(
     final_learning_rate: float = 0.0,
     warmup_steps: int = 0,
     weight_decay: float = 0.0,
-    no_decay: tuple[str, ...] = (r"bias$", r"scale$", r"token", r"position_embedding"),
+    no_decay: tuple[str, ...] = (r"bias(es)?$", r"scale$", r"(mean|var)$", r"token", r"position_embedding", r"theta$"),
     clip_norm: float = float("inf"),
 ) -> optax.GradientTransformation:
     """AdamW with linear warm-up from 0 and cosine decay to final_learning_rate at num_steps.

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from tif_jax.errors import InputError
 from tif_jax.last_block import logits_after
 from tif_jax.masked import masked_logits
-from tif_jax.models.vit import ViT
+from tif_jax.models import Model, ViT, plain_vit
 from tif_jax.tokens import image_keys
 
 ESTIMATORS = ("exact", "gradient", "sampled")
@@ -37,7 +37,7 @@ class Scores(NamedTuple):
 
 
 def token_impact(
-    model: ViT,
+    model: Model,
     images: Float[Array | np.ndarray, "B Y X 3"],
     labels: Int[Array | np.ndarray, " B"] | None = None,
     *,
@@ -63,8 +63,9 @@ def token_impact(
     chunk: masked images (image x mask) that run at once: bounds memory. Default: 7 on a CPU, with a backward pass 4,
       else 1024; `scoring.Scorer` fits it to the device's memory.
 
-    Raises InputError for unknown or contradictory options and for labels outside the model's classes.
+    Raises InputError for unknown or contradictory options, for labels outside the model's classes and for a LeViT.
     """
+    model = plain_vit(model, "impact")
     num_classes = model.head.out_features
     if target == "label":
         if labels is None:

@@ -1,4 +1,4 @@
-"""Pretrained weights: reads the files of other programs as parameters of our ViT."""
+"""Pretrained weights: reads the files of other programs as parameters of our models."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,25 +9,30 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
+from tif_jax import levit_layout, timm_layout
 from tif_jax.errors import InputError
-from tif_jax.timm_layout import infer_fields, shortened, to_params
+from tif_jax.timm_layout import shortened
 from tif_jax.torch_file import read_torch
 
 _SAFETENSORS_FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 _NESTED = ("model", "state_dict", "model_ema", "state_dict_ema")  # where training programs put the tensors
 _WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
+# Integers that PyTorch stores beside the weights: counters of batch norms and, in older files, indices of attention biases.
+_NO_WEIGHTS = (".num_batches_tracked", ".attention_bias_idxs")
 
 
 def read_weights(path: str | Path, **given: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fields of `ViT` and the backbone's float32 parameters (nested dict) of a file in timm's layout.
+    """Fields of the model and the backbone's float32 parameters (nested dict) of a file in timm's layout.
 
-    The architecture is read off the file; given: fields that a file cannot tell or that are to differ (`infer_fields`).
-    The position embedding is resized to image_size; heads for another num_classes are left out.
+    The architecture is read off the file; given: fields that a file cannot tell or that are to differ (`infer_fields` of
+    timm_layout and levit_layout). The position embedding is resized to image_size; heads for another num_classes are
+    left out.
     """
     tensors = read_tensors(path)
+    layout = levit_layout if levit_layout.is_levit(tensors) else timm_layout
     with _naming(path):
-        fields = infer_fields(tensors, **given)
-        return fields, to_params(tensors, fields)
+        fields = layout.infer_fields(tensors, **given)
+        return fields, layout.to_params(tensors, fields)
 
 
 def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
@@ -42,7 +47,7 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
         raise InputError(f"{path} is not a weight file by its name; allowed: {', '.join(READERS)}")
     if path.stat().st_size == 0:
         raise InputError(f"{path} is empty; copy or download it again")
-    tensors = READERS[path.suffix](path)
+    tensors = {k: v for k, v in READERS[path.suffix](path).items() if not k.endswith(_NO_WEIGHTS)}
     if not tensors:
         raise InputError(f"{path} holds no tensors")
     for wrapper in _WRAPPERS:
@@ -61,6 +66,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         entries = safetensors.deserialize(path.read_bytes())
     except safetensors.SafetensorError as error:
         raise _damaged(path, error) from error
+    entries = [(name, entry) for name, entry in entries if not name.endswith(_NO_WEIGHTS)]
     if other := sorted({entry["dtype"] for _, entry in entries} - set(_SAFETENSORS_FLOATS)):
         raise InputError(f"{path} holds tensors of type {', '.join(other)}; allowed: {', '.join(_SAFETENSORS_FLOATS)}")
     return {

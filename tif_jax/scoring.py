@@ -18,7 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from tif_jax.errors import WorkError
-from tif_jax.models.vit import ViT
+from tif_jax.models import Model, plain_vit
 from tif_jax.oracle import Scores, check_options, default_chunk, num_units, shared_scores, whole_impact
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class Scorer:
 
     def __init__(
         self,
-        model: ViT,
+        model: Model,
         batch_size: int,
         *,
         devices: Sequence[jax.Device] | None = None,
@@ -45,6 +45,7 @@ class Scorer:
 
         The chunk, of each device, is halved until the compiled program fits into the memory that is free.
         """
+        model = plain_vit(model, "impact")
         self._options = check_options(**options)
         self._num_patches = model.grid[0] * model.grid[1]
         self.units_per_image = num_units(self._options, self._num_patches)

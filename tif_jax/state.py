@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from flax import nnx
+from flax import nnx, traverse_util
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import Array, Int
 
 from tif_jax.errors import InputError, WorkError
-from tif_jax.models.vit import ViT
+from tif_jax.layers import WEIGHTS
+from tif_jax.models import Model
 
 logger = logging.getLogger(__name__)
 
@@ -34,14 +35,25 @@ class State(NamedTuple):
     opt_state: Any
 
 
-def params_of(model: ViT) -> Params:
-    """The model's parameters as a nested dict of arrays with string keys."""
-    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+def params_of(model: Model) -> Params:
+    """The model's parameters, and running statistics if it has any, as a nested dict of arrays with string keys."""
+    return nnx.to_pure_dict(nnx.state(model, WEIGHTS))
 
 
-def with_params(graphdef: Any, params: Params) -> ViT:
+def with_params(graphdef: Any, params: Params) -> Model:
     """The model of `nnx.split(model)[0]` with these parameters; inside jit this costs nothing at run time."""
-    return nnx.merge(graphdef, nnx.State(jax.tree.map(nnx.Param, params)))
+    return nnx.merge(graphdef, nnx.State(params))
+
+
+def statistics_of(model: Model) -> Params:
+    """The part of `params_of` that training does not learn but measures; empty for a ViT."""
+    return nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+
+
+def with_statistics(params: Params, statistics: Params) -> Params:
+    """The parameters with these statistics in the place of theirs."""
+    merged = {**traverse_util.flatten_dict(params), **traverse_util.flatten_dict(statistics)}
+    return traverse_util.unflatten_dict(merged)
 
 
 def make_mesh(batch_size: int) -> Mesh:

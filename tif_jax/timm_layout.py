@@ -174,10 +174,19 @@ def to_params(tensors: Tensors, fields: Mapping[str, Any]) -> dict[str, Any]:
         resized = resize_position_embedding(tensors["pos_embed"], grid, model.grid, num_special)
         tensors = {**tensors, "pos_embed": resized}
 
-    rules = _rules(fields["depth"])
+    return translate(tensors, _rules(fields["depth"]), wanted)
+
+
+def translate(
+    tensors: Tensors, rules: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]], wanted: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The tensors as a nested dict of parameters. rules: name -> (our path, transform); wanted: our path -> its shape.
+
+    Raises InputError with all missing, surplus and misshapen tensors in one line.
+    """
     found, surplus, wrong = {}, [], []
     for name, tensor in tensors.items():
-        path, transform = rules.get(name, (None, _same))
+        path, transform = rules.get(name, ("", _same))
         if path in wanted and path not in found:
             found[path] = transform(tensor)
             if tensor.dtype.kind != "f":

@@ -16,7 +16,7 @@ from tif_jax.cost import cost
 from tif_jax.data.loader import evaluation_batches
 from tif_jax.errors import InputError
 from tif_jax.loading import load
-from tif_jax.models.vit import ViT
+from tif_jax.models import Model, ViT, plain_vit
 from tif_jax.progress import Progress
 from tif_jax.state import make_mesh, params_of, replicate, shard, with_params
 from tif_jax.tokens import image_keys, split
@@ -50,13 +50,13 @@ def finetuned(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     return metrics
 
 
-def _evaluate(config: ConfigDict, model: ViT) -> dict[str, Any]:
+def _evaluate(config: ConfigDict, model: Model) -> dict[str, Any]:
     source = train.open_source(config, "test", model)
     classes = sorted(config.data.get("class_index", {}).values())
     return {"num_images": len(source), "gmac": cost(model).gmac, **accuracy(model, source, config, classes)}
 
 
-def accuracy(model: ViT, source, config: ConfigDict, classes: list[int]) -> dict[str, float]:
+def accuracy(model: Model, source, config: ConfigDict, classes: list[int]) -> dict[str, float]:
     """Mean cross-entropy (nats) and top-1 (fraction); with `classes` also top-1 among those classes alone."""
     batch_size = config.evaluate.batch_size
     mesh = make_mesh(batch_size)
@@ -92,7 +92,7 @@ def ranking_table(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     only a ranking's best tokens are kept; mean per-image Spearman with each oracle; ROC AUC for the label oracle's labels.
     """
     directory = train.filter_directory(config, workdir)
-    model = load(directory, dtype=config.dtype)
+    model = plain_vit(load(directory, dtype=config.dtype), "a ranking of patches")
     source = train.open_source(config, "test", model)
     expected = train.expected_manifest(config, model)
     oracles = {
@@ -130,7 +130,7 @@ def _follow(model: ViT, source, config: ConfigDict, rows: np.ndarray, fixed: dic
 
     @jax.jit
     def compute(params, seed, images, fixed):
-        model = with_params(graphdef, params)
+        model = plain_vit(with_params(graphdef, params), "a ranking of patches")
         logits = rankings.unreduced_logits(model, images)
         patches = split(model.embed(images), model.num_special)[1]
         uniform = jax.vmap(lambda key: jax.random.uniform(key, patches.shape[1:2]))

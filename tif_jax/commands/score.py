@@ -20,7 +20,7 @@ from tif_jax.data.loader import Batch, evaluation_batches
 from tif_jax.data.source import Source
 from tif_jax.errors import InputError, Preempted
 from tif_jax.loading import load
-from tif_jax.models.vit import ViT
+from tif_jax.models import Model
 from tif_jax.preemption import sigterm_flag
 from tif_jax.progress import Progress
 from tif_jax.scoring import Scorer
@@ -243,7 +243,7 @@ def _dtype(name: str, estimator: str) -> str:
 
 
 def _manifest(
-    config: ConfigDict, model: ViT, settings: dict, split: str, source: Source, num_rows: int, num_parts: int
+    config: ConfigDict, model: Model, settings: dict, split: str, source: Source, num_rows: int, num_parts: int
 ) -> shards.Manifest:
     estimator = {"name": settings["estimator"], "seed": config.seed, "dtype": np.dtype(model.dtype).name}
     if settings["estimator"] == "sampled":

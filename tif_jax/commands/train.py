@@ -21,8 +21,7 @@ from tif_jax.errors import InputError
 from tif_jax.loading import load_with_fields
 from tif_jax.loop import init_state, make_step, run
 from tif_jax.metrics_log import MetricsLog
-from tif_jax.models import create_model
-from tif_jax.models.vit import ViT
+from tif_jax.models import Model, create_model
 from tif_jax.state import Checkpoints, State, make_mesh, params_of, replicate, shard
 
 logger = logging.getLogger(__name__)
@@ -132,7 +131,7 @@ def finetune(config: ConfigDict, workdir: Path) -> None:
     )  # fmt: skip
 
 
-def before_finetuning(config: ConfigDict, workdir: Path, options: Mapping[str, Any]) -> tuple[ViT, dict[str, Any]]:
+def before_finetuning(config: ConfigDict, workdir: Path, options: Mapping[str, Any]) -> tuple[Model, dict[str, Any]]:
     """The model that fine-tuning begins with, under config.reducer with these options, and its fields."""
     name, recipe = config.reducer.name, config.finetune
     start = filter_directory(config, workdir) if is_fitted(config) else workdir / "backbone"
@@ -232,7 +231,7 @@ def labelling(config: ConfigDict, impact: np.ndarray) -> dict[str, Any]:
     raise InputError(f"filter.labels is {kind!r}; allowed: 'top', 'above', 'quantile'")
 
 
-def expected_manifest(config: ConfigDict, model: ViT) -> dict[str, Any]:
+def expected_manifest(config: ConfigDict, model: Model) -> dict[str, Any]:
     """What the manifest of impact shards must say to fit this backbone and these views."""
     options = data.read_options(config.data)
     return {
@@ -245,7 +244,7 @@ def expected_manifest(config: ConfigDict, model: ViT) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def open_source(config: ConfigDict, split: str, model: ViT) -> data.Source:
+def open_source(config: ConfigDict, split: str, model: Model) -> data.Source:
     """The split's examples, whose labels are checked against the model's classes."""
     source = data.open_source(config.data, split)
     num_classes = model.head.out_features
@@ -281,7 +280,7 @@ def _description(config: ConfigDict, fields: Mapping[str, Any], reducer: Mapping
 
 def _fit(
     directory: Path,
-    model: ViT,
+    model: Model,
     loss: losses.Loss,
     trainable: optim.Table,
     trainable_default: bool,
@@ -293,7 +292,7 @@ def _fit(
     reducer: Mapping[str, Any],
     *,
     stochastic: bool = True,
-    early: Sequence[tuple[float, ViT]] = (),
+    early: Sequence[tuple[float, Model]] = (),
 ) -> None:
     """Trains, or goes on where an interrupted run of the same recipe stopped, until recipe.num_epochs are done.
 

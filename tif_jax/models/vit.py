@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from tif_jax.errors import InputError
-from tif_jax.layers import Linear, gelu
+from tif_jax.layers import Linear, at_least_float32, drop_path, gelu, wide
 from tif_jax.reducers import Aux, Full, Reducer
 from tif_jax.tokens import QueryKey, Tokens
 
@@ -72,7 +72,7 @@ def _attend(
     """
     query, key, value = (rearrange(x, "b t h c -> b h t c") for x in (query, key, value))
     logits = (
-        jnp.einsum("bhtc,bhsc->bhts", query, key, preferred_element_type=_wide(query.dtype)) / query.shape[-1] ** 0.5
+        jnp.einsum("bhtc,bhsc->bhts", query, key, preferred_element_type=wide(query.dtype)) / query.shape[-1] ** 0.5
     )
     if key_log_weight is not None:
         logits = logits + key_log_weight[:, None, None, :].astype(logits.dtype)
@@ -127,7 +127,7 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], QueryKey]:
         """x plus attention. key_log_weight is added to the logits of each key before the softmax."""
         y, qk = self.attention(self.attention_norm(x), key_log_weight)
-        return x + _drop_path(self.scale_attention(y), self.drop_path, rngs), qk
+        return x + drop_path(self.scale_attention(y), self.drop_path, rngs), qk
 
     def scale_attention(self, y: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """LayerScale of the attention branch, where there is one."""
@@ -138,7 +138,7 @@ class Block(nnx.Module):
         y = self.mlp(self.feed_forward_norm(x))
         if self.layer_scale is not None:
             y = _scale(y, self.feed_forward_scale[...])
-        return x + _drop_path(y, self.drop_path, rngs)
+        return x + drop_path(y, self.drop_path, rngs)
 
     def __call__(
         self, x: Float[Array, "B T D"], key_log_weight: Float[Array, "B T"] | None = None, rngs: nnx.Rngs | None = None
@@ -283,18 +283,18 @@ class ViT(nnx.Module):
     ) -> tuple[Float[Array, "B L"], Aux]:
         """Class logits, float32. patch_weight: each patch token's share under mean pooling (the oracle's gates)."""
         if self.pool == "mean":
-            patches = _at_least_float32(x[:, self.num_special :])
+            patches = at_least_float32(x[:, self.num_special :])
             weight = jnp.ones(patches.shape[:2], patches.dtype) if patch_weight is None else patch_weight
             pooled = jnp.einsum("bnd,bn->bd", patches, weight) / weight.sum(axis=1, keepdims=True)
             features = self.norm(pooled.astype(self.dtype))
         else:
             features = self.norm(x[:, 0])
-        logits = _at_least_float32(self.head(features))
+        logits = at_least_float32(self.head(features))
         if hasattr(self, "class_head"):
             aux = {**aux, "logits/main": logits}
-            aux["logits/class"] = _at_least_float32(self.class_head(self.class_norm(x[:, 0])))
+            aux["logits/class"] = at_least_float32(self.class_head(self.class_norm(x[:, 0])))
         if self.has_distillation:
-            distilled = _at_least_float32(self.distillation_head(self.norm(x[:, 1])))
+            distilled = at_least_float32(self.distillation_head(self.norm(x[:, 1])))
             aux = {**aux, "logits/main": logits, "logits/distillation": distilled}
             logits = (logits + distilled) / 2
         return logits, aux
@@ -324,22 +324,5 @@ class ViT(nnx.Module):
         return special + ([self.register_tokens[...]] if hasattr(self, "register_tokens") else [])
 
 
-def _wide(dtype: jnp.dtype) -> jnp.dtype:
-    """float32, or float64 where we compute in that."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
-def _at_least_float32(y: Float[Array, "..."]) -> Float[Array, "..."]:
-    return y.astype(_wide(y.dtype))
-
-
 def _scale(y: Float[Array, "... D"], scale: Float[Array, " D"]) -> Float[Array, "... D"]:
     return y * scale.astype(y.dtype).reshape(*(1,) * (y.ndim - 1), -1)
-
-
-def _drop_path(y: Float[Array, "B T D"], rate: float, rngs: nnx.Rngs | None) -> Float[Array, "B T D"]:
-    """Stochastic depth (Huang et al. 2016): a fraction `rate` of the images skips the branch, the rest is rescaled."""
-    if rngs is None or rate == 0.0:
-        return y
-    keep = jax.random.bernoulli(rngs.drop_path(), 1 - rate, (y.shape[0], 1, 1))
-    return jnp.where(keep, y / (1 - rate), jnp.zeros((), y.dtype))

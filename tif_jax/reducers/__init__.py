@@ -6,6 +6,9 @@ A reducer is an nnx.Module (if it has parameters) or a frozen dataclass, called 
 
     reducer(blocks, x, tokens, rngs) -> (x, aux)
 
+A pyramid's shrink blocks (`models/levit.py`) have `stride` 2 and need the complete raster. A reducer that leads
+tokens through them says so by an attribute `walks_pyramids = True`; the others are refused by such models.
+
 `aux` is the whole side channel. Reserved names:
   kept           int32 (B, K), raster positions of the patches that stay tokens of their own, ascending
   source         int32 (B, N), for each patch the row among the patch tokens that come out in which it lives, or -1
@@ -27,11 +30,8 @@ from tif_jax.reducers.full import Full as Full
 from tif_jax.tokens import Tokens
 
 Aux = dict[str, Array]
-_SHAPE = (
-    "width",
-    "num_patches",
-    "rngs",
-)  # given to a reducer by the model it joins, where its constructor asks for them
+# Given to a reducer by the model it joins, where its constructor asks for them.
+_SHAPE = ("width", "num_patches", "depth", "rngs")
 
 
 @runtime_checkable
@@ -51,8 +51,11 @@ def options(name: str) -> dict[str, inspect.Parameter]:
     return {k: p for k, p in _parameters(name).items() if k not in _SHAPE}
 
 
-def build(name: str, *, width: int, num_patches: int, rngs: Any, **given: Any) -> Reducer:
-    """The reducer in file `name`, for a model of that width and number of patch tokens. Raises InputError on misuse."""
+def build(name: str, *, width: int, num_patches: int, depth: int = 1, rngs: Any, **given: Any) -> Reducer:
+    """The reducer in file `name`, for a model of that width and number of patch tokens and blocks.
+
+    Raises InputError on misuse.
+    """
     allowed = options(name)
     if unknown := sorted(set(given) - set(allowed)):
         raise InputError(f"Reducer {name!r} takes {', '.join(allowed) or 'no options'}; got {', '.join(unknown)}")
@@ -60,7 +63,7 @@ def build(name: str, *, width: int, num_patches: int, rngs: Any, **given: Any) -
     if missing := sorted(required - set(given)):
         raise InputError(f"Reducer {name!r} needs {', '.join(missing)}")
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}  # as a stored config has them
-    shape = {"width": width, "num_patches": num_patches, "rngs": rngs}
+    shape = {"width": width, "num_patches": num_patches, "depth": depth, "rngs": rngs}
     if isinstance(then := given.get("then"), Mapping):
         if "name" not in then:
             raise InputError(f"then is {dict(then)}; it names a reducer, as in dict(name='evo_vit', keep_ratio=0.5)")

@@ -57,8 +57,10 @@ class EvoVit:
             x, qk = block(x, rngs=rngs)
         score = class_attention(qk, num_special)  # of the newest dense block alone: nothing is averaged yet
         for (start, num_slow), stop in zip(stages.items(), (*list(stages)[1:], len(blocks)), strict=True):
+            score = jax.lax.stop_gradient(score)
             slow = top_k(score, num_slow)
-            x, score = self._stage(blocks[start:stop], x, score, slow, num_special, rngs)
+            momenta = [self.momentum] * (stop - start)
+            x, score = evolve(blocks[start:stop], x, score, slow, num_special, momenta, self.representative, rngs)
         return x, {"kept": take(tokens.index, slow), "source": source}
 
     def _stages(self, depth: int, num_patches: int) -> dict[int, int]:
@@ -74,43 +76,50 @@ class EvoVit:
             slow = {i: number for i, number in slow.items() if i and number != slow[i - 1]}
         return {} if all(number == num_patches for number in slow.values()) else slow
 
-    def _stage(
-        self,
-        blocks: Sequence[Any],
-        x: Float[Array, "B T D"],
-        score: Float[Array, "B N"],
-        slow: Int[Array, "B K"],
-        num_special: int,
-        rngs: Any,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B N"]]:
-        """The tokens, in raster order again, and the global class attention after some blocks with these slow tokens."""
-        special, patches = split(x, num_special)
-        y = join(special, take(patches, slow))
-        representative = self.representative and slow.shape[1] < patches.shape[1]
-        if representative:
-            before = _represent(patches, score, slow)
-            y = join(y, before)
-        slow_score, num_slow = take(score, slow), slow.shape[1]
-        for block in blocks:
-            y, qk = block(y, rngs=rngs)
-            newest = class_attention(qk, num_special)[:, :num_slow]  # without the representative's column
-            slow_score = self.momentum * slow_score + (1 - self.momentum) * newest
-        if representative:
-            # The sum of the residual increments of all branches telescopes. Slow tokens get it too and are overwritten.
-            wide = jnp.promote_types(x.dtype, jnp.float32)
-            increment = y[:, -1:].astype(wide) - before.astype(wide)
-            patches = (patches.astype(wide) + increment).astype(x.dtype)
-        patches = put(patches, slow, y[:, num_special : num_special + num_slow])
-        return join(y[:, :num_special], patches), put(score, slow, slow_score)
+
+def evolve(
+    blocks: Sequence[Any],
+    x: Float[Array, "B T D"],
+    score: Float[Array, "B N"],
+    slow: Int[Array, "B K"],
+    num_special: int,
+    momenta: Sequence[Any],
+    representative: bool,
+    rngs: Any,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B N"]]:
+    """The tokens, in raster order again, and the global class attention after some blocks with these slow tokens.
+
+    momenta: for each block, how much of the global class attention is kept. Its gradient passes through the weights of
+    the representative. Without placeholders (K = N) the blocks are dense.
+    """
+    special, patches = split(x, num_special)
+    num_slow = slow.shape[1]
+    representative &= num_slow < patches.shape[1]
+    y = join(special, take(patches, slow))
+    if representative:
+        before = _represent(patches, score, slow)
+        y = join(y, before)
+    slow_score = take(score, slow)
+    for block, momentum in zip(blocks, momenta, strict=True):
+        y, qk = block(y, rngs=rngs)
+        newest = class_attention(qk, num_special)[:, :num_slow]  # without the representative's column
+        slow_score = momentum * slow_score + (1 - momentum) * newest
+    if representative:
+        # The sum of the residual increments of all branches telescopes. Slow tokens get it too and are overwritten.
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        increment = y[:, -1:].astype(wide) - before.astype(wide)
+        patches = (patches.astype(wide) + increment).astype(x.dtype)
+    patches = put(patches, slow, y[:, num_special : num_special + num_slow])
+    return join(y[:, :num_special], patches), put(score, slow, slow_score)
 
 
 def _represent(
     patches: Float[Array, "B N D"], score: Float[Array, "B N"], slow: Int[Array, "B K"]
 ) -> Float[Array, "B 1 D"]:
-    """The mean of the placeholders, weighted by their global class attention; no gradient through the weights."""
+    """The mean of the placeholders, weighted by their global class attention."""
     wide = jnp.promote_types(patches.dtype, jnp.float32)
     # `tiny` matters only where the attention to every placeholder is 0: they then count alike.
-    weight = jax.lax.stop_gradient(score) + jnp.finfo(score.dtype).tiny
+    weight = score + jnp.finfo(score.dtype).tiny
     weight = put(weight, slow, jnp.zeros(slow.shape, score.dtype))
     weight = (weight / weight.sum(axis=1, keepdims=True)).astype(wide)
     return jnp.einsum("bn,bnd->bd", weight, patches.astype(wide))[:, None].astype(patches.dtype)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Full:
+    walks_pyramids = True
+
     def __call__(self, blocks, x, tokens, rngs=None):
         for block in blocks:
             x, _ = block(x, rngs=rngs)
