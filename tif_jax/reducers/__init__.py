@@ -7,9 +7,11 @@ A reducer is an nnx.Module (if it has parameters) or a frozen dataclass, called 
 `aux` is the whole side channel. Reserved names:
   kept           int32 (B, K), raster positions of the patches that stay tokens of their own, ascending
   source         int32 (B, N), for each patch the row among the patch tokens that come out in which it lives, or -1
+  mask           float (B, N), 1 for the patches still there, 0 for those masked out (training forms that gather nothing)
   filter_logits  (B, N), raster order: how much each patch is worth keeping
   loss/...       per-example terms that the training step adds
   logits/...     further predictions that the classification loss scores with the labels
+  tokens         (B, S, D), the patch tokens that come out, after the last norm: the step adds them for distillation
 """
 
 import importlib
@@ -25,11 +27,8 @@ from tif_jax.reducers.full import Full as Full
 from tif_jax.tokens import Tokens
 
 Aux = dict[str, Array]
-_SHAPE = (
-    "width",
-    "num_patches",
-    "rngs",
-)  # given to a reducer by the model it joins, where its constructor asks for them
+# Given to a reducer by the model it joins, where its constructor asks for them.
+_SHAPE = ("width", "num_patches", "num_heads", "depth", "rngs")
 
 
 @runtime_checkable
@@ -51,8 +50,20 @@ def options(name: str) -> dict[str, inspect.Parameter]:
     return {k: p for k, p in _parameters(name).items() if k not in _SHAPE}
 
 
-def build(name: str, *, width: int, num_patches: int, rngs: Any, **given: Any) -> Reducer:
-    """The reducer in file `name`, for a model of that width and number of patch tokens. Raises InputError on misuse."""
+def build(
+    name: str,
+    *,
+    width: int,
+    num_patches: int,
+    num_heads: int | None = None,
+    depth: int | None = None,
+    rngs: Any,
+    **given: Any,
+) -> Reducer:
+    """The reducer in file `name`, for a model of that width, number of patch tokens, heads and blocks.
+
+    None: not known, where only the options are checked. Raises InputError on misuse.
+    """
     allowed = options(name)
     if unknown := sorted(set(given) - set(allowed)):
         raise InputError(f"Reducer {name!r} takes {', '.join(allowed) or 'no options'}; got {', '.join(unknown)}")
@@ -60,7 +71,7 @@ def build(name: str, *, width: int, num_patches: int, rngs: Any, **given: Any) -
     if missing := sorted(required - set(given)):
         raise InputError(f"Reducer {name!r} needs {', '.join(missing)}")
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}  # as a stored config has them
-    shape = {"width": width, "num_patches": num_patches, "rngs": rngs}
+    shape = {"width": width, "num_patches": num_patches, "num_heads": num_heads, "depth": depth, "rngs": rngs}
     return _constructor(name)(**given, **{k: v for k, v in shape.items() if k in _parameters(name)})
 
 
