@@ -119,7 +119,7 @@ class DynamicVit(nnx.Module):
         for i, block in enumerate(blocks):
             if i in sites:
                 log_probs = self._predict(i, split(x, num_special)[1], mask)
-                noise = jax.random.gumbel(rngs.gumbel(), log_probs.shape, log_probs.dtype)
+                noise = jax.random.gumbel(rngs.keep_decisions(), log_probs.shape, log_probs.dtype)
                 mask = mask * decide(log_probs, noise, self.temperature)  # what is gone does not come back
                 deviations.append((mask.mean(axis=1) - sites[i].share) ** 2)
                 key_weight = jnp.pad(mask, ((0, 0), (num_special, 0)), constant_values=1)
