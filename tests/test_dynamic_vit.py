@@ -289,6 +289,7 @@ def test_losing_every_patch_is_no_nan(dtype, pool):
 def test_drop_path_draws_as_in_the_plain_model():
     fields = TINY | dict(drop_path=0.5)
     model, full = create_model(fields, reducer="dynamic_vit", keep_ratio=1.0), create_model(fields)
+    nnx.update(model, params_of(full))
     call = lambda model: jax.jit(lambda key: model(images(), nnx.Rngs(key)))(jax.random.key(7))  # noqa: E731
     (logits, aux), expected = call(model), call(full)[0]
     np.testing.assert_array_equal(logits, expected)
