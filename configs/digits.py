@@ -87,6 +87,7 @@ def get_config() -> ConfigDict:
                 label_smoothing=0.0,
                 drop_path=0.0,
                 phases=(),
+                distillation=dict(kind="", logits_weight=0.5, tokens_weight=0.5),
             ),
             evaluate=dict(batch_size=128, num_images=500, num_samples=8),
             benchmark=dict(batch_size=64, dtype="float32", reducers=("full", "random", "norm", "prior", "tif")),

@@ -71,6 +71,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 label_smoothing=0.1,
                 drop_path=0.1,
                 phases=(),
+                distillation=dict(kind="", logits_weight=0.5, tokens_weight=0.5),
             ),
             evaluate=dict(batch_size=256, num_images=10_000, num_samples=16),
             benchmark=dict(batch_size=256, dtype="bfloat16", reducers=("full", "random", "prior", "tif")),

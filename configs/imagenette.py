@@ -95,6 +95,7 @@ def _config() -> ConfigDict:
                 label_smoothing=0.1,
                 drop_path=0.0,
                 phases=(),
+                distillation=dict(kind="", logits_weight=0.5, tokens_weight=0.5),
             ),
             evaluate=dict(batch_size=32, num_images=0, num_samples=16),
             benchmark=dict(batch_size=32, dtype="float32", reducers=("full", "random", "prior", "tif")),

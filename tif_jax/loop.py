@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Key
+from jaxtyping import Array
 
 from tif_jax import optim
-from tif_jax.errors import WorkError
+from tif_jax.errors import InputError, WorkError
 from tif_jax.losses import Loss
-from tif_jax.models import Model
+from tif_jax.models import Model, plain_vit
 from tif_jax.progress import Progress
-from tif_jax.state import Params, State, statistics_of, with_params, with_statistics
+from tif_jax.reducers import Aux, Full
+from tif_jax.state import Params, State, params_of, statistics_of, with_params, with_statistics
 
 Step = Callable[[State, Mapping[str, Array]], tuple[State, dict[str, Array]]]
 
@@ -29,23 +30,42 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, trainabl
 
 
 def make_step(
-    model: Model, loss: Loss, optimizer: optax.GradientTransformation, trainable: Any, *, seed: int, stochastic: bool
+    model: Model,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    trainable: Any,
+    *,
+    seed: int,
+    stochastic: bool,
+    teacher: Model | None = None,
 ) -> Step:
     """The compiled function (state, batch) -> (state, metrics): one update of the trainable parameters.
 
     Only they are differentiated; the others come out as they went in. stochastic: drop-path and random reducers draw
     from fold_in(key(seed), step), and a model with running statistics normalises by those of the batch, over all
     devices, and updates them. Metrics are batch means; the state is donated.
-    """
-    graphdef = nnx.split(model)[0]
 
-    def step(key: Key[Array, ""], state: State, batch: Mapping[str, Array]) -> tuple[State, dict[str, Array]]:
+    teacher: a model without reduction, from whose outputs a loss may learn: batch['teacher/logits'] (B, L) and
+    batch['teacher/tokens'] (B, N, D), to be compared with aux['tokens']. It sees the same images, draws nothing and gets
+    no gradient. On several devices give it parameters that are on all of them (`state.replicate`), or every step copies.
+    """
+    if teacher is not None and not isinstance(teacher.reducer, Full):
+        raise InputError(f"the teacher's reducer is {type(teacher.reducer).__name__}; a teacher has none ('full')")
+    graphdef, teacher_graphdef = nnx.split(model)[0], teacher and nnx.split(teacher)[0]
+
+    def step(fixed: Any, state: State, batch: Mapping[str, Array]) -> tuple[State, dict[str, Array]]:
+        key, teacher_params = fixed
+        if teacher_params is not None:
+            logits, aux = _with_tokens(with_params(teacher_graphdef, teacher_params), batch["image"], None)
+            batch = {**batch, "teacher/logits": logits, "teacher/tokens": aux["tokens"]}
         ours, frozen = optim.partition(state.params, trainable)
 
         def mean_loss(ours):
             rngs = nnx.Rngs(jax.random.fold_in(key, state.step)) if stochastic else None
             model = with_params(graphdef, optim.merge(ours, frozen))
-            prediction, aux = model(batch["image"], rngs)
+            prediction, aux = (
+                model(batch["image"], rngs) if teacher is None else _with_tokens(model, batch["image"], rngs)
+            )
             terms = loss(prediction, aux, batch)
             return terms["loss"].mean(), ({name: term.mean() for name, term in terms.items()}, statistics_of(model))
 
@@ -55,8 +75,18 @@ def make_step(
         metrics["grad_norm"] = optax.tree.norm(grads)
         return State(state.step + 1, params, opt_state), metrics
 
-    # The key is an argument: runs that differ in their seed alone share one compiled program.
-    return partial(jax.jit(step, donate_argnums=1), jax.random.key(seed))
+    # The key is an argument: runs that differ in their seed alone share one compiled program. So are the teacher's weights:
+    # as constants they would be compiled in.
+    fixed = (jax.random.key(seed), None if teacher is None else params_of(teacher))
+    return partial(jax.jit(step, donate_argnums=1), fixed)
+
+
+def _with_tokens(model: Model, images: Array, rngs: nnx.Rngs | None) -> tuple[Array, Aux]:
+    """`ViT.__call__` with aux['tokens'], the patch tokens after the last block and the last norm."""
+    model = plain_vit(model, "distillation of tokens")
+    x, aux = model.encode(model.embed(images), rngs)
+    prediction, aux = model.predict(x, aux)
+    return prediction, {**aux, "tokens": model.norm(x[:, model.num_special :])}
 
 
 def run(

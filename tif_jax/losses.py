@@ -12,7 +12,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float
 
-from tif_jax.tokens import num_kept
+from tif_jax.errors import InputError
+from tif_jax.tokens import num_kept, take
 
 Loss = Callable[[Float[Array, "B L"], Mapping[str, Array], Mapping[str, Any]], dict[str, Float[Array, " B"]]]
 
@@ -29,6 +30,62 @@ def classification(prediction, aux, batch, *, label_smoothing: float = 0.0) -> d
     loss = sum(optax.softmax_cross_entropy(logits, target) for logits in heads) / len(heads)
     loss = loss + sum(v for k, v in aux.items() if k.startswith("loss/"))
     return {"loss": loss, "top1": (prediction.argmax(-1) == batch["label"]).astype(jnp.float32)}
+
+
+def distillation(
+    prediction, aux, batch, *, base: Loss = classification, logits_weight: float = 0.5, tokens_weight: float = 0.5
+) -> dict[str, Float[Array, " B"]]:
+    """The base loss and what a teacher would have said (DynamicViT, section 3.3): needs a step with a `teacher`.
+
+    Adds logits_weight * KL(teacher || student) of the class distributions, in nats, and tokens_weight * the mean squared
+    difference between the patch tokens left and the teacher's in the same places; with 0 tokens are not compared.
+    """
+    terms = base(prediction, aux, batch)
+    taught, said = (jax.nn.log_softmax(logits, axis=-1) for logits in (batch["teacher/logits"], prediction))
+    terms["teacher_kl"] = jnp.sum(jnp.exp(taught) * (taught - said), axis=-1)
+    loss = terms["loss"] + logits_weight * terms["teacher_kl"]
+    if tokens_weight:
+        terms["teacher_mse"] = _token_difference(aux, batch["teacher/tokens"])
+        loss = loss + tokens_weight * terms["teacher_mse"]
+    return {**terms, "loss": loss}
+
+
+def hard_distillation(
+    prediction, aux, batch, *, base: Loss = classification, weight: float = 0.5
+) -> dict[str, Float[Array, " B"]]:
+    """(1 - weight) * the base loss + weight * cross-entropy, in nats, with the teacher's top class (Touvron et al. 2021).
+
+    A distillation head, where there is one, learns from the teacher and the other head from the labels. Needs a step with
+    a `teacher`.
+    """
+    terms = base(prediction, {k: v for k, v in aux.items() if k != "logits/distillation"}, batch)
+    logits = aux.get("logits/distillation", prediction)
+    taught = optax.softmax_cross_entropy_with_integer_labels(logits, batch["teacher/logits"].argmax(axis=-1))
+    return {**terms, "loss": (1 - weight) * terms["loss"] + weight * taught, "teacher_cross_entropy": taught}
+
+
+def _token_difference(aux: Mapping[str, Any], taught: Float[Array | np.ndarray, "B N D"]) -> Float[Array, " B"]:
+    """Mean over the patch tokens left, and over channels, of the squared difference to the teacher's; 0 if none is left."""
+    tokens = aux["tokens"]
+    if tokens.shape[1] != taught.shape[1]:
+        kept = aux.get("kept")
+        if kept is None or kept.shape[1] != tokens.shape[1]:
+            raise InputError(
+                f"{tokens.shape[1]} patch tokens come out, not all of them patches of the teacher's "
+                f"{taught.shape[1]}: this reducer makes tokens of several patches; distil with tokens_weight=0"
+            )
+        taught = take(jnp.asarray(taught), kept)
+    if tokens.shape[2] != taught.shape[2]:
+        raise InputError(
+            f"the teacher's tokens have width {taught.shape[2]}, the student's {tokens.shape[2]}; "
+            "distil with tokens_weight=0"
+        )
+    wide = jnp.promote_types(tokens.dtype, jnp.float32)
+    difference = jnp.mean((tokens.astype(wide) - taught.astype(wide)) ** 2, axis=2)
+    # The mask says where to compare; that comparing less lowers the loss must not teach the reducer to drop.
+    left = jax.lax.stop_gradient(aux["mask"]) if "mask" in aux else jnp.ones(difference.shape, wide)
+    total = left.sum(axis=1)
+    return (difference * left).sum(axis=1) / jnp.where(total > 0, total, 1)
 
 
 def impact(

@@ -18,7 +18,7 @@ from tif_jax.budget import AMOUNTS
 from tif_jax.commands import _arguments
 from tif_jax.data.loader import Batches, training_batches
 from tif_jax.errors import InputError
-from tif_jax.loading import load_with_fields
+from tif_jax.loading import load, load_with_fields
 from tif_jax.loop import init_state, make_step, run
 from tif_jax.metrics_log import MetricsLog
 from tif_jax.models import Model, create_model
@@ -123,11 +123,11 @@ def finetune(config: ConfigDict, workdir: Path) -> None:
     early = [(end, before_finetuning(config, workdir, changed)[0]) for end, changed in early_phases(config)]
     source = open_source(config, "train", model)
     batches = training_batches(source, config.data, batch_size=recipe.batch_size, seed=config.seed)
-    loss = partial(losses.classification, label_smoothing=recipe.label_smoothing)
+    loss, teacher = _finetuning_loss(config, workdir)
     rests = (is_fitted(config) or name == "prior") and "reducer" in params_of(model)
     _fit(
         finetune_directory(config, workdir), model, loss, FROZEN_REDUCER if rests else (), True, batches, len(source),
-        recipe, config, fields, {"name": name, **options}, early=early,
+        recipe, config, fields, {"name": name, **options}, early=early, teacher=teacher,
     )  # fmt: skip
 
 
@@ -142,6 +142,22 @@ def before_finetuning(config: ConfigDict, workdir: Path, options: Mapping[str, A
         labels = losses.keep_labels(table.impact, **labelling(config, table.impact))
         nnx.update(model, {"reducer": {"logits": losses.position_prior(labels)}})
     return model, fields
+
+
+def _finetuning_loss(config: ConfigDict, workdir: Path) -> tuple[losses.Loss, Model | None]:
+    """The loss that finetune.distillation asks for, and the teacher that it needs: the backbone, unreduced."""
+    recipe = config.finetune
+    base = partial(losses.classification, label_smoothing=recipe.label_smoothing)
+    given = recipe.get("distillation", {})
+    kind = given.get("kind", "")
+    if kind not in ("", "soft", "hard"):
+        raise InputError(f"finetune.distillation.kind is {kind!r}; allowed: '', 'soft', 'hard'")
+    if not kind:
+        return base, None
+    teacher = load(workdir / "backbone", reducer="full", dtype=config.dtype)
+    if kind == "hard":
+        return partial(losses.hard_distillation, base=base), teacher
+    return partial(losses.distillation, base=base, **{k: v for k, v in given.items() if k != "kind"}), teacher
 
 
 FITTED: dict[str, Callable[[ConfigDict, Path], None]] = {"tif": token_filter, "tosa": selectors}
@@ -293,10 +309,12 @@ def _fit(
     *,
     stochastic: bool = True,
     early: Sequence[tuple[float, Model]] = (),
+    teacher: Model | None = None,
 ) -> None:
     """Trains, or goes on where an interrupted run of the same recipe stopped, until recipe.num_epochs are done.
 
     early: until which epochs the model is replaced by which other: the same parameters under another reducer.
+    teacher: whose outputs the loss reads, if it does.
     """
     keys = ("seed", "dtype", "data")
     records.claim(
@@ -317,6 +335,8 @@ def _fit(
     params = params_of(model)
     mask = optim.match(trainable, params, trainable_default)
     mesh = make_mesh(recipe.batch_size)
+    if teacher is not None:
+        nnx.update(teacher, replicate(params_of(teacher), mesh))
     state = replicate(init_state(params, optimizer, mask), mesh)
     with Checkpoints(directory / "checkpoints") as checkpoints:
         if restored := checkpoints.restore(state):
@@ -333,7 +353,7 @@ def _fit(
             if int(state.step) >= until:
                 continue
             state = run(
-                make_step(of_phase, loss, optimizer, mask, seed=config.seed, stochastic=stochastic),
+                make_step(of_phase, loss, optimizer, mask, seed=config.seed, stochastic=stochastic, teacher=teacher),
                 state,
                 (shard(batch, mesh) for batch in batches),
                 until=until,

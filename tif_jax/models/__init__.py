@@ -100,11 +100,11 @@ def blueprint(
         raise InputError(f"Unknown model fields {', '.join(unknown)}. Known: {', '.join(sorted(_FIELDS[family]))}")
     rows, columns = grid_of({"family": family, **fields})
     if family == "vit":
-        width, depth = (_field(ViT, fields, name) for name in ("width", "depth"))
+        shape = {name: _field(ViT, fields, name) for name in ("width", "num_heads", "depth")}
     else:
         depths = _field(LeViT, fields, "depths")
-        width, depth = _field(LeViT, fields, "widths")[0], sum(depths) + len(depths) - 1
-    attach = partial(reducers.build, reducer, width=width, num_patches=rows * columns, depth=depth)
+        shape = dict(width=_field(LeViT, fields, "widths")[0], depth=sum(depths) + len(depths) - 1)
+    attach = partial(reducers.build, reducer, num_patches=rows * columns, **shape)
     if (budget := reducer_options.pop("budget", None)) is not None:
         full = nnx.eval_shape(lambda key: FAMILIES[family](**fields, rngs=nnx.Rngs(key)), jax.random.key(0))
         reducer_options |= within_budget(budget, full, attach, reducers.options(reducer), reducer_options)

@@ -23,6 +23,7 @@ from tif_jax.reducers import Aux, Full, Reducer
 from tif_jax.tokens import QueryKey, Tokens
 
 FULL = Full()
+_SMOOTHING = 1e-6  # of the softmax with masked keys, DynamicViT's
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}  # float64: for checks, needs x64
 
 
@@ -44,10 +45,13 @@ class Attention(nnx.Module):
         self.qk_norm = qk_norm
 
     def __call__(
-        self, x: Float[Array, "B T D"], key_log_weight: Float[Array, "B T"] | None = None
+        self,
+        x: Float[Array, "B T D"],
+        key_log_weight: Float[Array, "B T"] | None = None,
+        key_weight: Float[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], QueryKey]:
         query, key, value = self.project(x)
-        mixed = _attend(query, key, value, key_log_weight)
+        mixed = _attend(query, key, value, key_log_weight, key_weight)
         return self.out(rearrange(mixed, "b h t c -> b t (h c)")), QueryKey(query, key)
 
     def project(
@@ -65,6 +69,7 @@ def _attend(
     key: Float[Array, "B T H C"],
     value: Float[Array, "B T H C"],
     key_log_weight: Float[Array, "B T"] | None,
+    key_weight: Float[Array, "B T"] | None,
 ) -> Float[Array, "B H T C"]:
     """softmax(query key^T / sqrt(C) + key_log_weight) value, the softmax in float32 for bfloat16 too.
 
@@ -76,7 +81,20 @@ def _attend(
     )
     if key_log_weight is not None:
         logits = logits + key_log_weight[:, None, None, :].astype(logits.dtype)
-    return jnp.einsum("bhts,bhsc->bhtc", jax.nn.softmax(logits, axis=-1).astype(value.dtype), value)
+    weights = jax.nn.softmax(logits, axis=-1) if key_weight is None else _masked_softmax(logits, key_weight)
+    return jnp.einsum("bhts,bhsc->bhtc", weights.astype(value.dtype), value)
+
+
+def _masked_softmax(logits: Float[Array, "B H T T"], key_weight: Float[Array, "B T"]) -> Float[Array, "B H T T"]:
+    """Softmax over the keys in which exp(logit) counts key_weight times, a token's own always once; rows sum to 1.
+
+    The smoothing bounds the gradient where all keys of weight 1 have exponentials that underflow.
+    """
+    num_tokens = logits.shape[-1]
+    own = jnp.eye(num_tokens, dtype=logits.dtype)[None, None]
+    weight = key_weight[:, None, None].astype(logits.dtype) * (1 - own) + own
+    exponential = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))) * weight
+    return (exponential + _SMOOTHING / num_tokens) / (exponential.sum(axis=-1, keepdims=True) + _SMOOTHING)
 
 
 class FeedForward(nnx.Module):
@@ -123,10 +141,18 @@ class Block(nnx.Module):
         self.drop_path = drop_path
 
     def attend(
-        self, x: Float[Array, "B T D"], key_log_weight: Float[Array, "B T"] | None = None, rngs: nnx.Rngs | None = None
+        self,
+        x: Float[Array, "B T D"],
+        key_log_weight: Float[Array, "B T"] | None = None,
+        rngs: nnx.Rngs | None = None,
+        key_weight: Float[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], QueryKey]:
-        """x plus attention. key_log_weight is added to the logits of each key before the softmax."""
-        y, qk = self.attention(self.attention_norm(x), key_log_weight)
+        """x plus attention. key_log_weight is added to the logits of each key before the softmax.
+
+        key_weight, in [0, 1], is a soft mask: it multiplies each key's exponential for every query but the key's own, so
+        that a masked token still attends to itself. Unlike a logarithm, it has a gradient where it is 0.
+        """
+        y, qk = self.attention(self.attention_norm(x), key_log_weight, key_weight)
         return x + drop_path(self.scale_attention(y), self.drop_path, rngs), qk
 
     def scale_attention(self, y: Float[Array, "... D"]) -> Float[Array, "... D"]:
@@ -281,11 +307,17 @@ class ViT(nnx.Module):
     def predict(
         self, x: Float[Array, "B S D"], aux: Aux, patch_weight: Float[Array, "B N"] | None = None
     ) -> tuple[Float[Array, "B L"], Aux]:
-        """Class logits, float32. patch_weight: each patch token's share under mean pooling (the oracle's gates)."""
+        """Class logits, float32. patch_weight: each patch token's share under mean pooling (the oracle's gates).
+
+        Where a reducer masks patches instead of removing them, aux['mask'] is their share.
+        """
+        if patch_weight is None:
+            patch_weight = aux.get("mask")
         if self.pool == "mean":
             patches = at_least_float32(x[:, self.num_special :])
             weight = jnp.ones(patches.shape[:2], patches.dtype) if patch_weight is None else patch_weight
-            pooled = jnp.einsum("bnd,bn->bd", patches, weight) / weight.sum(axis=1, keepdims=True)
+            total = weight.sum(axis=1, keepdims=True)  # 0 where a mask left nothing: the features are then 0
+            pooled = jnp.einsum("bnd,bn->bd", patches, weight) / jnp.where(total > 0, total, 1)
             features = self.norm(pooled.astype(self.dtype))
         else:
             features = self.norm(x[:, 0])

@@ -12,9 +12,11 @@ tokens through them says so by an attribute `walks_pyramids = True`; the others 
 `aux` is the whole side channel. Reserved names:
   kept           int32 (B, K), raster positions of the patches that stay tokens of their own, ascending
   source         int32 (B, N), for each patch the row among the patch tokens that come out in which it lives, or -1
+  mask           float (B, N), 1 for the patches still there, 0 for those masked out (training forms that gather nothing)
   filter_logits  (B, N), raster order: how much each patch is worth keeping
   loss/...       per-example terms that the training step adds
   logits/...     predictions of single heads, where the model has several: the classification loss scores each
+  tokens         (B, S, D), the patch tokens that come out, after the last norm: the step adds them for distillation
 """
 
 import importlib
@@ -31,7 +33,7 @@ from tif_jax.tokens import Tokens
 
 Aux = dict[str, Array]
 # Given to a reducer by the model it joins, where its constructor asks for them.
-_SHAPE = ("width", "num_patches", "depth", "rngs")
+_SHAPE = ("width", "num_patches", "num_heads", "depth", "rngs")
 
 
 @runtime_checkable
@@ -51,10 +53,19 @@ def options(name: str) -> dict[str, inspect.Parameter]:
     return {k: p for k, p in _parameters(name).items() if k not in _SHAPE}
 
 
-def build(name: str, *, width: int, num_patches: int, depth: int = 1, rngs: Any, **given: Any) -> Reducer:
-    """The reducer in file `name`, for a model of that width and number of patch tokens and blocks.
+def build(
+    name: str,
+    *,
+    width: int,
+    num_patches: int,
+    num_heads: int | None = None,
+    depth: int | None = None,
+    rngs: Any,
+    **given: Any,
+) -> Reducer:
+    """The reducer in file `name`, for a model of that width, number of patch tokens, heads and blocks.
 
-    Raises InputError on misuse.
+    None: not known, where only the options are checked. Raises InputError on misuse.
     """
     allowed = options(name)
     if unknown := sorted(set(given) - set(allowed)):
@@ -63,7 +74,7 @@ def build(name: str, *, width: int, num_patches: int, depth: int = 1, rngs: Any,
     if missing := sorted(required - set(given)):
         raise InputError(f"Reducer {name!r} needs {', '.join(missing)}")
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}  # as a stored config has them
-    shape = {"width": width, "num_patches": num_patches, "depth": depth, "rngs": rngs}
+    shape = {"width": width, "num_patches": num_patches, "num_heads": num_heads, "depth": depth, "rngs": rngs}
     if isinstance(then := given.get("then"), Mapping):
         if "name" not in then:
             raise InputError(f"then is {dict(then)}; it names a reducer, as in dict(name='evo_vit', keep_ratio=0.5)")

@@ -38,10 +38,12 @@ class EvoLevit(nnx.Module):
 
     walks_pyramids = True
 
-    def __init__(self, keep_ratio: float = 0.5, layer_wise: bool = False, representative: bool = True, *, depth: int):
+    def __init__(
+        self, keep_ratio: float = 0.5, layer_wise: bool = False, representative: bool = True, *, depth: int | None
+    ):
         check_keep_ratio(keep_ratio)
         self.keep_ratio, self.layer_wise, self.representative = keep_ratio, layer_wise, representative
-        self.theta = nnx.Param(jnp.zeros((depth,)))
+        self.theta = nnx.Param(jnp.zeros((depth or 0,)))
 
     def __call__(self, blocks, x, tokens, rngs=None):
         num_special, index = tokens.num_special, tokens.index
