@@ -23,6 +23,19 @@ _NAME = re.compile(
     r"(?P<family>deit3|deit|vit)_(?P<size>tiny|small|base|large)(?P<distilled>_distilled)?_patch(?P<patch>\d+)_(?P<image>\d+)"
 )
 
+
+class Rngs(nnx.Rngs):
+    """nnx.Rngs with one stream and the same keys, counted in Python: nnx's count is half of the time to trace a model."""
+
+    def __init__(self, key: Key[Array, ""]):
+        super().__init__(key)
+        self.num_drawn = 0
+
+    def params(self) -> Key[Array, ""]:
+        self.num_drawn += 1
+        return jax.random.fold_in(self.default.key[...], self.num_drawn - 1)
+
+
 MODEL_FIELDS = frozenset(ViT.__init__.__annotations__) - {"reducer", "rngs", "return"}
 
 
@@ -49,11 +62,16 @@ def create_model(name: str | dict[str, Any], *, reducer: str = "full", seed: int
     of the reducer (keep_ratio, ...). Raises InputError for anything unknown.
     """
     build = blueprint(name, reducer=reducer, **options)
-    # One compiled program draws all the weights: drawn one by one they would take seconds.
-    model = nnx.eval_shape(build, jax.random.key(0))
-    params = jax.jit(lambda key: nnx.to_pure_dict(nnx.state(build(key), nnx.Param)))(jax.random.key(seed))
-    nnx.update(model, params)
-    return model
+
+    @jax.jit  # one program draws all the weights: drawn one by one they would take seconds
+    def draw(key):
+        nonlocal graphdef
+        graphdef, params = nnx.split(build(key), nnx.Param)
+        return params
+
+    graphdef = None
+    params = draw(jax.random.key(seed))
+    return nnx.merge(graphdef, params)
 
 
 def blueprint(name: str | dict[str, Any], *, reducer: str = "full", **options: Any) -> Callable[[Key[Array, ""]], ViT]:
@@ -67,7 +85,7 @@ def blueprint(name: str | dict[str, Any], *, reducer: str = "full", **options: A
     width = fields.get("width", inspect.signature(ViT.__init__).parameters["width"].default)
 
     def build(key: Key[Array, ""]) -> ViT:
-        rngs = nnx.Rngs(key)
+        rngs = Rngs(key)
         built = reducers.build(reducer, width=width, num_patches=rows * columns, rngs=rngs, **reducer_options)
         return ViT(**fields, reducer=built, rngs=rngs)
 
