@@ -3,11 +3,11 @@
 import jax
 import numpy as np
 import pytest
+from cases import numpy_model
 from jax.errors import JaxRuntimeError
 
 from tif_jax import scoring
 from tif_jax.errors import WorkError
-from tif_jax.models import create_model
 from tif_jax.oracle import token_impact
 from tif_jax.scoring import Scorer
 
@@ -16,7 +16,7 @@ EXACT = dict(estimator="exact", mask="zero", target="label", num_samples=1, keep
 
 @pytest.fixture(scope="module")
 def model():
-    return create_model(dict(image_size=24, patch_size=8, width=16, depth=2, num_heads=2, num_classes=3))
+    return numpy_model(dict(image_size=24, patch_size=8, width=16, depth=2, num_heads=2, num_classes=3))
 
 
 def inputs(num_images):
