@@ -150,7 +150,7 @@ def test_sampled_is_unbiased():
     probability = 0.7**kept * 0.3 ** (4 - kept)
     expected = np.einsum("m,mbn->bn", probability, at)
     deviation = np.sqrt(np.einsum("m,mbn->bn", probability, (at - expected[None]) ** 2))
-    sampled = token_impact(model, images, labels, estimator="sampled", num_samples=4000, keep_ratio=0.7)
+    sampled = token_impact(model, images, labels, estimator="sampled", num_samples=4000, keep_ratio=0.7, chunk=512)
     assert (np.abs(sampled - expected) < 5 * deviation / np.sqrt(4000) + 1e-6).all()
     one, other = (token_impact(model, images, labels, estimator="sampled", num_samples=8, seed=s) for s in (0, 1))
     again = token_impact(model, images, labels, estimator="sampled", num_samples=8, seed=0)
