@@ -1,4 +1,7 @@
-"""Which cases of a test run always, and which with `-m long` only; and models that are made without compiling."""
+"""Which cases of a test run always, and which with `-m long` only; models and pictures that no program has to draw.
+
+A test spends its time on tracing and compiling: what is compiled once costs less than what runs op by op.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +10,7 @@ import pytest
 from flax import nnx
 
 from tif_jax.models import blueprint
+from tif_jax.models.vit import ViT
 from tif_jax.state import params_of
 
 
@@ -30,3 +34,35 @@ def lively(fields, seed=0, scale=0.5, **options):
 
     nnx.update(model, jax.tree_util.tree_map_with_path(draw, params_of(model)))
     return model
+
+
+def numpy_model(fields, seed=0, **options) -> ViT:
+    """`create_model` with weights from numpy, of about the same size: no program to compile. No weight is 0 or 1."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, shape):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        values = rng.standard_normal(shape.shape).clip(-2, 2)
+        if name.endswith("scale"):
+            values = 1 + values / 10
+        else:
+            wide = name.endswith("kernel") and name.startswith(("patch_embedding", "reducer"))
+            values *= shape.shape[0] ** -0.5 if wide else 0.02
+        return jnp.asarray(values, shape.dtype)
+
+    model = nnx.eval_shape(blueprint(fields, **options), jax.random.key(0))
+    nnx.update(model, jax.tree_util.tree_map_with_path(draw, params_of(model)))
+    return model
+
+
+def numpy_images(num, size=(32, 32), seed=0):
+    """Random numbers in the shape of images."""
+    return jnp.asarray(np.random.default_rng(seed).standard_normal((num, *size, 3)), jnp.float32)
+
+
+# A model and its steps as one program each, for walks written by hand; models and blocks of equal shape share one.
+call = jax.jit(lambda model, images: model(images))
+embed = jax.jit(lambda model, images: model.embed(images))
+attend = jax.jit(lambda block, x, key_log_weight=None: block.attend(x, key_log_weight))
+feed_forward = jax.jit(lambda block, x: block.feed_forward(x))
+predict = jax.jit(lambda model, x: model.predict(x, {})[0])

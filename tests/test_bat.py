@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import mostly_long
+from cases import attend, embed, feed_forward, mostly_long, numpy_images, numpy_model
 from flax import nnx
 
 from tif_jax.cost import cost
@@ -30,13 +30,13 @@ VARIANTS = {
 
 
 def images(num=3, size=48, seed=0):
-    return jax.random.normal(jax.random.key(seed), (num, size, size, 3))
+    return numpy_images(num, (size, size), seed)
 
 
 @functools.cache
 def model_of(reducer="bat", **options):
     options = ({"keep_ratio": 0.5} if reducer == "bat" else {}) | options
-    model = create_model(TINY, reducer=reducer, **options)
+    model = numpy_model(TINY, reducer=reducer, **options)
     # Larger weights than at initialisation: attention, densities and similarities of different tokens should differ.
     scaled = jax.tree.map(lambda p: p * 6 if p.ndim == 2 and p.shape[0] == p.shape[1] // 3 else p, params_of(model))
     nnx.update(model, scaled)
@@ -102,7 +102,7 @@ def slow_bat(model, x):
     source = index.copy()
     bias = None
     for i, block in enumerate(model.blocks):
-        x, qk = block.attend(x, bias)
+        x, qk = attend(block, x, bias)
         if i in sites:
             counts = reducer.counts(index.shape[1], ratios[sites.index(i)])
             new = [
@@ -115,7 +115,7 @@ def slow_bat(model, x):
             if reducer.proportional_attention:
                 sizes = np.stack([np.bincount(s) for s in source]).astype(np.float32)
                 bias = jnp.log(jnp.asarray(np.pad(sizes, ((0, 0), (front, 0)), constant_values=1)))
-        x = block.feed_forward(x)
+        x = feed_forward(block, x)
     return x, index, source
 
 
@@ -139,7 +139,7 @@ def slow_site(reducer, counts, x, query, key, front):
 @pytest.mark.parametrize("variant", mostly_long(VARIANTS, short=(0,)))
 def test_whole_against_loops(variant):
     model = model_of(**VARIANTS[variant])
-    embedded = model.embed(images())
+    embedded = embed(model, images())
     x, aux = jax.jit(lambda x: model.reducer(model.blocks, x, model.tokens(3)))(embedded)
     slow_x, kept, source = slow_bat(model, embedded)
     assert x.shape[1] < embedded.shape[1]
@@ -208,7 +208,7 @@ def test_source_names_the_row_and_lone_patches_pass_unchanged():
     scores = jax.random.uniform(jax.random.key(1), (2, 36))
     counts = reducer.counts(36, 0.5)
     assert counts == Counts(18, 4, 7)
-    merged, left, row = (np.asarray(a) for a in reducer.reduce(x, scores, x, counts))
+    merged, left, row = map(np.asarray, jax.jit(lambda x, scores: reducer.reduce(x, scores, x, counts))(x, scores))
     assert merged.shape == (2, 21, 8) and left.shape == (2, 21) and row.shape == (2, 36)
     for b in range(2):
         assert set(row[b].tolist()) == set(range(21)) and (np.diff(left[b]) > 0).all()
@@ -254,7 +254,7 @@ def test_attention_that_underflows_makes_no_nan():
     scores = jnp.zeros((1, 16)).at[0, 3].set(1.0)
     reducer = Bat(keep_ratio=0.25, match_ratio=0.5)
     merged = lambda x, scores: reducer.reduce(x, scores, x, reducer.counts(16, 0.25))[0].sum()  # noqa: E731
-    value, grads = jax.value_and_grad(merged, (0, 1))(x, scores)
+    value, grads = jax.jit(jax.value_and_grad(merged, (0, 1)))(x, scores)
     assert np.isfinite(value) and all(bool(jnp.isfinite(g).all()) for g in grads)
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import mostly_long
+from cases import attend, embed, feed_forward, mostly_long, numpy_images, numpy_model, predict
 from flax import nnx
 
 from tif_jax import reducers
@@ -23,19 +23,19 @@ SPECIAL = TINY | dict(distillation_token=True, num_registers=2, pool="mean", qk_
 
 
 def images(num=3, seed=0):
-    return jax.random.normal(jax.random.key(seed), (num, 32, 32, 3))
+    return numpy_images(num, seed=seed)
 
 
 @functools.cache
 def plain(special):
     """A model whose weights are large enough that attention differs between patches."""
-    model = create_model(SPECIAL if special else TINY)
+    model = numpy_model(SPECIAL if special else TINY)
     nnx.update(model, jax.tree.map(lambda p: p * 4 if p.ndim == 2 else p, params_of(model)))
     return model
 
 
 def with_evit(special=False, dtype="float32", **options):
-    model = create_model((SPECIAL if special else TINY) | dict(dtype=dtype), reducer="evit", **options)
+    model = numpy_model((SPECIAL if special else TINY) | dict(dtype=dtype), reducer="evit", **options)
     nnx.update(model, params_of(plain(special)))
     return model
 
@@ -68,11 +68,11 @@ def reference(model, image, ratios, fuse):
     ratios: {block: keep ratio}. A walk over a list of tokens, each with the set of patches that it stands for.
     """
     num_special = model.num_special
-    rows = np.asarray(model.embed(image[None]))[0]
+    rows = np.asarray(embed(model, image[None]))[0]
     special, patches = rows[:num_special], list(rows[num_special:])
     members, is_patch = [{i} for i in range(len(patches))], [True] * len(patches)
     for i, block in enumerate(model.blocks):
-        x, qk = block.attend(jnp.asarray(np.stack([*special, *patches])[None]))
+        x, qk = attend(block, jnp.asarray(np.stack([*special, *patches])[None]))
         x = np.asarray(x)[0]
         special, patches = x[:num_special], list(x[num_special:])
         num_kept = math.ceil(ratios.get(i, 1) * len(patches))
@@ -85,7 +85,7 @@ def reference(model, image, ratios, fuse):
             patches, members, is_patch = ([a[j] for j in attentive] for a in (patches, members, is_patch))
             if fuse:
                 patches, members, is_patch = [*patches, token], [*members, lost], [*is_patch, False]
-        x = np.asarray(block.feed_forward(jnp.asarray(np.stack([*special, *patches])[None])))[0]
+        x = np.asarray(feed_forward(block, jnp.asarray(np.stack([*special, *patches])[None])))[0]
         special, patches = x[:num_special], list(x[num_special:])
     return np.stack([*special, *patches]), members, is_patch
 
@@ -122,7 +122,7 @@ def test_against_the_reference(special, options, ratios, num_tokens):
             own = [p for positions, patch in zip(members, is_patch, strict=True) if patch for p in positions]
             np.testing.assert_array_equal(aux["kept"][b], own)
             assert aux["kept"].dtype == np.int32
-        expected_logits = model.predict(jnp.asarray(expected[None]), {})[0][0]
+        expected_logits = predict(model, jnp.asarray(expected[None]))[0]
         np.testing.assert_allclose(logits[b], expected_logits, atol=1e-4)
 
 
@@ -143,10 +143,10 @@ def test_the_fused_token_is_dropped_in_some_images_and_kept_in_others():
 def test_source_follows_the_order_of_the_index_and_kept_is_raster():
     """Patch tokens that were picked before EViT saw them."""
     model = with_evit(keep_ratio=0.5, sites=(1,))
-    x = model.embed(images())
+    x = embed(model, images())
     index = jnp.tile(jnp.asarray([[1, 3, 4, 6, 9, 10, 14, 15]], jnp.int32), (3, 1))
     x = jnp.concatenate([x[:, :1], jnp.take_along_axis(x[:, 1:], index[..., None], axis=1)], axis=1)
-    x, aux = model.reducer(model.blocks, x, model.tokens(3)._replace(index=index))
+    x, aux = jax.jit(lambda x: model.reducer(model.blocks, x, model.tokens(3)._replace(index=index)))(x)
     assert x.shape[1] == 1 + 4 + 1 and aux["source"].shape == (3, 8) and aux["kept"].shape == (3, 4)
     for kept, source in zip(np.asarray(aux["kept"]), np.asarray(aux["source"]), strict=True):
         np.testing.assert_array_equal(np.asarray(index)[0][source < 4], kept)
@@ -165,13 +165,13 @@ def test_keeping_everything_is_the_plain_model(special, fuse):
 
 
 def test_the_fused_token_passes_gradient_to_its_weights_and_members():
-    model = create_model(TINY)
-    x = model.embed(images())
+    model = numpy_model(TINY)
+    x = embed(model, images())
     kept = jnp.tile(jnp.arange(8, dtype=jnp.int32)[None], (3, 1))
     fused = jnp.tile(jnp.arange(16)[None] >= 8, (3, 1))
     scores = jax.random.uniform(jax.random.key(1), (3, 16))
     total = lambda x, scores: reorganise(x, scores, kept, fused)[:, -1].sum()  # noqa: E731
-    to_x, to_scores = (np.asarray(g) for g in jax.grad(total, argnums=(0, 1))(x, scores))
+    to_x, to_scores = (np.asarray(g) for g in jax.jit(jax.grad(total, argnums=(0, 1)))(x, scores))
     np.testing.assert_allclose(to_scores[:, 8:], np.asarray(x)[:, 9:].sum(axis=-1), rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(to_x[:, 9:], np.tile(np.asarray(scores)[:, 8:, None], (1, 1, 32)), rtol=1e-5)
     assert (to_scores[:, :8] == 0).all() and (to_x[:, :9] == 0).all()
@@ -196,7 +196,7 @@ def test_bfloat16(fuse):
 @pytest.mark.long
 @pytest.mark.parametrize("fuse", [False, True])
 def test_strict_dtypes(strict_dtypes, fuse):
-    model = create_model(TINY, reducer="evit", keep_ratio=0.5, fuse=fuse)
+    model = numpy_model(TINY, reducer="evit", keep_ratio=0.5, fuse=fuse)
     jax.eval_shape(lambda x: model(x), images())
 
 
@@ -204,7 +204,7 @@ def test_strict_dtypes(strict_dtypes, fuse):
 def test_rngs_reach_both_half_steps():
     """In training drop-path draws twice per block, as in the plain model."""
     fields = TINY | dict(drop_path=0.5)
-    model, full = create_model(fields, reducer="evit", keep_ratio=1.0), create_model(fields)
+    model, full = numpy_model(fields, reducer="evit", keep_ratio=1.0), numpy_model(fields)
     call = lambda model: jax.jit(lambda key: model(images(), nnx.Rngs(key))[0])(jax.random.key(7))  # noqa: E731
     np.testing.assert_array_equal(call(model), call(full))
 

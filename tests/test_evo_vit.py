@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import mostly_long
+from cases import attend, embed, feed_forward, mostly_long, numpy_images, numpy_model
 from flax import nnx
 
 from tif_jax.cost import cost
@@ -21,14 +21,14 @@ def lively(model, seed=3):
     """Random weights under which attention is far from uniform, so that rankings have no near ties."""
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    noisy = [p + 0.2 * jax.random.normal(key, p.shape) for p, key in zip(leaves, keys, strict=True)]
+    rng = np.random.default_rng(seed)
+    noisy = [jnp.asarray(np.asarray(p) + 0.2 * rng.standard_normal(p.shape), p.dtype) for p in leaves]
     nnx.update(model, jax.tree.unflatten(tree, noisy))
     return model
 
 
 def images(num=3, size=(32, 32), seed=0):
-    return jax.random.normal(jax.random.key(seed), (num, *size, 3))
+    return numpy_images(num, size, seed)
 
 
 def class_attention_of(qk, num_special):
@@ -63,8 +63,8 @@ def evolve(model, x, keep_ratio, stages, representative, t):
         increment = 0
         for block in model.blocks[start:stop]:
             before = np.stack(z)[None].astype(np.float32)
-            middle, qk = block.attend(jnp.asarray(before))
-            after = np.asarray(block.feed_forward(middle))
+            middle, qk = attend(block, jnp.asarray(before))
+            after = np.asarray(feed_forward(block, middle))
             middle = np.asarray(middle)
             increment = increment + (middle - before)[0, -1] + (after - middle)[0, -1]
             a = class_attention_of(qk, front)
@@ -96,8 +96,8 @@ def evolve(model, x, keep_ratio, stages, representative, t):
     ),
 )
 def test_the_walk_of_the_specification(fields, options, stages):
-    model = lively(create_model(TINY | fields, reducer="evo_vit", **options))
-    x = model.embed(images(2, size=model.image_size))
+    model = lively(numpy_model(TINY | fields, reducer="evo_vit", **options))
+    x = embed(model, images(2, size=model.image_size))
     out, aux = jax.jit(lambda x: model.encode(x))(x)
     num_patches = model.grid[0] * model.grid[1]
     for b in range(len(x)):
@@ -114,8 +114,8 @@ def test_the_walk_of_the_specification(fields, options, stages):
 
 @pytest.mark.parametrize("rngs", [None, 7])
 def test_placeholders_move_by_one_vector_per_image_or_not_at_all(rngs):
-    model = lively(create_model(TINY | dict(drop_path=0.3), reducer="evo_vit", stages=(2,)))
-    x = model.embed(images())
+    model = lively(numpy_model(TINY | dict(drop_path=0.3), reducer="evo_vit", stages=(2,)))
+    x = embed(model, images())
 
     def walk(x, representative):
         draw = lambda: None if rngs is None else nnx.Rngs(rngs)  # noqa: E731
@@ -139,8 +139,8 @@ def test_placeholders_move_by_one_vector_per_image_or_not_at_all(rngs):
 
 
 def test_order_of_patches_does_not_matter_without_positions():
-    model = lively(create_model(TINY | dict(pool="mean"), reducer="evo_vit"))
-    x = model.embed(images())
+    model = lively(numpy_model(TINY | dict(pool="mean"), reducer="evo_vit"))
+    x = embed(model, images())
     order = jax.random.permutation(jax.random.key(1), 16)
     call = jax.jit(lambda x: model.encode(x))
     out, aux = call(x)
@@ -235,9 +235,9 @@ def test_published_cost(name, published, with_representative):
 
 @pytest.mark.long
 def test_bfloat16_stays_bfloat16_and_near():
-    model = lively(create_model(TINY | EVERYTHING, reducer="evo_vit"))
-    x = model.embed(images())
-    half = lively(create_model(TINY | EVERYTHING | dict(dtype="bfloat16"), reducer="evo_vit"))
+    model = lively(numpy_model(TINY | EVERYTHING, reducer="evo_vit"))
+    x = embed(model, images())
+    half = lively(numpy_model(TINY | EVERYTHING | dict(dtype="bfloat16"), reducer="evo_vit"))
     out, _ = jax.jit(lambda x: half.encode(x))(x.astype(jnp.bfloat16))
     assert out.dtype == jnp.bfloat16 and np.isfinite(out.astype(jnp.float32)).all()
     exact = model.encode(x)[0]
@@ -245,7 +245,7 @@ def test_bfloat16_stays_bfloat16_and_near():
 
 
 def test_strict_dtypes_in_training(strict_dtypes):
-    model = create_model(TINY | dict(drop_path=0.1), reducer="evo_vit")
+    model = numpy_model(TINY | dict(drop_path=0.1), reducer="evo_vit")
     jax.eval_shape(lambda x: model(x, nnx.Rngs(0)), images())
 
 
@@ -275,9 +275,9 @@ def test_misuse(options, message):
 
 
 def test_misuse_that_only_the_model_shows():
-    model = create_model(TINY, reducer="evo_vit", stages=(2, 6))
+    model = numpy_model(TINY, reducer="evo_vit", stages=(2, 6))
     with pytest.raises(InputError, match=r"stages is \(2, 6\); the model has blocks 0..5"):
-        model(images())
-    model = create_model(TINY | dict(pool="mean", class_token=False), reducer="evo_vit")
+        jax.eval_shape(lambda x: model(x), images())
+    model = numpy_model(TINY | dict(pool="mean", class_token=False), reducer="evo_vit")
     with pytest.raises(InputError, match="attention of the class token; this model has none"):
-        model(images())
+        jax.eval_shape(lambda x: model(x), images())

@@ -2,15 +2,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import attend, call, embed, numpy_images, numpy_model
 from flax import nnx
 
 from tif_jax import cost
 from tif_jax.errors import InputError
 from tif_jax.losses import classification
-from tif_jax.models import create_model
+from tif_jax.models import Rngs, blueprint, create_model
 from tif_jax.state import params_of
 
 TINY = dict(image_size=32, patch_size=8, width=32, depth=2, num_heads=2, num_classes=5)
+
+
+def tokens(*shape, width=32, seed=0):
+    return np.random.default_rng(seed).normal(size=(*shape, width)).astype(np.float32)
 
 
 @pytest.mark.parametrize(
@@ -20,54 +25,61 @@ TINY = dict(image_size=32, patch_size=8, width=32, depth=2, num_heads=2, num_cla
      ("deit3_small_patch16_224", 22_059_496)],
 )  # fmt: skip
 def test_published_parameter_counts(name, parameters):
-    params = nnx.state(nnx.eval_shape(lambda: create_model(name)), nnx.Param)
+    params = nnx.state(nnx.eval_shape(blueprint(name), jax.random.key(0)), nnx.Param)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == parameters
 
 
 def test_tokens_are_in_raster_order():
-    model = create_model(TINY | dict(image_size=(16, 32)))
+    model = numpy_model(TINY | dict(image_size=(16, 32)))
     images = np.zeros((8, 16, 32, 3), np.float32)
     for i in range(8):  # image i has one bright patch, number i
         row, column = divmod(i, 4)
         images[i, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] = 1.0
-    x = model.embed(jnp.asarray(images)) - model.embed(jnp.zeros(images.shape))
+    x = np.asarray(embed(model, images)) - np.asarray(embed(model, np.zeros_like(images)))
     assert model.grid == (2, 4)
     np.testing.assert_array_equal(np.abs(x[:, 1:]).max(axis=-1).argmax(axis=1), np.arange(8))
 
 
 def test_drop_path_drops_whole_branches_and_keeps_the_mean():
-    model = create_model(TINY | dict(drop_path=0.5))
-    x = jnp.broadcast_to(jax.random.normal(jax.random.key(0), (1, 5, 32)), (2000, 5, 32))
-    block = model.blocks[1]  # rates rise linearly from 0: the last block has 0.5
-    clean = block.attend(x[:1])[0] - x[:1]
-    dropped = np.asarray(block.attend(x, rngs=nnx.Rngs(0))[0] - x)
+    model = numpy_model(TINY | dict(drop_path=0.5))
+    x = np.tile(tokens(1, 5), (2000, 1, 1))
+    first, block = model.blocks  # rates rise linearly from 0: the last block has 0.5
+    train = jax.jit(lambda block, x: block.attend(x, rngs=nnx.Rngs(0))[0])
+    clean = np.asarray(attend(block, x[:1])[0]) - x[:1]
+    dropped = np.asarray(train(block, x)) - x
     is_zero = (np.abs(dropped) < 1e-6).all(axis=(1, 2))
     assert 0.45 < is_zero.mean() < 0.55
     np.testing.assert_allclose(dropped[~is_zero], np.broadcast_to(2 * clean, dropped[~is_zero].shape), atol=1e-5)
-    np.testing.assert_array_equal(model.blocks[0].attend(x, rngs=nnx.Rngs(0))[0], model.blocks[0].attend(x)[0])
+    np.testing.assert_array_equal(train(first, x), attend(first, x)[0])
 
 
 def test_key_log_weight_of_minus_infinity_removes_a_token():
-    block = create_model(TINY).blocks[0]
-    x = jax.random.normal(jax.random.key(0), (2, 6, 32))
-    weight = jnp.zeros((2, 6)).at[:, 3].set(-jnp.inf)
-    without = jnp.concatenate([x[:, :3], x[:, 4:]], axis=1)
-    np.testing.assert_allclose(jnp.delete(block(x, weight)[0], 3, axis=1), block(without)[0], atol=1e-5)
+    block = numpy_model(TINY).blocks[0]
+    x, weight = tokens(2, 6), np.zeros((2, 6), np.float32)
+    weight[:, 3] = -np.inf
+    run = jax.jit(lambda *args: block(*args)[0])
+    np.testing.assert_allclose(np.delete(run(x, weight), 3, axis=1), run(np.delete(x, 3, axis=1)), atol=1e-5)
 
 
 def test_query_and_key_are_what_attention_compares():
-    model = create_model(TINY | dict(qk_norm=True))
-    _, qk = model.blocks[0](jax.random.normal(jax.random.key(0), (2, 6, 32)))
-    np.testing.assert_allclose(qk.query.mean(axis=-1), 0, atol=1e-5)  # after the norm
-    np.testing.assert_allclose(qk.query.std(axis=-1), 1, atol=1e-3)
+    _, qk = attend(create_model(TINY | dict(qk_norm=True)).blocks[0], tokens(2, 6))
+    query = np.asarray(qk.query)
+    np.testing.assert_allclose(query.mean(axis=-1), 0, atol=1e-5)  # after the norm
+    np.testing.assert_allclose(query.std(axis=-1), 1, atol=1e-3)
 
 
 def test_bfloat16_keeps_parameters_and_logits_in_float32():
     model = create_model(TINY, dtype="bfloat16")
-    images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    images = numpy_images(2)
     assert {p.dtype for p in jax.tree.leaves(nnx.state(model, nnx.Param))} == {jnp.dtype("float32")}
-    assert model.embed(images).dtype == jnp.bfloat16 and model(images)[0].dtype == jnp.float32
-    np.testing.assert_allclose(model(images)[0], create_model(TINY)(images)[0], atol=0.02)
+    assert embed(model, images).dtype == jnp.bfloat16 and call(model, images)[0].dtype == jnp.float32
+    np.testing.assert_allclose(call(model, images)[0], call(create_model(TINY), images)[0], atol=0.02)
+
+
+def test_weights_are_drawn_with_the_keys_of_nnx():
+    ours, theirs = Rngs(jax.random.key(3)), nnx.Rngs(jax.random.key(3))
+    for _ in range(3):
+        assert ours.params() == theirs.params()
 
 
 def test_every_head_is_trained():

@@ -1,11 +1,13 @@
 """The contract that every reducer is put through. A new file in reducers/ is picked up by itself."""
 
+import collections
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import attend, embed, feed_forward, numpy_images, numpy_model, predict
 from flax import nnx
 from flax.core import FrozenDict
 
@@ -28,7 +30,7 @@ FRONT = ("norm", "prior", "random", "tif")  # choose once, before the first bloc
 
 
 def images(num=4, size=(32, 32), seed=0):
-    return jax.random.normal(jax.random.key(seed), (num, *size, 3))
+    return numpy_images(num, size, seed)
 
 
 @functools.cache
@@ -37,17 +39,21 @@ def model_of(name, keep_ratio=0.5, variant="plain", **options):
         options["keep_ratio"] = keep_ratio
     elif "num_merged" in reducers.options(name):
         options["num_merged"] = 0 if keep_ratio == 1 else 2
-    return create_model(TINY | VARIANTS[variant], reducer=name, **options)
+    return numpy_model(TINY | VARIANTS[variant], reducer=name, **options)
 
 
-def jitted(model):
+@functools.cache
+def jitted(model, **compiler_options):
     """Compiled once per model: every test of the contract calls the same program."""
-    if id(model) not in _COMPILED:
-        _COMPILED[id(model)] = model, jax.jit(lambda x: model(x))
-    return _COMPILED[id(model)][1]
+
+    def call(x):
+        NUM_TRACES[id(model)] += 1
+        return model(x)
+
+    return jax.jit(call, compiler_options=compiler_options)
 
 
-_COMPILED = {}
+NUM_TRACES = collections.Counter()
 
 
 @pytest.fixture(params=reducers.known())
@@ -56,8 +62,7 @@ def name(request):
 
 
 def test_parameters_are_the_plain_vits_and_its_own(name):
-    plain = nnx.eval_shape(lambda: model_of.__wrapped__("full"))
-    reduced = nnx.eval_shape(lambda: model_of.__wrapped__(name))
+    plain, reduced = model_of("full"), model_of(name)
     params = params_of(reduced)
     params.pop("reducer", None)
     assert jax.tree.structure(params) == jax.tree.structure(params_of(plain))
@@ -65,12 +70,12 @@ def test_parameters_are_the_plain_vits_and_its_own(name):
 
 
 def test_static_shapes_one_compilation(name):
-    traces = []
     model = model_of(name)
-    call = jax.jit(lambda x: traces.append(x) or model(x))
+    call = jitted(model)
     call(images(seed=1))
+    num_traces = NUM_TRACES[id(model)]
     call(images(seed=2))
-    assert len(traces) == 1
+    assert NUM_TRACES[id(model)] == num_traces > 0
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -80,20 +85,22 @@ def test_keeping_everything_is_the_plain_model_bit_for_bit(name, variant):
     reduced = nnx.clone(model_of(name, keep_ratio=1.0, variant=variant))
     nnx.update(reduced, params_of(plain))
     x = images(size=size)
-    np.testing.assert_array_equal(jitted(reduced)(x)[0], jitted(plain)(x)[0])
+    # Without fusion emitters XLA's CPU compiler joins a gather that keeps everything to the sum that follows.
+    reduced, plain = (jitted(model, xla_cpu_use_fusion_emitters=True) for model in (reduced, plain))
+    np.testing.assert_array_equal(reduced(x)[0], plain(x)[0])
 
 
 def test_kept_and_source_say_where_patches_are(name):
     """kept: raster positions, ascending. source: the row, among the patch tokens that come out, that a patch lives in."""
     model = model_of(name)
     aux = jitted(model)(images())[1]
-    x = jax.eval_shape(lambda x: model.encode(model.embed(x))[0], images())
     assert ("kept" in aux or "source" in aux) == (name != "full")
     if "kept" in aux:
         kept = np.asarray(aux["kept"])
         assert kept.shape[0] == 4 and kept.dtype == np.int32
         assert (np.diff(kept, axis=1) > 0).all() and kept.min() >= 0 and kept.max() < 16
     if "source" in aux:
+        x = jax.eval_shape(lambda x: model.encode(model.embed(x))[0], images())
         source = np.asarray(aux["source"])
         assert source.shape == (4, 16) and source.dtype == np.int32
         assert source.min() >= -1 and source.max() < x.shape[1] - model.num_special
@@ -123,24 +130,19 @@ def test_equals_a_walk_over_the_kept_tokens(name):
     x = images()
     logits, aux = jitted(model)(jnp.asarray(x))
     kept = np.asarray(aux.get("kept", np.tile(np.arange(16), (4, 1))))
-    embedded = np.asarray(model.embed(x))
+    embedded = np.asarray(embed(model, x))
     walked = jnp.asarray(np.stack([np.concatenate([e[:1], e[1 + k]]) for e, k in zip(embedded, kept, strict=True)]))
-
-    @jax.jit
-    def walk(x):
-        for block in model.blocks:
-            x, _ = block(x)
-        return model.predict(x, {})[0]
-
-    np.testing.assert_allclose(walk(walked), logits, atol=1e-5)
+    for block in model.blocks:
+        walked = feed_forward(block, attend(block, walked)[0])
+    np.testing.assert_allclose(predict(model, walked), logits, atol=1e-5)
 
 
 def test_differentiable(name):
     graphdef, params = nnx.split(model_of(name))
-    loss = jax.jit(lambda params: nnx.merge(graphdef, params)(images())[0].var())
-    grads = nnx.to_pure_dict(jax.grad(loss)(params))
+    loss = lambda params: nnx.merge(graphdef, params)(images())[0].var()  # noqa: E731
+    grads = nnx.to_pure_dict(jax.jit(jax.grad(loss))(params))
     grads.pop("reducer", None)
-    norms = jax.tree.map(lambda g: float(jnp.abs(g).max()), grads)
+    norms = jax.tree.map(lambda g: np.abs(g).max(), grads)
     assert all(np.isfinite(n) for n in jax.tree.leaves(norms))
     assert norms["block_0"]["attention"]["qkv"]["kernel"] > 0 and norms["patch_embedding"]["kernel"] > 0
 
@@ -182,15 +184,15 @@ def test_random_is_uniform():
 def test_norm_keeps_the_largest():
     model = model_of("norm")
     x = images()
-    norms = np.linalg.norm(np.asarray(model.embed(x))[:, 1:], axis=-1)
-    np.testing.assert_array_equal(model(x)[1]["kept"], np.sort(np.argsort(-norms, axis=1)[:, :8], axis=1))
+    norms = np.linalg.norm(np.asarray(embed(model, x))[:, 1:], axis=-1)
+    np.testing.assert_array_equal(jitted(model)(x)[1]["kept"], np.sort(np.argsort(-norms, axis=1)[:, :8], axis=1))
 
 
 def test_tif_keeps_the_highest_logits_and_its_filter_is_the_written_mlp():
     model = model_of("tif")
     x = images()
     p = jax.tree.map(np.asarray, params_of(model)["reducer"]["filter"])
-    patches = np.asarray(model.embed(x))[:, 1:].astype(np.float64)
+    patches = np.asarray(embed(model, x))[:, 1:].astype(np.float64)
     u = (patches - patches.mean(-1, keepdims=True)) / np.sqrt(patches.var(-1, keepdims=True) + 1e-6)
     u = u * p["norm"]["scale"] + p["norm"]["bias"]
     z = np.concatenate([u, np.broadcast_to(u.mean(1, keepdims=True), u.shape)], axis=-1)
@@ -201,7 +203,7 @@ def test_tif_keeps_the_highest_logits_and_its_filter_is_the_written_mlp():
     gelu = lambda y: y * (1 + erf(y / np.sqrt(2))) / 2  # noqa: E731
     for layer in ("layer_0", "layer_1"):
         y = gelu(y) @ p[layer]["kernel"] + p[layer]["bias"]
-    aux = model(x)[1]
+    aux = jitted(model)(x)[1]
     np.testing.assert_allclose(aux["filter_logits"], y[..., 0], atol=1e-5)
     np.testing.assert_array_equal(aux["kept"], np.sort(np.argsort(-y[..., 0], axis=1)[:, :8], axis=1))
 

@@ -69,7 +69,9 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(score, "_ROWS_PER_PART", ROWS_PER_PART)
         score.score(_config(), folder / "run")
-    return folder
+    with pytest.MonkeyPatch.context() as patch:  # a job that is killed may leave half a program in its cache
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "cache"))
+        yield folder
 
 
 @pytest.fixture

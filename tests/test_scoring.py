@@ -1,13 +1,17 @@
 """The oracle over several devices and within their memory."""
 
+import functools
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
+from cases import call, numpy_model
 from jax.errors import JaxRuntimeError
+from scipy.special import log_softmax
 
 from tif_jax import scoring
 from tif_jax.errors import WorkError
-from tif_jax.models import create_model
 from tif_jax.oracle import token_impact
 from tif_jax.scoring import Scorer
 
@@ -16,12 +20,23 @@ EXACT = dict(estimator="exact", mask="zero", target="label", num_samples=1, keep
 
 @pytest.fixture(scope="module")
 def model():
-    return create_model(dict(image_size=24, patch_size=8, width=16, depth=2, num_heads=2, num_classes=3))
+    return numpy_model(dict(image_size=24, patch_size=8, width=16, depth=2, num_heads=2, num_classes=3))
 
 
 def inputs(num_images):
     images = np.random.default_rng(0).normal(size=(num_images, 24, 24, 3)).astype(np.float32)
     return images, np.arange(num_images, dtype=np.int32) % 3
+
+
+@pytest.fixture(scope="module")
+def impact(model):
+    """Of the first images, on one device: (num_images, **options) -> (num_images, 9)."""
+
+    @functools.cache
+    def of_all(**options):
+        return np.asarray(token_impact(model, *inputs(16), **options))
+
+    return lambda num_images, **options: of_all(**options)[:num_images]
 
 
 @pytest.mark.parametrize("num_images, mesh", [(2, (2, 4)), (6, (2, 4)), (16, (8, 1))])
@@ -30,34 +45,43 @@ def inputs(num_images):
     [{}, dict(estimator="sampled", mask="drop", num_samples=5), dict(estimator="gradient", mask="drop")],
     ids=["exact", "sampled", "gradient"],
 )
-def test_any_number_of_images_on_eight_devices_is_the_same_as_on_one(model, num_images, mesh, changes):
+def test_any_number_of_images_on_eight_devices_is_the_same_as_on_one(model, impact, num_images, mesh, changes):
     options = EXACT | changes
     images, labels = inputs(num_images)
+    np.testing.assert_array_equal(images, inputs(16)[0][:num_images])
     scorer = Scorer(model, num_images, chunk=7, **options)
     units = {"exact": 9, "sampled": 5, "gradient": 1}[options["estimator"]]
     assert scorer.mesh.devices.shape == (mesh[0], min(mesh[1], units)) and scorer.units_per_image == units
     scores = scorer(images, labels)()
-    expected = token_impact(model, images, labels, **options)
+    expected = impact(num_images, **options)
     assert scores.impact.shape == (num_images, 9) and np.abs(expected).max() > 1e-4
     np.testing.assert_allclose(scores.impact, expected, atol=1e-6)
-    logits = jax.jit(lambda x: model(x)[0])(images)
+    logits = np.asarray(call(model, inputs(16)[0])[0])[:num_images]
     np.testing.assert_array_equal(scores.prediction, logits.argmax(axis=1))
-    np.testing.assert_allclose(scores.loss, -jax.nn.log_softmax(logits)[np.arange(num_images), labels], atol=1e-5)
+    np.testing.assert_allclose(scores.loss, -log_softmax(logits, axis=1)[np.arange(num_images), labels], atol=1e-5)
     text = scorer.program.as_text()
     assert not any(op in text for op in ("all-reduce", "all-gather", "all-to-all", "collective-permute"))
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 100])
 @pytest.mark.parametrize("estimator, mask", [("exact", "drop"), ("sampled", "drop")])
-def test_the_chunk_changes_nothing(model, chunk, estimator, mask):
+def test_the_chunk_changes_nothing(model, impact, chunk, estimator, mask):
     """Chunks smaller than the batch take a few images at a time, larger ones several masks of each."""
     images, labels = inputs(6)
     options = EXACT | dict(estimator=estimator, mask=mask, num_samples=7)
     scores = Scorer(model, 6, devices=jax.devices()[:1], chunk=chunk, **options)(images, labels)()
-    np.testing.assert_allclose(scores.impact, token_impact(model, images, labels, **options), atol=1e-6)
+    np.testing.assert_allclose(scores.impact, impact(6, **options), atol=1e-6)
 
 
 def test_the_chunk_fits_into_the_free_memory(model, monkeypatch):
+    lower, programs = scoring._lower, {}
+
+    def lower_once(*args, chunk):
+        if chunk not in programs:
+            programs[chunk] = lower(*args, chunk=chunk).compile()
+        return SimpleNamespace(compile=lambda: programs[chunk])
+
+    monkeypatch.setattr(scoring, "_lower", lower_once)
     options = EXACT | dict(devices=jax.devices()[:1])
     large, small = (Scorer(model, 2, chunk=chunk, **options) for chunk in (16, 4))
     between = (scoring._memory_needed(large.program) + scoring._memory_needed(small.program)) / 2
@@ -68,9 +92,9 @@ def test_the_chunk_fits_into_the_free_memory(model, monkeypatch):
     assert Scorer(model, 2, chunk=16, **options).chunk == 1  # what free memory says may be wrong: the device decides
 
 
-def test_out_of_memory_halves_the_chunk_says_so_once_and_loses_nothing(model, monkeypatch, caplog):
+def test_out_of_memory_halves_the_chunk_says_so_once_and_loses_nothing(model, impact, monkeypatch, caplog):
     images, labels = inputs(2)
-    expected = token_impact(model, images, labels)
+    expected = impact(2, **EXACT)
     scorer = Scorer(model, 2, devices=jax.devices()[:1], chunk=8, **EXACT)
 
     def full(*_):

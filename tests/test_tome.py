@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import mostly_long
+from cases import attend, embed, feed_forward, mostly_long, numpy_images, numpy_model
 from flax import nnx
 
 from tif_jax.cost import cost
@@ -22,11 +22,11 @@ MEAN = dict(pool="mean", class_token=False)
 
 @functools.cache
 def model_of(**options):
-    return create_model(TINY, reducer="tome", **options)
+    return numpy_model(TINY, reducer="tome", **options)
 
 
 def images(num=3, size=(32, 32), seed=0):
-    return jax.random.normal(jax.random.key(seed), (num, *size, 3))
+    return numpy_images(num, size, seed)
 
 
 def reference_match(metric, num_merged):
@@ -59,14 +59,14 @@ def reference_encode(model, x, num_merged, proportional):
         size, groups = np.ones(len(tokens) - num_special), [[i] for i in range(len(tokens) - num_special)]
         for block, wanted in zip(model.blocks, num_merged, strict=True):
             log_size = jnp.asarray(np.log(np.concatenate([np.ones(num_special), size]))[None], jnp.float32)
-            y, qk = block.attend(jnp.asarray(tokens[None]), log_size if proportional else None)
+            y, qk = attend(block, jnp.asarray(tokens[None]), log_size if proportional else None)
             tokens, keys = np.asarray(y)[0], np.asarray(qk.key)[0, num_special:].mean(axis=1)
             keys = keys / np.linalg.norm(keys, axis=-1, keepdims=True)
             pairs = reference_match(keys, min(wanted, len(size) // 2))
             patches, size, members = reference_merge(tokens[num_special:], size, pairs)
             groups = [[first for i in m for first in groups[i]] for m in members]
             tokens = np.concatenate([tokens[:num_special], patches]).astype(np.float32)
-            tokens = np.asarray(block.feed_forward(jnp.asarray(tokens[None])))[0]
+            tokens = np.asarray(feed_forward(block, jnp.asarray(tokens[None])))[0]
         outputs.append(tokens)
         sources.append([next(row for row, g in enumerate(groups) if i in g) for i in range(sum(map(len, groups)))])
     return np.array(outputs), np.array(sources)
@@ -141,7 +141,7 @@ def test_merging_in_bfloat16_rounds_once():
 )
 def test_against_the_reference(num_merged, proportional, fields):
     model = model_of(num_merged=num_merged, proportional=proportional, **fields)
-    x = model.embed(images())
+    x = embed(model, images())
     encoded, aux = jax.jit(model.encode)(x)
     per_block = num_merged if isinstance(num_merged, tuple) else (num_merged,) * 3
     expected, source = reference_encode(model, x, per_block, proportional)
@@ -152,7 +152,7 @@ def test_against_the_reference(num_merged, proportional, fields):
 
 @pytest.mark.long
 def test_proportional_matters_only_after_the_first_merge():
-    x = model_of().embed(images())
+    x = embed(model_of(), images())
     encoded = {p: model_of(num_merged=(0, 0, 4), proportional=p).encode(x)[0] for p in (True, False)}
     np.testing.assert_array_equal(encoded[True], encoded[False])
     encoded = {p: model_of(num_merged=(0, 4, 0), proportional=p).encode(x)[0] for p in (True, False)}
@@ -163,7 +163,7 @@ def test_proportional_matters_only_after_the_first_merge():
 @pytest.mark.parametrize("fields", [{}, EVERYTHING, MEAN])
 @pytest.mark.parametrize("num_merged", [0, (0, 0, 0)])
 def test_nothing_merged_is_the_plain_model_bit_for_bit(num_merged, fields):
-    plain = create_model(TINY, reducer="full", **fields)
+    plain = numpy_model(TINY, reducer="full", **fields)
     model = model_of(num_merged=num_merged, **fields)
     nnx.update(model, params_of(plain))
     logits, aux = jax.jit(lambda x: model(x))(images())
@@ -174,7 +174,7 @@ def test_nothing_merged_is_the_plain_model_bit_for_bit(num_merged, fields):
 @pytest.mark.long
 def test_mean_pooling_is_the_plain_mean_over_the_tokens_left():
     model = model_of(num_merged=5, **MEAN)
-    x, aux = model.encode(model.embed(images()))
+    x, aux = model.encode(embed(model, images()))
     assert x.shape[1] == 16 - 5 - 5 - 3
     np.testing.assert_allclose(model.predict(x, aux)[0], model.head(model.norm(x.mean(axis=1))), atol=1e-6)
 
@@ -183,7 +183,7 @@ def test_mean_pooling_is_the_plain_mean_over_the_tokens_left():
 def test_special_tokens_never_merge():
     """Not even where class, distillation and register tokens look just like patches."""
     model = model_of(num_merged=6, **EVERYTHING)
-    x = model.embed(images())
+    x = embed(model, images())
     x = x.at[:, :4].set(x[:, 4:8])
     encoded, aux = model.encode(x)
     np.testing.assert_array_equal(aux["source"], reference_encode(model, x, (6, 6, 6), True)[1])
@@ -193,7 +193,7 @@ def test_special_tokens_never_merge():
 @pytest.mark.long
 def test_half_of_the_patches_is_the_limit():
     model = model_of(num_merged=1000)
-    x, aux = model.encode(model.embed(images()))
+    x, aux = model.encode(embed(model, images()))
     assert x.shape[1] == 1 + 2  # 16, 8, 4, 2
     assert set(np.asarray(aux["source"]).ravel().tolist()) <= {0, 1}
 

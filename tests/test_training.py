@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import call, numpy_model
 from flax import nnx
 
 from tif_jax import losses, metrics_log, optim
@@ -32,7 +33,7 @@ def batch(seed=0, num=8, **more):
 def setup(reducer="full", loss=losses.classification, trainable=(), default=True, **fields):
     """(step, fresh state, mesh) of a tiny run."""
     options = {} if reducer == "full" else {"keep_ratio": 0.5}
-    model = create_model(TINY | fields, reducer=reducer, **options)
+    model = numpy_model(TINY | fields, reducer=reducer, **options)
     optimizer = optim.adamw(20, learning_rate=1e-2, weight_decay=0.1)
     mask = optim.match(trainable, params_of(model), default)
     mesh = make_mesh(8)
@@ -201,12 +202,12 @@ def test_load_runs_a_checkpoint_under_any_reducer(tmp_path, caplog):
         checkpoints.save(State(jnp.int32(7), params_of(model), ()), description, {})
     images = batch()["image"]
     again = load(tmp_path / "run")
-    np.testing.assert_array_equal(again(images)[0], model(images)[0])
-    assert load(tmp_path / "run", keep_ratio=0.25)(images)[1]["kept"].shape == (8, 1)
+    np.testing.assert_array_equal(call(again, images)[0], call(model, images)[0])
+    assert call(load(tmp_path / "run", keep_ratio=0.25), images)[1]["kept"].shape == (8, 1)
     full = load(tmp_path / "run" / "checkpoints" / "7", reducer="full")
-    full_reducer = create_model(TINY)
+    full_reducer = numpy_model(TINY)
     nnx.update(full_reducer, {k: v for k, v in params_of(model).items() if k != "reducer"})
-    np.testing.assert_allclose(full(images)[0], full_reducer(images)[0], atol=1e-6)
+    np.testing.assert_allclose(call(full, images)[0], call(full_reducer, images)[0], atol=1e-6)
     with caplog.at_level(logging.INFO):
         load(tmp_path / "run", reducer="prior", keep_ratio=0.5)
     assert "freshly initialised: reducer/logits" in caplog.text
@@ -276,11 +277,11 @@ def test_match_and_partition():
 def test_adamw_schedule_and_decay():
     params = {"layer": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}}
     optimizer = optim.adamw(10, learning_rate=0.1, warmup_steps=2, weight_decay=0.5)
-    state = optimizer.init(params)
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
     zero = jax.tree.map(jnp.zeros_like, params)
     moved = []
     for _ in range(10):
-        updates, state = optimizer.update(zero, state, params)
+        updates, state = update(zero, state, params)
         moved.append(updates["layer"]["kernel"][0].item())
         assert (updates["layer"]["bias"] == 0).all()  # no decay
     rates = [0.0, 0.05, *(0.1 * (1 + np.cos(np.pi * i / 8)) / 2 for i in range(8))]

@@ -17,7 +17,6 @@ from jaxtyping import Array, Key
 from tif_jax import reducers
 from tif_jax.budget import within_budget
 from tif_jax.errors import InputError
-from tif_jax.layers import WEIGHTS
 from tif_jax.models.levit import PATCH_SIZE, LeViT
 from tif_jax.models.vit import ViT
 
@@ -47,6 +46,18 @@ _FIELDS = {
     for name, family in FAMILIES.items()
 }
 MODEL_FIELDS = frozenset({"family"}).union(*_FIELDS.values())
+
+
+class Rngs(nnx.Rngs):
+    """nnx.Rngs with one stream and the same keys, counted in Python: nnx's count is half of the time to trace a model."""
+
+    def __init__(self, key: Key[Array, ""]):
+        super().__init__(key)
+        self.num_drawn = 0
+
+    def params(self) -> Key[Array, ""]:
+        self.num_drawn += 1
+        return jax.random.fold_in(self.default.key[...], self.num_drawn - 1)
 
 
 def model_fields(name: str) -> dict[str, Any]:
@@ -79,11 +90,16 @@ def create_model(name: str | dict[str, Any], *, reducer: str = "full", seed: int
     Raises InputError for anything unknown.
     """
     build = blueprint(name, reducer=reducer, **options)
-    # One compiled program draws all the weights: drawn one by one they would take seconds.
-    model = nnx.eval_shape(build, jax.random.key(0))
-    params = jax.jit(lambda key: nnx.to_pure_dict(nnx.state(build(key), WEIGHTS)))(jax.random.key(seed))
-    nnx.update(model, params)
-    return model
+    graphdef: Any = None
+
+    @jax.jit  # one program draws all the weights: drawn one by one they would take seconds
+    def draw(key):
+        nonlocal graphdef
+        graphdef, params = nnx.split(build(key))
+        return params
+
+    params = draw(jax.random.key(seed))
+    return nnx.merge(graphdef, params)
 
 
 def blueprint(
@@ -106,11 +122,11 @@ def blueprint(
         shape = dict(width=_field(LeViT, fields, "widths")[0], depth=sum(depths) + len(depths) - 1)
     attach = partial(reducers.build, reducer, num_patches=rows * columns, **shape)
     if (budget := reducer_options.pop("budget", None)) is not None:
-        full = nnx.eval_shape(lambda key: FAMILIES[family](**fields, rngs=nnx.Rngs(key)), jax.random.key(0))
+        full = nnx.eval_shape(lambda key: FAMILIES[family](**fields, rngs=Rngs(key)), jax.random.key(0))
         reducer_options |= within_budget(budget, full, attach, reducers.options(reducer), reducer_options)
 
     def build(key: Key[Array, ""]) -> Model:
-        rngs = nnx.Rngs(key)
+        rngs = Rngs(key)
         return FAMILIES[family](**fields, reducer=attach(rngs=rngs, **reducer_options), rngs=rngs)
 
     return build
