@@ -9,7 +9,7 @@ import pytest
 import tif_jax
 from tif_jax import records, state
 from tif_jax.__main__ import main
-from tif_jax.commands import train
+from tif_jax.commands import benchmark, train
 
 TINY = """
 import importlib.util
@@ -40,7 +40,9 @@ def finished(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("pipeline")
     config = folder / "tiny.py"
     config.write_text(TINY.format(digits=str(request.config.rootpath / "configs" / "digits.py")))
-    assert main(["run", "--config", str(config), "--workdir", str(folder / "run")]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "_SECONDS_PER_ROUND", 0.02)
+        assert main(["run", "--config", str(config), "--workdir", str(folder / "run")]) == 0
     return config, folder / "run"
 
 

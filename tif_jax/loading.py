@@ -65,10 +65,13 @@ def load_with_fields(
         raise InputError(f"{path} does not fit this model: missing, surplus or of another shape: {shortened(problems)}")
     if fresh:
         logger.info("%s: freshly initialised: %s", path, ", ".join(fresh))
-        drawn = jax.jit(lambda key: {name: _flat(state.params_of(build(key)))[name] for name in fresh})(
-            jax.random.key(seed)
-        )
-        found = {**found, **drawn}
+
+        @jax.jit
+        def draw(key):
+            drawn = _flat(state.params_of(build(key)))
+            return {name: drawn[name] for name in fresh}
+
+        found = {**found, **draw(jax.random.key(seed))}
     found = {name: jnp.asarray(found[name]) for name in wanted}
     nnx.update(model, traverse_util.unflatten_dict(found, sep="/"))
     return model, fields

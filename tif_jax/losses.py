@@ -64,7 +64,7 @@ def hard_distillation(
     return {**terms, "loss": (1 - weight) * terms["loss"] + weight * taught, "teacher_cross_entropy": taught}
 
 
-def _token_difference(aux: Mapping[str, Any], taught: Float[Array | np.ndarray, "B N D"]) -> Float[Array, " B"]:
+def _token_difference(aux: Mapping[str, Any], taught: Float[Array, "B N D"]) -> Float[Array, " B"]:
     """Mean over the patch tokens left, and over channels, of the squared difference to the teacher's; 0 if none is left."""
     tokens = aux["tokens"]
     if tokens.shape[1] != taught.shape[1]:
