@@ -49,6 +49,14 @@ def impact(
     }
 
 
+def selector(prediction, aux, batch) -> dict[str, Float[Array, " B"]]:
+    """ToSA's selectors against the attention maps they are to predict, in nats: see `Tosa`, fitting.
+
+    Like `impact`, it must not read `prediction`.
+    """
+    return {"loss": aux["loss/selector"]}
+
+
 def keep_labels(
     impact: Float[Array | np.ndarray, "B N"], rho: float | str = 0.0, keep_ratio: float = 0.5
 ) -> Bool[Array, "B N"]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Float, Int, Key, Shaped
 
 from tif_jax.errors import InputError
@@ -90,6 +91,16 @@ def check_keep_ratio(keep_ratio: float) -> None:
 def num_kept(keep_ratio: float, num_patches: int) -> int:
     """How many of num_patches tokens a keep_ratio in (0, 1] leaves."""
     return max(1, round(keep_ratio * num_patches))
+
+
+def attention_logits(qk: QueryKey) -> Float[Array, "B H T T"]:
+    """query key^T / sqrt(C), queries before keys, at least in float32.
+
+    The one definition, for attention as for who ranks by it: in one program XLA computes equal terms once.
+    """
+    query, key = (rearrange(x, "b t h c -> b h t c") for x in qk)
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    return jnp.einsum("bhtc,bhsc->bhts", query, key, preferred_element_type=wide) / query.shape[-1] ** 0.5
 
 
 def class_attention(qk: QueryKey, num_special: int) -> Float[Array, "B N"]:

@@ -122,7 +122,7 @@ def check_reducer(config: ConfigDict) -> None:
     name, options = reducer_options(config)
 
     def build() -> None:  # a reducer need not be something that jit can return
-        reducers.build(name, width=2, num_patches=4, rngs=nnx.Rngs(0), **options)
+        reducers.build(name, width=2, num_heads=1, depth=12, num_patches=4, rngs=nnx.Rngs(0), **options)
 
     nnx.eval_shape(build)
 

@@ -64,11 +64,12 @@ def blueprint(name: str | dict[str, Any], *, reducer: str = "full", **options: A
     if unknown := sorted(set(fields) - MODEL_FIELDS):
         raise InputError(f"Unknown model fields {', '.join(unknown)}. Known: {', '.join(sorted(MODEL_FIELDS))}")
     rows, columns = grid_of(fields)
-    width = fields.get("width", inspect.signature(ViT.__init__).parameters["width"].default)
+    defaults = inspect.signature(ViT.__init__).parameters
+    shape = {key: fields.get(key, defaults[key].default) for key in ("width", "num_heads", "depth")}
 
     def build(key: Key[Array, ""]) -> ViT:
         rngs = nnx.Rngs(key)
-        built = reducers.build(reducer, width=width, num_patches=rows * columns, rngs=rngs, **reducer_options)
+        built = reducers.build(reducer, **shape, num_patches=rows * columns, rngs=rngs, **reducer_options)
         return ViT(**fields, reducer=built, rngs=rngs)
 
     return build

@@ -25,11 +25,8 @@ from tif_jax.reducers.full import Full as Full
 from tif_jax.tokens import Tokens
 
 Aux = dict[str, Array]
-_SHAPE = (
-    "width",
-    "num_patches",
-    "rngs",
-)  # given to a reducer by the model it joins, where its constructor asks for them
+# Given to a reducer by the model it joins, where its constructor asks for them.
+_SHAPE = ("width", "num_heads", "depth", "num_patches", "rngs")
 
 
 @runtime_checkable
@@ -51,8 +48,8 @@ def options(name: str) -> dict[str, inspect.Parameter]:
     return {k: p for k, p in _parameters(name).items() if k not in _SHAPE}
 
 
-def build(name: str, *, width: int, num_patches: int, rngs: Any, **given: Any) -> Reducer:
-    """The reducer in file `name`, for a model of that width and number of patch tokens. Raises InputError on misuse."""
+def build(name: str, *, width: int, num_heads: int, depth: int, num_patches: int, rngs: Any, **given: Any) -> Reducer:
+    """The reducer in file `name`, for a model of that shape and number of patch tokens. Raises InputError on misuse."""
     allowed = options(name)
     if unknown := sorted(set(given) - set(allowed)):
         raise InputError(f"Reducer {name!r} takes {', '.join(allowed) or 'no options'}; got {', '.join(unknown)}")
@@ -60,7 +57,7 @@ def build(name: str, *, width: int, num_patches: int, rngs: Any, **given: Any) -
     if missing := sorted(required - set(given)):
         raise InputError(f"Reducer {name!r} needs {', '.join(missing)}")
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}  # as a stored config has them
-    shape = {"width": width, "num_patches": num_patches, "rngs": rngs}
+    shape = dict(width=width, num_heads=num_heads, depth=depth, num_patches=num_patches, rngs=rngs)
     return _constructor(name)(**given, **{k: v for k, v in shape.items() if k in _parameters(name)})
 
 
