@@ -18,7 +18,7 @@ class Cost(NamedTuple):
 
 
 def cost(model: Any, image_size: int | tuple[int, int] | None = None) -> Cost:
-    """Cost of one prediction for one image. Work that the prediction does not depend on is not counted.
+    """Cost of one prediction for one image, without work that the prediction does not depend on or that repeats other work.
 
     model: one of `tif_jax.models`, also an abstract one (`nnx.eval_shape`).
     image_size: a check, not a choice: a model takes the size that it was built for (InputError otherwise).
@@ -63,13 +63,14 @@ def _walk(model: Any, images: Array, lengths: list[int]) -> Array:
 
 
 def _multiply_adds(jaxpr) -> int:
-    """Multiply-adds of the equations that the outputs depend on."""
-    needed = {var for var in jaxpr.outvars if not hasattr(var, "val")}
+    """Multiply-adds of the equations that the outputs depend on; equal terms count once, as XLA computes them."""
+    equations, first = _distinct(jaxpr)
+    needed = {first.get(var, var) for var in jaxpr.outvars if not hasattr(var, "val")}
     total = 0
-    for equation in reversed(jaxpr.eqns):
+    for equation in reversed(equations):
         if not needed.intersection(equation.outvars):
             continue
-        needed.update(var for var in equation.invars if not hasattr(var, "val"))
+        needed.update(first.get(var, var) for var in equation.invars if not hasattr(var, "val"))
         count = _COUNTERS.get(equation.primitive.name)
         if count is not None:
             total += count(equation)
@@ -80,6 +81,25 @@ def _multiply_adds(jaxpr) -> int:
                 if hasattr(inner, "eqns"):
                     total += repeats * _multiply_adds(inner)
     return total
+
+
+def _distinct(jaxpr) -> tuple[list[Any], dict[Any, Any]]:
+    """The equations without repetitions, and for each variable of a repetition the variable that has its value."""
+    equations: list[Any] = []
+    first: dict[Any, Any] = {}
+    seen: dict[Any, Any] = {}
+    for equation in jaxpr.eqns:
+        inputs = tuple(repr(v.val) if hasattr(v, "val") else first.get(v, v) for v in equation.invars)
+        term = (equation.primitive, inputs, tuple(equation.params.items()))
+        try:
+            earlier = seen.setdefault(term, equation)
+        except TypeError:  # a parameter that has no hash: taken to be unlike any other
+            earlier = equation
+        if earlier is equation:
+            equations.append(equation)
+        else:
+            first.update(zip(equation.outvars, earlier.outvars, strict=True))
+    return equations, first
 
 
 def _dot_general(equation) -> int:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
+from tif_jax.layers import widened
 from tif_jax.models.vit import Block, ViT
 from tif_jax.tokens import gates_to_log_weight
 
@@ -37,7 +38,7 @@ def _last_block(
     """The first num_read tokens after the block."""
     attention = block.attention
     y = block.attention_norm(x)
-    wide = jnp.promote_types(y.dtype, jnp.float32)
+    wide = widened(y.dtype)
     kernel = rearrange(attention.qkv.kernel[...], "d (three h c) -> three d h c", three=3, h=attention.num_heads)
     query, key, value = kernel.astype(y.dtype)
     bias = 0 if attention.qkv.bias is None else attention.qkv.bias[...]

@@ -74,10 +74,10 @@ def drop_path(y: Float[Array, "B T D"], rate: float, rngs: nnx.Rngs | None) -> F
     return jnp.where(keep, y / (1 - rate), jnp.zeros((), y.dtype))
 
 
-def wide(dtype: jnp.dtype) -> jnp.dtype:
+def widened(dtype: jnp.dtype) -> jnp.dtype:
     """float32, or float64 where we compute in that."""
     return dtype if dtype == jnp.float64 else jnp.dtype(jnp.float32)
 
 
 def at_least_float32(y: Float[Array, "..."]) -> Float[Array, "..."]:
-    return y.astype(wide(y.dtype))
+    return y.astype(widened(y.dtype))

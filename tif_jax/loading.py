@@ -16,7 +16,8 @@ from tif_jax.timm_layout import resize_position_embedding, shortened
 
 logger = logging.getLogger(__name__)
 
-_MAY_DIFFER = ("reducer/", "class_head/", "class_norm/", "class_distillation_head/")  # between a source and the model that it is loaded into
+# What may differ between a source and the model that it is loaded into.
+_MAY_DIFFER = ("reducer/", "class_head/", "class_norm/", "class_distillation_head/")
 
 
 def load(

@@ -13,6 +13,7 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from tif_jax.errors import InputError
+from tif_jax.layers import widened
 from tif_jax.tokens import num_kept, take
 
 Loss = Callable[[Float[Array, "B L"], Mapping[str, Array], Mapping[str, Any]], dict[str, Float[Array, " B"]]]
@@ -80,7 +81,7 @@ def _token_difference(aux: Mapping[str, Any], taught: Float[Array, "B N D"]) -> 
             f"the teacher's tokens have width {taught.shape[2]}, the student's {tokens.shape[2]}; "
             "distil with tokens_weight=0"
         )
-    wide = jnp.promote_types(tokens.dtype, jnp.float32)
+    wide = widened(tokens.dtype)
     difference = jnp.mean((tokens.astype(wide) - taught.astype(wide)) ** 2, axis=2)
     # The mask says where to compare; that comparing less lowers the loss must not teach the reducer to drop.
     left = jax.lax.stop_gradient(aux["mask"]) if "mask" in aux else jnp.ones(difference.shape, wide)
@@ -104,6 +105,14 @@ def impact(
         "accuracy": ((logits > 0) == (labels > 0)).mean(axis=1),
         "positives": labels.mean(axis=1),  # class balance
     }
+
+
+def selector(prediction, aux, batch) -> dict[str, Float[Array, " B"]]:
+    """ToSA's selectors against the attention maps they are to predict, in nats: see `Tosa`, fitting.
+
+    Like `impact`, it must not read `prediction`.
+    """
+    return {"loss": aux["loss/selector"]}
 
 
 def keep_labels(

@@ -23,6 +23,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from tif_jax.last_block import logits_after
+from tif_jax.layers import widened
 from tif_jax.models.vit import Attention, Block, ViT
 
 
@@ -54,7 +55,7 @@ def _first_block(
     block: Block, x: Float[Array, "B T D"], num_special: int, stand_in: Float[Array, "B N D"] | None
 ) -> Callable[[Int[Array, " M"]], Float[Array, "B M S D"]]:
     """The block as a function of the patch that is masked."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = widened(x.dtype)
     attention, num_tokens = block.attention, x.shape[1]
     query, key, value = attention.project(block.attention_norm(x))
     kernel = rearrange(attention.out.kernel[...], "(h c) d -> h c d", h=attention.num_heads).astype(wide)
@@ -131,7 +132,7 @@ def _own_rows(
 
 
 def _logits(query: Float[Array, "B T H C"], key: Float[Array, "B S H C"]) -> Float[Array, "B H T S"]:
-    wide = jnp.promote_types(query.dtype, jnp.float32)
+    wide = widened(query.dtype)
     return jnp.einsum("bthc,bshc->bhts", query, key, preferred_element_type=wide) / query.shape[-1] ** 0.5
 
 

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from tif_jax.errors import InputError
 from tif_jax.last_block import logits_after
+from tif_jax.layers import widened
 from tif_jax.masked import masked_logits
 from tif_jax.models import Model, ViT, plain_vit
 from tif_jax.tokens import image_keys
@@ -164,7 +165,7 @@ def _scores(
     """chunk: of each image."""
     x = model.embed(images)
     num_patches = x.shape[1] - model.num_special
-    onehot = jax.nn.one_hot(labels, model.head.out_features, dtype=jnp.promote_types(x.dtype, jnp.float32))
+    onehot = jax.nn.one_hot(labels, model.head.out_features, dtype=widened(x.dtype))
 
     def goal(logits: Float[Array, "B L"]) -> Float[Array, "B L"]:
         return onehot if target == "label" else jax.nn.softmax(logits)

@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Float, Int, Key, Shaped
 
 from tif_jax.errors import InputError
+from tif_jax.layers import widened
 
 
 class QueryKey(NamedTuple):
@@ -107,12 +109,22 @@ def num_kept(keep_ratio: float, num_patches: int) -> int:
     return max(1, round(keep_ratio * num_patches))
 
 
+def attention_logits(qk: QueryKey) -> Float[Array, "B H T T"]:
+    """query key^T / sqrt(C), queries before keys, at least in float32.
+
+    The one definition, for attention as for who ranks by it: in one program XLA computes equal terms once.
+    """
+    query, key = (rearrange(x, "b t h c -> b h t c") for x in qk)
+    wide = widened(query.dtype)
+    return jnp.einsum("bhtc,bhsc->bhts", query, key, preferred_element_type=wide) / query.shape[-1] ** 0.5
+
+
 def class_attention(qk: QueryKey, num_special: int) -> Float[Array, "B N"]:
     """Attention of the class token to each patch token, mean over heads, at least in float32; rows sum to at most 1.
 
     The special tokens' columns take part in the softmax and are then left out, not renormalised (EViT, section 3.2).
     """
-    wide = jnp.promote_types(qk.query.dtype, jnp.float32)
+    wide = widened(qk.query.dtype)
     query = qk.query[:, 0].astype(wide)
     logits = jnp.einsum("bhc,bthc->bht", query, qk.key.astype(wide)) / qk.query.shape[-1] ** 0.5
     return jax.nn.softmax(logits, axis=-1).mean(axis=1)[:, num_special:]

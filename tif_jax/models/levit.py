@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
 from tif_jax.errors import InputError
-from tif_jax.layers import BatchNorm, Linear, at_least_float32, drop_path, wide
+from tif_jax.layers import BatchNorm, Linear, at_least_float32, drop_path, widened
 from tif_jax.models.vit import DTYPES, FULL
 from tif_jax.reducers import Aux, Reducer
 from tif_jax.tokens import QueryKey, Tokens
@@ -414,7 +414,7 @@ def _attend(
 ) -> Float[Array, "B T HV"]:
     """softmax(query key^T / sqrt(C) + bias + key_log_weight) value, heads concatenated; the softmax in float32."""
     query, key, value = (rearrange(x, "b t h c -> b h t c") for x in (query, key, value))
-    logits = jnp.einsum("bhtc,bhsc->bhts", query, key, preferred_element_type=wide(query.dtype))
+    logits = jnp.einsum("bhtc,bhsc->bhts", query, key, preferred_element_type=widened(query.dtype))
     logits = logits / query.shape[-1] ** 0.5
     if bias is not None:
         logits = logits + bias[None].astype(logits.dtype)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from tif_jax import schedule
 from tif_jax.errors import InputError
+from tif_jax.layers import widened
 from tif_jax.tokens import (
     class_attention,
     gates_to_log_weight,
@@ -181,7 +182,7 @@ def match(x: Float[Array, "B K D"], num_pairs: int, matching: str) -> Int[Array,
     ranks = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], x.shape[:2])
     if num_pairs == 0:
         return ranks
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(widened(x.dtype))
     unit = wide / jnp.maximum(jnp.linalg.norm(wide, axis=-1, keepdims=True), 1e-12)
     similarity = _products(unit[:, ::2], unit[:, 1::2])
     even = ranks[:, ::2]
@@ -220,7 +221,7 @@ def merge(
     order = jnp.argsort(~is_left, axis=1, stable=True).astype(jnp.int32)
     left, gone = order[:, :num_left], order[:, num_left:]
     row = take(jnp.cumsum(is_left, axis=1, dtype=jnp.int32) - 1, joined)
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = widened(x.dtype)
     share = share.astype(wide)
     # Tokens that nothing joins are copied as they are; a product with all of `share` would cost several times as much.
     joins = take(row, gone)[:, None] == jnp.arange(num_left, dtype=jnp.int32)[None, :, None]
@@ -233,5 +234,5 @@ def merge(
 
 def _products(x: Float[Array, "B N D"], y: Float[Array, "B P D"]) -> Float[Array, "B N P"]:
     """All inner products, exact enough to rank by: full float32, also where devices would round the factors."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = widened(x.dtype)
     return jnp.einsum("bnd,bpd->bnp", x, y, precision="highest", preferred_element_type=wide)

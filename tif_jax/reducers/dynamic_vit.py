@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from tif_jax import schedule
 from tif_jax.errors import InputError
-from tif_jax.layers import Linear, gelu
+from tif_jax.layers import Linear, gelu, widened
 from tif_jax.tokens import join, put, split, take, top_k
 
 
@@ -43,7 +43,7 @@ class KeepPredictor(nnx.Module):
     def __call__(self, patches: Float[Array, "B N D"], mask: Float[Array, "B N"]) -> Float[Array, "B N 2"]:
         """mask: which patches are still there; the mean is over these. At least float32."""
         half = patches.shape[2] // 2
-        y = gelu(self.features(self.norm(patches.astype(_wide(patches)))), approximate=False)
+        y = gelu(self.features(self.norm(patches.astype(widened(patches.dtype)))), approximate=False)
         total = mask.sum(axis=1, keepdims=True)
         # An image may lose all its patches in training: the mean is then 0, not a NaN for the whole run.
         mean = jnp.einsum("bn,bnd->bd", mask, y[..., half:]) / jnp.where(total > 0, total, 1)
@@ -103,7 +103,7 @@ class DynamicVit(nnx.Module):
         for i, block in enumerate(blocks):
             if i in sites:
                 special, patches = split(x, tokens.num_special)
-                everyone = jnp.ones(patches.shape[:2], _wide(x))
+                everyone = jnp.ones(patches.shape[:2], widened(x.dtype))
                 kept = top_k(self._predict(i, patches, everyone)[..., 0], sites[i].number)
                 x, own = join(special, take(patches, kept)), take(own, kept)
             x, _ = block(x)
@@ -113,7 +113,7 @@ class DynamicVit(nnx.Module):
 
     def _mask(self, sites, blocks, x, tokens, rngs):
         num_special = tokens.num_special
-        mask = jnp.ones(tokens.index.shape, _wide(x))
+        mask = jnp.ones(tokens.index.shape, widened(x.dtype))
         deviations = [jnp.zeros(x.shape[0], mask.dtype)]
         key_weight = None  # all 1 before the first site
         for i, block in enumerate(blocks):
@@ -152,7 +152,3 @@ def _falling(amounts: tuple[tuple[int, schedule.Amount], ...], num_patches: int)
             share = number / num_patches if isinstance(amount, int) else amount
             sites[site], arriving = Left(number, share), number
     return sites
-
-
-def _wide(x: Array) -> jnp.dtype:
-    return jnp.promote_types(x.dtype, jnp.float32)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tif_jax import schedule
 from tif_jax.errors import InputError
+from tif_jax.layers import widened
 from tif_jax.tokens import (
     class_attention,
     follow,
@@ -88,7 +89,7 @@ def reorganise(
     left = take(patches, kept)
     if fused is None:
         return join(special, left)
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = widened(x.dtype)
     weights = jnp.where(fused, scores, 0.0).astype(wide)
     token = jnp.einsum("bm,bmd->bd", weights, patches.astype(wide))[:, None].astype(x.dtype)
     return join(special, jnp.concatenate([left, token], axis=1))

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from tif_jax import schedule
 from tif_jax.errors import InputError
+from tif_jax.layers import widened
 from tif_jax.reducers.full import Full
 from tif_jax.tokens import class_attention, identity_source, join, put, require_class, split, take, top_k
 
@@ -106,7 +107,7 @@ def evolve(
         slow_score = momentum * slow_score + (1 - momentum) * newest
     if representative:
         # The sum of the residual increments of all branches telescopes. Slow tokens get it too and are overwritten.
-        wide = jnp.promote_types(x.dtype, jnp.float32)
+        wide = widened(x.dtype)
         increment = y[:, -1:].astype(wide) - before.astype(wide)
         patches = (patches.astype(wide) + increment).astype(x.dtype)
     patches = put(patches, slow, y[:, num_special : num_special + num_slow])
@@ -117,7 +118,7 @@ def _represent(
     patches: Float[Array, "B N D"], score: Float[Array, "B N"], slow: Int[Array, "B K"]
 ) -> Float[Array, "B 1 D"]:
     """The mean of the placeholders, weighted by their global class attention."""
-    wide = jnp.promote_types(patches.dtype, jnp.float32)
+    wide = widened(patches.dtype)
     # `tiny` matters only where the attention to every placeholder is 0: they then count alike.
     weight = score + jnp.finfo(score.dtype).tiny
     weight = put(weight, slow, jnp.zeros(slow.shape, score.dtype))

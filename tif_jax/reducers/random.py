@@ -1,9 +1,14 @@
-"""The baseline every ranking has to beat: a random subset of the patches."""
+"""The baseline every ranking has to beat: a random subset of the patches.
+
+Legend: B images, N patch tokens, D width.
+"""
 
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
 
 from tif_jax.reducers.full import Full
 from tif_jax.tokens import check_keep_ratio, image_keys, keep, split
@@ -25,12 +30,16 @@ class Random:
 
     def __call__(self, blocks, x, tokens, rngs=None):
         patches = split(x, tokens.num_special)[1]
-        if rngs is None:
-            # Coarse, because the last bits of an embedding depend on the batch size it was computed with.
-            keys = image_keys(self.seed, patches.mean(axis=1)[:, :8].astype(jnp.bfloat16))
-        else:
-            keys = jax.random.split(rngs.random_reducer(), x.shape[0])
+        keys = draw_keys(self.seed, patches, rngs)
         scores = jax.vmap(lambda key: jax.random.uniform(key, patches.shape[1:2]))(keys)
         x, tokens, source = keep(x, tokens, scores, self.keep_ratio)
         x, aux = Full()(blocks, x, tokens, rngs)
         return x, {**aux, "kept": tokens.index, "source": source}
+
+
+def draw_keys(seed: int, patches: Float[Array, "B N D"], rngs: nnx.Rngs | None) -> Key[Array, " B"]:
+    """A random key per image: without `rngs` from the seed and the image alone, with them a fresh one."""
+    if rngs is not None:
+        return jax.random.split(rngs.random_reducer(), patches.shape[0])
+    # Coarse, because the last bits of an embedding depend on the batch size it was computed with.
+    return image_keys(seed, patches.mean(axis=1)[:, :8].astype(jnp.bfloat16))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tif_jax.errors import InputError
+from tif_jax.layers import widened
 from tif_jax.tokens import QueryKey, gates_to_log_weight, identity_source, join, split, take
 
 
@@ -52,7 +53,7 @@ class Tome:
         if len(per_block) != len(blocks):
             raise InputError(f"num_merged has {len(per_block)} entries for {len(blocks)} blocks; give one for each")
         source = identity_source(tokens)
-        size = jnp.ones(source.shape, _wide(x))
+        size = jnp.ones(source.shape, widened(x.dtype))
         log_size = None  # nothing to add while every size is 1
         for block, num_merged in zip(blocks, per_block, strict=True):
             x, qk = block.attend(x, log_size, rngs)
@@ -72,7 +73,7 @@ def unit_keys(qk: QueryKey, num_special: int) -> Float[Array, "B N C"]:
     """The metric: keys of the patch tokens, mean over heads, of length 1, at least float32. No gradient."""
     key = jax.lax.stop_gradient(qk.key[:, num_special:])
     # Lengths become 1: a sum will do, and head by head it is faster on a CPU than a reduction.
-    key = reduce(jnp.add, (key[:, :, head].astype(_wide(key)) for head in range(key.shape[2])))
+    key = reduce(jnp.add, (key[:, :, head].astype(widened(key.dtype)) for head in range(key.shape[2])))
     return key * jax.lax.rsqrt(jnp.maximum(jnp.sum(key**2, axis=-1, keepdims=True), 1e-24))
 
 
@@ -101,7 +102,7 @@ def merge(
     added = take(size, pairs.merged)
     size = jnp.concatenate([take(size, pairs.unmerged), size[:, ::2]], axis=1).at[image, row].add(added)
     share = added / take(size, row)
-    left = jnp.concatenate([take(patches, pairs.unmerged), patches[:, ::2]], axis=1).astype(_wide(patches))
+    left = jnp.concatenate([take(patches, pairs.unmerged), patches[:, ::2]], axis=1).astype(widened(patches.dtype))
     difference = take(patches, pairs.merged).astype(left.dtype) - take(left, row)
     return left.at[image, row].add(share[..., None].astype(left.dtype) * difference).astype(patches.dtype), size
 
@@ -114,7 +115,3 @@ def destination(pairs: Pairs, num_patches: int) -> Int[Array, "B N"]:
     stay = jnp.arange(num_unmerged, dtype=jnp.int32)[None]
     rows = jnp.zeros((num_images, num_patches), jnp.int32).at[:, ::2].set(targets[None])
     return rows.at[image, pairs.unmerged].set(stay).at[image, pairs.merged].set(num_unmerged + pairs.target)
-
-
-def _wide(x: Array) -> jnp.dtype:
-    return jnp.promote_types(x.dtype, jnp.float32)

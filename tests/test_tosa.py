@@ -1,0 +1,404 @@
+"""ToSA against its specification's pseudocode in numpy; the fitting of its selectors; its cost."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import mostly_long
+from flax import nnx
+
+from tif_jax import losses
+from tif_jax.cost import cost
+from tif_jax.errors import InputError
+from tif_jax.models import blueprint, create_model
+from tif_jax.reducers.tosa import _divergence
+from tif_jax.state import params_of
+
+TINY = dict(image_size=32, patch_size=8, width=32, depth=4, num_heads=2, num_classes=5)
+EVERYTHING = dict(pool="mean", distillation_token=True, num_registers=2, qk_norm=True, layer_scale=0.7)
+NO_CLASS = dict(pool="mean", class_token=False)
+
+
+def lively(model, seed=3):
+    """Random weights under which attention is far from uniform, so that rankings have no near ties."""
+    leaves, tree = jax.tree.flatten(params_of(model))
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    noisy = [p + 0.2 * jax.random.normal(key, p.shape) for p, key in zip(leaves, keys, strict=True)]
+    nnx.update(model, jax.tree.unflatten(tree, noisy))
+    return model
+
+
+@functools.cache
+def tosa(fields=(), **options):
+    return lively(create_model(TINY | dict(fields), reducer="tosa", **options))
+
+
+@functools.cache
+def encoder(fields=(), **options):
+    model = tosa(fields, **options)
+    return jax.jit(lambda x: model.encode(x))
+
+
+def images(num=3, size=(32, 32), seed=0):
+    return jax.random.normal(jax.random.key(seed), (num, *size, 3))
+
+
+def attention_logits(qk):
+    """(H, T, T) of one image, scaled."""
+    query, key = (np.asarray(a, np.float64)[0] for a in qk)
+    heads = range(query.shape[1])
+    return np.stack([query[:, h] @ key[:, h].T for h in heads]) / math.sqrt(query.shape[2])
+
+
+def softmax(logits):
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def convolve(maps, kernel, front):
+    """1-D convolution of every query's row: patches see the patches beside them, special tokens only themselves."""
+    taps, _, size_out = kernel.shape
+    out = np.zeros((size_out, *maps.shape[1:]))
+    for j in range(maps.shape[2]):
+        for tap in range(taps):
+            i = j + tap - taps // 2
+            if i == j or (min(i, j) >= front and i < maps.shape[2]):
+                out[:, :, j] += np.einsum("hg,hq->gq", kernel[tap], maps[:, :, i])
+    return out
+
+
+def predict(params, logits, front, residual):
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+    hidden = np.maximum(convolve(logits, p["first"]["kernel"], front) + p["first"]["bias"][:, None, None], 0)
+    out = convolve(hidden, p["second"]["kernel"], front)
+    return logits + out if residual else out
+
+
+def scores_of(model, i, x, qk, selector, residual):
+    """How much the patches of one image are worth to block i, after a block with these queries and keys."""
+    front = model.num_special
+    if selector == "class":
+        return softmax(attention_logits(qk))[:, 0, front:].mean(axis=0)
+    if selector == "oracle":
+        qk = model.blocks[i].attend(jnp.asarray(x[None]))[1]
+    logits = attention_logits(qk)
+    if selector == "learned":
+        logits = predict(params_of(model)["reducer"][f"selector_{i}"], logits, front, residual)
+    received = np.zeros(logits.shape[2])
+    for head in softmax(logits):
+        for query in head:
+            received += query
+    return received[front:]
+
+
+def walk(model, x, counts, selector="learned", residual=True):
+    """One image's tokens (T, D) through blocks as black boxes; counts: {selective block: number of patches}."""
+    front, qk, margins = model.num_special, None, [1.0]
+    selected = list(range(len(x) - front))
+    for i, block in enumerate(model.blocks):
+        rows = list(range(len(x)))
+        if i in counts:
+            scores = scores_of(model, i, x, qk, selector, residual)
+            order = sorted(range(len(scores)), key=lambda j: -scores[j])
+            margins.append(scores[order[counts[i] - 1]] / scores[order[counts[i]]] - 1)
+            selected = sorted(order[: counts[i]])
+            rows = [*range(front), *(front + j for j in selected)]
+        y, qk = block(jnp.asarray(x[rows][None]))
+        x = x.copy()
+        for row, token in zip(rows, np.asarray(y)[0], strict=True):
+            x[row] = token
+    return x, selected, min(margins)
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "counts"),
+    mostly_long(
+        [
+            ({}, dict(keep_ratio=0.5, residual=False, hidden=5), {1: 8, 3: 8}),
+            (EVERYTHING | dict(image_size=(24, 40)), dict(keep_ratio=(0.35, 0.7), kernel=3), {1: 5, 3: 10}),
+            (NO_CLASS, dict(layers=(2,), num_kept=(7,)), {2: 7}),
+            ({}, dict(num_kept=(16, 16, 5, 16), kernel=3, residual=False), {2: 5}),
+            (EVERYTHING, dict(selector="copy", keep_ratio=0.35), {1: 5, 3: 5}),
+            (EVERYTHING, dict(selector="oracle", layers=(1, 3), keep_ratio=(1.0, 0.6)), {3: 9}),
+            ({}, dict(selector="class"), {1: 12, 3: 12}),
+        ],
+        short=(1, 2),
+    ),
+)
+def test_the_walk_of_the_specification(fields, options, counts):
+    model = tosa(tuple(fields.items()), **options)
+    x = model.embed(images(2, size=model.image_size))
+    out, aux = encoder(tuple(fields.items()), **options)(x)
+    how = dict(selector=options.get("selector", "learned"), residual=options.get("residual", True))
+    for b in range(len(x)):
+        expected, selected, margin = walk(model, np.asarray(x[b]), counts, **how)
+        assert margin > 1e-4  # the ranking does not hang on rounding
+        np.testing.assert_allclose(out[b], expected, atol=2e-4 * np.abs(expected).max())
+        np.testing.assert_array_equal(aux["kept"][b], selected)
+    np.testing.assert_array_equal(aux["source"], np.tile(np.arange(model.grid[0] * model.grid[1]), (len(x), 1)))
+    assert aux["kept"].dtype == aux["source"].dtype == jnp.int32 and "loss/selector" not in aux
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_an_untrained_selector_takes_the_next_maps_to_be_these(kernel):
+    model = lively(create_model(TINY, reducer="tosa", kernel=kernel))
+    fresh = params_of(create_model(TINY, reducer="tosa", kernel=kernel))["reducer"]
+    assert all((np.asarray(fresh[f"selector_{i}"]["second"]["kernel"]) == 0).all() for i in (1, 3))
+    nnx.update(model, {"reducer": fresh})
+    copy = create_model(TINY, reducer="tosa", selector="copy")
+    params = params_of(model)
+    params.pop("reducer")
+    nnx.update(copy, params)
+    assert "reducer" not in params_of(copy)
+    (out, aux), (expected, expected_aux) = (
+        jax.jit(lambda x, m=m: m.encode(m.embed(x)))(images()) for m in (model, copy)
+    )
+    np.testing.assert_array_equal(aux["kept"], expected_aux["kept"])
+    np.testing.assert_allclose(out, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("rngs", [None, 7])
+def test_who_skips_stays_as_it_is(rngs):
+    model = lively(create_model(TINY | dict(drop_path=0.3, depth=2), reducer="tosa", keep_ratio=0.5))
+
+    @jax.jit
+    def both(x):
+        draw = lambda: None if rngs is None else nnx.Rngs(rngs)  # noqa: E731
+        return model.blocks[0](x, rngs=draw())[0], *model.encode(x, draw())
+
+    dense, out, aux = map(jax.device_get, both(model.embed(images())))
+    for b, kept in enumerate(aux["kept"]):
+        skips = 1 + np.setdiff1d(np.arange(16), kept)
+        np.testing.assert_array_equal(out[b, skips], dense[b, skips])
+        if rngs is None:
+            assert (np.abs(out[b, 1 + kept] - dense[b, 1 + kept]).max(axis=-1) > 0.1).all()
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_order_of_patches_matters_to_kernel_3_alone(kernel):
+    model, call = tosa(kernel=kernel, keep_ratio=0.5), encoder(kernel=kernel, keep_ratio=0.5)
+    x, order = model.embed(images()), jax.random.permutation(jax.random.key(1), 16)
+    out, aux = call(x)
+    permuted, permuted_aux = call(jnp.concatenate([x[:, :1], x[:, 1:][:, order]], axis=1))
+    same = np.array_equal(np.sort(np.asarray(order)[permuted_aux["kept"]], axis=1), aux["kept"])
+    assert same == (kernel == 1)
+    if same:
+        np.testing.assert_allclose(permuted[:, 1:], out[:, 1:][:, order], atol=1e-4 * np.abs(out).max())
+
+
+def test_random_depends_on_seed_and_image_alone_unless_training():
+    model = tosa(selector="random", layers=(3,), keep_ratio=0.5)
+    x = model.embed(images())
+    draw = jax.jit(lambda x, seed=0: model.reducer(model.blocks, x, model.tokens(len(x)))[1]["kept"])
+    kept = np.asarray(draw(x))
+    np.testing.assert_array_equal(draw(x[:2]), kept[:2])
+    assert len(np.unique(kept, axis=0)) == 3
+    train = jax.jit(lambda key: model.encode(x, nnx.Rngs(key))[1]["kept"])
+    assert (train(jax.random.key(0)) != train(jax.random.key(1))).any()
+
+
+def test_kept_follows_the_index():
+    """Patch tokens that were picked before ToSA saw them."""
+    model = tosa()
+    index = jnp.tile(jnp.asarray([[1, 3, 4, 6, 9, 10, 14, 15]], jnp.int32), (3, 1))
+    x, tokens = model.embed(images())[:, :9], model.tokens(3)._replace(index=index)
+    kept = model.reducer(model.blocks, x, tokens)[1]["kept"]
+    assert kept.shape == (3, 6) and np.isin(kept, index).all()
+
+
+def test_fitting_runs_dense_and_measures_the_divergence():
+    fields = EVERYTHING | dict(image_size=(24, 40))
+    model = lively(create_model(TINY | fields, reducer="tosa", fitting=True, kernel=3))
+    plain = create_model(TINY | fields)
+    params = params_of(model)
+    own = params.pop("reducer")
+    nnx.update(plain, params)
+    x = model.embed(images(2, size=(24, 40)))
+    out, aux = jax.jit(lambda x: model.encode(x))(x)
+    np.testing.assert_allclose(out, jax.jit(lambda x: plain.encode(x)[0])(x), atol=1e-5 * np.abs(out).max())
+    for b in range(2):
+        y, maps = x[b : b + 1], []
+        for block in plain.blocks:
+            y, qk = block(y)
+            maps.append(attention_logits(qk))
+        divergences = []
+        for i in (1, 3):
+            target = softmax(maps[i])
+            predicted = softmax(predict(own[f"selector_{i}"], maps[i - 1], model.num_special, residual=True))
+            divergences += [
+                np.sum(p * np.log(p / q)) for p, q in zip(np.vstack(target), np.vstack(predicted), strict=True)
+            ]
+        np.testing.assert_allclose(aux["loss/selector"][b], np.mean(divergences), rtol=1e-4)
+    loss = losses.selector(None, aux, None)["loss"]  # reads no prediction
+    np.testing.assert_array_equal(loss, aux["loss/selector"])
+
+
+def test_divergence_is_zero_for_the_target_and_finite_for_any():
+    logits = 50 * jax.random.normal(jax.random.key(0), (2, 3, 5, 5))
+    np.testing.assert_allclose(_divergence(logits, logits + 7.0), 0, atol=1e-4)
+    assert np.isfinite(_divergence(100 * logits, -100 * logits)).all()
+
+
+def test_fitting_teaches_the_selectors_and_nothing_else():
+    fields = TINY | dict(depth=2)
+    model = lively(create_model(fields, reducer="tosa", fitting=True, residual=False, hidden=8))
+    # Block 1 compares as block 0 does, the first head twice as sharply and the second not at all: that can be learned.
+    params = params_of(model)
+    for name in ("attention_norm", "attention"):
+        params["block_1"][name] = params["block_0"][name]
+    sharpness = jnp.repeat(jnp.asarray([2.0, 0.0, 1.0, 1.0, 1.0, 1.0]), 16)
+    params["block_1"]["attention"] = params["block_1"]["attention"] | {
+        "qkv": jax.tree.map(lambda p: p * sharpness[(None,) * (p.ndim - 1)], params["block_0"]["attention"]["qkv"])
+    }
+    params["block_0"]["attention"]["out"] = jax.tree.map(lambda p: 0.1 * p, params["block_0"]["attention"]["out"])
+    params["block_0"]["mlp"]["down"] = jax.tree.map(lambda p: 0.1 * p, params["block_0"]["mlp"]["down"])
+    nnx.update(model, params)
+    graphdef, params = nnx.split(model)
+    x = images(32)
+
+    @jax.jit
+    def gradient(params):
+        loss = lambda params: losses.selector(None, nnx.merge(graphdef, params)(x)[1], None)["loss"].mean()  # noqa: E731
+        return jax.value_and_grad(loss)(params)
+
+    def selected(params, selector):
+        chooses = create_model(fields, reducer="tosa", keep_ratio=0.5, selector=selector, residual=False, hidden=8)
+        pure = nnx.to_pure_dict(params)
+        nnx.update(chooses, pure if selector == "learned" else {k: v for k, v in pure.items() if k != "reducer"})
+        return np.asarray(jax.jit(lambda x: chooses(x)[1]["kept"])(x))
+
+    def agreement(params):
+        """Share of the patches that the oracle would have selected."""
+        pairs = zip(selected(params, "learned"), selected(params, "oracle"), strict=True)
+        return np.mean([np.isin(a, b).mean() for a, b in pairs])
+
+    before = agreement(params)
+    start, grads = gradient(params)
+    grads = nnx.to_pure_dict(grads)
+    assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(grads.pop("reducer")))
+    assert all(float(jnp.abs(g).max()) == 0 for g in jax.tree.leaves(grads))
+    for _ in range(100):
+        loss, grads = gradient(params)
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+    assert loss < 0.2 * start
+    assert agreement(params) > max(0.8, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "gmac"),
+    mostly_long(
+        [
+            ("deit_tiny_patch16_224", (1, 3, 5, 7, 9, 11), (1.119, 1.056, 0.931, 0.784)),
+            ("deit_tiny_patch16_224", None, (1.142, 1.089, 0.985, 0.863)),
+            ("deit_small_patch16_224", (1, 3, 5, 7, 9, 11), (4.126, 3.898, 3.442, 2.888)),
+            ("deit_small_patch16_224", None, (4.205, 4.015, 3.634, 3.173)),
+            ("deit_base_patch16_224", (1, 3, 5, 7, 9, 11), (15.80, 14.94, 13.20, 11.05)),
+        ],
+        short=(),
+    ),
+)
+def test_cost_of_the_specification(name, layers, gmac):
+    for keep_ratio, expected in zip((0.8, 0.7, 0.5, 0.25), gmac, strict=True):
+        built = blueprint(name, reducer="tosa", layers=layers, keep_ratio=keep_ratio)
+        assert cost(nnx.eval_shape(built, jax.random.key(0))).gmac == pytest.approx(expected, rel=0.001)
+
+
+@pytest.mark.parametrize(("kernel", "hidden"), [(1, None), (3, 5)])
+def test_cost_is_the_formula(kernel, hidden):
+    model = nnx.eval_shape(
+        blueprint(TINY, reducer="tosa", keep_ratio=0.5, kernel=kernel, hidden=hidden), jax.random.key(0)
+    )
+    block = lambda n: 12 * n * 32**2 + 2 * n**2 * 32  # noqa: E731
+    selector = kernel * 2 * 2 * (hidden or 2) * 17**2
+    counted = cost(model)
+    assert counted.gmac * 1e9 == pytest.approx(16 * 192 * 32 + 2 * (block(17) + block(9) + selector) + 32 * 5)
+    assert counted.tokens == (17, 9, 17, 9)
+    plain = cost(nnx.eval_shape(blueprint(TINY), jax.random.key(0)))
+    assert counted.parameters - plain.parameters == 2 * (kernel * 4 * (hidden or 2) + (hidden or 2))
+
+
+def test_logits_are_computed_once():
+    """What `cost` assumes: XLA merges the logits that a selector reads with those of the attention."""
+    model = tosa((("depth", 2),), selector="copy", keep_ratio=0.5)
+    program = jax.jit(lambda x: model.encode(x)[0]).lower(model.embed(images())).compile().as_text()
+    assert len(re.findall(r"f32\[3,2,17,17\]\S* dot\(", program)) == 1
+    assert len(re.findall(r"f32\[3,2,17,17\]\S* exponential\(", program)) == 1
+
+
+@pytest.mark.parametrize(("depth", "layers"), [(12, (3, 5, 7, 9, 11)), (6, (3, 5)), (3, (1,)), (2, (1,)), (1, ())])
+def test_default_layers(depth, layers):
+    reducer = nnx.eval_shape(blueprint(TINY | dict(depth=depth), reducer="tosa"), jax.random.key(0)).reducer
+    assert reducer.layers == layers
+
+
+@pytest.mark.long
+def test_bfloat16_stays_bfloat16_and_selects_much_the_same():
+    fields = tuple((EVERYTHING | dict(dtype="bfloat16")).items())
+    x = tosa(tuple(EVERYTHING.items()), keep_ratio=0.5).embed(images())
+    aux = encoder(tuple(EVERYTHING.items()), keep_ratio=0.5)(x)[1]
+    out, half = encoder(fields, keep_ratio=0.5)(x.astype(jnp.bfloat16))
+    assert out.dtype == jnp.bfloat16 and np.isfinite(out.astype(jnp.float32)).all()
+    same = [np.isin(a, b).mean() for a, b in zip(np.asarray(aux["kept"]), np.asarray(half["kept"]), strict=True)]
+    assert np.mean(same) > 0.8
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(fitting=True), dict(kernel=3), dict(selector="oracle"), dict(selector="class"), dict(selector="random")],
+)
+def test_strict_dtypes_in_training(options, strict_dtypes):
+    model = create_model(TINY | dict(drop_path=0.1), reducer="tosa", **options)
+    aux = jax.eval_shape(lambda x: model(x, nnx.Rngs(0)), images())[1]
+    assert aux.get("loss/selector", jnp.zeros(3)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(keep_ratio=0.0), "keep_ratio is 0.0"),
+        (dict(selector="best"), "selector is 'best'; allowed: 'learned', 'copy'"),
+        (dict(kernel=2), "kernel is 2; allowed: 1, 3"),
+        (dict(hidden=0), "hidden is 0; it is a number of channels"),
+        (dict(layers=(0, 2)), r"blocks \(0, 2\) select tokens; each needs a dense block before it"),
+        (dict(layers=(2, 3)), r"blocks \(2, 3\) select tokens"),
+        (dict(layers=(3, 1)), r"layers is \(3, 1\); it lists block indices"),
+        (dict(num_kept=(16, 8, 8, 16)), r"blocks \(1, 2\) select tokens"),
+        (dict(layers=(1, 3), keep_ratio=(0.5,)), "keep_ratio has 1 entries for 2 layers"),
+        (dict(selector="copy", fitting=True), "fitting needs a learned selector"),
+        (
+            dict(sites=(1,)),
+            "takes keep_ratio, layers, num_kept, selector, hidden, kernel, residual, fitting, seed; got",
+        ),
+    ],
+)
+def test_misuse(options, message):
+    with pytest.raises(InputError, match=message):
+        create_model(TINY, reducer="tosa", **options)
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "message"),
+    [
+        ({}, dict(layers=(2, 4)), r"layers is \(2, 4\); the model has blocks 0..3"),
+        ({}, dict(num_kept=(8, 4)), None),
+        ({}, dict(num_kept=(8, 4, 4)), "num_kept has 3 entries for 2 layers and 4 blocks"),
+        ({}, dict(num_kept=(8, 4, 8, 4)), "num_kept begins with 8; block 0 is dense: give 16, all patches"),
+        (
+            NO_CLASS,
+            dict(selector="class"),
+            "tosa with selector 'class' ranks patches by the attention of the class token",
+        ),
+        (NO_CLASS, dict(selector="copy"), None),
+    ],
+)
+def test_misuse_that_only_the_model_shows(fields, options, message):
+    model = create_model(TINY | fields, reducer="tosa", **options)
+    if message is None:
+        jax.eval_shape(model, images())
+        return
+    with pytest.raises(InputError, match=message):
+        jax.eval_shape(model, images())

@@ -1,0 +1,222 @@
+"""ToSA, token selective attention (Singh et al., "ToSA: Token Selective Attention for Efficient Vision Transformers", 2024).
+
+Blocks come in pairs. From the attention logits of the first, which is dense, a selector predicts the attention maps of
+the second; the tokens that get the most attention there go through the second, the others skip it and stay as they are.
+
+Legend: B images, T tokens, N patch tokens, K selected patch tokens, D width, H heads, E channels in, G channels out.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from tif_jax import schedule
+from tif_jax.errors import InputError
+from tif_jax.reducers.random import draw_keys
+from tif_jax.tokens import (
+    QueryKey,
+    attention_logits,
+    class_attention,
+    identity_source,
+    put,
+    require_class,
+    split,
+    take,
+    top_k,
+)
+
+_SELECTORS = ("learned", "copy", "oracle", "class", "random")
+
+
+class HeadConv(nnx.Module):
+    """A convolution of attention maps along the keys, with the heads as channels; kernel 1 mixes heads and no more.
+
+    With kernel 3 a patch's neighbours are the patches before and after it in raster order, zeros at both ends; special
+    tokens are nobody's neighbours and have none.
+    """
+
+    def __init__(self, size_in: int, size_out: int, kernel: int, *, kernel_init, use_bias: bool, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (kernel, size_in, size_out), jnp.float32))
+        self.use_bias = use_bias
+        if use_bias:
+            self.bias = nnx.Param(jnp.zeros((size_out,), jnp.float32))
+
+    def __call__(self, maps: Float[Array, "B E T T"], num_special: int) -> Float[Array, "B G T T"]:
+        taps, size_in, size_out = self.kernel.shape
+        if taps == 3:
+            before = jnp.pad(maps[..., num_special:-1], ((0, 0), (0, 0), (0, 0), (num_special + 1, 0)))
+            after = jnp.pad(maps[..., num_special + 1 :], ((0, 0), (0, 0), (0, 0), (num_special, 1)))
+            maps = jnp.concatenate([before, maps, after], axis=1)
+        # With a kernel of its own for each image these are products of matrices as they lie in memory. With one for
+        # all, XLA transposes the maps, on a CPU at twice the time.
+        kernel = self.kernel[...].astype(maps.dtype).reshape(taps * size_in, size_out).T
+        kernel = jnp.broadcast_to(kernel[None], (maps.shape[0], *kernel.shape))
+        y = jnp.einsum("bge,ben->bgn", kernel, maps.reshape(*maps.shape[:2], -1))
+        if self.use_bias:
+            y = y + self.bias[...].astype(maps.dtype)[None, :, None]
+        return y.reshape(maps.shape[0], size_out, *maps.shape[2:])
+
+
+class Selector(nnx.Module):
+    """The next block's attention logits from those of a block: two convolutions with a ReLU between.
+
+    residual: what they give is added to the logits that they read, at first nothing: the next block's are then taken
+    to be this one's.
+    """
+
+    def __init__(self, num_heads: int, hidden: int, kernel: int, residual: bool, *, rngs: nnx.Rngs):
+        init = nnx.initializers.lecun_normal()
+        last = nnx.initializers.zeros_init() if residual else init
+        self.first = HeadConv(num_heads, hidden, kernel, kernel_init=init, use_bias=True, rngs=rngs)
+        # A bias would be the same for all keys of a query: the softmax over keys does not see it.
+        self.second = HeadConv(hidden, num_heads, kernel, kernel_init=last, use_bias=False, rngs=rngs)
+        self.residual = residual
+
+    def __call__(self, logits: Float[Array, "B H T T"], num_special: int) -> Float[Array, "B H T T"]:
+        y = self.second(jax.nn.relu(self.first(logits, num_special)), num_special)
+        return logits + y if self.residual else y
+
+
+class Tosa(nnx.Module):
+    """In every selective block floor(keep_ratio * N) patches, and the special tokens, attend to each other; the rest skip.
+
+    layers: the selective blocks, from 1, no two in a row; None is every odd block from a quarter of the way: 3, 5, 7, 9
+        and 11 of 12. All other blocks are dense.
+    keep_ratio, num_kept: ratios or numbers of selected patches, one for each layer (a ratio: or one for all). With
+        numbers for each block instead, N for block 0, those with fewer are selective.
+    selector: whose attention maps are summed over heads and queries to rank the patches: 'learned', the prediction;
+        'copy', the dense block's own; 'oracle', those that the next block would have if it were dense. Instead of
+        maps, 'class' ranks by the dense block's class attention and 'random' by chance, drawn like `Random`'s.
+    hidden: channels between the convolutions of a learned selector; None is the number of heads. kernel: 1, or 3 along
+        the keys. residual: see `Selector`.
+    fitting: every block runs dense and nothing is selected; aux['loss/selector'] is, per image and in nats, the mean
+        over layers, heads and queries of KL(attention of the selective block || its prediction). Its gradient reaches
+        the selectors alone.
+
+    The selection passes no gradient: selectors learn from `losses.selector`, not from the task.
+    """
+
+    def __init__(
+        self,
+        keep_ratio: float | tuple[float, ...] = 0.8,
+        layers: tuple[int, ...] | None = None,
+        num_kept: tuple[int, ...] | None = None,
+        selector: str = "learned",
+        hidden: int | None = None,
+        kernel: int = 1,
+        residual: bool = True,
+        fitting: bool = False,
+        seed: int = 0,
+        *,
+        num_heads: int | None,
+        depth: int | None,
+        rngs: nnx.Rngs,
+    ):
+        schedule.check(keep_ratio, layers, num_kept, name="layers")
+        if selector not in _SELECTORS:
+            raise InputError(f"selector is {selector!r}; allowed: {', '.join(map(repr, _SELECTORS))}")
+        if kernel not in (1, 3):
+            raise InputError(f"kernel is {kernel!r}; allowed: 1, 3")
+        if hidden is not None and (type(hidden) is not int or hidden < 1):
+            raise InputError(f"hidden is {hidden!r}; it is a number of channels, from 1")
+        for name, value in (("residual", residual), ("fitting", fitting)):
+            if not isinstance(value, bool):
+                raise InputError(f"{name} is {value!r}; allowed: True, False")
+        self.num_dense = 0
+        if layers is None and num_kept is not None and len(num_kept) == depth:
+            self.num_dense = num_kept[0]  # block 0 is dense: this must be all patches, which we do not know yet
+            layers = tuple(i for i, number in enumerate(num_kept) if number < self.num_dense)
+            num_kept = tuple(num_kept[i] for i in layers)
+        elif layers is None:
+            layers = tuple(i for i in range(1, depth or 0, 2) if 4 * i >= (depth or 0))
+        if any(i == 0 or i - 1 in layers for i in layers):
+            raise InputError(
+                f"blocks {layers} select tokens; each needs a dense block before it: not 0, no two in a row"
+            )
+        if fitting and (selector != "learned" or not (layers or depth is None)):
+            raise InputError(
+                f"fitting needs a learned selector; there is none with selector {selector!r}, layers {layers}"
+            )
+        self.keep_ratio, self.layers, self.num_kept = keep_ratio, layers, num_kept
+        self.selector, self.fitting, self.seed = selector, fitting, seed
+        if selector == "learned" and num_heads is not None:  # None: a check of the options
+            for i in layers:
+                setattr(self, f"selector_{i}", Selector(num_heads, hidden or num_heads, kernel, residual, rngs=rngs))
+
+    def __call__(self, blocks, x, tokens, rngs=None):
+        num_special, num_patches = tokens.num_special, tokens.index.shape[1]
+        if self.selector == "class":
+            require_class(tokens, "tosa with selector 'class'")
+        if 0 < self.num_dense < num_patches:
+            raise InputError(
+                f"num_kept begins with {self.num_dense}; block 0 is dense: give {num_patches}, all patches"
+            )
+        amounts = schedule.amounts(self.keep_ratio, self.layers, self.num_kept, len(blocks), name="layers")
+        if self.fitting:
+            return self._fit(blocks, x, tokens, rngs)
+        embedded, kept = split(x, num_special)[1], tokens.index
+        qk: Any = None  # of the block before
+        for i, block in enumerate(blocks):
+            num_kept = schedule.count(amounts.get(i, 1.0), num_patches, math.floor)
+            if num_kept == num_patches:
+                x, qk = block(x, rngs=rngs)
+                continue
+            if self.selector == "random":
+                scores = _draw(self.seed, i, embedded, rngs)
+            elif self.selector == "class":
+                scores = class_attention(qk, num_special)
+            else:
+                scores = _attention_received(self._logits(i, block, x, qk, num_special))[:, num_special:]
+            selected = top_k(scores, num_kept)
+            rows = _with_special(selected, num_special)
+            y, _ = block(take(x, rows), rngs=rngs)
+            x, kept = put(x, rows, y), take(tokens.index, selected)
+        return x, {"kept": kept, "source": identity_source(tokens)}
+
+    def _logits(
+        self, i: int, block, x: Float[Array, "B T D"], qk: QueryKey, num_special: int
+    ) -> Float[Array, "B H T T"]:
+        """What stands for the attention logits of block i, which gets x, given queries and keys of the one before."""
+        if self.selector == "oracle":
+            qk = block.attend(x)[1]
+        logits = jax.lax.stop_gradient(attention_logits(qk))
+        return getattr(self, f"selector_{i}")(logits, num_special) if self.selector == "learned" else logits
+
+    def _fit(self, blocks, x, tokens, rngs):
+        qk: Any = None  # of the block before
+        divergences = []
+        for i, block in enumerate(blocks):
+            predicted = self._logits(i, block, x, qk, tokens.num_special) if i in self.layers else None
+            x, qk = block(x, rngs=rngs)
+            if predicted is not None:
+                divergences.append(_divergence(attention_logits(qk), predicted))
+        loss = sum(divergences) / len(divergences)
+        return x, {"kept": tokens.index, "source": identity_source(tokens), "loss/selector": loss}
+
+
+def _attention_received(logits: Float[Array, "B H T T"]) -> Float[Array, "B T"]:
+    """How much attention each token gets from all queries, special tokens' included, summed over heads."""
+    return jax.nn.softmax(logits, axis=-1).sum(axis=(1, 2))
+
+
+def _divergence(target: Float[Array, "B H T T"], predicted: Float[Array, "B H T T"]) -> Float[Array, " B"]:
+    """KL(softmax(target) || softmax(predicted)) in nats, mean over heads and queries; no gradient to the target."""
+    log_p = jax.nn.log_softmax(jax.lax.stop_gradient(target), axis=-1)
+    log_q = jax.nn.log_softmax(predicted, axis=-1)
+    return (jnp.exp(log_p) * (log_p - log_q)).sum(axis=-1).mean(axis=(1, 2))
+
+
+def _with_special(selected: Int[Array, "B K"], num_special: int) -> Int[Array, "B S"]:
+    """Rows among all tokens: the special ones, then the selected patches."""
+    special = jnp.broadcast_to(jnp.arange(num_special, dtype=jnp.int32)[None], (selected.shape[0], num_special))
+    return jnp.concatenate([special, num_special + selected], axis=1)
+
+
+def _draw(seed: int, i: int, patches: Float[Array, "B N D"], rngs: nnx.Rngs | None) -> Float[Array, "B N"]:
+    """Uniform scores for block i, from the patch embeddings of an image or, in training, from `rngs`."""
+    draw = lambda key: jax.random.uniform(jax.random.fold_in(key, i), patches.shape[1:2])  # noqa: E731
+    return jax.vmap(draw)(draw_keys(seed, patches, rngs))
