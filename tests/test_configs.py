@@ -14,7 +14,7 @@ from tif_jax.state import params_of
 
 FOLDER = Path(__file__).parents[1] / "configs"
 WITH_ARGUMENTS = {"imagenette.py": ("", "peers"), "imagenet.py": ("deit_tiny", "deit_small", "deit_base")}
-TINY = dict(image_size=16, patch_size=8, width=8, depth=1, num_heads=1, num_classes=2)
+TINY = dict(image_size=16, patch_size=8, width=8, depth=2, num_heads=1, num_classes=2)
 ALL = [
     f"{path.name}:{arg}" if arg else path.name
     for path in sorted(FOLDER.glob("*.py"))

@@ -15,6 +15,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from tif_jax import records
+from tif_jax.budget import AMOUNTS
 from tif_jax.commands import _arguments, train
 from tif_jax.cost import cost
 from tif_jax.loading import load
@@ -73,10 +74,13 @@ def benchmark(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 def with_reducer(config: ConfigDict, entry: str | Mapping[str, Any], seed: int | None = None) -> ConfigDict:
     """The config with another reducer, and another seed. entry: its name, or dict(name=..., ...) with its own options.
 
-    It takes those of the options in config.reducer that it knows, unless the entry has them.
+    Of the options in config.reducer another reducer takes over only how much to keep: names of others may mean something
+    else to it.
     """
-    changed = ConfigDict(config.to_dict())
-    changed.reducer.update({"name": entry} if isinstance(entry, str) else dict(entry))
+    changed, own = ConfigDict(config.to_dict()), {"name": entry} if isinstance(entry, str) else dict(entry)
+    if own["name"] != config.reducer.name:
+        changed.reducer = ConfigDict({k: v for k, v in config.reducer.items() if k in {*AMOUNTS, "budget"}})
+    changed.reducer.update(own)
     changed.seed = config.seed if seed is None else seed
     return changed.lock()
 
