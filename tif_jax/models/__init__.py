@@ -62,6 +62,7 @@ def create_model(name: str | dict[str, Any], *, reducer: str = "full", seed: int
     of the reducer (keep_ratio, ...). Raises InputError for anything unknown.
     """
     build = blueprint(name, reducer=reducer, **options)
+    graphdef: Any = None
 
     @jax.jit  # one program draws all the weights: drawn one by one they would take seconds
     def draw(key):
@@ -69,7 +70,6 @@ def create_model(name: str | dict[str, Any], *, reducer: str = "full", seed: int
         graphdef, params = nnx.split(build(key), nnx.Param)
         return params
 
-    graphdef = None
     params = draw(jax.random.key(seed))
     return nnx.merge(graphdef, params)
 
