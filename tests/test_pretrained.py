@@ -474,6 +474,7 @@ def test_fresh_head_and_reducer_are_named_in_the_log(tmp_path, caplog):
         name for name in line.split("initialised: ")[1].split(", ") if not name.startswith("reducer/filter/")
     } == heads
     np.testing.assert_array_equal(model.norm.bias[...], tensors["norm.bias"])
+    assert all(np.ptp(drawn[...]) > 0 for drawn in (model.head.kernel, model.reducer.filter.local_in.kernel))
 
 
 def test_headless_backbone(tmp_path):
