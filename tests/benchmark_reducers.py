@@ -18,14 +18,23 @@ from tif_jax.data.loader import evaluation_batches
 from tif_jax.state import make_mesh, shard
 
 BATCH_SIZE = 32
+RAMP = tuple(round(26 * i / 11) for i in range(12))  # as many merged as with 13 in every block
 ROWS = [
     ("full", {}),
     *[("evit", dict(keep_ratio=ratio)) for ratio in (0.7, 0.5)],
-    *[("tome", dict(num_merged=number)) for number in (8, 13)],
+    *[("tome", dict(num_merged=number)) for number in (8, 13, RAMP[::-1], RAMP)],
     *[("bat", dict(keep_ratio=ratio)) for ratio in (0.7, 0.5)],
+    *[("bat", dict(keep_ratio=0.5, **{name: choice})) for name, choice in [
+        ("matching", "greedy_pairs"), ("features", "keys"), ("cluster_weights", "attention_sum"),
+        ("cluster_weights", "mean"), ("pair_weights", "mean"), ("match_ratio", 0.0), ("match_ratio", 0.5),
+        ("proportional_attention", True),
+    ]],
     *[("evo_vit", dict(keep_ratio=0.5, representative=choice)) for choice in (True, False)],
-    *[(name, dict(keep_ratio=0.7)) for name in ("random", "norm")],
-]
+    ("evo_vit", dict(keep_ratio=0.5, stages=(4, 5, 6, 7, 8, 9, 10, 11))),
+    *[("tosa", dict(keep_ratio=0.5, selector=choice)) for choice in ("copy", "oracle", "class", "random")],
+    *[("random", dict(keep_ratio=ratio)) for ratio in (0.7, 0.5)],
+    ("norm", dict(keep_ratio=0.7)),
+]  # fmt: skip
 
 
 def main() -> None:
