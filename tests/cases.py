@@ -17,7 +17,7 @@ from tif_jax.state import params_of
 def mostly_long(cases, short=(0,)):
     """The cases for parametrize; those whose positions are not in `short` run with -m long."""
     return [
-        case if i in short else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.long)
+        case if i in short else pytest.param(*(case if type(case) is tuple else (case,)), marks=pytest.mark.long)
         for i, case in enumerate(cases)
     ]
 

@@ -2,7 +2,9 @@
 
 import jax
 import pytest
+from cases import mostly_long
 from flax import nnx
+from published import ROWS
 
 from tif_jax.cost import cost
 from tif_jax.errors import InputError
@@ -54,6 +56,17 @@ def test_tif_with_and_without_its_filter(name, width, keep_ratio, with_filter, w
     assert tif.parameters - random.parameters == sum(
         (2 * width, width * width + width, width * width, width * width // 2 + width // 2, width // 2 + 1)
     )
+
+
+# In the normal run one row for each reducer and family.
+FIRST = {(row.reducer, row.model.split("_")[0]): i for i, row in reversed(list(enumerate(ROWS)))}
+
+
+@pytest.mark.parametrize(
+    "row", mostly_long(ROWS, short=set(FIRST.values())), ids=lambda row: f"{row.model}-{row.reducer}"
+)
+def test_published(row):
+    assert cost_of(row.model, reducer=row.reducer, **row.options).gmac == pytest.approx(row.gmac, abs=row.within)
 
 
 def test_size_is_checked():
