@@ -376,7 +376,7 @@ def test_strict_dtypes_in_training(options, strict_dtypes):
         (dict(selector="copy", fitting=True), "fitting needs a learned selector"),
         (
             dict(sites=(1,)),
-            "takes keep_ratio, layers, num_kept, selector, hidden, kernel, residual, fitting, seed; got",
+            "takes keep_ratio, layers, num_kept, selector, hidden, kernel, residual, fitting, draw_seed; got",
         ),
     ],
 )

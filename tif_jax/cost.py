@@ -74,12 +74,15 @@ def _multiply_adds(jaxpr) -> int:
         count = _COUNTERS.get(equation.primitive.name)
         if count is not None:
             total += count(equation)
+        inside = [
+            _multiply_adds(inner)
+            for value in equation.params.values()
+            for each in (value if isinstance(value, tuple | list) else (value,))
+            if hasattr(inner := getattr(each, "jaxpr", each), "eqns")
+        ]
         repeats = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple | list) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    total += repeats * _multiply_adds(inner)
+        # Of the branches one runs; the costlier counts. (ToSA has one for CPUs without matrix products.)
+        total += max(inside, default=0) if equation.primitive.name == "cond" else repeats * sum(inside)
     return total
 
 

@@ -41,15 +41,16 @@ def load_with_fields(
     path = Path(source)
     given = {key: options.pop(key) for key in list(options) if key in MODEL_FIELDS}
     given = {key: value for key, value in given.items() if value is not None}
+    same_reducer = False
     if _is_checkpoint(path):
         params, stored = state.load_params(checkpoint_directory(path))
         fields = {**stored["model"], **given}
         params = _resized(params, stored["model"], fields)
-        if reducer in (None, stored["reducer"]["name"]):
+        same_reducer = reducer in (None, stored["reducer"]["name"])
+        if same_reducer:
             reducer, own = stored["reducer"]["name"], dict(stored["reducer"])
-            amount = {*AMOUNTS, "budget"}
-            if amount & set(options):  # another amount stands in place of the checkpoint's
-                own = {key: value for key, value in own.items() if key not in amount}
+            if any(options.get(key) is not None for key in AMOUNTS):  # it stands in place of the checkpoint's
+                own = {key: value for key, value in own.items() if key not in AMOUNTS}
             options = {**own, **options}
             options.pop("name")
     else:
@@ -59,7 +60,9 @@ def load_with_fields(
     model = nnx.eval_shape(build, jax.random.key(0))
     wanted, found = (_flat(tree) for tree in (state.params_of(model), params))
     fresh = sorted(set(wanted) - set(found))
-    surplus = [name for name in set(found) - set(wanted) if not name.startswith(_MAY_DIFFER)]
+    # Of another reducer's parameters none are wanted; of the same one's, all.
+    may_go = _MAY_DIFFER[1:] if same_reducer else _MAY_DIFFER
+    surplus = [name for name in set(found) - set(wanted) if not name.startswith(may_go)]
     wrong = [name for name in set(found) & set(wanted) if found[name].shape != wanted[name].shape]
     lacking = [name for name in fresh if not name.startswith(_MAY_DIFFER) and _is_checkpoint(path)]
     if problems := sorted({*surplus, *wrong, *lacking}):

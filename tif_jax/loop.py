@@ -16,7 +16,8 @@ from jaxtyping import Array
 from tif_jax import optim
 from tif_jax.errors import InputError, WorkError
 from tif_jax.losses import Loss
-from tif_jax.models import Model, plain_vit
+from tif_jax.models import Model
+from tif_jax.models.vit import ViT
 from tif_jax.progress import Progress
 from tif_jax.reducers import Aux, Full
 from tif_jax.state import Params, State, params_of, statistics_of, with_params, with_statistics
@@ -57,7 +58,9 @@ def make_step(
         key, teacher_params = fixed
         if teacher_params is not None:
             logits, aux = _with_tokens(with_params(teacher_graphdef, teacher_params), batch["image"], None)
-            batch = {**batch, "teacher/logits": logits, "teacher/tokens": aux["tokens"]}
+            batch = {**batch, "teacher/logits": logits}
+            if "tokens" in aux:
+                batch = {**batch, "teacher/tokens": aux["tokens"]}
         ours, frozen = optim.partition(state.params, trainable)
 
         def mean_loss(ours):
@@ -82,11 +85,10 @@ def make_step(
 
 
 def _with_tokens(model: Model, images: Array, rngs: nnx.Rngs | None) -> tuple[Array, Aux]:
-    """`ViT.__call__` with aux['tokens'], the patch tokens after the last block and the last norm."""
-    model = plain_vit(model, "distillation of tokens")
+    """`model(images, rngs)`; of a ViT with aux['tokens'], the patch tokens after the last block and the last norm."""
     x, aux = model.encode(model.embed(images), rngs)
     prediction, aux = model.predict(x, aux)
-    return prediction, {**aux, "tokens": model.norm(x[:, model.num_special :])}
+    return prediction, {**aux, "tokens": model.norm(x[:, model.num_special :])} if isinstance(model, ViT) else aux
 
 
 def run(

@@ -18,6 +18,8 @@ from tif_jax.tokens import num_kept, take
 
 Loss = Callable[[Float[Array, "B L"], Mapping[str, Array], Mapping[str, Any]], dict[str, Float[Array, " B"]]]
 
+_WITHOUT_TOKENS = "distil with tokens_weight=0 (finetune.distillation.tokens_weight of a config)"
+
 
 def classification(prediction, aux, batch, *, label_smoothing: float = 0.0) -> dict[str, Float[Array, " B"]]:
     """Cross-entropy with batch['label'] in nats, and whether the top class is right.
@@ -46,6 +48,8 @@ def distillation(
     terms["teacher_kl"] = jnp.sum(jnp.exp(taught) * (taught - said), axis=-1)
     loss = terms["loss"] + logits_weight * terms["teacher_kl"]
     if tokens_weight:
+        if "teacher/tokens" not in batch or "tokens" not in aux:
+            raise InputError(f"only the tokens of ViTs can be compared; {_WITHOUT_TOKENS}")
         terms["teacher_mse"] = _token_difference(aux, batch["teacher/tokens"])
         loss = loss + tokens_weight * terms["teacher_mse"]
     return {**terms, "loss": loss}
@@ -56,13 +60,18 @@ def hard_distillation(
 ) -> dict[str, Float[Array, " B"]]:
     """(1 - weight) * the base loss + weight * cross-entropy, in nats, with the teacher's top class (Touvron et al. 2021).
 
-    A distillation head, where there is one, learns from the teacher and the other head from the labels. Needs a step with
-    a `teacher`.
+    Distillation heads, where there are any, learn from the teacher and the other heads from the labels; every
+    aux['loss/...'] is added. Needs a step with a `teacher`.
     """
-    terms = base(prediction, {k: v for k, v in aux.items() if k != "logits/distillation"}, batch)
-    logits = aux.get("logits/distillation", prediction)
-    taught = optax.softmax_cross_entropy_with_integer_labels(logits, batch["teacher/logits"].argmax(axis=-1))
-    return {**terms, "loss": (1 - weight) * terms["loss"] + weight * taught, "teacher_cross_entropy": taught}
+    taught_heads = {k: v for k, v in aux.items() if k.startswith("logits/") and k.endswith("distillation")}
+    extra = sum(v for k, v in aux.items() if k.startswith("loss/"))
+    rest = {k: v for k, v in aux.items() if k not in taught_heads and not k.startswith("loss/")}
+    terms, said = base(prediction, rest, batch), batch["teacher/logits"].argmax(axis=-1)
+    taught = sum(
+        optax.softmax_cross_entropy_with_integer_labels(logits, said)
+        for logits in taught_heads.values() or [prediction]
+    ) / max(1, len(taught_heads))
+    return {**terms, "loss": (1 - weight) * terms["loss"] + weight * taught + extra, "teacher_cross_entropy": taught}
 
 
 def _token_difference(aux: Mapping[str, Any], taught: Float[Array, "B N D"]) -> Float[Array, " B"]:
@@ -73,13 +82,12 @@ def _token_difference(aux: Mapping[str, Any], taught: Float[Array, "B N D"]) -> 
         if kept is None or kept.shape[1] != tokens.shape[1]:
             raise InputError(
                 f"{tokens.shape[1]} patch tokens come out, not all of them patches of the teacher's "
-                f"{taught.shape[1]}: this reducer makes tokens of several patches; distil with tokens_weight=0"
+                f"{taught.shape[1]}: this reducer makes tokens of several patches; {_WITHOUT_TOKENS}"
             )
         taught = take(jnp.asarray(taught), kept)
     if tokens.shape[2] != taught.shape[2]:
         raise InputError(
-            f"the teacher's tokens have width {taught.shape[2]}, the student's {tokens.shape[2]}; "
-            "distil with tokens_weight=0"
+            f"the teacher's tokens have width {taught.shape[2]}, the student's {tokens.shape[2]}; {_WITHOUT_TOKENS}"
         )
     wide = widened(tokens.dtype)
     difference = jnp.mean((tokens.astype(wide) - taught.astype(wide)) ** 2, axis=2)

@@ -11,12 +11,12 @@ from ml_collections import ConfigDict
 
 from tif_jax import config as config_file
 from tif_jax import metrics_log, records, shards
+from tif_jax.budget import AMOUNTS
 from tif_jax.commands import train
 from tif_jax.commands.evaluate import KEEP_RATIOS
 from tif_jax.data.loader import evaluation_batches
 from tif_jax.loading import load
 from tif_jax.plots import accuracy_cost, picture_page, training_curves
-from tif_jax.tokens import num_kept
 
 _NUM_PICTURES = 8
 
@@ -33,7 +33,7 @@ def write_report(config: ConfigDict, workdir: Path, runs: Sequence[ConfigDict]) 
         row = {
             "reducer": of_run.reducer.name,
             "label": label,
-            "keep_ratio": train.reducer_options(of_run)[1].get("keep_ratio", 1.0),
+            "keep_ratio": metrics.get("keep_ratio", 1.0),
             "seed": of_run.seed,
             "top1": metrics["top1"],
             "top1_before": metrics["before"]["top1"],
@@ -166,15 +166,17 @@ def _curves(config: ConfigDict, workdir: Path, runs: Sequence[ConfigDict]) -> di
 def _pictures(config: ConfigDict, workdir: Path) -> list[dict[str, np.ndarray]]:
     """Test images with oracle impact, filter logits and kept mask, each (rows, columns) of the patch raster."""
     table = shards.read_impact(workdir / "heldout-label")
-    model = load(train.filter_directory(config, workdir))
+    amount = {key: value for key, value in train.reducer_options(config)[1].items() if key in AMOUNTS}
+    model = load(train.filter_directory(config, workdir), **amount)
     chosen = np.arange(_NUM_PICTURES) * len(table.index) // _NUM_PICTURES
     rows = np.stack([table.index, table.view], axis=1)[chosen]
     source = train.open_source(config, "test", model)
     batches = evaluation_batches(source, config.data, batch_size=_NUM_PICTURES, records=rows)
     images = next(batches)["image"]
     batches.close()
-    logits = np.asarray(model(images)[1]["filter_logits"])
-    kept = np.argsort(np.argsort(-logits, axis=1), axis=1) < num_kept(config.reducer.keep_ratio, logits.shape[1])
+    aux = model(images)[1]
+    logits = np.asarray(aux["filter_logits"])
+    kept = (np.arange(logits.shape[1])[None, None] == np.asarray(aux["kept"])[..., None]).any(axis=1)
     options = train.data.read_options(config.data)
     pixels = np.clip(images * np.asarray(options.std) + np.asarray(options.mean), 0, 1)
     raster = lambda x: x.reshape(-1, *model.grid)  # noqa: E731

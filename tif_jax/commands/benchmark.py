@@ -14,10 +14,11 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from tif_jax import records
+from tif_jax import records, reducers
 from tif_jax.budget import AMOUNTS
 from tif_jax.commands import _arguments, train
 from tif_jax.cost import cost
+from tif_jax.errors import InputError
 from tif_jax.loading import load
 from tif_jax.state import make_mesh, params_of, replicate, shard, with_params
 
@@ -39,7 +40,8 @@ def benchmark(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     rows, calls = [], []
     for of_row in [with_reducer(config, entry) for entry in recipe.reducers]:
         name, options = train.reducer_options(of_row)
-        model = load(workdir / "backbone", reducer=name, dtype=recipe.dtype, **options)
+        fields = config.finetune.get("model", {})
+        model = load(workdir / "backbone", reducer=name, dtype=recipe.dtype, **fields, **options)
         images = np.random.default_rng(0).normal(size=(recipe.batch_size, *model.image_size, 3)).astype(np.float32)
         arguments = replicate(params_of(model), mesh), shard({"image": images}, mesh)["image"]
         graphdef = nnx.split(model)[0]
@@ -71,29 +73,51 @@ def benchmark(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     return result
 
 
+def is_measured(config: ConfigDict, workdir: Path) -> bool:
+    """Whether DIR/benchmark.json is what `benchmark` would measure again."""
+    rows = (records.read(workdir / "benchmark.json") or {}).get("rows", [])
+    recipe = config.benchmark
+    wanted = [(train.label(with_reducer(config, entry)), recipe.batch_size, recipe.dtype) for entry in recipe.reducers]
+    return wanted == [(row.get("label"), row["batch_size"], row["dtype"]) for row in rows]
+
+
 def with_reducer(config: ConfigDict, entry: str | Mapping[str, Any], seed: int | None = None) -> ConfigDict:
     """The config with another reducer, and another seed. entry: its name, or dict(name=..., ...) with its own options.
 
     Of the options in config.reducer another reducer takes over only how much to keep: names of others may mean something
-    else to it.
+    else to it. An entry's own amount stands instead of that. Raises InputError for options that the reducer lacks.
     """
-    changed, own = ConfigDict(config.to_dict()), {"name": entry} if isinstance(entry, str) else dict(entry)
+    own = {"name": entry} if isinstance(entry, str) else dict(entry) if isinstance(entry, Mapping) else {}
+    if "name" not in own:
+        raise InputError(f"benchmark.reducers has {entry!r}; allowed: a name, or dict(name='evit', keep_ratio=0.5)")
+    known = {*reducers.options(own["name"]), "name", "budget"}
+    if unknown := sorted(set(own) - known):
+        raise InputError(
+            f"benchmark.reducers: {own['name']!r} takes {', '.join(sorted(known))}; got {', '.join(unknown)}"
+        )
+    taken_over = config.reducer.to_dict()
     if own["name"] != config.reducer.name:
-        changed.reducer = ConfigDict({k: v for k, v in config.reducer.items() if k in {*AMOUNTS, "budget"}})
-    changed.reducer.update(own)
-    changed.seed = config.seed if seed is None else seed
-    return changed.lock()
+        taken_over = {key: value for key, value in taken_over.items() if key in AMOUNTS}
+    if not own.keys().isdisjoint(AMOUNTS):
+        taken_over = {key: value for key, value in taken_over.items() if key not in AMOUNTS}
+    settings = config.to_dict()
+    settings |= {"reducer": taken_over | own, "seed": config.seed if seed is None else seed}
+    return ConfigDict(settings).lock()
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as text."""
+    """The rows as text. of GMAC: the share of the speed-up that the multiply-adds promise which is there."""
     width = max(len(row["label"]) for row in rows)
-    lines = [f"{'reducer':<{width}} {'GMAC':>8} {'params M':>9} {'images/s':>9} {'x full':>7} {'peak MiB':>9}"]
-    full = next((row["images_per_second"] for row in rows if row["reducer"] == "full"), float("nan"))
+    lines = [
+        f"{'reducer':<{width}} {'GMAC':>8} {'params M':>9} {'images/s':>9} {'x full':>7} {'of GMAC':>8} {'peak MiB':>9}"
+    ]
+    full = next((row for row in rows if row["reducer"] == "full"), None)
     for row in rows:
+        faster = row["images_per_second"] / full["images_per_second"] if full else float("nan")
+        cheaper = full["gmac"] / row["gmac"] if full else float("nan")
         lines.append(
             f"{row['label']:<{width}} {row['gmac']:>8.4f} {row['parameters'] / 1e6:>9.3f} {row['images_per_second']:>9.1f} "
-            f"{row['images_per_second'] / full:>7.2f} {row['peak_memory_bytes'] / 2**20:>9.1f}"
+            f"{faster:>7.2f} {faster / cheaper:>8.2f} {row['peak_memory_bytes'] / 2**20:>9.1f}"
         )
     return "\n".join(lines)
 

@@ -43,7 +43,8 @@ def backbone(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 def finetuned(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """DIR/finetune/.../metrics.json of config.reducer and config.seed; under `before`, those before fine-tuning."""
     directory = train.finetune_directory(config, workdir)
-    metrics = _evaluate(config, load(directory, dtype=config.dtype))
+    model = load(directory, dtype=config.dtype)
+    metrics = _evaluate(config, model) | {"keep_ratio": getattr(model.reducer, "keep_ratio", 1.0)}
     before, _ = train.before_finetuning(config, workdir, train.reducer_options(config)[1])
     metrics["before"] = _evaluate(config, before)
     records.write(directory / "metrics.json", metrics)

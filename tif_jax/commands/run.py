@@ -9,8 +9,9 @@ from ml_collections import ConfigDict
 from tif_jax import records
 from tif_jax.commands import _arguments, evaluate, score, train
 from tif_jax.commands._report import write_report
-from tif_jax.commands.benchmark import benchmark, with_reducer
+from tif_jax.commands.benchmark import benchmark, is_measured, with_reducer
 from tif_jax.errors import InputError
+from tif_jax.loading import load_with_fields
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,10 @@ def run(config: ConfigDict, workdir: Path) -> None:
             f"reducer.name is {config.reducer.name!r}; `tif run` makes and judges the filter of 'tif': "
             "name other reducers in benchmark.reducers, or train and evaluate them stage by stage"
         )
+    labels = [train.label(of_run) for of_run in runs if of_run.seed == config.seed]
+    if len(labels) > len(set(labels)) or not labels:
+        raise InputError(f"benchmark.reducers is {', '.join(labels) or 'empty'}; name at least one, each once")
+    train.check_distillation(config)
     for of_run in runs:  # mistakes that would otherwise come to light after hours
         train.check_reducer(of_run)
     score.check(config, "train", config.score.target)
@@ -37,6 +42,9 @@ def run(config: ConfigDict, workdir: Path) -> None:
     logger.info("stage backbone")
     train.backbone(config, workdir)
     _once(workdir / "backbone" / "metrics.json", evaluate.backbone, config, workdir)
+    _, fields = load_with_fields(workdir / "backbone", reducer="full")
+    for of_run in runs:
+        train.check_on_backbone(of_run, fields)
     logger.info("stage score")
     score.score(config, workdir)
     score.score_heldout(config, workdir)
@@ -51,12 +59,12 @@ def run(config: ConfigDict, workdir: Path) -> None:
             logger.info("stage filter, %s, seed %d", train.label(of_run), of_run.seed)
             train.fit_reducer(of_run, workdir)
         directory = train.finetune_directory(of_run, workdir)
-        if not (directory / "metrics.json").exists():
-            logger.info("stage finetune, %s", directory.name)
-            train.finetune(of_run, workdir)
-            evaluate.finetuned(of_run, workdir)
+        logger.info("stage finetune, %s", directory.name)
+        train.finetune(of_run, workdir)
+        _once(directory / "metrics.json", evaluate.finetuned, of_run, workdir)
     logger.info("stage benchmark")
-    _once(workdir / "benchmark.json", benchmark, config, workdir)
+    if not is_measured(config, workdir):
+        benchmark(config, workdir)
     logger.info("stage report")
     write_report(config, workdir, runs)
 

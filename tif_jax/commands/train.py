@@ -14,19 +14,20 @@ from ml_collections import ConfigDict
 
 from tif_jax import config as config_file
 from tif_jax import data, losses, optim, records, reducers, shards
-from tif_jax.budget import AMOUNTS
+from tif_jax.budget import AMOUNTS, SOLVED
 from tif_jax.commands import _arguments
+from tif_jax.cost import cost
 from tif_jax.data.loader import Batches, training_batches
 from tif_jax.errors import InputError
 from tif_jax.loading import load, load_with_fields
 from tif_jax.loop import init_state, make_step, run
 from tif_jax.metrics_log import MetricsLog
-from tif_jax.models import Model, create_model
+from tif_jax.models import Model, blueprint, create_model
 from tif_jax.state import Checkpoints, State, make_mesh, params_of, replicate, shard
 
 logger = logging.getLogger(__name__)
 
-FROZEN_REDUCER = ((r"^reducer/", False),)
+FROZEN_REDUCER = ((r"^reducer/(?!then/)", False),)  # what follows it is trained with the rest
 REDUCER_ALONE = ((r"^reducer/", True),)
 _SAVE_EVERY = 1000  # steps that a killed run loses at most; shorter runs save once on the way, to have one in reserve
 
@@ -102,8 +103,9 @@ def token_filter(config: ConfigDict, workdir: Path) -> None:
 def selectors(config: ConfigDict, workdir: Path) -> None:
     """The selectors of tosa, fitted to the attention of the blocks that they choose for; nothing is scored, no label read."""
     recipe, (name, options) = config.filter, reducer_options(config)
+    options = {key: value for key, value in options.items() if key not in AMOUNTS} | {"fitting": True}
     model, fields = load_with_fields(
-        workdir / "backbone", reducer=name, seed=config.seed, dtype=config.dtype, **{**options, "fitting": True}
+        workdir / "backbone", reducer=name, seed=config.seed, dtype=config.dtype, **options
     )
     source = data.open_source(config.data, "train")
     batches = training_batches(source, config.data, batch_size=recipe.batch_size, seed=config.seed)
@@ -148,16 +150,24 @@ def _finetuning_loss(config: ConfigDict, workdir: Path) -> tuple[losses.Loss, Mo
     """The loss that finetune.distillation asks for, and the teacher that it needs: the backbone, unreduced."""
     recipe = config.finetune
     base = partial(losses.classification, label_smoothing=recipe.label_smoothing)
+    check_distillation(config)
     given = recipe.get("distillation", {})
     kind = given.get("kind", "")
-    if kind not in ("", "soft", "hard"):
-        raise InputError(f"finetune.distillation.kind is {kind!r}; allowed: '', 'soft', 'hard'")
     if not kind:
         return base, None
     teacher = load(workdir / "backbone", reducer="full", dtype=config.dtype)
     if kind == "hard":
-        return partial(losses.hard_distillation, base=base), teacher
+        return partial(losses.hard_distillation, base=base, weight=given.get("logits_weight", 0.5)), teacher
     return partial(losses.distillation, base=base, **{k: v for k, v in given.items() if k != "kind"}), teacher
+
+
+def check_distillation(config: ConfigDict) -> None:
+    """Raises InputError for keys of finetune.distillation that mean nothing."""
+    given = config.finetune.get("distillation", {})
+    if unknown := sorted(set(given) - {"kind", "logits_weight", "tokens_weight"}):
+        raise InputError(f"finetune.distillation has {', '.join(unknown)}; known: kind, logits_weight, tokens_weight")
+    if (kind := given.get("kind", "")) not in ("", "soft", "hard"):
+        raise InputError(f"finetune.distillation.kind is {kind!r}; allowed: '', 'soft', 'hard'")
 
 
 FITTED: dict[str, Callable[[ConfigDict, Path], None]] = {"tif": token_filter, "tosa": selectors}
@@ -165,14 +175,18 @@ FITTED: dict[str, Callable[[ConfigDict, Path], None]] = {"tif": token_filter, "t
 
 def is_fitted(config: ConfigDict) -> bool:
     """Whether config.reducer has something to learn before fine-tuning."""
-    name, options = reducer_options(config)
+    return _is_fitted(*reducer_options(config))
+
+
+def _is_fitted(name: str, options: Mapping[str, Any]) -> bool:
     return name in FITTED and options.get("selector", "learned") == "learned"
 
 
 def filter_directory(config: ConfigDict, workdir: Path) -> Path:
-    """DIR/filter; for reducers other than tif, and for further seeds, their name and the seed are appended."""
+    """DIR/filter for tif; for other reducers their name and options follow, and for further seeds the seed."""
     name, seed = config.reducer.name, config.seed
-    return workdir / "-".join(["filter"] + [name] * (name != "tif") + [str(seed)] * (seed != 0))
+    parts = ["filter"] if name == "tif" else [f"filter-{name}{_others(config)}"]
+    return workdir / "-".join(parts + [str(seed)] * (seed != 0))
 
 
 def finetune_directory(config: ConfigDict, workdir: Path) -> Path:
@@ -183,28 +197,39 @@ def label(config: ConfigDict) -> str:
     """REDUCER-AMOUNT, as in 'tif-0.5', and the options that differ from the reducer's defaults: 'evit-0.5,fuse=False'."""
     name, options = reducer_options(config)
     defaults = {key: p.default for key, p in reducers.options(name).items()}
-    amount = options.pop("budget", None)
-    text = "1" if amount is None else f"{amount:g}GMAC"
-    for key in AMOUNTS:
-        value = options.pop(key, defaults.get(key))
-        if key in defaults and amount is None:
-            text = ",".join(f"{v:g}" for v in (value if isinstance(value, tuple | list) else (value,)))
-    others = [f"{key}={_short(value)}" for key, value in options.items() if value != defaults[key]]
-    return ",".join([f"{name}-{text}", *others])
+    solved = next((key for key in SOLVED if key in defaults), None)
+    if options.get("budget"):
+        amount = f"{options['budget']:g}GMAC"
+    else:
+        amount = _short(options.get("num_kept") or (options.get(solved, defaults[solved]) if solved else 1))
+    return f"{name}-{amount}{_others(config)}"
+
+
+def _others(config: ConfigDict) -> str:
+    """The options but the amount that differ from the reducer's defaults."""
+    name, options = reducer_options(config)
+    defaults = {key: p.default for key, p in reducers.options(name).items()}
+    differing = {key: v for key, v in options.items() if key not in AMOUNTS and v != defaults[key]}
+    return "".join(f",{key}={_short(value)}" for key, value in differing.items())
 
 
 def _short(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "+".join(map(str, value.values()))
-    return "+".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+        others = [f"{key}={_short(v)}" for key, v in value.items() if key != "name"]
+        return "+".join([str(value.get("name")), *others])
+    if isinstance(value, tuple | list):
+        return "+".join(map(_short, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def reducer_options(config: ConfigDict) -> tuple[str, dict[str, Any]]:
     """Name and options of config.reducer: those that this reducer knows, and a budget instead of an amount."""
     name, given = config.reducer.name, config.reducer.to_dict()
     known = reducers.options(name)
-    budget = {"budget": given["budget"]} if given.get("budget") and not AMOUNTS.isdisjoint(known) else {}
-    return name, {k: v for k, v in given.items() if k in known and not (budget and k in AMOUNTS)} | budget
+    options = {key: value for key, value in given.items() if key in known}
+    if given.get("budget") and any(key in known for key in SOLVED):
+        options = {key: value for key, value in options.items() if key not in AMOUNTS} | {"budget": given["budget"]}
+    return name, options
 
 
 def early_phases(config: ConfigDict) -> list[tuple[float, dict[str, Any]]]:
@@ -213,17 +238,32 @@ def early_phases(config: ConfigDict) -> list[tuple[float, dict[str, Any]]]:
     A phase is dict(until=EPOCH, OPTION=...); a baseline takes those of its options that it knows.
     """
     name, options = reducer_options(config)
-    phases = config.finetune.get("phases", ())
+    phases, last = config.finetune.get("phases", ()), config.finetune.num_epochs
+    if not isinstance(phases, tuple | list) or not all(isinstance(phase, Mapping) for phase in phases):
+        raise InputError(
+            f"finetune.phases is {phases!r}; it is a tuple of dicts, as in (dict(until=2, keep_ratio=0.9),)"
+        )
     ends = [phase.get("until") for phase in phases]
-    if not all(isinstance(end, int | float) and end > 0 for end in ends) or ends != sorted(ends):
-        raise InputError(f"finetune.phases last until the epochs {ends}; give each an `until`, above 0 and ascending")
+    if not all(isinstance(end, int | float) and 0 < end < last for end in ends) or ends != sorted(ends):
+        raise InputError(
+            f"finetune.phases last until the epochs {ends}; give each an `until`, ascending, below num_epochs, {last:g}"
+        )
     known = reducers.options(name)
-    return [(phase["until"], options | {k: v for k, v in phase.items() if k in known}) for phase in phases]
+    found = []
+    for phase in phases:
+        changed = {key: value for key, value in phase.items() if key in known}
+        other_amount = any(key in AMOUNTS for key in changed)
+        kept = {key: value for key, value in options.items() if not (other_amount and key in AMOUNTS)}
+        found.append((phase["until"], kept | changed))
+    return found
 
 
 def check_reducer(config: ConfigDict) -> None:
     """Raises InputError if config.reducer, or a phase of it, can not be built, whatever the model."""
     name, options = reducer_options(config)
+    then = options.get("then")
+    if isinstance(then, Mapping) and (then.get("name") == "prior" or _is_fitted(then.get("name", ""), then)):
+        raise InputError(f"reducer {then['name']!r} needs a stage of its own and can not come `then` in a training run")
     for changed in (options, *(of_phase for _, of_phase in early_phases(config))):
         changed = {key: value for key, value in changed.items() if key != "budget"}
 
@@ -231,6 +271,19 @@ def check_reducer(config: ConfigDict) -> None:
             reducers.build(name, width=2, num_patches=4, rngs=nnx.Rngs(0), **changed)
 
         nnx.eval_shape(build)
+
+
+def check_on_backbone(config: ConfigDict, fields: Mapping[str, Any]) -> None:
+    """Raises InputError if config.reducer, or a phase of it, does not fit a backbone with these fields."""
+    name, options = reducer_options(config)
+    fields = {**fields, **config.finetune.get("model", {})}
+    shapes = []
+    for changed in (options, *(of_phase for _, of_phase in early_phases(config))):
+        model = nnx.eval_shape(blueprint(fields, reducer=name, **changed), jax.random.key(0))
+        cost(model)  # calls it
+        shapes.append(jax.tree.map(lambda leaf: leaf.shape, params_of(model)))
+    if any(shape != shapes[0] for shape in shapes):
+        raise InputError(f"finetune.phases change which parameters {name!r} has; they can not be trained through that")
 
 
 def labelling(config: ConfigDict, impact: np.ndarray) -> dict[str, Any]:
@@ -287,6 +340,14 @@ def _import_backbone(config: ConfigDict, directory: Path) -> None:
             state = State(jnp.int32(0), params_of(model), ())
             checkpoints.save(state, _description(config, fields, {"name": "full"}), {})
             checkpoints.wait()
+
+
+def _solved(reducer: Mapping[str, Any], model: Model) -> dict[str, Any]:
+    """The reducer's name and options with what its budget came to: later versions may count costs differently."""
+    name = next((name for name in SOLVED if "budget" in reducer and hasattr(model.reducer, name)), None)
+    if name is None:
+        return dict(reducer)
+    return {key: value for key, value in reducer.items() if key != "budget"} | {name: getattr(model.reducer, name)}
 
 
 def _description(config: ConfigDict, fields: Mapping[str, Any], reducer: Mapping[str, Any]) -> dict[str, Any]:
@@ -347,7 +408,7 @@ def _fit(
                 "%s: steps %d to %d on %d %s devices", directory, start, num_steps, mesh.size, jax.default_backend()
             )
         log = MetricsLog(directory, start)
-        description = _description(config, fields, reducer)
+        description = _description(config, fields, _solved(reducer, model))
         ends = [min(num_steps, round(epoch * steps_per_epoch)) for epoch, _ in early]
         for of_phase, until in zip((*(other for _, other in early), model), (*ends, num_steps), strict=True):
             if int(state.step) >= until:

@@ -4,10 +4,11 @@ A model is described by a dict of fields: plain data that `create_model` takes a
 says whose fields they are, 'vit' or 'levit'; without it they are a `ViT`'s.
 """
 
+import functools
 import inspect
+import json
 import re
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -120,16 +121,26 @@ def blueprint(
     else:
         depths = _field(LeViT, fields, "depths")
         shape = dict(width=_field(LeViT, fields, "widths")[0], depth=sum(depths) + len(depths) - 1)
-    attach = partial(reducers.build, reducer, num_patches=rows * columns, **shape)
     if (budget := reducer_options.pop("budget", None)) is not None:
-        full = nnx.eval_shape(lambda key: FAMILIES[family](**fields, rngs=Rngs(key)), jax.random.key(0))
-        reducer_options |= within_budget(budget, full, attach, reducers.options(reducer), reducer_options)
+        described = json.dumps([{"family": family, **fields}, reducer, reducer_options], default=dict)
+        reducer_options |= _solved(described, budget)
 
     def build(key: Key[Array, ""]) -> Model:
         rngs = Rngs(key)
-        return FAMILIES[family](**fields, reducer=attach(rngs=rngs, **reducer_options), rngs=rngs)
+        built = reducers.build(reducer, num_patches=rows * columns, **shape, rngs=rngs, **reducer_options)
+        return FAMILIES[family](**fields, reducer=built, rngs=rngs)
 
     return build
+
+
+@functools.cache  # a run asks for the same solution several times
+def _solved(described: str, budget: float) -> dict[str, float | int]:
+    fields, reducer, options = json.loads(described)
+
+    def build(key: Key[Array, ""], **given: Any) -> Model:
+        return blueprint(fields, reducer=reducer, **given)(key)
+
+    return within_budget(budget, build, reducers.options(reducer), options)
 
 
 def plain_vit(model: Model, what: str) -> ViT:

@@ -12,7 +12,8 @@ tokens through them says so by an attribute `walks_pyramids = True`; the others 
 `aux` is the whole side channel. Reserved names:
   kept           int32 (B, K), raster positions of the patches that stay tokens of their own, ascending
   source         int32 (B, N), for each patch the row among the patch tokens that come out in which it lives, or -1
-  mask           float (B, N), 1 for the patches still there, 0 for those masked out (training forms that gather nothing)
+  mask           float (B, S), 1 for the patch tokens that come out and are still there, 0 for those masked out (training
+                 forms that gather nothing)
   filter_logits  (B, N), raster order: how much each patch is worth keeping
   loss/...       per-example terms that the training step adds
   logits/...     predictions of single heads, where the model has several: the classification loss scores each
@@ -79,7 +80,12 @@ def build(
         if "name" not in then:
             raise InputError(f"then is {dict(then)}; it names a reducer, as in dict(name='evo_vit', keep_ratio=0.5)")
         given["then"] = build(**then, **shape)
-    return _constructor(name)(**given, **{k: v for k, v in shape.items() if k in _parameters(name)})
+    elif "then" in given and then is not None and not callable(then):
+        raise InputError(f"then is {then!r}; it is a dict, as in dict(name='evo_vit', keep_ratio=0.5)")
+    try:
+        return _constructor(name)(**given, **{k: v for k, v in shape.items() if k in _parameters(name)})
+    except TypeError as error:
+        raise InputError(f"Reducer {name!r} can not take {given}: {error}") from error
 
 
 def _parameters(name: str) -> dict[str, inspect.Parameter]:
@@ -94,7 +100,8 @@ def _constructor(name: str) -> Any:
         if "." in name or name in known():
             return getattr(importlib.import_module(path), class_name)
     except (ImportError, AttributeError) as error:
-        if "." not in name or getattr(error, "name", path) not in (path, path.partition(".")[0], class_name):
+        missing = getattr(error, "name", None)
+        if "." not in name or not (missing == class_name or f"{path}.".startswith(f"{missing}.")):
             raise  # a mistake inside the file
         raise InputError(f"No class {class_name} in a module {path} that can be imported from here") from error
     raise InputError(

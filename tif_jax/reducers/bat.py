@@ -106,8 +106,9 @@ class Bat:
         """
         if isinstance(amount, int):
             num_left = schedule.count(amount, num_patches, math.ceil)
-            fitting = (self._counts(num_patches, attentive) for attentive in range(num_patches, 0, -1))
-            return next((c for c in fitting if row_count(c) <= num_left), self._counts(num_patches, 1))
+            choices = [self._counts(num_patches, attentive) for attentive in range(num_patches, 0, -1)]
+            fitting = [c for c in choices if row_count(c) <= num_left]
+            return max(fitting, key=row_count, default=choices[-1])
         return self._counts(num_patches, math.ceil(amount * num_patches - 1e-9))
 
     def _counts(self, num_patches: int, attentive: int) -> Counts:
@@ -116,6 +117,8 @@ class Bat:
         pairs = math.floor(self.match_ratio * attentive + 1e-9)
         nearest = min(_EXTRA_CLUSTERS, key=lambda ratio: abs(ratio - attentive / num_patches))
         extra = _EXTRA_CLUSTERS[nearest] if self.extra_clusters is None else self.extra_clusters
+        # Few inattentive tokens make few clusters; without as many pairs less the tokens left would be fewer for it.
+        pairs = min(pairs, max(0, num_patches - attentive - extra))
         return Counts(attentive, pairs, min(max(1, pairs + extra), num_patches - attentive))
 
     def reduce(

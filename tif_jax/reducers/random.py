@@ -18,19 +18,19 @@ from tif_jax.tokens import check_keep_ratio, image_keys, keep, split
 class Random:
     """Keeps round(keep_ratio * N) patches drawn uniformly.
 
-    Without `rngs` the draw depends on the seed and the image alone, so that a result can be repeated; with `rngs`
+    Without `rngs` the draw depends on draw_seed and the image alone, so that a result can be repeated; with `rngs`
     (training) it is fresh at every step.
     """
 
     keep_ratio: float = 0.5
-    seed: int = 0
+    draw_seed: int = 0
 
     def __post_init__(self):
         check_keep_ratio(self.keep_ratio)
 
     def __call__(self, blocks, x, tokens, rngs=None):
         patches = split(x, tokens.num_special)[1]
-        keys = draw_keys(self.seed, patches, rngs)
+        keys = draw_keys(self.draw_seed, patches, rngs)
         scores = jax.vmap(lambda key: jax.random.uniform(key, patches.shape[1:2]))(keys)
         x, tokens, source = keep(x, tokens, scores, self.keep_ratio)
         x, aux = Full()(blocks, x, tokens, rngs)

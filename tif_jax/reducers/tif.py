@@ -78,4 +78,6 @@ class Tif(nnx.Module):
         x, aux = self.then(blocks, x, tokens, rngs)
         if "source" in aux:
             source = follow(source, aux["source"])
-        return x, {"kept": tokens.index, **aux, "source": source, "filter_logits": logits}
+        if isinstance(self.then, Full):
+            aux["kept"] = tokens.index
+        return x, {**aux, "source": source, "filter_logits": logits}

@@ -121,7 +121,7 @@ class Tosa(nnx.Module):
         kernel: int = 1,
         residual: bool = True,
         fitting: bool = False,
-        seed: int = 0,
+        draw_seed: int = 0,
         *,
         num_heads: int | None,
         depth: int | None,
@@ -153,7 +153,7 @@ class Tosa(nnx.Module):
                 f"fitting needs a learned selector; there is none with selector {selector!r}, layers {layers}"
             )
         self.keep_ratio, self.layers, self.num_kept = keep_ratio, layers, num_kept
-        self.selector, self.fitting, self.seed = selector, fitting, seed
+        self.selector, self.fitting, self.draw_seed = selector, fitting, draw_seed
         if selector == "learned" and num_heads is not None:  # None: a check of the options
             for i in layers:
                 setattr(self, f"selector_{i}", Selector(num_heads, hidden or num_heads, kernel, residual, rngs=rngs))
@@ -177,7 +177,7 @@ class Tosa(nnx.Module):
                 x, qk = block(x, rngs=rngs)
                 continue
             if self.selector == "random":
-                scores = _draw(self.seed, i, embedded, rngs)
+                scores = _draw(self.draw_seed, i, embedded, rngs)
             elif self.selector == "class":
                 scores = class_attention(qk, num_special)
             else:
