@@ -52,9 +52,8 @@ def main(name: str, batch_size: int) -> None:
     for (reducer, options), gmac, mine in zip(ROWS, counts, times, strict=True):
         speed, promised = statistics.median(a / b for a, b in zip(times[0], mine, strict=True)), counts[0] / gmac
         text = " ".join([reducer, *(f"{value:g}" for value in options.values())])
-        print(
-            f"| {text} | {1000 * statistics.median(mine):.1f} | {gmac:.3f} | {speed:.2f} | {promised:.2f} | {speed / promised:.2f} |"
-        )
+        took = 1000 * statistics.median(mine)
+        print(f"| {text} | {took:.1f} | {gmac:.3f} | {speed:.2f} | {promised:.2f} | {speed / promised:.2f} |")
 
 
 if __name__ == "__main__":
