@@ -152,6 +152,26 @@ def test_order_of_images_does_not_matter(name):
     np.testing.assert_allclose(call(x[::-1])[0], call(x)[0][::-1], atol=1e-6)
 
 
+def test_order_of_patches_does_not_matter(name):
+    """The class token comes out the same, and the same patches are kept, wherever in the array the patches are."""
+    if name in ("random", "tome"):
+        pytest.skip(f"{name} draws, or deals tokens into two sets, by their place in the array")
+    model, x = model_of(name), images()
+    order = np.random.default_rng(0).permutation(16)
+
+    @jax.jit
+    def both(x):
+        x, plain = model.embed(x), model.tokens(4)
+        special, patches = tokens.split(x, 1)
+        moved = tokens.join(special, patches[:, order]), plain._replace(index=plain.index[:, order])
+        return model.reducer(model.blocks, x, plain), model.reducer(model.blocks, *moved)
+
+    (out, aux), (permuted, permuted_aux) = both(x)
+    np.testing.assert_allclose(permuted[:, 0], out[:, 0], atol=1e-4)
+    if "kept" in aux:
+        np.testing.assert_array_equal(np.sort(permuted_aux["kept"], axis=1), np.sort(aux["kept"], axis=1))
+
+
 def test_no_nan_in_bfloat16(name):
     logits, _ = jitted(model_of(name, dtype="bfloat16"))(images())
     assert logits.dtype == jnp.float32 and np.isfinite(logits).all()
