@@ -57,7 +57,7 @@ def test_what_it_leaves(finished):
         "finetune/tif-0.25-0",
         "finetune/prior-0.25-1",
         "finetune/full-1-0",
-        "finetune/tif-0.25,then=tome+4-1",
+        "finetune/tif-0.25,then=tome+num_merged=4-1",
     ):
         assert (workdir / stage / "metrics.jsonl").exists() and (workdir / stage / "metrics.json").exists()
     report = records.read(workdir / "report.json")
@@ -69,7 +69,10 @@ def test_what_it_leaves(finished):
     assert {"auc", "spearman", "position_prior", "random"} == set(report["filter"])
     keys = {"reducer", "options", "batch_size", "dtype", "gmac", "parameters", "images_per_second", "peak_memory_bytes"}
     assert keys <= set(records.read(workdir / "benchmark.json")["rows"][0])
-    assert "| tif-0.25 |" in (text := (workdir / "report.md").read_text()) and "| tif-0.25,then=tome+4 |" in text
+    assert (
+        "| tif-0.25 |" in (text := (workdir / "report.md").read_text())
+        and "| tif-0.25,then=tome+num_merged=4 |" in text
+    )
 
 
 def test_again_it_does_no_finished_work(finished):

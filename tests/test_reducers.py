@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import attend, embed, feed_forward, numpy_images, numpy_model, predict
+from cases import attend, embed, feed_forward, mostly_long, numpy_images, numpy_model, predict
 from flax import nnx
 from flax.core import FrozenDict
 
@@ -261,7 +261,7 @@ def test_then_has_parameters_of_its_own():
         np.testing.assert_array_equal(np.flatnonzero(row >= 0), of_image)
 
 
-@pytest.mark.parametrize("reducer", ["tif", "evit", "tome"])
+@pytest.mark.parametrize("reducer", mostly_long(["tif", "tome", "evit", "bat", "dynamic_vit"], short=(0, 1)))
 def test_a_budget_is_used_up(reducer):
     full = cost(model_of("full")).gmac
     model = nnx.eval_shape(blueprint(TINY, reducer=reducer, budget=0.7 * full), jax.random.key(0))
