@@ -122,3 +122,24 @@ def test_cut_in_the_middle_it_ends_the_same(finished, tmp_path, monkeypatch):
     assert [line["step"] for line in lines] == sorted({line["step"] for line in lines})
     whole, cut = (state.load_params(d / "backbone" / "checkpoints")[0] for d in (workdir, tmp_path))
     jax.tree.map(np.testing.assert_array_equal, whole, cut)
+
+
+def test_selectors_are_fitted_and_then_rest(tmp_path, request):
+    config = tmp_path / "tosa.py"
+    text = TINY.format(digits=str(request.config.rootpath / "configs" / "digits.py"))
+    config.write_text(
+        text.replace("depth=1", "depth=2").replace(
+            "    return config",
+            "    config.data.num_train = 16\n    config.reducer = dict(name='tosa', budget=0.0007)\n    return config",
+        )
+    )
+    for stage in ("backbone", "filter", "finetune"):
+        assert main(["train", "--stage", stage, "--config", str(config), "--workdir", str(tmp_path / "run")]) == 0
+    folder = tmp_path / "run" / "finetune" / "tosa-0.0007GMAC-0"
+    fitted, _ = state.load_params(tmp_path / "run" / "filter-tosa" / "checkpoints")
+    tuned, stored = state.load_params(folder / "checkpoints")
+    assert list(fitted["reducer"]) == ["selector_1"]
+    assert np.abs(fitted["reducer"]["selector_1"]["second"]["kernel"]).max() > 0  # from 0
+    jax.tree.map(np.testing.assert_array_equal, fitted["reducer"], tuned["reducer"])
+    assert "budget" not in stored["reducer"] and 0 < stored["reducer"]["keep_ratio"] < 1
+    assert tif_jax.cost(tif_jax.load(folder)).gmac <= 0.0007

@@ -103,9 +103,9 @@ def token_filter(config: ConfigDict, workdir: Path) -> None:
 def selectors(config: ConfigDict, workdir: Path) -> None:
     """The selectors of tosa, fitted to the attention of the blocks that they choose for; nothing is scored, no label read."""
     recipe, (name, options) = config.filter, reducer_options(config)
-    options = {key: value for key, value in options.items() if key not in AMOUNTS} | {"fitting": True}
+    options = {key: value for key, value in options.items() if key not in AMOUNTS}  # all the same while fitting
     model, fields = load_with_fields(
-        workdir / "backbone", reducer=name, seed=config.seed, dtype=config.dtype, **options
+        workdir / "backbone", reducer=name, seed=config.seed, dtype=config.dtype, **options, fitting=True
     )
     source = data.open_source(config.data, "train")
     batches = training_batches(source, config.data, batch_size=recipe.batch_size, seed=config.seed)
