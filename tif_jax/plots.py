@@ -8,12 +8,15 @@ import numpy as np
 
 
 def accuracy_cost(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Top-1 against GMAC, one point with its spread over seeds per reducer."""
-    figure, axes = _figure(6, 4)
-    for row in rows:
-        axes.errorbar(row["gmac"], 100 * row["top1"], 100 * row["top1_spread"], fmt="o", capsize=3, label=row["label"])
+    """Top-1 against GMAC, one point with its spread per reducer."""
+    figure, axes = _figure(9, 4)
+    for i, row in enumerate(rows):
+        marker = "os^Dv"[i // 10 % 5]  # there are ten colours
+        axes.errorbar(
+            row["gmac"], 100 * row["top1"], 100 * row["top1_spread"], fmt=marker, capsize=3, label=row["label"]
+        )
     axes.set(xlabel="GMAC per image", ylabel="top-1 (%)", xlim=(0, None))
-    axes.legend(loc="lower right", fontsize=7)
+    figure.legend(loc="outside right upper", fontsize=7)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 
