@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tif_jax.cost import cost
 from tif_jax.models import blueprint
 from tif_jax.models.vit import ViT
 from tif_jax.state import params_of
@@ -24,7 +25,7 @@ def mostly_long(cases, short=(0,)):
 
 def lively(fields, seed=0, scale=0.5, **options):
     """A model with weights drawn by numpy, under which attention is far from uniform and every branch has a say."""
-    model, rng = nnx.eval_shape(blueprint(fields, **options), jax.random.key(0)), np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
         kind = path[-1].key
@@ -32,8 +33,7 @@ def lively(fields, seed=0, scale=0.5, **options):
         spread = np.prod(leaf.shape[:-1]) ** -0.5 if kind == "kernel" else 0.2 if kind == "var" else scale
         return jnp.asarray(around + spread * rng.normal(size=leaf.shape).clip(-3, 3), jnp.float32)
 
-    nnx.update(model, jax.tree_util.tree_map_with_path(draw, params_of(model)))
-    return model
+    return _drawn(draw, fields, **options)
 
 
 def numpy_model(fields, seed=0, **options) -> ViT:
@@ -50,9 +50,19 @@ def numpy_model(fields, seed=0, **options) -> ViT:
             values *= shape.shape[0] ** -0.5 if wide else 0.02
         return jnp.asarray(values, shape.dtype)
 
+    return _drawn(draw, fields, **options)
+
+
+def _drawn(draw, fields, **options):
+    """A model whose weights are what draw(path, abstract array) gives."""
     model = nnx.eval_shape(blueprint(fields, **options), jax.random.key(0))
     nnx.update(model, jax.tree_util.tree_map_with_path(draw, params_of(model)))
     return model
+
+
+def cost_of(name, **options):
+    """What a model costs, counted without drawing its weights."""
+    return cost(nnx.eval_shape(blueprint(name, **options), jax.random.key(0)))
 
 
 def numpy_images(num, size=(32, 32), seed=0):

@@ -20,7 +20,7 @@ def _deit(size: str) -> str:
 
 
 def _rows(model, reducer, option, values, within, source, **options):
-    """One row for each value of an option; `within` is absolute, or with source 'formula' and 'logs' a fraction."""
+    """One row for each value of an option. within: how far a count may be off, as a function of the figure."""
     return [
         Published(model, reducer, {option: value, **options}, gmac, round(within(gmac), 6), source)
         for value, gmac in values.items()

@@ -1,18 +1,12 @@
 """Counted costs against published figures and the analytic formula."""
 
-import jax
 import pytest
-from cases import mostly_long
-from flax import nnx
+from cases import cost_of, mostly_long
 from published import ROWS
 
 from tif_jax.cost import cost
 from tif_jax.errors import InputError
-from tif_jax.models import blueprint, create_model
-
-
-def cost_of(name, **options):
-    return cost(nnx.eval_shape(blueprint(name, **options), jax.random.key(0)))
+from tif_jax.models import create_model
 
 
 def analytic(width, depth, tokens, mlp=4):

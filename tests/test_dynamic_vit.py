@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import mostly_long
+from cases import cost_of, mostly_long
 from flax import nnx
 from scipy.special import erf
 
@@ -368,7 +368,7 @@ def test_published_cost(fields, keep_ratio, published):
 
 
 def test_cost_is_the_blocks_and_the_predictors():
-    counted = cost(nnx.eval_shape(blueprint("deit_small_patch16_224", reducer="dynamic_vit"), jax.random.key(0)))
+    counted = cost_of("deit_small_patch16_224", reducer="dynamic_vit")
     width = 384
     predictors = sum(n * (width**2 + width * width // 2 + width * width // 8 + width // 2) + n * width // 2
                      for n in (196, 137, 96))  # fmt: skip

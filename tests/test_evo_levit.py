@@ -4,11 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import lively, mostly_long
+from cases import cost_of, lively, mostly_long
 from flax import nnx
 from test_evo_vit import class_attention_of
 
-from tif_jax.cost import cost
 from tif_jax.errors import InputError
 from tif_jax.models import blueprint
 from tif_jax.reducers.evo_levit import EvoLevit
@@ -190,8 +189,7 @@ def test_loss_reaches_theta_and_attention_through_the_weights_alone():
     ),
 )  # fmt: skip
 def test_published_cost(name, size, parameters, mmac):
-    build = blueprint(f"evo_levit_{name}", reducer="evo_levit", image_size=size)
-    counted = cost(nnx.eval_shape(build, jax.random.key(0)))
+    counted = cost_of(f"evo_levit_{name}", reducer="evo_levit", image_size=size)
     assert counted.parameters / 1e6 == pytest.approx(parameters, abs=0.0051)
     assert counted.gmac * 1e3 == pytest.approx(mmac, rel=1e-3)
     if (name, size) == ("128", 224):  # class token, slow tokens and representative; a shrink block is dense

@@ -4,12 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import attend, embed, feed_forward, mostly_long, numpy_images, numpy_model
+from cases import attend, cost_of, embed, feed_forward, mostly_long, numpy_images, numpy_model
 from flax import nnx
 
-from tif_jax.cost import cost
 from tif_jax.errors import InputError
-from tif_jax.models import blueprint, create_model
+from tif_jax.models import create_model
 from tif_jax.reducers.evo_vit import EvoVit
 from tif_jax.tokens import QueryKey, Tokens, put, take
 
@@ -211,7 +210,7 @@ def test_number_of_slow_tokens_is_rounded_down(keep_ratio, num_patches, num_slow
 def test_default_stages(depth, stages):
     def tokens(**options):
         fields = TINY | dict(depth=depth)
-        return cost(nnx.eval_shape(blueprint(fields, reducer="evo_vit", **options), jax.random.key(0))).tokens
+        return cost_of(fields, reducer="evo_vit", **options).tokens
 
     assert tokens() == tokens(stages=stages) == (17,) * stages[0] + (10,) * (depth - stages[0])
 
@@ -226,8 +225,7 @@ def test_default_stages(depth, stages):
 )
 def test_published_cost(name, published, with_representative):
     for representative, gmac in ((False, published), (True, with_representative)):
-        built = blueprint(name, reducer="evo_vit", representative=representative)
-        counted = cost(nnx.eval_shape(built, jax.random.key(0)))
+        counted = cost_of(name, reducer="evo_vit", representative=representative)
         # Published without the class attention and the representative's making.
         assert counted.gmac == pytest.approx(gmac, abs=0.0015)
         assert counted.tokens == (197,) * 4 + (99 + representative,) * 8

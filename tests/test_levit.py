@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from cases import lively, mostly_long
+from cases import cost_of, lively, mostly_long
 from flax import nnx, traverse_util
 from reference_levit import levit_forward, random_levit_tensors
 
@@ -93,10 +93,6 @@ def test_same_logits_as_timm(tmp_path):
 
 
 # Parameters in millions, multiply-adds in millions. LeViT: published. Evo-LeViT: computed from its authors' code.
-
-
-def cost_of(name, **options):
-    return cost(nnx.eval_shape(blueprint(name, **options), jax.random.key(0)))
 
 
 @pytest.mark.parametrize(

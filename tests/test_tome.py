@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import attend, embed, feed_forward, mostly_long, numpy_images, numpy_model
+from cases import attend, cost_of, embed, feed_forward, mostly_long, numpy_images, numpy_model
 from flax import nnx
 
-from tif_jax.cost import cost
 from tif_jax.errors import InputError
-from tif_jax.models import blueprint, create_model
+from tif_jax.models import create_model
 from tif_jax.reducers.tome import destination, match, merge
 from tif_jax.state import params_of
 
@@ -223,8 +222,7 @@ def test_keys_of_length_zero():
     ),
 )
 def test_cost(size, num_merged, published, left):
-    build = blueprint(f"deit_{size}_patch16_224", reducer="tome", num_merged=num_merged)
-    counted = cost(nnx.eval_shape(build, jax.random.key(0)))
+    counted = cost_of(f"deit_{size}_patch16_224", reducer="tome", num_merged=num_merged)
     # The figures leave the similarities out: 64 multiply-adds a pair.
     patches = [max(196 - num_merged * i, 0) for i in range(12)]
     similarities = sum(64 * (n // 2) * ((n + 1) // 2) for n in patches) / 1e9

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import mostly_long
+from cases import cost_of, mostly_long
 from flax import nnx
 
 from tif_jax import losses
@@ -305,8 +305,9 @@ def test_fitting_teaches_the_selectors_and_nothing_else():
 )
 def test_cost_of_the_specification(name, layers, gmac):
     for keep_ratio, expected in zip((0.8, 0.7, 0.5, 0.25), gmac, strict=True):
-        built = blueprint(name, reducer="tosa", layers=layers, keep_ratio=keep_ratio)
-        assert cost(nnx.eval_shape(built, jax.random.key(0))).gmac == pytest.approx(expected, rel=0.001)
+        assert cost_of(name, reducer="tosa", layers=layers, keep_ratio=keep_ratio).gmac == pytest.approx(
+            expected, rel=0.001
+        )
 
 
 @pytest.mark.parametrize(("kernel", "hidden"), [(1, None), (3, 5)])
@@ -319,7 +320,7 @@ def test_cost_is_the_formula(kernel, hidden):
     counted = cost(model)
     assert counted.gmac * 1e9 == pytest.approx(16 * 192 * 32 + 2 * (block(17) + block(9) + selector) + 32 * 5)
     assert counted.tokens == (17, 9, 17, 9)
-    plain = cost(nnx.eval_shape(blueprint(TINY), jax.random.key(0)))
+    plain = cost_of(TINY)
     assert counted.parameters - plain.parameters == 2 * (kernel * 4 * (hidden or 2) + (hidden or 2))
 
 

@@ -11,11 +11,8 @@ from tif_jax.cost import cost
 from tif_jax.errors import InputError
 
 SOLVED = ("keep_ratio", "num_merged")  # the options that a budget is solved for
-AMOUNTS = (
-    *SOLVED,
-    "num_kept",
-    "budget",
-)  # the options that say how much a reducer reduces: one stands instead of another
+# The options that say how much a reducer reduces: one stands instead of another.
+AMOUNTS = (*SOLVED, "num_kept", "budget")
 _THOUSANDTHS = 1000  # keep_ratio is solved for in these
 
 

@@ -16,8 +16,8 @@ from tif_jax.timm_layout import resize_position_embedding, shortened
 
 logger = logging.getLogger(__name__)
 
-# What may differ between a source and the model that it is loaded into.
-_MAY_DIFFER = ("reducer/", "class_head/", "class_norm/", "class_distillation_head/")
+# Heads that only training has: a source may have them or not, whatever the model that it is loaded into.
+_TRAINING_HEADS = ("class_head/", "class_norm/", "class_distillation_head/")
 
 
 def load(
@@ -61,10 +61,11 @@ def load_with_fields(
     wanted, found = (_flat(tree) for tree in (state.params_of(model), params))
     fresh = sorted(set(wanted) - set(found))
     # Of another reducer's parameters none are wanted; of the same one's, all.
-    may_go = _MAY_DIFFER[1:] if same_reducer else _MAY_DIFFER
+    may_be_fresh = ("reducer/", *_TRAINING_HEADS)
+    may_go = _TRAINING_HEADS if same_reducer else may_be_fresh
     surplus = [name for name in set(found) - set(wanted) if not name.startswith(may_go)]
     wrong = [name for name in set(found) & set(wanted) if found[name].shape != wanted[name].shape]
-    lacking = [name for name in fresh if not name.startswith(_MAY_DIFFER) and _is_checkpoint(path)]
+    lacking = [name for name in fresh if not name.startswith(may_be_fresh) and _is_checkpoint(path)]
     if problems := sorted({*surplus, *wrong, *lacking}):
         raise InputError(f"{path} does not fit this model: missing, surplus or of another shape: {shortened(problems)}")
     if fresh:

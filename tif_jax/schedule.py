@@ -39,7 +39,7 @@ def amounts(
     keep_ratio: one ratio for all sites, or one for each. sites: block indices; None is a quarter, a half and three
     quarters of the way: 3, 6, 9 of 12. num_kept: instead of ratios, integers: one for each site, or one for each block.
     """
-    if num_kept is not None and sites is None and len(num_kept) == depth:
+    if num_kept is not None and is_per_block(sites, num_kept, depth):
         return dict(enumerate(num_kept))
     if sites is None:
         sites = tuple(sorted({depth * quarter // 4 for quarter in (1, 2, 3)}))
@@ -51,6 +51,17 @@ def amounts(
             f"num_kept has {len(given)} entries for {len(sites)} {name} and {depth} blocks; give one for each of either"
         )
     return dict(zip(sites, given, strict=True))
+
+
+def is_per_block(sites: tuple[int, ...] | None, num_kept: tuple[int, ...] | None, depth: int | None) -> bool:
+    """Whether num_kept has an entry for each block, rather than for each site."""
+    return num_kept is not None and sites is None and len(num_kept) == depth
+
+
+def check_dense_start(number: int, num_patches: int) -> None:
+    """Raises InputError if a schedule with numbers for each block leaves fewer than all patches at block 0."""
+    if number < num_patches:
+        raise InputError(f"num_kept begins with {number}; block 0 is dense: give {num_patches}, all patches")
 
 
 def count(amount: Amount, num_patches: int, rounding: Callable[[float], int]) -> int:

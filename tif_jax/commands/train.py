@@ -49,19 +49,7 @@ def backbone(config: ConfigDict, workdir: Path) -> None:
     source = open_source(config, "train", model)
     batches = training_batches(source, config.data, batch_size=recipe.batch_size, seed=config.seed)
     loss = partial(losses.classification, label_smoothing=recipe.label_smoothing)
-    _fit(
-        directory,
-        model,
-        loss,
-        (),
-        True,
-        batches,
-        len(source),
-        recipe,
-        config,
-        fields,
-        {"name": "full"},
-    )
+    _fit(directory, model, loss, (), True, batches, len(source), recipe, config, fields, {"name": "full"})
 
 
 def fit_reducer(config: ConfigDict, workdir: Path) -> None:
@@ -196,7 +184,7 @@ def finetune_directory(config: ConfigDict, workdir: Path) -> Path:
 def label(config: ConfigDict) -> str:
     """REDUCER-AMOUNT, as in 'tif-0.5', and the options that differ from the reducer's defaults: 'evit-0.5,fuse=False'."""
     name, options = reducer_options(config)
-    defaults = {key: p.default for key, p in reducers.options(name).items()}
+    defaults = _defaults(name)
     solved = next((key for key in SOLVED if key in defaults), None)
     if options.get("budget"):
         amount = f"{options['budget']:g}GMAC"
@@ -208,9 +196,13 @@ def label(config: ConfigDict) -> str:
 def _others(config: ConfigDict) -> str:
     """The options but the amount that differ from the reducer's defaults."""
     name, options = reducer_options(config)
-    defaults = {key: p.default for key, p in reducers.options(name).items()}
+    defaults = _defaults(name)
     differing = {key: v for key, v in options.items() if key not in AMOUNTS and v != defaults[key]}
     return "".join(f",{key}={_short(value)}" for key, value in differing.items())
+
+
+def _defaults(name: str) -> dict[str, Any]:
+    return {key: parameter.default for key, parameter in reducers.options(name).items()}
 
 
 def _short(value: Any) -> str:

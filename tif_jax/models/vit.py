@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from tif_jax.errors import InputError
 from tif_jax.layers import Linear, at_least_float32, drop_path, gelu
 from tif_jax.reducers import Aux, Full, Reducer
-from tif_jax.tokens import QueryKey, Tokens, attention_logits
+from tif_jax.tokens import QueryKey, Tokens, attention_logits, own_rows
 
 FULL = Full()
 _SMOOTHING = 1e-6  # of the softmax with masked keys, DynamicViT's
@@ -338,8 +338,7 @@ class ViT(nnx.Module):
 
     def tokens(self, num_images: int) -> Tokens:
         """What the rows of `embed`'s output are."""
-        num_patches = self.grid[0] * self.grid[1]
-        index = jnp.broadcast_to(jnp.arange(num_patches, dtype=jnp.int32)[None], (num_images, num_patches))
+        index = own_rows(num_images, self.grid[0] * self.grid[1])
         return Tokens(self.num_special, self.grid, index, has_class=hasattr(self, "class_token"))
 
     def patch_positions(self) -> Float[Array, "1 N D"]:

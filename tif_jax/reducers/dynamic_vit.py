@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from tif_jax import schedule
 from tif_jax.errors import InputError
 from tif_jax.layers import Linear, gelu, widened
-from tif_jax.tokens import join, put, split, take, top_k
+from tif_jax.tokens import identity_source, join, rows_of, split, take, top_k
 
 
 class Left(NamedTuple):
@@ -87,7 +87,7 @@ class DynamicVit(nnx.Module):
         amounts = {} if depth is None else schedule.amounts(keep_ratio, sites, num_kept, depth)
         if num_kept is None:
             amounts = dict(zip(amounts, itertools.accumulate(amounts.values(), operator.mul), strict=True))
-        elif sites is None and len(num_kept) == depth:
+        elif schedule.is_per_block(sites, num_kept, depth):
             amounts = {site: left.number for site, left in _falling(tuple(amounts.items()), num_patches).items()}
         self.amounts = tuple(amounts.items())
         for site in amounts:
@@ -98,8 +98,7 @@ class DynamicVit(nnx.Module):
         return self._gather(sites, blocks, x, tokens) if rngs is None else self._mask(sites, blocks, x, tokens, rngs)
 
     def _gather(self, sites, blocks, x, tokens):
-        num_images, num_patches = tokens.index.shape
-        own = jnp.broadcast_to(jnp.arange(num_patches, dtype=jnp.int32)[None], tokens.index.shape)
+        own = identity_source(tokens)
         for i, block in enumerate(blocks):
             if i in sites:
                 special, patches = split(x, tokens.num_special)
@@ -107,8 +106,7 @@ class DynamicVit(nnx.Module):
                 kept = top_k(self._predict(i, patches, everyone)[..., 0], sites[i].number)
                 x, own = join(special, take(patches, kept)), take(own, kept)
             x, _ = block(x)
-        row = jnp.broadcast_to(jnp.arange(own.shape[1], dtype=jnp.int32)[None], own.shape)
-        source = put(jnp.full((num_images, num_patches), -1, jnp.int32), own, row)
+        source = rows_of(own, tokens.index.shape[1], others=-1)
         return x, {"kept": take(tokens.index, own), "source": source}
 
     def _mask(self, sites, blocks, x, tokens, rngs):

@@ -67,13 +67,12 @@ class EvoVit:
     def _stages(self, depth: int, num_patches: int) -> dict[int, int]:
         """The number of slow tokens of each stage, by the block that it begins with; none if all tokens are slow."""
         default = tuple(sorted({max(1, depth * third // 3) for third in (1, 2)}))
-        per_block = self.num_kept is not None and self.stages is None and len(self.num_kept) == depth
+        per_block = schedule.is_per_block(self.stages, self.num_kept, depth)
         stages = None if per_block else self.stages or default
         amounts = schedule.amounts(self.keep_ratio, stages, self.num_kept, depth, name="stages")
         slow = {start: schedule.count(amount, num_patches, math.floor) for start, amount in amounts.items()}
         if per_block:
-            if slow[0] < num_patches:
-                raise InputError(f"num_kept begins with {slow[0]}; block 0 is dense: give {num_patches}, all patches")
+            schedule.check_dense_start(slow[0], num_patches)
             slow = {i: number for i, number in slow.items() if i and number != slow[i - 1]}
         return {} if all(number == num_patches for number in slow.values()) else slow
 

@@ -137,10 +137,10 @@ class Tosa(nnx.Module):
         for name, value in (("residual", residual), ("fitting", fitting)):
             if not isinstance(value, bool):
                 raise InputError(f"{name} is {value!r}; allowed: True, False")
-        self.num_dense = 0
-        if layers is None and num_kept is not None and len(num_kept) == depth:
+        self.num_dense: int | None = None
+        if num_kept is not None and schedule.is_per_block(layers, num_kept, depth):
             self.num_dense = num_kept[0]  # block 0 is dense: this must be all patches, which we do not know yet
-            layers = tuple(i for i, number in enumerate(num_kept) if number < self.num_dense)
+            layers = tuple(i for i, number in enumerate(num_kept) if number < num_kept[0])
             num_kept = tuple(num_kept[i] for i in layers)
         elif layers is None:
             layers = tuple(i for i in range(1, depth or 0, 2) if 4 * i >= (depth or 0))
@@ -162,10 +162,8 @@ class Tosa(nnx.Module):
         num_special, num_patches = tokens.num_special, tokens.index.shape[1]
         if self.selector == "class":
             require_class(tokens, "tosa with selector 'class'")
-        if 0 < self.num_dense < num_patches:
-            raise InputError(
-                f"num_kept begins with {self.num_dense}; block 0 is dense: give {num_patches}, all patches"
-            )
+        if self.num_dense is not None:
+            schedule.check_dense_start(self.num_dense, num_patches)
         amounts = schedule.amounts(self.keep_ratio, self.layers, self.num_kept, len(blocks), name="layers")
         if self.fitting:
             return self._fit(blocks, x, tokens, rngs)
