@@ -9,7 +9,7 @@ import pytest
 import tif_jax
 from tif_jax import records, state
 from tif_jax.__main__ import main
-from tif_jax.commands import benchmark, train
+from tif_jax.commands import benchmark
 
 TINY = """
 import importlib.util
@@ -106,6 +106,7 @@ def test_the_filter_stays_while_the_rest_is_fine_tuned(finished):
 def test_cut_in_the_middle_it_ends_the_same(finished, tmp_path, monkeypatch):
     config, workdir = finished
     command = ["train", "--stage", "backbone", "--config", str(config), "--workdir", str(tmp_path)]
+    command.append("--config.backbone.save_every=2")
     save = state.Checkpoints.save
 
     def save_and_die(self, new, *rest):
@@ -115,7 +116,6 @@ def test_cut_in_the_middle_it_ends_the_same(finished, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(state.Checkpoints, "save", save_and_die)
-        patch.setattr(train, "_SAVE_EVERY", 2)
         main(command)
     assert main(command) == 0
     lines = [json.loads(line) for line in (tmp_path / "backbone" / "metrics.jsonl").read_text().splitlines()]

@@ -9,10 +9,11 @@ import importlib
 import os
 import pkgutil
 import sys
+import traceback
 
 import jax
 
-from tif_jax import commands, reducers
+from tif_jax import commands, processes, reducers
 from tif_jax.errors import InputError, Preempted, WorkError
 
 _HELP = ("--help", "-h", "help")
@@ -21,7 +22,7 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status. Expected failures print one line on stderr, no traceback."""
+    """Runs one command; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     names = [module.name for module in pkgutil.iter_modules(commands.__path__) if not module.name.startswith("_")]
     if argv[1:] == ["reducers"] and argv[0] in _HELP:
@@ -38,6 +39,20 @@ def main(argv: list[str] | None = None) -> int:
     use_all_cores()
     # Compiled programs are kept between runs and seeds.
     _unless_given("jax_compilation_cache_dir", os.path.expanduser("~/.cache/tif_jax"))
+    try:
+        status = _run(name, rest)
+    except BaseException:
+        if jax.distributed.is_initialized():
+            traceback.print_exc()
+            processes.fail(1)
+        raise
+    if status not in (0, 75):
+        processes.fail(status)
+    return status
+
+
+def _run(name: str, rest: list[str]) -> int:
+    """Runs the command. Expected failures print one line on stderr."""
     try:
         importlib.import_module(f"tif_jax.commands.{name}").main(rest)
     except InputError as error:

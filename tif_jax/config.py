@@ -15,12 +15,17 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from tif_jax import recipe
 from tif_jax.errors import InputError
 
 
 def load(filename: str, overrides: list[str]) -> ConfigDict:
-    """The config in FILE[:ARG] with `--config.KEY=VALUE` overrides, locked. Raises InputError for anything amiss."""
+    """The config in FILE[:ARG] with recipe.py's defaults and `--config.KEY=VALUE` overrides, locked.
+
+    Raises InputError for anything amiss.
+    """
     config = _get_config(filename)
+    recipe.fill_in(config)
     _check_keys(overrides, config)
     values = flags.FlagValues()
     try:

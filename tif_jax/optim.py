@@ -1,15 +1,19 @@
 """Optimisers and the one way to address parameters: tables of (pattern, value) over their paths."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
 from tif_jax.errors import InputError
 
 Table = tuple[tuple[str, Any], ...]
+
+_EXEMPT = re.compile(r"bias(es)?$|scale$|(mean|var)$|token|position_embedding|theta$")  # from weight decay
 
 
 def match(table: Table, params: Mapping[str, Any], default: Any) -> Any:
@@ -59,20 +63,75 @@ def adamw(
     final_learning_rate: float = 0.0,
     warmup_steps: int = 0,
     weight_decay: float = 0.0,
-    no_decay: tuple[str, ...] = (r"bias(es)?$", r"scale$", r"(mean|var)$", r"token", r"position_embedding", r"theta$"),
     clip_norm: float = float("inf"),
+    adaptive_clip: float = 0.0,
+    layer_decay: float = 1.0,
+    rate_factors: Table = (),
+    decay_factors: Table = (),
 ) -> optax.GradientTransformation:
     """AdamW with linear warm-up from 0 and cosine decay to final_learning_rate at num_steps.
 
-    no_decay: patterns of parameter paths without weight decay. clip_norm: bound of the global gradient norm.
+    clip_norm: bound of the global gradient norm. adaptive_clip: bound of each unit's gradient norm relative to its
+    weights' (Brock et al. 2021, AGC); 0: none.
+    layer_decay: factor of the learning rate from each block to the one before it (Clark et al. 2020; Bao et al. 2022).
+    rate_factors: (pattern, (factor, first_step)): the learning rate of such parameters is multiplied by factor, and is 0
+    before first_step. decay_factors: (pattern, factor) of the weight decay; without one it is 0 for biases, scales, tokens
+    and position embeddings, 1 for the rest. Both are tables as `match` takes them.
     """
     if not 0 <= warmup_steps < num_steps:
         raise InputError(f"warmup_steps is {warmup_steps}; allowed: 0 to num_steps - 1 = {num_steps - 1}")
+    if not 0 < layer_decay <= 1:
+        raise InputError(f"layer_decay is {layer_decay}; it is a factor in (0, 1]")
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, num_steps, final_learning_rate)
-    exempt = re.compile("|".join(no_decay) or "$^")
 
-    def mask(params):
-        return jax.tree_util.tree_map_with_path(lambda path, _leaf: not exempt.search(path_name(path)), params)
+    def decay(params, _count):
+        default = jax.tree_util.tree_map_with_path(lambda path, _: float(not _EXEMPT.search(path_name(path))), params)
+        given = match(decay_factors, params, None)
+        return jax.tree.map(lambda own, usual: usual if own is None else own, given, default, is_leaf=_is_none)
 
-    optimizer = optax.adamw(schedule, weight_decay=weight_decay, mask=mask)
-    return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
+    def rate(params, count):
+        depth = len({key for key in params if key.startswith("block_")})
+
+        def factor(path, given):
+            by_layer = layer_decay ** (depth + 1 - _layer(path, depth))
+            return by_layer * given[0] * (count >= given[1])
+
+        table = match(rate_factors, params, (1.0, 0))
+        return jax.tree_util.tree_map_with_path(factor, table, is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+    return optax.chain(
+        optax.clip_by_global_norm(clip_norm),
+        optax.adaptive_grad_clip(adaptive_clip) if adaptive_clip else optax.identity(),
+        optax.scale_by_adam(),
+        _per_parameter(decay, lambda update, factor, param: update + weight_decay * factor * param),
+        _per_parameter(rate, lambda update, factor, _param: update * factor),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def _per_parameter(
+    factors: Callable[[Any, Array], Any], combine: Callable[[Array, Any, Array], Array]
+) -> optax.GradientTransformation:
+    """combine(update, factor, parameter) for every parameter, with factors(params, number of steps done) like params."""
+
+    def init(params):
+        factors(params, jnp.zeros((), jnp.int32))  # a pattern that matches nothing is told at once
+        return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+
+    def update(updates, state, params):
+        updates = jax.tree.map(combine, updates, factors(params, state.count), params)
+        return updates, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _layer(path, depth: int) -> int:
+    """0 for what makes tokens of patches, i + 1 for block i, depth + 1 for what comes after the blocks or beside them."""
+    name = path[0].key
+    if name.startswith("block_"):
+        return int(name.removeprefix("block_")) + 1
+    return 0 if name.endswith(("embedding", "_token", "_tokens")) else depth + 1
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None

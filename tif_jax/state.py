@@ -1,7 +1,8 @@
 """State is data: parameters as nested dicts of arrays, their place on the devices, and their checkpoints.
 
-A checkpoint directory holds one folder per step with the Orbax items `params`, `opt`, `config` and `data`. Orbax notices
-files that are missing or cut short but not a flipped bit, so `config` also carries a digest of the arrays.
+A checkpoint directory holds one folder per step with the Orbax items `params`, `opt`, `ema` (where there is one), `config`
+and `data`. Orbax notices files that are missing or cut short but not a flipped bit, so `config` also carries a digest of
+the arrays.
 """
 
 import hashlib
@@ -15,9 +16,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx, traverse_util
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import Array, Int
 
+from tif_jax import optim, processes
 from tif_jax.errors import InputError, WorkError
 from tif_jax.layers import WEIGHTS
 from tif_jax.models import Model
@@ -26,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 Params = dict[str, Any]
 
+_AXES = ("data", "fsdp")
+FSDP: optim.Table = ((r"kernel$|embedding$", -1),)  # which axis of which parameters is divided over 'fsdp'
+
 
 class State(NamedTuple):
     """Everything a training step changes."""
@@ -33,6 +39,7 @@ class State(NamedTuple):
     step: Int[Array, ""]
     params: Params
     opt_state: Any
+    ema: Params | None = None  # exponential moving average of params, where the recipe keeps one
 
 
 def params_of(model: Model) -> Params:
@@ -56,22 +63,85 @@ def with_statistics(params: Params, statistics: Params) -> Params:
     return traverse_util.unflatten_dict(merged)
 
 
-def make_mesh(batch_size: int) -> Mesh:
-    """A mesh with axis 'data' over as many devices as divide the batch evenly."""
-    devices = jax.devices()
-    used = max(n for n in range(1, len(devices) + 1) if batch_size % n == 0)
-    return jax.make_mesh((used,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:used])
+def make_mesh(batch_size: int, fsdp: int = 1, processes: int | None = None) -> Mesh:
+    """A mesh with axes 'data' and 'fsdp' over as many devices of every process as divide the batch evenly.
+
+    The batch is divided over all of them, parameters and what belongs to them over fsdp (see `shardings`).
+    processes: 1 stands for this process and its devices alone; default: all there are.
+    Devices follow each other by process: so do the rows of a batch, and neighbours along fsdp share a host.
+    Raises InputError if nothing fits.
+    """
+    own = processes == 1 or jax.process_count() == 1
+    owners = [jax.process_index()] if own else list(range(jax.process_count()))
+    local = jax.local_device_count()
+    fitting = [n for n in range(1, local + 1) if batch_size % (n * len(owners)) == n * len(owners) % fsdp == 0]
+    if not fitting:
+        raise InputError(
+            f"a batch of {batch_size} can not be divided over {len(owners)} processes with up to {local} devices each and "
+            f"sharding.fsdp {fsdp}: the devices used have to divide the batch_size, and sharding.fsdp the devices"
+        )
+    by_owner = {owner: [d for d in jax.devices() if d.process_index == owner] for owner in owners}
+    used = [device for owner in owners for device in by_owner[owner][: max(fitting)]]
+    return Mesh(np.array(used).reshape(-1, fsdp), _AXES, axis_types=(AxisType.Auto,) * 2)
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Copies of the arrays on every device; never an alias, so that the result may be donated."""
-    return jax.device_put(jax.tree.map(np.asarray, tree), NamedSharding(mesh, PartitionSpec()))
+    return place(tree, jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree))
+
+
+def place(tree: Any, where: Any) -> Any:
+    """Copies of the arrays on the devices, as a tree of shardings says; never an alias, so that they may be donated."""
+
+    def put(array, sharding):
+        array = np.asarray(array)
+        if sharding.is_fully_addressable:
+            return jax.device_put(array, sharding)
+        return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
+
+    return jax.tree.map(put, tree, where)
+
+
+def shardings(state: State, mesh: Mesh, table: optim.Table = FSDP) -> Any:
+    """Where the arrays of a State (or their shapes) lie: parameters as the table says, and alike what the optimiser and
+    the moving average hold for each; everything else on every device.
+
+    table: (pattern, axis), see `optim.match`: the axis of such parameters that is divided over the mesh's 'fsdp'. Where it
+    can not be divided evenly, and where no pattern matches, each device has the whole.
+    """
+    size = mesh.shape["fsdp"]
+
+    def divided(leaf, axis):
+        even = axis is not None and -leaf.ndim <= axis < leaf.ndim and leaf.shape[axis] % size == 0
+        spec = PartitionSpec(*("fsdp" if i == axis % leaf.ndim else None for i in range(leaf.ndim)) if even else ())
+        return NamedSharding(mesh, spec if size > 1 else PartitionSpec())
+
+    axes = optim.match(table if size > 1 else (), state.params, None)
+    # None is a leaf here, not the absence of one.
+    params = jax.tree.map(lambda axis, leaf: divided(leaf, axis), axes, state.params, is_leaf=lambda x: x is None)
+    of_parameter = {_names(path): sharding for path, sharding in jax.tree_util.tree_leaves_with_path(params)}
+
+    def alike(path, _leaf):
+        return of_parameter.get(_names(path), NamedSharding(mesh, PartitionSpec()))
+
+    return jax.tree_util.tree_map_with_path(alike, state)
+
+
+def _names(path) -> tuple[str, ...]:
+    """The dictionary keys of a path: of a parameter, and of what an optimiser holds for it."""
+    return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
 
 
 def shard(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Array]:
-    """The batch's arrays, spread over the devices by their first axis; those of strings are left out."""
+    """The batch's arrays, spread over the devices by their first axis; those of strings are left out.
+
+    Of several processes each gives its own rows, in their order (`loader.Batches`); a mesh of one process takes all.
+    """
     arrays = {name: array for name, array in batch.items() if array.dtype != object}
-    return jax.device_put(arrays, NamedSharding(mesh, PartitionSpec("data")))
+    by_row = NamedSharding(mesh, PartitionSpec(_AXES))
+    if mesh.is_multi_process:
+        return {name: jax.make_array_from_process_local_data(by_row, array) for name, array in arrays.items()}
+    return jax.device_put(arrays, by_row)
 
 
 class Checkpoints:
@@ -97,18 +167,20 @@ class Checkpoints:
 
     def save(self, state: State, config: Mapping[str, Any], data: Mapping[str, Any]) -> None:
         """Writes a checkpoint of that step in the background. data: the input iterator's state."""
-        # From the host: of arrays with a copy on each device, Orbax would cut every device's share with a program of its own.
-        step, params, opt_state = jax.device_get(state)
-        digests = {"params": _digest(params), "opt": _digest(opt_state)}
-        items = {
-            "params": ocp.args.StandardSave(params),
-            "config": ocp.args.JsonSave({**config, "digest": digests}),
-            "data": ocp.args.JsonSave(dict(data)),
-        }
-        if jax.tree.leaves(opt_state):  # an imported backbone has none, and Orbax refuses empty items
-            items["opt"] = ocp.args.StandardSave(opt_state)
+        step, params, opt_state, ema = state
+        arrays = {"params": params, "opt": opt_state, "ema": ema}
+        # An imported backbone has no optimiser state, and Orbax refuses empty items.
+        arrays = {name: tree for name, tree in arrays.items() if jax.tree.leaves(tree)}
+        whole = {name: jax.tree.map(_whole, tree) for name, tree in arrays.items()}
+        digests = {name: _digest(tree) for name, tree in whole.items()}
+        # From the host: of arrays with a copy on each device, Orbax would cut every device's share with a program of its
+        # own. Arrays divided over several processes are written by all of these.
+        items = {name: jax.tree.map(_to_write, tree, whole[name]) for name, tree in arrays.items()}
+        items = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        items["config"] = ocp.args.JsonSave({**config, "digest": digests})
+        items["data"] = ocp.args.JsonSave(dict(data))
         with self._named():
-            self.manager.save(int(step), args=ocp.args.Composite(**items))
+            self.manager.save(int(jax.device_get(step)), args=ocp.args.Composite(**items))
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, whole or not."""
@@ -136,11 +208,17 @@ class Checkpoints:
         """
         steps = self.steps()[::-1]
         for step in steps:
+            found, problem = None, ""
             try:
-                return self._restore(step, template)
+                found = self._restore(step, template)
             except Exception as error:  # Orbax raises many kinds for a damaged folder
-                logger.warning("checkpoint %s/%d is damaged (%s)", self.directory, step, _first_line(error))
-                self._move_aside(step)
+                problem = _first_line(error)
+            if processes.all_say(found is not None):
+                return found
+            logger.warning(
+                "checkpoint %s/%d is damaged (%s)", self.directory, step, problem or "as another process found"
+            )
+            self._move_aside(step)
         if steps:
             raise InputError(
                 f"no checkpoint in {self.directory} is whole (tried steps {steps}, now {self.directory.parent}/damaged-*): "
@@ -150,27 +228,41 @@ class Checkpoints:
 
     def _restore(self, step: int, template: State) -> tuple[State, dict[str, Any]]:
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), template)
-        items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(abstract.params),
-            opt=ocp.args.StandardRestore(abstract.opt_state),
-            config=ocp.args.JsonRestore(),
-            data=ocp.args.JsonRestore(),
-        )
-        restored = self.manager.restore(step, args=items)
-        _verify(restored.config, params=restored.params, opt=restored.opt)
+        arrays = {"params": abstract.params, "opt": abstract.opt_state, "ema": abstract.ema}
+        arrays = {name: tree for name, tree in arrays.items() if jax.tree.leaves(tree)}
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in arrays.items()}
+        items |= {name: ocp.args.JsonRestore() for name in ("config", "data")}
+        restored = self.manager.restore(step, args=ocp.args.Composite(**items))
+        _verify(restored.config, **{name: jax.tree.map(_whole, restored[name]) for name in arrays})
         step_array = jax.device_put(np.int32(step), template.step.sharding)
-        return State(step_array, restored.params, restored.opt), restored.data
+        opt_state = restored.opt if "opt" in arrays else template.opt_state
+        return State(step_array, restored.params, opt_state, restored.ema if "ema" in arrays else None), restored.data
 
     def _move_aside(self, step: int) -> None:
+        processes.wait_for_all("checkpoint read")
         aside = self.directory.parent / f"damaged-{step}"
-        if not aside.exists():
+        if processes.is_first() and not aside.exists():
             (self.directory / str(step)).rename(aside)
+        processes.wait_for_all("checkpoint moved")
         self.manager.reload()
+
+
+def _whole(leaf: Any) -> np.ndarray:
+    """The array on this host, fetched from others where it is divided among them."""
+    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        return multihost_utils.process_allgather(leaf, tiled=True)
+    return jax.device_get(leaf)
+
+
+def _to_write(leaf: Any, whole: np.ndarray) -> Any:
+    divided = isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated)
+    return leaf if divided else whole
 
 
 def load_params(directory: str | Path) -> tuple[Params, dict[str, Any]]:
     """Parameters and config of the newest whole checkpoint in a checkpoint directory, or of one step's folder.
 
+    Where the run kept a moving average of the parameters, that is what it was for: it stands in their place.
     Raises InputError naming the directory when there is none.
     """
     directory = Path(directory).absolute()
@@ -178,10 +270,11 @@ def load_params(directory: str | Path) -> tuple[Params, dict[str, Any]]:
     for folder in steps:
         try:
             checkpointer = ocp.StandardCheckpointer()
-            shapes = checkpointer.metadata(folder / "params").item_metadata.tree
-            params = checkpointer.restore(folder / "params", jax.tree.map(_on_one_device, shapes))
+            item = "ema" if (folder / "ema").is_dir() else "params"
+            shapes = checkpointer.metadata(folder / item).item_metadata.tree
+            params = checkpointer.restore(folder / item, jax.tree.map(_on_one_device, shapes))
             config = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder / "config")
-            _verify(config, params=params)
+            _verify(config, **{item: params})
             return params, config
         except Exception as error:
             logger.warning("checkpoint %s is damaged (%s)", folder, _first_line(error))

@@ -5,12 +5,8 @@ import logging
 import sys
 from pathlib import Path
 
-import jax
-
 from tif_jax import config as config_file
 from tif_jax.errors import InputError
-
-_A_WEEK = 7 * 24 * 3600
 
 
 class _Parser(argparse.ArgumentParser):
@@ -39,31 +35,6 @@ def parse(command: str, description: str, argv: list[str], **flags: dict) -> arg
     _make_writable(arguments.workdir)
     _log_to_stderr()
     return arguments
-
-
-# For `parse`, where the work can be divided among processes.
-PROCESS_FLAGS: dict[str, dict] = dict(
-    coordinator=dict(default="", metavar="HOST:PORT", help="of process 0, where one run has several processes"),
-    num_processes=dict(type=int, default=1, metavar="N", help="how many processes the run has"),
-    process_id=dict(type=int, default=0, metavar="I", help="which of them this is, from 0"),
-)
-
-
-def join_processes(arguments: argparse.Namespace) -> None:
-    """Makes this process one of several, as PROCESS_FLAGS say. Raises InputError where they do not fit together."""
-    if not 0 <= arguments.process_id < arguments.num_processes:
-        raise InputError(
-            f"--process_id is {arguments.process_id} of --num_processes={arguments.num_processes}; they count from 0"
-        )
-    if bool(arguments.coordinator) != (arguments.num_processes > 1):
-        raise InputError("--coordinator=HOST:PORT and --num_processes above 1 go together")
-    if arguments.coordinator:
-        jax.distributed.initialize(
-            arguments.coordinator,
-            arguments.num_processes,
-            arguments.process_id,
-            shutdown_timeout_seconds=_A_WEEK,  # who has finished waits for the others
-        )
 
 
 def _make_writable(workdir: Path) -> None:

@@ -40,7 +40,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     score.check(config, "train", config.score.target)
     train.labelling(config, np.zeros((1, 1)))
     logger.info("stage backbone")
-    train.backbone(config, workdir)
+    train.train("backbone", config, workdir)
     _once(workdir / "backbone" / "metrics.json", evaluate.backbone, config, workdir)
     _, fields = load_with_fields(workdir / "backbone", reducer="full")
     for of_run in runs:
@@ -51,16 +51,16 @@ def run(config: ConfigDict, workdir: Path) -> None:
     for seed in seeds:
         logger.info("stage filter, seed %d", seed)
         of_seed = with_reducer(config, config.reducer.name, seed)
-        train.token_filter(of_seed, workdir)
+        train.train("filter", of_seed, workdir)
         done = train.filter_directory(of_seed, workdir) / "metrics.json"
         _once(done, evaluate.ranking_table, of_seed, workdir)
     for of_run in runs:
         if train.is_fitted(of_run) and of_run.reducer.name != config.reducer.name:
             logger.info("stage filter, %s, seed %d", train.label(of_run), of_run.seed)
-            train.fit_reducer(of_run, workdir)
+            train.train("filter", of_run, workdir)
         directory = train.finetune_directory(of_run, workdir)
         logger.info("stage finetune, %s", directory.name)
-        train.finetune(of_run, workdir)
+        train.train("finetune", of_run, workdir)
         _once(directory / "metrics.json", evaluate.finetuned, of_run, workdir)
     logger.info("stage benchmark")
     if not is_measured(config, workdir):

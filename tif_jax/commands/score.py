@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 from ml_collections import ConfigDict
 
-from tif_jax import data, oracle, shards
+from tif_jax import data, oracle, processes, shards
 from tif_jax.commands import _arguments, train
 from tif_jax.data.loader import Batch, evaluation_batches
 from tif_jax.data.source import Source
@@ -35,8 +35,8 @@ Columns = dict[str, np.ndarray]  # of a shard
 
 
 def main(argv: list[str]) -> None:
-    arguments = _arguments.parse("score", __doc__, argv, **_arguments.PROCESS_FLAGS)
-    _arguments.join_processes(arguments)
+    arguments = _arguments.parse("score", __doc__, argv, **processes.FLAGS)
+    processes.join(arguments)
     score(arguments.config, arguments.workdir)
 
 

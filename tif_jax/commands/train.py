@@ -1,7 +1,7 @@
 """Train one stage: the backbone, the token filter on impact, or the ViT with its reducer in front."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,55 +12,67 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from tif_jax import config as config_file
-from tif_jax import data, losses, optim, records, reducers, shards
+from tif_jax import data, losses, processes, recipe, records, reducers, shards
 from tif_jax.budget import AMOUNTS, SOLVED
 from tif_jax.commands import _arguments
 from tif_jax.cost import cost
+from tif_jax.data.augment import Augmentation
 from tif_jax.data.loader import Batches, training_batches
+from tif_jax.data.preprocess import NONE
 from tif_jax.errors import InputError
 from tif_jax.loading import load, load_with_fields
-from tif_jax.loop import init_state, make_step, run
-from tif_jax.metrics_log import MetricsLog
 from tif_jax.models import Model, blueprint, create_model
-from tif_jax.state import Checkpoints, State, make_mesh, params_of, replicate, shard
+from tif_jax.state import Checkpoints, State, params_of
+from tif_jax.training import Stage, describe, fit
 
 logger = logging.getLogger(__name__)
 
 FROZEN_REDUCER = ((r"^reducer/(?!then/)", False),)  # what follows it is trained with the rest
 REDUCER_ALONE = ((r"^reducer/", True),)
-_SAVE_EVERY = 1000  # steps that a killed run loses at most; shorter runs save once on the way, to have one in reserve
 
 
 def main(argv: list[str]) -> None:
-    stages = {"backbone": backbone, "filter": fit_reducer, "finetune": finetune}
-    arguments = _arguments.parse("train", __doc__, argv, stage=dict(required=True, choices=stages))
-    stages[arguments.stage](arguments.config, arguments.workdir)
+    arguments = _arguments.parse("train", __doc__, argv, stage=dict(required=True, choices=STAGES), **processes.FLAGS)
+    processes.join(arguments)
+    train(arguments.stage, arguments.config, arguments.workdir)
 
 
-def backbone(config: ConfigDict, workdir: Path) -> None:
-    """DIR/backbone: trained from random weights, or imported from `backbone.init_from`."""
-    recipe, directory = config.backbone, workdir / "backbone"
-    if recipe.init_from:
-        _import_backbone(config, directory)
-        return
-    fields = {**recipe.model, "drop_path": recipe.drop_path, "dtype": config.dtype}
+def train(stage: str, config: ConfigDict, workdir: Path) -> None:
+    """DIR/backbone, DIR/filter or DIR/finetune/REDUCER-AMOUNT-SEED."""
+    if stage == "backbone" and (config.backbone.init_from or not config.backbone.num_epochs):
+        _begin_backbone(config, workdir / "backbone")
+    else:
+        fit(STAGES[stage](config, workdir))
+
+
+def backbone(config: ConfigDict, workdir: Path) -> Stage:
+    """The backbone, from random weights."""
+    recipe = config.backbone
+    fields = {**recipe.model, "drop_path": recipe.drop_path, "dtype": config.dtype, **_remat(recipe)}
     model = create_model(fields, seed=config.seed)
     source = open_source(config, "train", model)
-    batches = training_batches(source, config.data, batch_size=recipe.batch_size, seed=config.seed)
-    loss = partial(losses.classification, label_smoothing=recipe.label_smoothing)
-    _fit(directory, model, loss, (), True, batches, len(source), recipe, config, fields, {"name": "full"})
+    return Stage(
+        directory=workdir / "backbone",
+        config=config,
+        recipe=recipe,
+        model=model,
+        fields=fields,
+        reducer={"name": "full"},
+        loss=partial(losses.classification, label_smoothing=recipe.label_smoothing),
+        batches=_fresh_views(config, recipe, source),
+        num_examples=len(source),
+    )
 
 
-def fit_reducer(config: ConfigDict, workdir: Path) -> None:
-    """DIR/filter: what config.reducer has to learn before fine-tuning, fitted by itself; the backbone rests."""
+def fit_reducer(config: ConfigDict, workdir: Path) -> Stage:
+    """What config.reducer has to learn before fine-tuning, fitted by itself; the backbone rests."""
     name = config.reducer.name
     if name not in FITTED:
         raise InputError(f"reducer {name!r} has no stage 'filter'; it is there for {', '.join(FITTED)}")
-    FITTED[name](config, workdir)
+    return FITTED[name](config, workdir)
 
 
-def token_filter(config: ConfigDict, workdir: Path) -> None:
+def token_filter(config: ConfigDict, workdir: Path) -> Stage:
     """The token filter of tif, fitted to the impact in DIR/impact."""
     recipe, seed = config.filter, config.seed
     name, options = reducer_options(config)
@@ -73,7 +85,6 @@ def token_filter(config: ConfigDict, workdir: Path) -> None:
         raise InputError(
             f"{positives:.0%} of the tokens are worth keeping with filter.rho {recipe.rho}; choose another rho"
         )
-    loss = partial(losses.impact, **labelled, positive_weight=(1 / positives - 1) if recipe.balance else 1.0)
     batches = training_batches(
         data.open_source(config.data, "train"),
         config.data,
@@ -82,13 +93,23 @@ def token_filter(config: ConfigDict, workdir: Path) -> None:
         records=np.stack([table.index, table.view], axis=1),
         extra={"impact": table.impact.astype(np.float32)},
     )
-    _fit(
-        filter_directory(config, workdir), model, loss, REDUCER_ALONE, False, batches, len(table.index),
-        recipe, config, fields, {"name": name, **options}, stochastic=False,
-    )  # fmt: skip
+    return Stage(
+        directory=filter_directory(config, workdir),
+        config=config,
+        recipe=recipe,
+        model=model,
+        fields=fields,
+        reducer={"name": name, **options},
+        loss=partial(losses.impact, **labelled, positive_weight=(1 / positives - 1) if recipe.balance else 1.0),
+        batches=batches,
+        num_examples=len(table.index),
+        trainable=REDUCER_ALONE,
+        trainable_default=False,
+        stochastic=False,
+    )
 
 
-def selectors(config: ConfigDict, workdir: Path) -> None:
+def selectors(config: ConfigDict, workdir: Path) -> Stage:
     """The selectors of tosa, fitted to the attention of the blocks that they choose for; nothing is scored, no label read."""
     recipe, (name, options) = config.filter, reducer_options(config)
     options = {key: value for key, value in options.items() if key not in AMOUNTS}  # all the same while fitting
@@ -96,36 +117,74 @@ def selectors(config: ConfigDict, workdir: Path) -> None:
         workdir / "backbone", reducer=name, seed=config.seed, dtype=config.dtype, **options, fitting=True
     )
     source = data.open_source(config.data, "train")
-    batches = training_batches(source, config.data, batch_size=recipe.batch_size, seed=config.seed)
-    _fit(
-        filter_directory(config, workdir), model, losses.selector, REDUCER_ALONE, False, batches, len(source),
-        recipe, config, fields, {"name": name, **options}, stochastic=False,
-    )  # fmt: skip
+    return Stage(
+        directory=filter_directory(config, workdir),
+        config=config,
+        recipe=recipe,
+        model=model,
+        fields=fields,
+        reducer={"name": name, **options},
+        loss=losses.selector,
+        batches=training_batches(source, config.data, batch_size=recipe.batch_size, seed=config.seed),
+        num_examples=len(source),
+        trainable=REDUCER_ALONE,
+        trainable_default=False,
+        stochastic=False,
+    )
 
 
-def finetune(config: ConfigDict, workdir: Path) -> None:
-    """DIR/finetune/REDUCER-AMOUNT-SEED: the whole ViT with its reducer in front.
+def finetune(config: ConfigDict, workdir: Path) -> Stage:
+    """The whole ViT with its reducer in front.
 
     What has a stage of its own (FITTED), or was read off the shards, rests; other parameters of reducers are trained here.
     """
     recipe, (name, options) = config.finetune, reducer_options(config)
     model, fields = before_finetuning(config, workdir, options)
-    early = [(end, before_finetuning(config, workdir, changed)[0]) for end, changed in early_phases(config)]
     source = open_source(config, "train", model)
-    batches = training_batches(source, config.data, batch_size=recipe.batch_size, seed=config.seed)
     loss, teacher = _finetuning_loss(config, workdir)
     rests = (is_fitted(config) or name == "prior") and "reducer" in params_of(model)
-    _fit(
-        finetune_directory(config, workdir), model, loss, FROZEN_REDUCER if rests else (), True, batches, len(source),
-        recipe, config, fields, {"name": name, **options}, early=early, teacher=teacher,
-    )  # fmt: skip
+    return Stage(
+        directory=finetune_directory(config, workdir),
+        config=config,
+        recipe=recipe,
+        model=model,
+        fields=fields,
+        reducer={"name": name, **options},
+        loss=loss,
+        batches=_fresh_views(config, recipe, source),
+        num_examples=len(source),
+        trainable=FROZEN_REDUCER if rests else (),
+        early=[(end, before_finetuning(config, workdir, changed)[0]) for end, changed in early_phases(config)],
+        teacher=teacher,
+    )
+
+
+Maker = Callable[[ConfigDict, Path], Stage]
+STAGES: dict[str, Maker] = {"backbone": backbone, "filter": fit_reducer, "finetune": finetune}
+FITTED: dict[str, Maker] = {"tif": token_filter, "tosa": selectors}
+
+
+def _fresh_views(config: ConfigDict, recipe: ConfigDict, source: data.Source) -> Batches:
+    settings = recipe.augmentation.to_dict()
+    repeats = settings.pop("repeats")
+    augmentation = Augmentation(**settings)
+    if config.data.augment == "none" and (repeats > 1 or augmentation != NONE):
+        raise InputError("augmentation is for views that are drawn anew, of which data.augment 'none' has none")
+    return training_batches(
+        source, config.data, batch_size=recipe.batch_size, seed=config.seed, augmentation=augmentation, repeats=repeats
+    )
+
+
+def _remat(recipe: ConfigDict) -> dict[str, bool]:
+    return {"remat": True} if recipe.remat else {}
 
 
 def before_finetuning(config: ConfigDict, workdir: Path, options: Mapping[str, Any]) -> tuple[Model, dict[str, Any]]:
     """The model that fine-tuning begins with, under config.reducer with these options, and its fields."""
     name, recipe = config.reducer.name, config.finetune
     start = filter_directory(config, workdir) if is_fitted(config) else workdir / "backbone"
-    given = {"seed": config.seed, "dtype": config.dtype, "drop_path": recipe.drop_path, **recipe.get("model", {})}
+    given = {"seed": config.seed, "dtype": config.dtype, "drop_path": recipe.drop_path, **_remat(recipe)}
+    given |= recipe.get("model", {})
     model, fields = load_with_fields(start, reducer=name, **given, **options)
     if name == "prior":  # nothing to train: its one parameter is read off the shards
         table = shards.read_impact(workdir, expected=expected_manifest(config, model))
@@ -139,26 +198,24 @@ def _finetuning_loss(config: ConfigDict, workdir: Path) -> tuple[losses.Loss, Mo
     recipe = config.finetune
     base = partial(losses.classification, label_smoothing=recipe.label_smoothing)
     check_distillation(config)
-    given = recipe.get("distillation", {})
-    kind = given.get("kind", "")
-    if not kind:
+    given = recipe.distillation
+    if not given.kind:
         return base, None
-    teacher = load(workdir / "backbone", reducer="full", dtype=config.dtype)
-    if kind == "hard":
-        return partial(losses.hard_distillation, base=base, weight=given.get("logits_weight", 0.5)), teacher
-    return partial(losses.distillation, base=base, **{k: v for k, v in given.items() if k != "kind"}), teacher
+    teacher = load(given.teacher or workdir / "backbone", reducer="full", dtype=config.dtype)
+    if given.kind == "hard":
+        return partial(losses.hard_distillation, base=base, weight=given.logits_weight), teacher
+    weights = dict(logits_weight=given.logits_weight, tokens_weight=given.tokens_weight)
+    return partial(losses.distillation, base=base, **weights), teacher
 
 
 def check_distillation(config: ConfigDict) -> None:
     """Raises InputError for keys of finetune.distillation that mean nothing."""
-    given = config.finetune.get("distillation", {})
-    if unknown := sorted(set(given) - {"kind", "logits_weight", "tokens_weight"}):
-        raise InputError(f"finetune.distillation has {', '.join(unknown)}; known: kind, logits_weight, tokens_weight")
-    if (kind := given.get("kind", "")) not in ("", "soft", "hard"):
+    given = config.finetune.distillation
+    known = recipe.FINETUNE["distillation"]
+    if unknown := sorted(set(given) - set(known)):
+        raise InputError(f"finetune.distillation has {', '.join(unknown)}; known: {', '.join(known)}")
+    if (kind := given.kind) not in ("", "soft", "hard"):
         raise InputError(f"finetune.distillation.kind is {kind!r}; allowed: '', 'soft', 'hard'")
-
-
-FITTED: dict[str, Callable[[ConfigDict, Path], None]] = {"tif": token_filter, "tosa": selectors}
 
 
 def is_fitted(config: ConfigDict) -> bool:
@@ -321,99 +378,20 @@ def open_source(config: ConfigDict, split: str, model: Model) -> data.Source:
     return source
 
 
-def _import_backbone(config: ConfigDict, directory: Path) -> None:
+def _begin_backbone(config: ConfigDict, directory: Path) -> None:
+    """A backbone that is not trained by itself: imported, or random weights that fine-tuning begins with."""
     recipe = config.backbone
-    given = {key: recipe[key] for key in ("num_heads",) if recipe.get(key)}
-    given["image_size"] = config.data.image_size
-    model, fields = load_with_fields(recipe.init_from, seed=config.seed, **given)
-    records.claim(directory, {"init_from": str(recipe.init_from), "model": fields})
+    if recipe.init_from:
+        given = {key: recipe[key] for key in ("num_heads",) if recipe.get(key)}
+        given["image_size"] = config.data.image_size
+        model, fields = load_with_fields(recipe.init_from, seed=config.seed, **given)
+    else:
+        fields = {**recipe.model, "dtype": config.dtype}
+        model = create_model(fields, seed=config.seed)
+    if processes.is_first():
+        records.claim(directory, {"init_from": str(recipe.init_from), "model": fields})
     with Checkpoints(directory / "checkpoints") as checkpoints:
         if not checkpoints.steps():
             state = State(jnp.int32(0), params_of(model), ())
-            checkpoints.save(state, _description(config, fields, {"name": "full"}), {})
+            checkpoints.save(state, describe(config, fields, {"name": "full"}), {})
             checkpoints.wait()
-
-
-def _solved(reducer: Mapping[str, Any], model: Model) -> dict[str, Any]:
-    """The reducer's name and options with what its budget came to: later versions may count costs differently."""
-    name = next((name for name in SOLVED if "budget" in reducer and hasattr(model.reducer, name)), None)
-    if name is None:
-        return dict(reducer)
-    return {key: value for key, value in reducer.items() if key != "budget"} | {name: getattr(model.reducer, name)}
-
-
-def _description(config: ConfigDict, fields: Mapping[str, Any], reducer: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says of itself: enough to build its model again."""
-    return {"model": dict(fields), "reducer": dict(reducer), "config": config_file.to_json(config)}
-
-
-def _fit(
-    directory: Path,
-    model: Model,
-    loss: losses.Loss,
-    trainable: optim.Table,
-    trainable_default: bool,
-    batches: Batches,
-    num_examples: int,
-    recipe: ConfigDict,
-    config: ConfigDict,
-    fields: Mapping[str, Any],
-    reducer: Mapping[str, Any],
-    *,
-    stochastic: bool = True,
-    early: Sequence[tuple[float, Model]] = (),
-    teacher: Model | None = None,
-) -> None:
-    """Trains, or goes on where an interrupted run of the same recipe stopped, until recipe.num_epochs are done.
-
-    early: until which epochs the model is replaced by which other: the same parameters under another reducer.
-    teacher: whose outputs the loss reads, if it does.
-    """
-    keys = ("seed", "dtype", "data")
-    records.claim(
-        directory,
-        {"model": dict(fields), "reducer": dict(reducer), "recipe": recipe.to_dict()}
-        | {key: config_file.to_json(config)[key] for key in keys},
-    )
-    steps_per_epoch = num_examples / recipe.batch_size
-    num_steps = max(1, round(recipe.num_epochs * steps_per_epoch))
-    optimizer = optim.adamw(
-        num_steps,
-        learning_rate=recipe.learning_rate,
-        final_learning_rate=recipe.final_learning_rate,
-        warmup_steps=min(num_steps - 1, round(recipe.warmup_epochs * steps_per_epoch)),
-        weight_decay=recipe.weight_decay,
-        clip_norm=recipe.clip_norm,
-    )
-    params = params_of(model)
-    mask = optim.match(trainable, params, trainable_default)
-    mesh = make_mesh(recipe.batch_size)
-    if teacher is not None:
-        nnx.update(teacher, replicate(params_of(teacher), mesh))
-    state = replicate(init_state(params, optimizer, mask), mesh)
-    with Checkpoints(directory / "checkpoints") as checkpoints:
-        if restored := checkpoints.restore(state):
-            state, position = restored
-            batches.set_state(position)
-        if (start := int(state.step)) < num_steps:
-            logger.info(
-                "%s: steps %d to %d on %d %s devices", directory, start, num_steps, mesh.size, jax.default_backend()
-            )
-        log = MetricsLog(directory, start)
-        description = _description(config, fields, _solved(reducer, model))
-        ends = [min(num_steps, round(epoch * steps_per_epoch)) for epoch, _ in early]
-        for of_phase, until in zip((*(other for _, other in early), model), (*ends, num_steps), strict=True):
-            if int(state.step) >= until:
-                continue
-            state = run(
-                make_step(of_phase, loss, optimizer, mask, seed=config.seed, stochastic=stochastic, teacher=teacher),
-                state,
-                (shard(batch, mesh) for batch in batches),
-                until=until,
-                log_every=max(1, min(50, num_steps // 20)),
-                save_every=min(-(-num_steps // 2), _SAVE_EVERY),
-                log=log.write,
-                save=lambda state: checkpoints.save(state, description, batches.get_state()),
-                label=directory.name,
-            )
-    batches.close()

@@ -8,15 +8,17 @@ Legend: B images of a batch, R records, Y rows, X columns.
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float32, Int, Shaped, UInt8
 from PIL import Image
 
+from tif_jax.data.augment import Augmentation
 from tif_jax.data.options import DataOptions, Settings, read_options
-from tif_jax.data.preprocess import augmented_view, evaluation_view, normalise
+from tif_jax.data.preprocess import NONE, augmented_view, evaluation_view, normalise
 from tif_jax.data.source import Example, Source, UnreadableImage
 from tif_jax.errors import InputError
 
@@ -31,33 +33,57 @@ Batch = dict[str, Any]
 
 
 class Batches:
-    """An iterator over batches that knows where it is. Close it when done, so that its threads end."""
+    """An iterator over batches that knows where it is. Close it when done, so that its threads end.
 
-    def __init__(self, order: Any, load: "_Loader", batch_size: int):
+    Where a run has several processes, each gets its rows of every batch, in the order of the processes: together they
+    see what one process alone would.
+    """
+
+    def __init__(self, rows: Callable[[int], int], num_rows: int, load: "_Loader", batch_size: int, shared: bool):
+        """rows: from a position among num_rows, batch after batch, to a row of the records."""
+        self.unreadable = load.unreadable  # index -> error of each image left out so far (data.on_error='skip')
+        processes, process = (jax.process_count(), jax.process_index()) if shared else (1, 0)
+        if batch_size % processes:
+            raise InputError(f"a batch of {batch_size} can not be divided over {processes} processes")
+        # A thread's task is a few rows at once: handing over small images one by one takes longer than reading them.
+        self._rows_per_task = math.gcd(batch_size // processes, _ROWS_PER_TASK)
+        self._tasks = batch_size // processes // self._rows_per_task  # per batch
+        self._first_task, self._all_tasks = process * self._tasks, processes * self._tasks
+        self._num_batches = num_rows // batch_size
+        self._rows, self._load = rows, load
+        self._iterator = self._from(0)
+
+    def _from(self, batch: int) -> Any:
         import grain
 
-        self.unreadable = load.unreadable  # index -> error of each image left out so far (data.on_error='skip')
-        # A thread's task is a few rows at once: handing over small images one by one takes longer than reading them.
-        rows = math.gcd(batch_size, _ROWS_PER_TASK)
-        tasks = batch_size // rows
-        num_threads = load.options.num_workers
-        read = grain.ReadOptions(num_threads, prefetch_buffer_size=max(num_threads, 2 * tasks))
-        dataset = order.batch(rows).map_with_index(load).to_iter_dataset(read)
-        self._iterator = iter(dataset.batch(tasks, batch_fn=_concatenate))
+        def read(task: int) -> Batch:
+            number, task = divmod(task, self._tasks)
+            first = self._rows_per_task * (number * self._all_tasks + self._first_task + task)
+            positions = range(first, first + self._rows_per_task)
+            return self._load(first, np.array([self._rows(position) for position in positions]))
+
+        self._next = batch
+        tasks = grain.MapDataset.range(batch * self._tasks, self._num_batches * self._tasks).map(read)
+        num_threads = self._load.options.num_workers
+        ahead = grain.ReadOptions(num_threads, prefetch_buffer_size=max(num_threads, 2 * self._tasks))
+        return iter(tasks.to_iter_dataset(ahead).batch(self._tasks, batch_fn=_concatenate))
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        return next(self._iterator)
+        batch = next(self._iterator)
+        self._next += 1
+        return batch
 
     def get_state(self) -> dict[str, int]:
-        """Where the next batch begins; JSON-serialisable."""
-        return self._iterator.get_state()
+        """Where the next batch begins, whatever the number of processes; JSON-serialisable."""
+        return {"next_batch": self._next}
 
-    def set_state(self, state: dict[str, int]) -> None:
+    def set_state(self, state: Mapping[str, int]) -> None:
         """Goes where `get_state` was called on an iterator made with the same arguments."""
-        self._iterator.set_state(state)
+        self._iterator.close()
+        self._iterator = self._from(state["next_batch"])
 
     def close(self) -> None:
         """Ends the threads. No batch can be read afterwards."""
@@ -72,13 +98,17 @@ def training_batches(
     seed: int,
     records: Int[np.ndarray, "R 2"] | None = None,
     extra: Mapping[str, Shaped[np.ndarray, "R ..."]] | None = None,
+    augmentation: Augmentation = NONE,
+    repeats: int = 1,
 ) -> Batches:
     """Endless batches, every epoch in a new order drawn from `seed`; a batch may span two epochs.
 
     A batch: image float32 (B, Y, X, 3), label int32 (B,), index int64 (B,), view int32 (B,), and the rows of `extra`
     that belong to its records. Without `records`, every image of the source once an epoch, freshly augmented (view
-    FRESH) unless data.augment is 'none' (view 0). With data.on_error='skip' the next record that can be read takes the
-    place of an unreadable one: steps and epochs do not depend on how many there are.
+    FRESH) unless data.augment is 'none' (view 0); augmentation says what is done to it beyond. repeats: an epoch has as
+    many rows, but that many times fewer images, each so many times in a row (Hoffer et al. 2020). With
+    data.on_error='skip' the next record that can be read takes the place of an unreadable one: steps and epochs do not
+    depend on how many there are.
     """
     import grain
 
@@ -92,8 +122,17 @@ def training_batches(
     if not len(records):
         raise InputError("no records to train on; score impacts first, or train without them")
     _check_batch_size(batch_size)
-    order = grain.MapDataset.range(len(records)).shuffle(seed).repeat(_ENDLESS)
-    return Batches(order, _Loader(source, options, records, extra or {}, seed), batch_size)
+    if repeats < 1:
+        raise InputError(f"augmentation.repeats is {repeats}; it must be at least 1")
+    num_rows = len(records)
+    order = grain.MapDataset.range(num_rows).shuffle(seed).repeat(_ENDLESS)
+
+    def row(position: int) -> int:
+        epoch, place = divmod(position, num_rows)
+        return order[epoch * num_rows + place // repeats]
+
+    load = _Loader(source, options, records, extra or {}, seed, augmentation)
+    return Batches(row, num_rows * _ENDLESS, load, batch_size, shared=True)
 
 
 def evaluation_batches(
@@ -102,22 +141,24 @@ def evaluation_batches(
     *,
     batch_size: int,
     records: Int[np.ndarray, "R 2"] | None = None,
+    shared: bool = False,
 ) -> Batches:
     """Every record once, in order; without `records`, the evaluation view of every image.
 
     A batch is as in `training_batches`, with id, strings (B,), and weight float32 (B,): 1, or 0 for the copies of the
     last image that fill the last batch and for the black pictures in place of unreadable ones (data.on_error='skip').
+    shared: divided among the processes of a run; otherwise each of them reads everything.
     """
-    import grain
-
     options = read_options(data)
     if records is None:
         records = _all_records(source, 0)
     else:
         _check_records(records, source, options)
     _check_batch_size(batch_size)
-    order = grain.MapDataset.range(-(-len(records) // batch_size) * batch_size)
-    return Batches(order, _Loader(source, options, records, {}, seed=None), batch_size)
+    num_rows = -(-len(records) // batch_size) * batch_size
+    return Batches(
+        lambda position: position, num_rows, _Loader(source, options, records, {}, seed=None), batch_size, shared
+    )
 
 
 class _Loader:
@@ -130,6 +171,7 @@ class _Loader:
         records: Int[np.ndarray, "R 2"],
         extra: Mapping[str, Shaped[np.ndarray, "R ..."]],
         seed: int | None,
+        augmentation: Augmentation = NONE,
     ):
         self.options = options
         self.unreadable: dict[int, str] = {}
@@ -137,10 +179,11 @@ class _Loader:
         self._records = records
         self._extra = extra
         self._seed = seed
+        self._augmentation = augmentation
         self._num_images = len(np.unique(records[:, 0]))
 
-    def __call__(self, task: int, rows: Int[np.ndarray, " b"]) -> Batch:
-        """The task-th few rows. Rows beyond the last stand for copies of it."""
+    def __call__(self, first: int, rows: Int[np.ndarray, " b"]) -> Batch:
+        """A few rows, the first of which is the first-th of all. Rows beyond the last stand for copies of it."""
         images = np.zeros((len(rows), *self.options.size, 3), np.float32)
         ids, labels, used, weights = [], [], [], []
         for i, row in enumerate(rows.tolist()):
@@ -150,9 +193,8 @@ class _Loader:
             labels.append(example["label"] if example else -1)
             weights.append(example is not None and row == rows[i])
             if example:
-                # Counts rows through all epochs, so that every epoch has augmentations of its own.
-                position = task * len(rows) + i
-                images[i] = self._view(example["image"], position, *map(int, self._records[row]))
+                # first + i counts through all epochs, so that every epoch has augmentations of its own.
+                images[i] = self._view(example["image"], first + i, *map(int, self._records[row]))
         batch = {
             "image": images,
             "label": np.array(labels, np.int32),
@@ -194,8 +236,10 @@ class _Loader:
         if view == 0:
             return evaluation_view(image, size, self.options.crop_fraction, mean, std)
         # The first number keeps the two families of streams apart.
-        entropy = (0, self._seed or 0, position) if view == FRESH else (1, index, view)
-        return augmented_view(image, size, np.random.default_rng(entropy), mean, std)
+        if view == FRESH:
+            rng = np.random.default_rng((0, self._seed or 0, position))
+            return augmented_view(image, size, rng, mean, std, augmentation=self._augmentation)
+        return augmented_view(image, size, np.random.default_rng((1, index, view)), mean, std)
 
     def _leave_out(self, index: int, reason: str) -> None:
         if self.unreadable.setdefault(index, reason) is reason:  # one atomic step: several threads may come here

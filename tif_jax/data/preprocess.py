@@ -15,11 +15,14 @@ import numpy as np
 from jaxtyping import Array, Float32, UInt8
 from PIL import ExifTags, Image, ImageOps
 
+from tif_jax.data.augment import Augmentation, augment, erase
 from tif_jax.data.source import UnreadableImage
 from tif_jax.errors import InputError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+NONE = Augmentation()
 
 AnyImage = str | os.PathLike | bytes | np.ndarray | Image.Image
 
@@ -102,13 +105,17 @@ def augmented_view(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: bool = True,
+    augmentation: Augmentation = NONE,
 ) -> Float32[np.ndarray, "Y X 3"]:
-    """A random crop of random aspect (`random_crop`) resized to image_size, half of the time mirrored, normalised."""
+    """A random crop of random aspect (`random_crop`) resized to image_size, half of the time mirrored, normalised.
+
+    augmentation: what else is done to the picture, and to its pixels once they are normalised.
+    """
     crop = image.crop(random_crop((image.height, image.width), rng, scale, ratio))
     view = crop.resize(image_size[::-1], Image.Resampling.BICUBIC)
     if flip and rng.random() < 0.5:
         view = ImageOps.mirror(view)
-    return normalise(view, mean, std)
+    return erase(normalise(augment(view, augmentation, rng, mean), mean, std), augmentation.erase, rng)
 
 
 def random_crop(

@@ -122,6 +122,7 @@ class Block(nnx.Module):
         drop_path: float,
         gelu: str,
         norm_eps: float,
+        remat: bool,
         dtype,
         rngs: nnx.Rngs,
     ):
@@ -137,6 +138,7 @@ class Block(nnx.Module):
             self.feed_forward_scale = nnx.Param(jnp.full((width,), layer_scale))
         self.layer_scale = layer_scale
         self.drop_path = drop_path
+        self.remat = remat
 
     def attend(
         self,
@@ -150,8 +152,17 @@ class Block(nnx.Module):
         key_weight, in [0, 1], is a soft mask: it multiplies each key's exponential for every query but the key's own, so
         that a masked token still attends to itself. Unlike a logarithm, it has a gradient where it is 0.
         """
-        y, qk = self.attention(self.attention_norm(x), key_log_weight, key_weight)
-        return x + drop_path(self.scale_attention(y), self.drop_path, rngs), qk
+
+        def branch(x, key_log_weight, key_weight):
+            y, qk = self.attention(self.attention_norm(x), key_log_weight, key_weight)
+            return self.scale_attention(y), qk
+
+        y, qk = self._kept(branch)(x, key_log_weight, key_weight)
+        return x + drop_path(y, self.drop_path, rngs), qk
+
+    def _kept(self, branch):
+        """The branch, of whose inside a gradient keeps nothing if `remat`."""
+        return jax.checkpoint(branch) if self.remat else branch
 
     def scale_attention(self, y: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """LayerScale of the attention branch, where there is one."""
@@ -159,10 +170,12 @@ class Block(nnx.Module):
 
     def feed_forward(self, x: Float[Array, "B T D"], rngs: nnx.Rngs | None = None) -> Float[Array, "B T D"]:
         """x plus the feed-forward network."""
-        y = self.mlp(self.feed_forward_norm(x))
-        if self.layer_scale is not None:
-            y = _scale(y, self.feed_forward_scale[...])
-        return x + drop_path(y, self.drop_path, rngs)
+
+        def branch(x):
+            y = self.mlp(self.feed_forward_norm(x))
+            return y if self.layer_scale is None else _scale(y, self.feed_forward_scale[...])
+
+        return x + drop_path(self._kept(branch)(x), self.drop_path, rngs)
 
     def __call__(
         self, x: Float[Array, "B T D"], key_log_weight: Float[Array, "B T"] | None = None, rngs: nnx.Rngs | None = None
@@ -182,6 +195,7 @@ class ViT(nnx.Module):
       num_registers: register tokens (Darcet et al. 2024), after the class token; they have no position embedding.
       special_positions: whether class and distillation token have one (DeiT: yes; DeiT III: no).
       layer_scale: initial value of LayerScale (DeiT III, DINOv2), or None.
+      remat: for the gradient, what lies inside the half-steps of blocks is computed again instead of kept.
 
     Raises InputError for fields that do not fit together.
     """
@@ -208,6 +222,7 @@ class ViT(nnx.Module):
         gelu: str = "exact",
         norm_eps: float = 1e-6,
         drop_path: float = 0.0,
+        remat: bool = False,
         dtype: str = "float32",
         reducer: Reducer = FULL,
         rngs: nnx.Rngs,
@@ -265,6 +280,7 @@ class ViT(nnx.Module):
                 drop_path=drop_path * i / max(1, depth - 1),
                 gelu=gelu,
                 norm_eps=norm_eps,
+                remat=remat,
                 dtype=self.dtype,
                 rngs=rngs,
             )

@@ -1,0 +1,140 @@
+"""Training is the same on any number of devices, however parameters are divided among them, and takes up anywhere."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from cases import numpy_model
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from tif_jax import losses, optim
+from tif_jax.errors import InputError
+from tif_jax.loop import init_state, make_step
+from tif_jax.mixing import Mixing
+from tif_jax.state import Checkpoints, make_mesh, params_of, shard, shardings
+
+TINY = dict(image_size=16, patch_size=8, width=16, depth=1, num_heads=2, num_classes=3)
+NUM_STEPS = 50
+
+
+def mesh_of(data, fsdp=1):
+    devices = np.array(jax.devices()[: data * fsdp]).reshape(data, fsdp)
+    return Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+def batch(seed):
+    rng = np.random.default_rng(seed)
+    return {
+        "image": rng.normal(size=(16, 16, 16, 3)).astype(np.float32),
+        "label": rng.integers(3, size=16).astype(np.int32),
+    }
+
+
+@functools.cache
+def training(mesh, *, stochastic=True, accumulate=1, remat=False):
+    """A training step and how to make its first state."""
+    model = numpy_model(TINY | dict(remat=remat, drop_path=0.2 if stochastic else 0.0))
+    optimizer = optim.adamw(100, learning_rate=1e-2, weight_decay=0.1, clip_norm=1.0)
+    params = jax.device_get(params_of(model))
+    trainable = optim.match((("position_embedding", False),), params, True)
+    begin = functools.partial(init_state, optimizer=optimizer, trainable=trainable, ema=True)
+    where = shardings(jax.eval_shape(begin, params), mesh)
+    step = make_step(
+        model, losses.classification, optimizer, trainable, seed=0, stochastic=stochastic,
+        mixing=Mixing(mixup=0.8, cutmix=1.0) if stochastic else None, accumulate=accumulate, ema=0.9, where=where,
+    )  # fmt: skip
+    return step, lambda: jax.jit(begin, out_shardings=where)(params)
+
+
+def losses_of(mesh, state=None, steps=range(NUM_STEPS), **options):
+    step, fresh = training(mesh, **options)
+    state, told = fresh() if state is None else state, []
+    for i in steps:
+        state, metrics = step(state, shard(batch(i % 4), mesh))
+        told.append(metrics["loss"])
+    return np.array(jax.device_get(told)), state
+
+
+@functools.cache
+def on_one_device():
+    return losses_of(mesh_of(1))
+
+
+@pytest.mark.parametrize("data, fsdp, remat", [(4, 1, False), (8, 1, True), (4, 2, False)])
+def test_loss_curves_coincide(data, fsdp, remat):
+    expected, _ = on_one_device()
+    found, _ = losses_of(mesh_of(data, fsdp), remat=remat)
+    assert expected[-4:].mean() < expected[:4].mean() - 0.1  # there is a curve
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_parameters_moments_and_average_are_divided():
+    state = training(mesh_of(4, 2))[1]()
+    kernels = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        name = jax.tree_util.keystr(path)
+        divided = leaf.sharding.shard_shape(leaf.shape) != leaf.shape
+        assert divided == (name.endswith(("kernel']", "embedding']")) and leaf.shape[-1] % 2 == 0), name
+        kernels += "block_0']['mlp']['up']['kernel" in name
+    assert kernels == 4  # parameter, two moments, average
+    after = training(mesh_of(4, 2))[0](state, shard(batch(0), mesh_of(4, 2)))[0]
+    assert jax.tree.map(lambda leaf: leaf.sharding, after) == shardings(after, mesh_of(4, 2))
+
+
+def test_a_table_says_what_is_divided():
+    state = training(mesh_of(1))[1]()
+    where = shardings(state, mesh_of(1, 8), ((r"mlp/up/kernel$", 0), (r"head/kernel$", 1)))
+    assert where.params["block_0"]["mlp"]["up"]["kernel"].spec == PartitionSpec("fsdp", None)
+    assert where.params["head"]["kernel"].spec == PartitionSpec()  # 3 classes over 8 devices
+    assert where.params["block_0"]["mlp"]["down"]["kernel"].spec == PartitionSpec()
+    with pytest.raises(InputError, match="no parameter path matches 'kernal'"):
+        shardings(state, mesh_of(1, 8), (("kernal", 0),))
+
+
+def test_the_average_follows_the_parameters():
+    step, fresh = training(mesh_of(1))
+    state = fresh()
+    expected = jax.device_get(state.params)
+    for i in range(3):
+        state, _ = step(state, shard(batch(i), mesh_of(1)))
+        expected = jax.tree.map(lambda a, p: 0.9 * a + 0.1 * p, expected, jax.device_get(state.params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), jax.device_get(state.ema), expected)
+
+
+def test_a_batch_in_parts_is_the_same_batch():
+    whole, expected = losses_of(mesh_of(4), steps=range(5), stochastic=False)
+    parts, found = losses_of(mesh_of(4), steps=range(5), stochastic=False, accumulate=2)
+    np.testing.assert_allclose(parts, whole, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found.params, expected.params)
+
+
+def test_rematerialisation_keeps_less():
+    barriers = []  # by which the compiler is kept from undoing it
+    for remat in (False, True):
+        step, fresh = training(mesh_of(8), remat=remat)
+        program = step.func.lower(*step.args, fresh(), shard(batch(0), mesh_of(8)))
+        barriers.append(program.as_text().count("optimization_barrier"))
+    assert barriers[0] == 0 < barriers[1]
+
+
+@pytest.mark.parametrize("to", [(1, 1), (4, 2)])
+def test_a_checkpoint_goes_on_elsewhere(tmp_path, to):
+    there, here = mesh_of(4), mesh_of(*to)
+    _, state = losses_of(there, steps=range(3))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, {}, {})
+    expected, _ = losses_of(there, state, range(3, 6))
+    with Checkpoints(tmp_path) as checkpoints:
+        restored, _ = checkpoints.restore(training(here)[1]())
+    found, _ = losses_of(here, restored, range(3, 6))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_meshes():
+    assert make_mesh(8).shape == {"data": 8, "fsdp": 1}
+    assert make_mesh(7).shape == {"data": 7, "fsdp": 1}
+    assert make_mesh(16, fsdp=4).shape == {"data": 2, "fsdp": 4}
+    assert make_mesh(6, fsdp=2).shape == {"data": 3, "fsdp": 2}
+    with pytest.raises(InputError, match=r"a batch of 7 .* sharding.fsdp 4"):
+        make_mesh(7, fsdp=4)

@@ -1,0 +1,179 @@
+"""Several processes, one per host or accelerator, as one run: how they find each other, agree, and end together.
+
+With one process everything here is a matter of course and costs nothing.
+"""
+
+import argparse
+import atexit
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from tif_jax.errors import InputError
+from tif_jax.preemption import sigterm_flag
+
+logger = logging.getLogger(__name__)
+
+_A_WEEK = 7 * 24 * 3600
+_SECONDS_TO_CONNECT = 20.0
+_SECONDS_TO_FAIL_ALIKE = 2.0
+_GOODBYE = b"."
+
+# For `_arguments.parse`. The environment's names are those that launchers of JAX programs commonly set.
+FLAGS: dict[str, dict] = dict(
+    coordinator=dict(
+        default=os.environ.get("JAX_COORDINATOR_ADDRESS", ""),
+        metavar="HOST:PORT",
+        help="of process 0, where one run has several processes (default: $JAX_COORDINATOR_ADDRESS)",
+    ),
+    num_processes=dict(
+        type=int,
+        default=os.environ.get("JAX_NUM_PROCESSES", "1"),
+        metavar="N",
+        help="how many processes the run has (default: $JAX_NUM_PROCESSES or 1)",
+    ),
+    process_id=dict(
+        type=int,
+        default=os.environ.get("JAX_PROCESS_ID", "0"),
+        metavar="I",
+        help="which of them this is, from 0 (default: $JAX_PROCESS_ID or 0)",
+    ),
+)
+
+
+def join(arguments: argparse.Namespace) -> None:
+    """Makes this process one of several, before JAX starts: as FLAGS say, else as a TPU slice, SLURM or Kubernetes do.
+
+    Raises InputError where the flags do not fit together.
+    """
+    if not 0 <= arguments.process_id < arguments.num_processes:
+        raise InputError(
+            f"--process_id is {arguments.process_id} of --num_processes={arguments.num_processes}; they count from 0"
+        )
+    if bool(arguments.coordinator) != (arguments.num_processes > 1):
+        raise InputError("--coordinator=HOST:PORT and --num_processes above 1 go together")
+    # Who has finished waits for the others.
+    if arguments.coordinator:
+        jax.distributed.initialize(
+            arguments.coordinator, arguments.num_processes, arguments.process_id, shutdown_timeout_seconds=_A_WEEK
+        )
+    elif _in_a_cluster():
+        jax.distributed.initialize(shutdown_timeout_seconds=_A_WEEK)
+    if jax.process_count() > 1:
+        logger.info(
+            "process %d of %d, with %d of %d devices",
+            jax.process_index(), jax.process_count(), jax.local_device_count(), jax.device_count(),
+        )  # fmt: skip
+        _watch_each_other()
+
+
+def _in_a_cluster() -> bool:
+    """Whether JAX can find the other processes by itself. On a machine alone it would raise an error instead."""
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # under srun, not in the batch script around it
+        return True
+    if "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ:
+        return True
+    on_tpu = Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists()
+    wanted = os.environ.get("JAX_PLATFORMS", "tpu")
+    return on_tpu and "tpu" in wanted and "," in os.environ.get("TPU_WORKER_HOSTNAMES", ",")
+
+
+def is_first() -> bool:
+    """Whether this process writes what all have found: logs, reports, metrics."""
+    return jax.process_index() == 0
+
+
+def first_says(value: bool) -> bool:
+    """The first process's value, in all of them: for decisions that hang on files which another may see later."""
+    return value if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.array(value)))
+
+
+def all_say(value: bool) -> bool:
+    """Whether it is true in all processes."""
+    return value if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(value)).all())
+
+
+def wait_for_all(what: str) -> None:
+    """Until every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+@contextmanager
+def preemption() -> Iterator[Callable[[int], bool]]:
+    """A function of the step that tells whether to save and stop: true in all processes at the same step after SIGTERM
+    has come to any of them. It is to be asked at every step.
+    """
+    if jax.process_count() > 1:  # JAX's own handler of SIGTERM tells the other processes
+        yield multihost_utils.reached_preemption_sync_point
+    else:
+        with sigterm_flag() as stop:
+            yield lambda _step: stop.is_set()
+
+
+def fail(status: int) -> None:
+    """Ends this process where it is one of several: the others notice. An orderly end would wait for them."""
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _watch_each_other() -> None:
+    """Ends this process, with one line, as soon as another one is lost.
+
+    JAX would do so some time later, with a stack trace, and until then wait in a collective. Every process keeps a
+    connection to the first; the system closes it when a process dies, however it does.
+    """
+    server = socket.create_server(("", 0), backlog=jax.process_count()) if is_first() else None
+    own = f"{socket.gethostname()}:{server.getsockname()[1]}" if server else ""
+    address = np.zeros(300, np.uint8)
+    address[: len(own)] = np.frombuffer(own.encode(), np.uint8)
+    host, _, port = bytes(multihost_utils.broadcast_one_to_all(address)).rstrip(b"\0").decode().rpartition(":")
+    connections = {}
+    try:
+        if server:
+            server.settimeout(_SECONDS_TO_CONNECT)
+            for _ in range(jax.process_count() - 1):
+                connection, _ = server.accept()
+                connections[int.from_bytes(connection.recv(4))] = connection
+        else:
+            connection = socket.create_connection((host, int(port)), timeout=_SECONDS_TO_CONNECT)
+            connection.sendall(jax.process_index().to_bytes(4))
+            connections[0] = connection
+    except OSError as error:  # a firewall, or a host that does not know its own name
+        logger.warning("the processes can not watch each other (%s): a lost one will be noticed late", error)
+    for process, connection in connections.items():
+        connection.settimeout(None)
+        threading.Thread(target=_watch, args=(process, connection), daemon=True).start()
+    atexit.register(_say_goodbye, list(connections.values()))  # runs before JAX's own, which waits for the others
+
+
+def _say_goodbye(connections: Sequence[socket.socket]) -> None:
+    for connection in connections:
+        with suppress(OSError):
+            connection.sendall(_GOODBYE)
+
+
+def _watch(process: int, connection: socket.socket) -> None:
+    with suppress(OSError):
+        if connection.recv(1) == _GOODBYE:
+            return
+    time.sleep(_SECONDS_TO_FAIL_ALIKE)  # what was wrong there may be wrong here, and is then better said here
+    print(
+        f"tif: process {process} of {jax.process_count()} is lost, so process {jax.process_index()} ends too: see what "
+        "that one says, then start all of them again; the run goes on from its last checkpoint",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)

@@ -1,0 +1,193 @@
+"""One training stage: from a recipe to checkpoints, on all devices of all processes."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from tif_jax import config as config_file
+from tif_jax import optim, processes, records, speed
+from tif_jax.budget import SOLVED
+from tif_jax.data.loader import Batches
+from tif_jax.errors import InputError
+from tif_jax.loop import Step, init_state, make_step, run
+from tif_jax.losses import Loss
+from tif_jax.metrics_log import MetricsLog
+from tif_jax.mixing import Mixing
+from tif_jax.models import Model
+from tif_jax.state import FSDP, Checkpoints, Params, State, make_mesh, params_of, shard, shardings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What is trained, on what, and where its checkpoints go."""
+
+    directory: Path
+    config: ConfigDict
+    recipe: ConfigDict  # the config's section: its keys are in recipe.py
+    model: Model
+    fields: Mapping[str, Any]  # that the model was built with
+    reducer: Mapping[str, Any]  # its name and options, as a checkpoint tells them
+    loss: Loss
+    batches: Batches
+    num_examples: int  # of an epoch
+    trainable: optim.Table = ()  # (pattern of parameter paths, whether it is trained)
+    trainable_default: bool = True
+    stochastic: bool = True
+    early: Sequence[tuple[float, Model]] = ()  # until which epochs other reducers stand in the model's place
+    teacher: Model | None = None  # whose outputs the loss reads, if it does
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return self.num_examples / self.recipe.batch_size
+
+    @property
+    def num_steps(self) -> int:
+        return max(1, round(self.recipe.num_epochs * self.steps_per_epoch))
+
+    @property
+    def runs_blocks(self) -> bool:
+        """Whether its steps compute the network: a filter is trained without."""
+        return self.trainable_default
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A stage on its devices."""
+
+    mesh: Mesh
+    fresh: Callable[[], State]  # the state of step 0
+    step: Callable[[Model], Step]  # the compiled step of the model, or of one of `early`
+
+
+def prepare(stage: Stage) -> Prepared:
+    """The stage's step and state. Raises InputError for what its recipe has wrong."""
+    recipe, sharding = stage.recipe, stage.config.sharding
+    if recipe.accumulate < 1 or recipe.batch_size % recipe.accumulate:
+        raise InputError(f"accumulate is {recipe.accumulate}; it has to divide the batch_size {recipe.batch_size}")
+    ema = recipe.get("ema", 0.0)
+    if not 0 <= ema < 1:
+        raise InputError(f"ema is {ema}; it is a decay in [0, 1), 0 for none")
+    params = jax.device_get(params_of(stage.model))
+    trainable = (*((pattern, False) for pattern in recipe.freeze), *stage.trainable)
+    mask = optim.match(trainable, params, stage.trainable_default)
+    optimizer = _optimizer(stage)
+    mesh = make_mesh(recipe.batch_size, sharding.fsdp)
+
+    def fresh(params: Params) -> State:
+        return init_state(params, optimizer, mask, ema=bool(ema))
+
+    where = shardings(jax.eval_shape(fresh, params), mesh, sharding.table or FSDP)
+    mixing = Mixing(**recipe.get("mixing", {}))
+
+    def step(model: Model) -> Step:
+        return make_step(
+            model,
+            stage.loss,
+            optimizer,
+            mask,
+            seed=stage.config.seed,
+            stochastic=stage.stochastic,
+            teacher=stage.teacher,
+            mixing=mixing if mixing.mixup or mixing.cutmix else None,
+            accumulate=recipe.accumulate,
+            ema=ema,
+            where=where,
+        )
+
+    # Made where it will lie, so that no device ever holds more than its share.
+    return Prepared(mesh, lambda: jax.jit(fresh, out_shardings=where)(params), step)
+
+
+def fit(stage: Stage) -> None:
+    """Trains, or goes on where an interrupted run of the same recipe stopped, until recipe.num_epochs are done.
+
+    Raises Preempted, after saving, where SIGTERM has come; WorkError where the loss is not finite or a disk is full.
+    """
+    directory, config, batches, num_steps = stage.directory, stage.config, stage.batches, stage.num_steps
+    if processes.is_first():
+        of_config = {key: config_file.to_json(config)[key] for key in ("seed", "dtype", "data")}
+        made = {"model": dict(stage.fields), "reducer": dict(stage.reducer), "recipe": stage.recipe.to_dict()}
+        records.claim(directory, made | of_config)
+    processes.wait_for_all(f"{directory.name} claimed")
+    prepared = prepare(stage)
+    state = prepared.fresh()
+    with Checkpoints(directory / "checkpoints") as checkpoints, processes.preemption() as stop:
+        if restored := checkpoints.restore(state):
+            state, position = restored
+            batches.set_state(position)
+        if (start := int(jax.device_get(state.step))) < num_steps:
+            logger.info(
+                "%s: steps %d to %d on %d %s devices%s", directory, start, num_steps, prepared.mesh.size,
+                jax.default_backend(), f" of {jax.process_count()} processes" if jax.process_count() > 1 else "",
+            )  # fmt: skip
+        description = describe(config, stage.fields, _solved(stage.reducer, stage.model))
+        metrics_log = MetricsLog(directory, start) if processes.is_first() else None
+
+        def save(state: State) -> None:
+            checkpoints.save(state, description, batches.get_state())
+
+        ends = [min(num_steps, round(epoch * stage.steps_per_epoch)) for epoch, _ in stage.early]
+        models = [*(model for _, model in stage.early), stage.model]
+        for model, until in zip(models, (*ends, num_steps), strict=True):
+            if int(jax.device_get(state.step)) >= until:
+                continue
+            meter = speed.meter(model if stage.runs_blocks else None, prepared.mesh, config.peak_tflops)
+
+            def log(step: int, metrics: dict[str, float], meter=meter) -> None:
+                if metrics_log is not None:
+                    metrics_log.write(step, metrics | meter(metrics["images_per_second"]))
+
+            state = run(
+                prepared.step(model),
+                state,
+                (shard(batch, prepared.mesh) for batch in batches),
+                until=until,
+                log_every=max(1, min(50, num_steps // 20)),
+                save_every=min(-(-num_steps // 2), stage.recipe.save_every),
+                log=log,
+                save=save,
+                stop=stop,
+                label=directory.name,
+            )
+    batches.close()
+
+
+def describe(config: ConfigDict, fields: Mapping[str, Any], reducer: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of itself: enough to build its model again."""
+    return {"model": dict(fields), "reducer": dict(reducer), "config": config_file.to_json(config)}
+
+
+def _optimizer(stage: Stage) -> optax.GradientTransformation:
+    recipe, steps_per_epoch, num_steps = stage.recipe, stage.steps_per_epoch, stage.num_steps
+    factors = []
+    for pattern, factor, *epoch in recipe.rate_factors:
+        factors.append((pattern, (factor, round(epoch[0] * steps_per_epoch) if epoch else 0)))
+    return optim.adamw(
+        num_steps,
+        learning_rate=recipe.learning_rate,
+        final_learning_rate=recipe.final_learning_rate,
+        warmup_steps=min(num_steps - 1, round(recipe.warmup_epochs * steps_per_epoch)),
+        weight_decay=recipe.weight_decay,
+        clip_norm=recipe.clip_norm,
+        adaptive_clip=recipe.adaptive_clip,
+        layer_decay=recipe.layer_decay,
+        rate_factors=tuple(factors),
+        decay_factors=tuple(recipe.decay_factors),
+    )
+
+
+def _solved(reducer: Mapping[str, Any], model: Model) -> dict[str, Any]:
+    """The reducer's name and options with what its budget came to: later versions may count costs differently."""
+    name = next((name for name in SOLVED if "budget" in reducer and hasattr(model.reducer, name)), None)
+    if name is None:
+        return dict(reducer)
+    return {key: value for key, value in reducer.items() if key != "budget"} | {name: getattr(model.reducer, name)}
