@@ -24,10 +24,15 @@ _WITHOUT_TOKENS = "distil with tokens_weight=0 (finetune.distillation.tokens_wei
 def classification(prediction, aux, batch, *, label_smoothing: float = 0.0) -> dict[str, Float[Array, " B"]]:
     """Cross-entropy with batch['label'] in nats, and whether the top class is right.
 
-    Where there are aux['logits/...'], the loss is the mean over these instead; every aux['loss/...'] is added.
+    Of mixed images (`mixing.mix`) the target is both labels, each with its weight. Where there are aux['logits/...'], the
+    loss is the mean over these instead; every aux['loss/...'] is added.
     """
     num_classes = prediction.shape[-1]
-    target = optax.smooth_labels(jax.nn.one_hot(batch["label"], num_classes), label_smoothing)
+    target = jax.nn.one_hot(batch["label"], num_classes)
+    if "other_label" in batch:
+        weight = batch["label_weight"][:, None]
+        target = weight * target + (1 - weight) * jax.nn.one_hot(batch["other_label"], num_classes)
+    target = optax.smooth_labels(target, label_smoothing)
     # A model with several heads predicts with some of them, or their mean, but is trained through each.
     heads = [v for k, v in aux.items() if k.startswith("logits/")] or [prediction]
     loss = sum(optax.softmax_cross_entropy(logits, target) for logits in heads) / len(heads)
