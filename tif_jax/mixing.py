@@ -44,29 +44,29 @@ def mix(key: Array, batch: Mapping[str, Array], options: Mixing) -> dict[str, Ar
     if not options.mixup and not options.cutmix:
         return dict(batch)
     image, label = batch["image"], batch["label"]
-    num_images, rows, columns = image.shape[:3]
+    _, rows, columns, _ = image.shape
     keys = jax.random.split(key, 4)
-    both = options.mixup > 0 and options.cutmix > 0
-    cuts = jax.random.bernoulli(keys[0], options.switch if both else float(options.cutmix > 0))
-    alpha = jnp.where(cuts, jnp.float32(options.cutmix or 1), jnp.float32(options.mixup or 1))
+    chance = options.switch if options.mixup and options.cutmix else 1.0 if options.cutmix else 0.0
+    cuts = jax.random.bernoulli(keys[0], chance)
+    alpha = jnp.where(cuts, options.cutmix or 1.0, options.mixup or 1.0)
     share = jax.random.beta(keys[1], alpha, alpha)
     share = jnp.where(jax.random.bernoulli(keys[2], options.probability), share, 1.0)
     # Both are weighted sums: mixup's weight is the same everywhere, CutMix's is 0 in a box and 1 around it.
     inside = _box(keys[3], (rows, columns), share)
-    weight = jnp.where(cuts, jnp.where(inside, 0.0, 1.0), share)[:, :, None]
-    mixed = image.astype(jnp.float32) * weight[None] + image[::-1].astype(jnp.float32) * (1 - weight[None])
-    # Near the border the box is cut off: what counts is the share that is left.
+    weight = jnp.where(cuts, jnp.where(inside, 0.0, 1.0), share)[None, :, :, None]
+    own, other = image.astype(jnp.float32), image[::-1].astype(jnp.float32)
+    # The picture's border cuts some boxes off: what counts is the share of pixels that stays.
     share = jnp.where(cuts, 1 - inside.mean(dtype=jnp.float32), share)
     return {
         **batch,
-        "image": mixed.astype(image.dtype),
+        "image": (weight * own + (1 - weight) * other).astype(image.dtype),
         "other_label": label[::-1],
-        "label_weight": jnp.broadcast_to(share, num_images),
+        "label_weight": jnp.broadcast_to(share, label.shape),
     }
 
 
 def _box(key: Array, size: tuple[int, int], share: Float32[Array, ""]) -> Bool[Array, "Y X"]:
-    """Which pixels lie in CutMix's box: of the picture's aspect, 1 - share of its area, centred anywhere."""
+    """Which pixels lie in CutMix's box: as wide for its height as the picture, 1 - share of its area, centred anywhere."""
     inside = []
     for axis, length in enumerate(size):
         side = (length * jnp.sqrt(1 - share)).astype(jnp.int32)
