@@ -236,6 +236,7 @@ def test_erased_boxes_are_timms():
     assert np.abs(np.quantile(height, deciles) - [13, 16, 19, 21, 24, 28, 32, 37, 44]).max() <= 1
     assert np.abs(np.quantile(width, deciles) - [13, 16, 19, 22, 25, 29, 33, 38, 46]).max() <= 1
     assert (height * width / (56 * 72)).mean() == pytest.approx(0.1735, abs=0.005)  # of timm's, too
+    assert min(top) == min(left) == 0 and max(top + height) == 56 and max(left + width) == 72
     rng = np.random.default_rng(1)  # of places in pixels, shares that are uniform
     assert fits(stats.kstest((top + rng.random(4000)) / (56 - height + 1), "uniform"))
     assert fits(stats.kstest((left + rng.random(4000)) / (72 - width + 1), "uniform"))

@@ -88,16 +88,17 @@ def test_mixups_weight_is_beta_distributed(alpha):
     assert fits(stats.kstest(weight, stats.beta(alpha, alpha).cdf))
 
 
-def test_cutmix_boxes_are_those_of_the_paper():
-    kept, weight = many(Mixing(cutmix=1.0))
+@pytest.mark.parametrize("size", [(12, 16), (12, 12)])
+def test_cutmix_boxes_are_those_of_the_paper(size):
+    kept, weight = many(Mixing(cutmix=1.0), size=size)
     assert np.isin(kept, (0, 1)).all()
     np.testing.assert_allclose(weight, kept.mean(axis=(1, 2)), rtol=1e-6)
     rng = np.random.default_rng(0)
     expected = []
     for _ in range(20_000):
-        share, ones = rng.beta(1, 1), np.ones((12, 16))
-        height, width = int(12 * math.sqrt(1 - share)), int(16 * math.sqrt(1 - share))
-        y, x = rng.integers(12) - height // 2, rng.integers(16) - width // 2
+        share, ones = rng.beta(1, 1), np.ones(size)
+        height, width = (int(length * math.sqrt(1 - share)) for length in size)
+        y, x = rng.integers(size[0]) - height // 2, rng.integers(size[1]) - width // 2
         ones[max(y, 0) : y + height, max(x, 0) : x + width] = 0
         expected.append(ones)
     expected = np.array(expected)
