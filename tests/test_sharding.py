@@ -35,7 +35,7 @@ def batch(seed):
 def training(mesh, *, stochastic=True, accumulate=1, remat=False):
     """A training step and how to make its first state."""
     model = numpy_model(TINY | dict(remat=remat, drop_path=0.2 if stochastic else 0.0))
-    optimizer = optim.adamw(100, learning_rate=1e-2, weight_decay=0.1, clip_norm=1.0)
+    optimizer = optim.adamw(100, learning_rate=5e-3, weight_decay=0.1, clip_norm=1.0)
     params = jax.device_get(params_of(model))
     trainable = optim.match((("position_embedding", False),), params, True)
     begin = functools.partial(init_state, optimizer=optimizer, trainable=trainable, ema=True)

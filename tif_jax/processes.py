@@ -74,6 +74,8 @@ def join(arguments: argparse.Namespace) -> None:
             "process %d of %d, with %d of %d devices",
             jax.process_index(), jax.process_count(), jax.local_device_count(), jax.device_count(),
         )  # fmt: skip
+        if not is_first():
+            logging.getLogger("tif_jax").setLevel(logging.WARNING)
         _watch_each_other()
 
 

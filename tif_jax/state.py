@@ -140,7 +140,8 @@ def shard(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Array]:
     arrays = {name: array for name, array in batch.items() if array.dtype != object}
     by_row = NamedSharding(mesh, PartitionSpec(_AXES))
     if mesh.is_multi_process:
-        return {name: jax.make_array_from_process_local_data(by_row, array) for name, array in arrays.items()}
+        with jax.transfer_guard_host_to_device("allow"):  # it does not call them explicit, as device_put does
+            return {name: jax.make_array_from_process_local_data(by_row, array) for name, array in arrays.items()}
     return jax.device_put(arrays, by_row)
 
 

@@ -50,6 +50,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     logger.info("stage score")
     score.score(config, workdir)
     score.score_heldout(config, workdir)
+    processes.wait_for_all("scored")
     for seed in seeds:
         logger.info("stage filter, seed %d", seed)
         of_seed = with_reducer(config, config.reducer.name, seed)
@@ -70,6 +71,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     logger.info("stage report")
     if processes.is_first():
         write_report(config, workdir, runs)
+    processes.wait_for_all("reported")
 
 
 def _once(result: Path, stage, config: ConfigDict, workdir: Path) -> None:

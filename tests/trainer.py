@@ -1,0 +1,53 @@
+"""A program for tests that stop, kill or divide a training run: trains a tiny backbone on digits, slowly.
+
+    python trainer.py SECONDS_PER_STEP FILE ARGUMENTS...     FILE gets the number of steps begun
+    python trainer.py serve                                  the same for each line of arguments read, in a fork each
+
+Imports take longer than the training: `serve` does them once. It prints each fork's number, and its exit status.
+"""
+
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from tif_jax import __main__ as program
+from tif_jax import state, training
+from tif_jax.commands import train as _already_imported  # noqa: F401
+
+CONFIG = str(Path(__file__).parents[1] / "configs" / "digits.py")
+TINY = [
+    f"--config={CONFIG}",
+    "--config.data.num_train=64", "--config.data.num_test=20", "--config.data.num_workers=2",
+    "--config.backbone.model.width=16", "--config.backbone.model.depth=1", "--config.backbone.model.num_heads=2",
+    "--config.backbone.batch_size=16", "--config.evaluate.batch_size=16", "--config.backbone.save_every=5",
+    "--config.backbone.ema=0.9", "--config.backbone.num_epochs=10.0",
+]  # fmt: skip
+NUM_STEPS, SAVE_EVERY = 40, 5  # what these come to
+
+
+def run(seconds, file, *argv):
+    """An exit status, as of `tif train`."""
+    begun = Path(file)
+
+    def slowly(batch, mesh):
+        begun.write_text(str(int(begun.read_text()) + 1 if begun.exists() else 1))
+        time.sleep(float(seconds))
+        return state.shard(batch, mesh)
+
+    training.shard = slowly
+    return program.main(["train", "--stage=backbone", *TINY, *argv])
+
+
+def serve():
+    for line in sys.stdin:
+        if child := os.fork():
+            print(child, flush=True)
+            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        else:
+            os._exit(run(*shlex.split(line)))
+
+
+if __name__ == "__main__":
+    serve() if sys.argv[1] == "serve" else sys.exit(run(*sys.argv[1:]))
