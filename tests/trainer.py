@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from tif_jax import __main__ as program
-from tif_jax import state, training
+from tif_jax import processes, state, training
 from tif_jax.commands import train as _already_imported  # noqa: F401
 
 CONFIG = str(Path(__file__).parents[1] / "configs" / "digits.py")
@@ -32,7 +32,8 @@ def run(seconds, file, *argv):
     begun = Path(file)
 
     def slowly(batch, mesh):
-        begun.write_text(str(int(begun.read_text()) + 1 if begun.exists() else 1))
+        if processes.is_first():
+            begun.write_text(str(int(begun.read_text()) + 1 if begun.exists() else 1))
         time.sleep(float(seconds))
         return state.shard(batch, mesh)
 

@@ -9,7 +9,6 @@ import importlib
 import os
 import pkgutil
 import sys
-import traceback
 
 import jax
 
@@ -42,9 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         status = _run(name, rest)
     except BaseException:
-        if jax.distributed.is_initialized():
-            traceback.print_exc()
-            processes.fail(1)
+        processes.crash()
         raise
     if status not in (0, 75):
         processes.fail(status)

@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -129,6 +130,17 @@ def fail(status: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def crash() -> None:
+    """To be called where an exception has come that nobody expects: `fail`, after telling it.
+
+    If it came because another process is lost, that is what is told, and not in which collective it was noticed.
+    """
+    if jax.distributed.is_initialized():
+        time.sleep(_SECONDS_TO_FAIL_ALIKE + 1)  # `_watch` may end this process meanwhile
+        traceback.print_exc()
+        fail(1)
 
 
 def _watch_each_other() -> None:
