@@ -22,8 +22,12 @@ if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
       break
     fi
   done
+  if [[ -z "$found" && -z "${PYTHON:-}" ]] && command -v uv >/dev/null; then
+    uv python install 3.12 >&2
+    found="$(uv python find 3.12)"
+  fi
   if [[ -z "$found" ]]; then
-    echo "no Python >= 3.11 among: ${candidates[*]}; install one, or name it: PYTHON=/path/to/python3" >&2
+    echo "no Python >= 3.11 among: ${candidates[*]}; install one (or uv, which brings it), or name it: PYTHON=/path/to/python3" >&2
     exit 2
   fi
   echo "making .venv with $("$found" --version)" >&2
