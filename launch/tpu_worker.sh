@@ -43,9 +43,10 @@ take_over() { # ATTEMPT
 
 start() { # apart from the connection, which may be lost
   rm -f .tif.status
+  : >tif.log # it may be followed before the command begins
   # shellcheck disable=SC2016
   setsid flock --no-fork .tif.lock bash -c 'trap : TERM; status=0; "$@" || status=$?; echo "$status" >.tif.status' - \
-    .venv/bin/python -m tif_jax "$@" >tif.log 2>&1 </dev/null &
+    .venv/bin/python -m tif_jax "$@" >>tif.log 2>&1 </dev/null &
   echo $! >.tif.pid
 }
 

@@ -547,7 +547,7 @@ def test_jobset_is_started_again_unless_tif_failed(accelerator):
     job = jobset(accelerator)["spec"]["replicatedJobs"][0]["template"]["spec"]
     (rule,) = job["podFailurePolicy"]["rules"]
     assert rule["action"] == "FailJob"
-    assert rule["onExitCodes"] == {"containerName": "tif", "operator": "In", "values": [1, 2]}
+    assert rule["onExitCodes"] == {"containerName": "tif", "operator": "In", "values": [2]}
     assert [r["action"] for r in policy["rules"]] == ["FailJobSet"]
     assert policy["rules"][0]["onJobFailureReasons"] == ["PodFailurePolicy"]
     assert policy["maxRestarts"] > 0

@@ -91,7 +91,7 @@ def test_stopped_killed_and_finished_it_is_as_one_process(tmp_path):
     assert [line["step"] for line in ours] == [line["step"] for line in theirs] == list(range(1, NUM_STEPS // 5 + 1))
     np.testing.assert_allclose(*([line["loss"] for line in lines] for lines in (ours, theirs)), atol=1e-5)
     ours, theirs = (records.read(folder / "backbone" / "metrics.json") for folder in (workdir, alone))
-    np.testing.assert_allclose(*([m["cross_entropy"], m["top1"]] for m in (ours, theirs)), atol=1e-5)
+    np.testing.assert_allclose(*([m["loss"], m["top1"]] for m in (ours, theirs)), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,8 @@ def test_stopped_killed_and_finished_it_is_as_one_process(tmp_path):
     [
         (dict(process_id=2, num_processes=2, coordinator="host:1"), "--process_id is 2 of --num_processes=2"),
         (dict(process_id=0, num_processes=2, coordinator=""), "go together"),
-        (dict(process_id=0, num_processes=1, coordinator="host:1"), "go together"),
+        (dict(process_id=0, num_processes=None, coordinator="host:1"), "go together"),
+        (dict(process_id=1, num_processes=None, coordinator=""), "--process_id is 1 of --num_processes=1"),
     ],
 )
 def test_flags_that_do_not_fit(flags, message):

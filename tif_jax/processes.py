@@ -39,9 +39,9 @@ FLAGS: dict[str, dict] = dict(
     ),
     num_processes=dict(
         type=int,
-        default=os.environ.get("JAX_NUM_PROCESSES", "1"),
+        default=os.environ.get("JAX_NUM_PROCESSES"),
         metavar="N",
-        help="how many processes the run has (default: $JAX_NUM_PROCESSES or 1)",
+        help="how many processes the run has (default: $JAX_NUM_PROCESSES)",
     ),
     process_id=dict(
         type=int,
@@ -57,16 +57,15 @@ def join(arguments: argparse.Namespace) -> None:
 
     Raises InputError where the flags do not fit together.
     """
-    if not 0 <= arguments.process_id < arguments.num_processes:
-        raise InputError(
-            f"--process_id is {arguments.process_id} of --num_processes={arguments.num_processes}; they count from 0"
-        )
-    if bool(arguments.coordinator) != (arguments.num_processes > 1):
-        raise InputError("--coordinator=HOST:PORT and --num_processes above 1 go together")
+    number = arguments.num_processes
+    if bool(arguments.coordinator) != (number is not None) and number != 1:
+        raise InputError("--coordinator=HOST:PORT and --num_processes=N go together")
+    if not 0 <= arguments.process_id < (number or 1):
+        raise InputError(f"--process_id is {arguments.process_id} of --num_processes={number or 1}; they count from 0")
     # Who has finished waits for the others.
-    if arguments.coordinator:
+    if number is not None and number > 1:
         jax.distributed.initialize(
-            arguments.coordinator, arguments.num_processes, arguments.process_id, shutdown_timeout_seconds=_A_WEEK
+            arguments.coordinator, number, arguments.process_id, shutdown_timeout_seconds=_A_WEEK
         )
     elif _in_a_cluster():
         jax.distributed.initialize(shutdown_timeout_seconds=_A_WEEK)
