@@ -42,12 +42,12 @@ def meter(model: Model | None, mesh: Mesh, peak_tflops: float = 0.0) -> Meter:
         if tflops_per_image:
             found["mfu"] = images_per_second * tflops_per_image / (mesh.size * peak)
         if held := [memory for d in mesh.local_mesh.devices.flat if (memory := peak_memory(d)) is not None]:
-            found["memory_bytes"] = max(held)
+            found["memory_bytes"] = float(max(held))
         return found
 
     return measure
 
 
-def peak_memory(device: jax.Device) -> float | None:
+def peak_memory(device: jax.Device) -> int | None:
     """Bytes that the device has held at most; None where it does not tell (a CPU)."""
     return (device.memory_stats() or {}).get("peak_bytes_in_use")
