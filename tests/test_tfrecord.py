@@ -2,6 +2,7 @@
 
 import io
 import os
+import resource
 import shutil
 import struct
 from concurrent.futures import ThreadPoolExecutor
@@ -233,6 +234,18 @@ def test_missing_file_is_named_before_anything_is_read(tmp_path):
     assert len(Tfds("tiny", tmp_path / "tfrecord", "train[:3]")) == 3  # does not need it
     with pytest.raises(InputError, match=r"no such file: .*tiny-train.tfrecord-00001-of-00002"):
         Tfds("tiny", tmp_path / "tfrecord", "train")
+
+
+def test_more_array_record_files_than_may_be_open(tmp_path):
+    shards = [[example(i % 9)] for i in range(60)]
+    write_tfds_folder(tmp_path / "tiny", "array_record", {"train": shards}, features())
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 30, limits[1]))
+    try:
+        source = Tfds("", tmp_path / "tiny", "train")
+        assert [source[i]["label"] for i in range(60)] == [i % 9 % 2 for i in range(60)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 # URLs -----------------------------------------------------------------------------------------------------------------

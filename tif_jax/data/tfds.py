@@ -75,11 +75,20 @@ class Tfds:
 
 
 def _array_records(shards: Sequence[Any]) -> Any:
+    import resource
+
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     for shard in shards:
         if not os.path.isfile(shard.filename):
             raise InputError(f"no such file: {shard.filename}; prepare or copy the data set again")
+    # Every file stays open once it has been read, and ImageNet has as many as a process may by default have open.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY:
+        wanted = soft + len(shards)
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+        )
     return ArrayRecordDataSource(shards)
 
 
