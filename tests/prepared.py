@@ -5,10 +5,10 @@ import struct
 from pathlib import Path
 
 
-def write_tfds_folder(folder, file_format, splits, features, name="tiny"):
+def write_tfds_folder(folder, file_format, splits, features, name="tiny", crc=None):
     """A data set as TFDS leaves it. splits: name -> for each shard its examples; features: TFDS's FeaturesDict.
 
-    Returns the shards' paths.
+    crc: of `tfrecord`. Returns the shards' paths.
     """
     import tensorflow_datasets as tfds
     from array_record.python.array_record_module import ArrayRecordWriter
@@ -24,7 +24,7 @@ def write_tfds_folder(folder, file_format, splits, features, name="tiny"):
             path = folder / f"{name}-{split}.{file_format}-{i:05}-of-{len(shards):05}"
             records = [features.serialize_example(example) for example in shard]
             if file_format == "tfrecord":
-                path.write_bytes(b"".join(map(tfrecord, records)))
+                path.write_bytes(b"".join(tfrecord(record, crc) for record in records))
             else:
                 writer = ArrayRecordWriter(str(path), "group_size:1")
                 for record in records:
