@@ -2,7 +2,7 @@
 
     tif run --config configs/imagenet.py:deit_small --workdir runs/imagenet_small
 
-Needs TFDS's imagenet2012 prepared as array_record under $TFDS_DATA_DIR (or --config.data.root), and timm's weights
+Needs TFDS's imagenet2012, as array_record or TFRecord, under $TFDS_DATA_DIR (or --config.data.root), and timm's weights
 <name>_patch16_224.safetensors in $TIF_WEIGHTS (default: the current folder; or --config.backbone.init_from).
 """
 

@@ -455,8 +455,8 @@ def test_bad_tfds(tmp_path):
     with pytest.raises(InputError, match=r"no such file: .*array_record-00000"):
         Tfds("tiny:2.0.0", tmp_path, "train")
     info = json.loads((folder / "dataset_info.json").read_text())
-    (folder / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
-    with pytest.raises(InputError, match=r"2\.0\.0 is prepared as tfrecord.*file_format='array_record'"):
+    (folder / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "riegeli"}))
+    with pytest.raises(InputError, match=r"2\.0\.0 is prepared as riegeli.*file_format='array_record'"):
         Tfds("tiny:2.0.0", tmp_path, "train")
 
 

@@ -14,7 +14,7 @@ from flax import nnx, traverse_util
 from tif_jax.errors import InputError
 from tif_jax.layers import WEIGHTS
 from tif_jax.models.levit import PATCH_SIZE, LeViT, smaller
-from tif_jax.timm_layout import Tensors, resize_position_embedding, shortened, translate
+from tif_jax.timm_layout import Rules, Tensors, resize_position_embedding, shortened, translate, translate_back
 
 
 def _linear(weight: np.ndarray) -> np.ndarray:
@@ -24,6 +24,14 @@ def _linear(weight: np.ndarray) -> np.ndarray:
 
 def _convolution(weight: np.ndarray) -> np.ndarray:
     return weight.transpose(2, 3, 1, 0) if weight.ndim == 4 else weight
+
+
+def _transposed(kernel: np.ndarray) -> np.ndarray:
+    return kernel.T
+
+
+def _convolution_back(kernel: np.ndarray) -> np.ndarray:
+    return kernel.transpose(3, 2, 0, 1)
 
 
 def _same(weight: np.ndarray) -> np.ndarray:
@@ -48,6 +56,7 @@ _SHRINK = {
 } | _MLP
 _HEADS = {"head": "head", "head_dist": "distillation_head"}
 
+FREE = ("image_size",)  # what names and shapes may leave open
 _OURS = r"attn_downsample\.|\.attention_biases$"
 _SAVE = "use timm's conversion of the same weights: timm.create_model('levit_128s', pretrained=True).state_dict()"
 _OTHERS = {  # pattern of a parameter's name: what it belongs to
@@ -122,6 +131,15 @@ def to_params(tensors: Tensors, fields: Mapping[str, Any]) -> dict[str, Any]:
     return translate(tensors, _rules(fields["depths"]), wanted)
 
 
+def to_tensors(params: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The inverse of `to_params`, with linear layers, as 'levit_128s' has them.
+
+    Raises InputError for parameters that timm's LeViTs do not have.
+    """
+    inverse = {_linear: _transposed, _convolution: _convolution_back, _same: _same}
+    return translate_back(params, _rules(fields["depths"]), inverse)
+
+
 def resize_positions(
     params: dict[str, Any], old_grid: tuple[int, int], new_grid: tuple[int, int], num_special: int
 ) -> dict[str, Any]:
@@ -169,8 +187,7 @@ def _depth(tensors: Tensors, stage: str) -> int:
     return len({name.split(".")[3] for name in tensors if name.startswith(f"{stage}.blocks.")})
 
 
-def _rules(depths: Sequence[int]) -> dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]]:
-    """timm's name -> (our path, transform)."""
+def _rules(depths: Sequence[int]) -> Rules:
     modules = {f"stem.conv{i + 1}": (f"stem/layer_{i}", _STEM_LEAVES) for i in range(4)}
     modules |= {name: (path, _LEAVES) for name, path in _HEADS.items()}
     rules: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {}

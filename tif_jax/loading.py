@@ -17,7 +17,7 @@ from tif_jax.timm_layout import resize_position_embedding, shortened
 logger = logging.getLogger(__name__)
 
 # Heads that only training has: a source may have them or not, whatever the model that it is loaded into.
-_TRAINING_HEADS = ("class_head/", "class_norm/", "class_distillation_head/")
+TRAINING_HEADS = ("class_head/", "class_norm/", "class_distillation_head/")
 
 
 def load(
@@ -61,8 +61,8 @@ def load_with_fields(
     wanted, found = (_flat(tree) for tree in (state.params_of(model), params))
     fresh = sorted(set(wanted) - set(found))
     # Of another reducer's parameters none are wanted; of the same one's, all.
-    may_be_fresh = ("reducer/", *_TRAINING_HEADS)
-    may_go = _TRAINING_HEADS if same_reducer else may_be_fresh
+    may_be_fresh = ("reducer/", *TRAINING_HEADS)
+    may_go = TRAINING_HEADS if same_reducer else may_be_fresh
     surplus = [name for name in set(found) - set(wanted) if not name.startswith(may_go)]
     wrong = [name for name in set(found) & set(wanted) if found[name].shape != wanted[name].shape]
     lacking = [name for name in fresh if not name.startswith(may_be_fresh) and _is_checkpoint(path)]

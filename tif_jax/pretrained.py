@@ -1,16 +1,19 @@
 """Pretrained weights: reads the files of other programs as parameters of our models."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
 
 from tif_jax import levit_layout, timm_layout
 from tif_jax.errors import InputError
+from tif_jax.models import FAMILIES, LeViT
 from tif_jax.timm_layout import shortened
 from tif_jax.torch_file import read_torch
 
@@ -33,6 +36,33 @@ def read_weights(path: str | Path, **given: Any) -> tuple[dict[str, Any], dict[s
     with _naming(path):
         fields = layout.infer_fields(tensors, **given)
         return fields, layout.to_params(tensors, fields)
+
+
+def to_tensors(params: dict[str, Any], fields: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The backbone's parameters as float32 tensors in timm's layout, and the fields that reading them has to be given.
+
+    Raises InputError for a model that `read_weights` would not make of these tensors again.
+    """
+    family = FAMILIES[fields.get("family", "vit")]
+    layout = levit_layout if family is LeViT else timm_layout
+    fields = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()
+    }  # as JSON has them
+    tensors = layout.to_tensors(params, fields)
+    free = {key: fields[key] for key in layout.FREE if key in fields}
+    again = layout.to_params(tensors, layout.infer_fields(tensors, **free))
+    if not jax.tree.all(jax.tree.map(np.array_equal, again, params)):
+        raise InputError("timm's layout can not tell this model from another; keep its Orbax checkpoint")
+    defaults = {name: parameter.default for name, parameter in inspect.signature(family.__init__).parameters.items()}
+
+    def is_needed(key: str) -> bool:
+        try:
+            found = layout.infer_fields(tensors, **{other: free[other] for other in free if other != key})
+        except InputError:
+            return True
+        return {**defaults, **found}[key] != free[key]
+
+    return tensors, {key: value for key, value in free.items() if is_needed(key)}
 
 
 def read_tensors(path: str | Path) -> dict[str, np.ndarray]:

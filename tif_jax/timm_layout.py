@@ -21,6 +21,7 @@ from tif_jax.models import ViT
 logger = logging.getLogger(__name__)
 
 Tensors = Mapping[str, np.ndarray]
+Rules = dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]]  # timm's name -> our path, transform
 
 
 def _transposed(weight: np.ndarray) -> np.ndarray:
@@ -30,6 +31,12 @@ def _transposed(weight: np.ndarray) -> np.ndarray:
 def _unfolded(weight: np.ndarray) -> np.ndarray:
     """A convolution (D, 3, P, P) without overlap as a linear layer on patches flattened as (P, P, 3)."""
     return weight.transpose(2, 3, 1, 0).reshape(-1, weight.shape[0]) if weight.ndim == 4 else weight
+
+
+def _folded(kernel: np.ndarray) -> np.ndarray:
+    """The convolution (D, 3, P, P) of a linear layer on patches."""
+    side = math.isqrt(kernel.shape[0] // 3)
+    return kernel.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)
 
 
 def _same(weight: np.ndarray) -> np.ndarray:
@@ -97,6 +104,7 @@ _RANKS = dict(zip(_NEEDED, (4, 3, 2, 2), strict=True)) | {
 }
 # timm's so400m, huge, giant and gigantic; everything else has 64 channels a head.
 _NUM_HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
+FREE = ("image_size", "num_heads", "gelu", "norm_eps")  # fields that names and shapes may leave open
 _LAYER_SCALE = 1e-5  # any number: the file's values replace it
 
 
@@ -177,9 +185,37 @@ def to_params(tensors: Tensors, fields: Mapping[str, Any]) -> dict[str, Any]:
     return translate(tensors, _rules(fields["depth"]), wanted)
 
 
-def translate(
-    tensors: Tensors, rules: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]], wanted: Mapping[str, Any]
-) -> dict[str, Any]:
+def to_tensors(params: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The inverse of `to_params`: the parameters of a `ViT` with these fields under timm's names.
+
+    Raises InputError for parameters that timm's ViTs do not have.
+    """
+    other_norm = "norm." if fields.get("pool", "class") == "mean" else "fc_norm."
+    rules = {
+        name: rule
+        for name, rule in _rules(sum(name.startswith("block_") for name in params)).items()
+        if not name.startswith(other_norm) and name != "register_tokens"
+    }
+    return translate_back(params, rules, {_transposed: _transposed, _unfolded: _folded, _same: _same})
+
+
+def translate_back(
+    params: Mapping[str, Any], rules: Rules, inverse: Mapping[Callable, Callable[[np.ndarray], np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """The parameters as float32 tensors by name. rules: name -> (our path, transform); inverse: of each transform.
+
+    Raises InputError with all parameters that no rule leads to.
+    """
+    flat = traverse_util.flatten_dict(dict(params), sep="/")
+    if other := sorted(set(flat) - {path for path, _ in rules.values()}):
+        raise InputError(f"timm's layout has no place for {shortened(other)}")
+    found = {
+        name: inverse[transform](np.asarray(flat[path])) for name, (path, transform) in rules.items() if path in flat
+    }
+    return {name: np.ascontiguousarray(tensor, np.float32) for name, tensor in found.items()}
+
+
+def translate(tensors: Tensors, rules: Rules, wanted: Mapping[str, Any]) -> dict[str, Any]:
     """The tensors as a nested dict of parameters. rules: name -> (our path, transform); wanted: our path -> its shape.
 
     Raises InputError with all missing, surplus and misshapen tensors in one line.
@@ -225,8 +261,7 @@ def shortened(names: Sequence[str], limit: int = 8) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def _rules(depth: int) -> dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]]:
-    """timm's name -> (our path, transform)."""
+def _rules(depth: int) -> Rules:
     templates = {name: (path, _same) for name, path in _PARAMETERS.items()}
     for name, (path, leaves) in _MODULES.items():
         templates |= {f"{name}.{leaf}": (f"{path}/{ours}", transform) for leaf, (ours, transform) in leaves.items()}

@@ -9,7 +9,9 @@ from tif_jax import config as config_file
 from tif_jax.errors import InputError
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Raises InputError where argparse would exit."""
+
     def error(self, message: str):
         raise InputError(f"{message}; `{self.prog} --help` lists the flags")
 
@@ -19,7 +21,7 @@ def parse(command: str, description: str, argv: list[str], **flags: dict) -> arg
 
     flags: name -> keyword arguments of argparse's add_argument. Raises InputError for anything amiss.
     """
-    parser = _Parser(prog=f"tif {command}", description=description, allow_abbrev=False)
+    parser = Parser(prog=f"tif {command}", description=description, allow_abbrev=False)
     parser.add_argument(
         "--config", required=True, metavar="FILE[:ARG]", help="--config.KEY=VALUE overrides a value of it"
     )
@@ -33,7 +35,7 @@ def parse(command: str, description: str, argv: list[str], **flags: dict) -> arg
         raise InputError(f"unknown flag {stray[0]}; `tif {command} --help` lists the flags")
     arguments.config = config_file.load(arguments.config, rest)
     _make_writable(arguments.workdir)
-    _log_to_stderr()
+    log_to_stderr()
     return arguments
 
 
@@ -47,7 +49,7 @@ def _make_writable(workdir: Path) -> None:
         raise InputError(f"workdir {workdir} can not be written ({error.strerror}); choose another") from None
 
 
-def _log_to_stderr() -> None:
+def log_to_stderr() -> None:
     """Our own messages, and only ours: Orbax and JAX tell a page per checkpoint, Orbax some of it as warnings."""
     logger = logging.getLogger("tif_jax")
     if not logger.handlers:

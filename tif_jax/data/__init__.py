@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from tif_jax.data import remote
 from tif_jax.data.options import DataOptions, Settings, read_options
 from tif_jax.data.source import Source, Subset
 from tif_jax.errors import InputError
@@ -28,6 +29,8 @@ def open_source(data: Settings, split: str) -> Source:
         return _open_digits(options, split, num_examples)
     if not options.root:
         raise InputError(f"data.root is empty; {options.name} needs the folder that holds the data")
+    if options.name != "tfds" and remote.is_url(options.root):
+        raise InputError(f"data.root {options.root}: {options.name} is read from local files; {remote.LOCALLY}")
     if options.name == "image_folder":
         from tif_jax.data.folder import ImageFolder
 

@@ -3,32 +3,45 @@
 import bisect
 import itertools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
+from tif_jax.data import remote
 from tif_jax.data.preprocess import read_image
 from tif_jax.data.source import Example
+from tif_jax.data.tfrecord import TFRecords
 from tif_jax.errors import InputError
 
 
 class Tfds:
     """A split of the data set `name` ('name', 'name/config' or 'name/config:version') prepared under `data_dir`.
 
-    `split` is TFDS's: 'train', 'train[:90%]', 'train+validation'. The format must be array_record. An example's id is
-    TFDS's own: file name, two underscores, position in the file. Without a label feature all labels are -1.
+    `split` is TFDS's: 'train', 'train[:90%]', 'train+validation'. The format is array_record or TFRecord; of TFRecord
+    files, data_dir may also be a URL (gs://bucket/folder). An example's id is TFDS's own: file name, two underscores,
+    position in the file; those of TFRecord files are what they are once converted to array_record, so that impacts scored on
+    either belong to the same ids. Without a label feature all labels are -1.
     """
 
     def __init__(self, name: str, data_dir: str | os.PathLike, split: str):
         import tensorflow_datasets as tfds
 
-        folder = _prepared_folder(name, Path(data_dir))
-        builder: Any = tfds.builder_from_directory(str(folder))
-        info = builder.info
-        if info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+        if remote.is_url(data_dir):
+            remote.open_filesystem(str(data_dir))  # says what is missing
+        with remote.failures(str(data_dir)):
+            folder = _prepared_folder(name, data_dir)
+            builder: Any = tfds.builder_from_directory(str(folder))
+            info = builder.info
+        is_tfrecord = info.file_format == tfds.core.FileFormat.TFRECORD
+        if not is_tfrecord and info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
             raise InputError(
-                f"{folder} is prepared as {info.file_format.value}, and only array_record can be read; "
+                f"{folder} is prepared as {info.file_format.value}, and only array_record and tfrecord can be read; "
                 f"prepare it again: tfds.builder({info.name!r}, file_format='array_record').download_and_prepare()"
             )
+        if not is_tfrecord and remote.is_url(data_dir):
+            raise InputError(f"{folder} is prepared as array_record, which is read from local files; {remote.LOCALLY}")
         try:
             shards = info.splits[split].file_instructions
         except ValueError as error:
@@ -38,40 +51,59 @@ class Tfds:
             ) from error
         if not shards:
             raise InputError(f"split {split!r} of {folder} holds no examples")
-        for shard in shards:
-            if not os.path.isfile(shard.filename):
-                raise InputError(f"no such file: {shard.filename}; prepare or copy the data set again")
         self._image, self._label = _keys(info, tfds)
         label = info.features[self._label] if self._label else None
         self.num_classes: int = label.num_classes if label else 0
         self.class_names: tuple[str, ...] = tuple(label.names) if label else ()
         self._files = [(os.path.basename(shard.filename), shard.skip) for shard in shards]
         self._starts = list(itertools.accumulate((shard.take for shard in shards), initial=0))
-        self._examples = builder.as_data_source(split, decoders={self._image: tfds.decode.SkipDecoding()})
+        self._features = info.features
+        self._decoders = {self._image: tfds.decode.SkipDecoding()}
+        self._records = TFRecords(shards) if is_tfrecord else _array_records(shards)
 
     def __len__(self) -> int:
         return self._starts[-1]
 
     def __getitem__(self, index: int) -> Example:
-        example = self._examples[index]
+        example = self._features.deserialize_example_np(self._records[index], decoders=self._decoders)
         shard = bisect.bisect_right(self._starts, index) - 1
         file, skip = self._files[shard]
         name = f"{file}__{skip + index - self._starts[shard]}"
         label = int(example[self._label]) if self._label else -1
-        return Example(id=name, image=read_image(example[self._image], name), label=label)
+        identity = name.replace(".tfrecord-", ".array_record-")
+        return Example(id=identity, image=read_image(example[self._image], name), label=label)
 
 
-def _prepared_folder(name: str, data_dir: Path) -> Path:
+def _array_records(shards: Sequence[Any]) -> Any:
+    import resource
+
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    for shard in shards:
+        if not os.path.isfile(shard.filename):
+            raise InputError(f"no such file: {shard.filename}; prepare or copy the data set again")
+    # Every file stays open once it has been read, and ImageNet has as many as a process may by default have open.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY:
+        wanted = soft + len(shards)
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+        )
+    return ArrayRecordDataSource(shards)
+
+
+def _prepared_folder(name: str, data_dir: str | os.PathLike) -> os.PathLike:
     """The one folder with a dataset_info.json that the name leads to."""
-    if not data_dir.is_dir():
-        raise InputError(f"data.root {data_dir} is not a folder; it must be TFDS's data_dir")
-    folder = data_dir / name.replace(":", "/")
+    root: Any = epath.Path(data_dir) if remote.is_url(data_dir) else Path(data_dir)
+    if not root.is_dir():
+        raise InputError(f"data.root {root} is not a folder; it must be TFDS's data_dir")
+    folder = root / name.replace(":", "/")
     infos = [info for depth in ("", "*/", "*/*/") for info in sorted(folder.glob(f"{depth}dataset_info.json"))]
     if not infos:
         raise InputError(f"no data set prepared by TFDS in {folder}; prepare {name!r} there, or change data.root")
     if len(infos) > 1:
-        found = ", ".join(str(info.parent.relative_to(data_dir)) for info in infos)
-        raise InputError(f"{name!r} may be any of {found} under {data_dir}; set data.tfds_name to one of them")
+        found = ", ".join(str(info.parent.relative_to(root)) for info in infos)
+        raise InputError(f"{name!r} may be any of {found} under {root}; set data.tfds_name to one of them")
     return infos[0].parent
 
 
