@@ -58,10 +58,10 @@ def join(arguments: argparse.Namespace) -> None:
     Raises InputError where the flags do not fit together.
     """
     number = arguments.num_processes
-    if bool(arguments.coordinator) != (number is not None) and number != 1:
-        raise InputError("--coordinator=HOST:PORT and --num_processes=N go together")
     if not 0 <= arguments.process_id < (number or 1):
         raise InputError(f"--process_id is {arguments.process_id} of --num_processes={number or 1}; they count from 0")
+    if bool(arguments.coordinator) != (number is not None) and number != 1:
+        raise InputError("--coordinator=HOST:PORT and --num_processes=N go together")
     # Who has finished waits for the others.
     if number is not None and number > 1:
         jax.distributed.initialize(

@@ -1,0 +1,131 @@
+"""A training step of ours against one written by hand: seconds, memory, and how long a call takes to return.
+
+    python tests/benchmark_step.py [MODEL] [IMAGE_SIZE] [BATCH_SIZE]
+
+By hand: cross-entropy of a jitted forward pass over a nested dict of parameters, optax.adamw, donated, in a plain `for`.
+Ours: `loop.run` with everything that `tif train` has in it: sharded state, table-driven AdamW, check for NaN, log every 50
+steps, transfer guard. Both on one device, in one process, in turns; medians over rounds with their range.
+"""
+
+import os
+import statistics
+import sys
+import time
+
+os.environ["JAX_NUM_CPU_DEVICES"] = "1"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from tif_jax import losses, optim
+from tif_jax.loop import init_state, make_step, run
+from tif_jax.models import create_model
+from tif_jax.state import make_mesh, params_of, shard, shardings
+
+ROUNDS, SECONDS_PER_ROUND = 7, 6.0
+
+
+def main(name="deit_tiny_patch16_224", image_size="224", batch_size="16"):
+    model = create_model(name, image_size=int(image_size))
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.normal(size=(int(batch_size), *model.image_size, 3)).astype(np.float32),
+        "label": rng.integers(1000, size=int(batch_size)).astype(np.int32),
+        "index": np.arange(int(batch_size)),
+    }
+    variants = {"by hand": by_hand(model, batch), "ours": ours(model, batch)}
+    memory, dispatch, times = {}, {}, {name: [] for name in variants}
+    for name, (compiled, call, loop) in variants.items():
+        memory[name] = compiled.memory_analysis().peak_memory_in_bytes / 2**20
+        loop(3)
+        began = time.perf_counter()
+        loop(3)
+        num_steps = max(5, round(SECONDS_PER_ROUND / ((time.perf_counter() - began) / 3)))
+        dispatch[name] = statistics.median(call() for _ in range(20))
+    for _ in range(ROUNDS):
+        for name, (_, _, loop) in variants.items():
+            began = time.perf_counter()
+            loop(num_steps)
+            times[name].append((time.perf_counter() - began) / num_steps)
+    print("| step | ms | range | MiB | call returns after, ms |")
+    print("|---|---|---|---|---|")
+    for name, seconds in times.items():
+        low, middle, high = (1e3 * x for x in (min(seconds), statistics.median(seconds), max(seconds)))
+        print(f"| {name} | {middle:.1f} | {low:.1f} to {high:.1f} | {memory[name]:.1f} | {1e3 * dispatch[name]:.2f} |")
+    ratios = [a / b for a, b in zip(times["ours"], times["by hand"], strict=True)]
+    print(
+        f"\nours / by hand, round by round: time {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}), ",
+        end="",
+    )
+    print(f"memory {memory['ours'] / memory['by hand']:.3f}")
+
+
+def by_hand(model, batch):
+    graphdef, params = nnx.split(model)
+    params = jax.tree.map(jnp.copy, nnx.to_pure_dict(params))
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-5, weight_decay=0.05))
+
+    def step(params, opt_state, image, label):
+        def loss(params):
+            logits, _ = nnx.merge(graphdef, nnx.State(params))(image)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, label).mean()
+
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, value
+
+    step = jax.jit(step, donate_argnums=(0, 1))
+    images, labels = jax.device_put((batch["image"], batch["label"]))
+    compiled = step.lower(params, optimizer.init(params), images, labels).compile()
+    held = [params, optimizer.init(params)]
+
+    def call():
+        began = time.perf_counter()
+        *held[:], value = step(*held, images, labels)
+        elapsed = time.perf_counter() - began
+        jax.block_until_ready(value)
+        return elapsed
+
+    def loop(num_steps):
+        for _ in range(num_steps):
+            *held[:], value = step(*held, *jax.device_put((batch["image"], batch["label"])))
+        jax.block_until_ready(value)
+
+    return compiled, call, loop
+
+
+def ours(model, batch):
+    params = jax.device_get(params_of(model))
+    optimizer = optim.adamw(10**6, learning_rate=1e-5, weight_decay=0.05, clip_norm=1.0)
+    trainable = optim.match((), params, True)
+    mesh = make_mesh(1)
+    where = shardings(jax.eval_shape(lambda: init_state(params, optimizer, trainable)), mesh)
+    step = make_step(model, losses.classification, optimizer, trainable, seed=0, stochastic=True, where=where)
+    held = [jax.jit(lambda p: init_state(p, optimizer, trainable), out_shardings=where)(params)]
+    on_device = shard(batch, mesh)
+    compiled = step.func.lower(*step.args, held[0], on_device).compile()
+
+    def call():
+        began = time.perf_counter()
+        held[0], metrics = step(held[0], on_device)
+        elapsed = time.perf_counter() - began
+        jax.block_until_ready(metrics)
+        return elapsed
+
+    def endless():
+        while True:
+            yield shard(batch, mesh)
+
+    def loop(num_steps):
+        until = int(held[0].step) + num_steps
+        nothing = lambda *_: None  # noqa: E731
+        held[0] = run(step, held[0], endless(), until=until, log_every=50, save_every=10**9, log=nothing, save=nothing)
+
+    return compiled, call, loop
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
