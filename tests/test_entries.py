@@ -8,7 +8,7 @@ from cases import numpy_model
 from flax import nnx
 
 from tif_jax import config as config_file
-from tif_jax import cost
+from tif_jax import cost, optim
 from tif_jax.commands import benchmark, run, train
 from tif_jax.errors import InputError
 from tif_jax.models import blueprint
@@ -102,7 +102,7 @@ def test_a_phase_may_not_change_which_parameters_there_are():
 @pytest.mark.parametrize("then", [dict(name="dynamic_vit"), dict(name="evit")])
 def test_what_comes_after_the_filter_is_trained(then):
     params = params_of(nnx.eval_shape(blueprint(TINY, reducer="tif", then=then), jax.random.key(0)))
-    trainable = train.optim.match(train.FROZEN_REDUCER, params, True)["reducer"]
+    trainable = optim.match(train.FROZEN_REDUCER, params, True)["reducer"]
     assert not any(jax.tree.leaves(trainable["filter"]))
     assert all(jax.tree.leaves(trainable.get("then", {})))
 

@@ -70,7 +70,7 @@ def _box(key: Array, size: tuple[int, int], share: Float32[Array, ""]) -> Bool[A
     inside = []
     for axis, length in enumerate(size):
         side = (length * jnp.sqrt(1 - share)).astype(jnp.int32)
-        start = jax.random.randint(key, (), 0, length) - side // 2
+        start = jax.random.randint(jax.random.fold_in(key, axis), (), 0, length) - side // 2
         places = jnp.arange(length)
         inside.append((places >= start) & (places < start + side))
     return inside[0][:, None] & inside[1][None]

@@ -5,11 +5,17 @@ import os
 from pathlib import Path
 from typing import Any
 
+from tif_jax import processes
 from tif_jax.errors import InputError
 
 
 def write(path: Path, data: Any) -> None:
-    """Writes JSON through a temporary name, so that a reader never sees half a file."""
+    """Writes JSON through a temporary name, so that a reader never sees half a file.
+
+    Of the processes of one run, which all have the same to say, the first one writes.
+    """
+    if not processes.is_first():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -33,8 +39,11 @@ def read(path: Path) -> Any:
 def claim(directory: Path, record: dict[str, Any]) -> None:
     """Notes in DIRECTORY/config.json what is made there, or checks that it is the same as noted before.
 
-    Raises InputError that names the first difference, before anything is overwritten.
+    Raises InputError that names the first difference, before anything is overwritten. Of the processes of one run the
+    first one does so.
     """
+    if not processes.is_first():
+        return
     ours = json.loads(json.dumps(record))
     noted = read(directory / "config.json")
     if noted is None:

@@ -269,16 +269,23 @@ def load_params(directory: str | Path) -> tuple[Params, dict[str, Any]]:
     steps = [directory] if (directory / "params").is_dir() else _step_folders(directory)
     for folder in steps:
         try:
-            checkpointer = ocp.StandardCheckpointer()
+            checkpointer = ocp.StandardCheckpointer(multiprocessing_options=_alone())
             item = "ema" if (folder / "ema").is_dir() else "params"
             shapes = checkpointer.metadata(folder / item).item_metadata.tree
             params = checkpointer.restore(folder / item, jax.tree.map(_on_one_device, shapes))
-            config = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder / "config")
+            reader = ocp.JsonCheckpointHandler(multiprocessing_options=_alone())
+            config = ocp.Checkpointer(reader, multiprocessing_options=_alone()).restore(folder / "config")
             _verify(config, **{item: params})
             return params, config
         except Exception as error:
             logger.warning("checkpoint %s is damaged (%s)", folder, _first_line(error))
     raise InputError(f"no checkpoint that is whole in {directory}" if steps else f"no checkpoint in {directory}")
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """For a process that reads by itself, whatever the other processes of its run do."""
+    own = jax.process_index()
+    return ocp.options.MultiprocessingOptions(own, {own}, barrier_sync_key_prefix=f"process_{own}")
 
 
 def _on_one_device(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -113,10 +113,9 @@ def fit(stage: Stage) -> None:
     Raises Preempted, after saving, where SIGTERM has come; WorkError where the loss is not finite or a disk is full.
     """
     directory, config, batches, num_steps = stage.directory, stage.config, stage.batches, stage.num_steps
-    if processes.is_first():
-        of_config = {key: config_file.to_json(config)[key] for key in ("seed", "dtype", "data")}
-        made = {"model": dict(stage.fields), "reducer": dict(stage.reducer), "recipe": stage.recipe.to_dict()}
-        records.claim(directory, made | of_config)
+    of_config = {key: config_file.to_json(config)[key] for key in ("seed", "dtype", "data")}
+    made = {"model": dict(stage.fields), "reducer": dict(stage.reducer), "recipe": stage.recipe.to_dict()}
+    records.claim(directory, made | of_config)
     processes.wait_for_all(f"{directory.name} claimed")
     prepared = prepare(stage)
     state = prepared.fresh()

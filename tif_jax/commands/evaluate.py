@@ -1,6 +1,7 @@
 """Metrics of a checkpoint on the test split: of a fine-tuned model, the backbone, or the filter's ranking of tokens."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from tif_jax import losses, rankings, records, shards
+from tif_jax import losses, processes, rankings, records, shards
 from tif_jax.commands import _arguments, train
 from tif_jax.cost import cost
 from tif_jax.data.loader import evaluation_batches
@@ -27,9 +29,11 @@ KEEP_RATIOS = (0.7, 0.5, 0.25)  # of the ranking table: 137, 98 and 49 of 196 to
 def main(argv: list[str]) -> None:
     stages = {"backbone": backbone, "filter": ranking_table, "finetune": finetuned}
     stage = dict(choices=stages, default="finetune", help="whose checkpoint (default: finetune)")
-    arguments = _arguments.parse("evaluate", __doc__, argv, stage=stage)
+    arguments = _arguments.parse("evaluate", __doc__, argv, stage=stage, **processes.FLAGS)
+    processes.join(arguments)
     metrics = stages[arguments.stage](arguments.config, arguments.workdir)
-    print(json.dumps(metrics, indent=2))
+    if processes.is_first():
+        print(json.dumps(metrics, indent=2))
 
 
 def backbone(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -58,12 +62,15 @@ def _evaluate(config: ConfigDict, model: Model) -> dict[str, Any]:
 
 
 def accuracy(model: Model, source, config: ConfigDict, classes: list[int]) -> dict[str, float]:
-    """Mean cross-entropy (nats) and top-1 (fraction); with `classes` also top-1 among those classes alone."""
+    """Mean cross-entropy (nats) and top-1 (fraction); with `classes` also top-1 among those classes alone.
+
+    The images are divided among all devices of all processes.
+    """
     batch_size = config.evaluate.batch_size
     mesh = make_mesh(batch_size)
     graphdef, params = nnx.split(model)[0], replicate(params_of(model), mesh)
 
-    @jax.jit
+    @partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
     def score(params, batch):
         prediction, aux = with_params(graphdef, params)(batch["image"])
         terms = losses.classification(prediction, aux, batch)
@@ -76,10 +83,10 @@ def accuracy(model: Model, source, config: ConfigDict, classes: list[int]) -> di
 
     totals = []
     with Progress("evaluate", len(source), "image") as progress:
-        batches = evaluation_batches(source, config.data, batch_size=batch_size)
+        batches = evaluation_batches(source, config.data, batch_size=batch_size, shared=True)
         for batch in batches:
             totals.append(score(params, shard(batch, mesh)))
-            progress.update(int(batch["weight"].sum()))
+            progress.update(min(batch_size, len(source) - progress.done))
         batches.close()
     sums = {name: sum(float(t[name]) for t in jax.device_get(totals)) for name in totals[0]}
     images = sums.pop("images")
@@ -126,7 +133,7 @@ def ranking_table(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 def _follow(model: ViT, source, config: ConfigDict, rows: np.ndarray, fixed: dict[str, np.ndarray]):
     """The rankings computed from the images, and what the frozen model makes of the best tokens of every ranking."""
     batch_size = config.evaluate.batch_size
-    mesh = make_mesh(batch_size)
+    mesh = make_mesh(batch_size, processes=1)  # of several, each does the whole work: it is little
     graphdef, params = nnx.split(model)[0], replicate(params_of(model), mesh)
 
     @jax.jit

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from tif_jax import records
+from tif_jax import processes, records
 from tif_jax.commands import _arguments, evaluate, score, train
 from tif_jax.commands._report import write_report
 from tif_jax.commands.benchmark import benchmark, is_measured, with_reducer
@@ -17,9 +17,11 @@ logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str]) -> None:
-    arguments = _arguments.parse("run", __doc__, argv)
+    arguments = _arguments.parse("run", __doc__, argv, **processes.FLAGS)
+    processes.join(arguments)
     run(arguments.config, arguments.workdir)
-    print((arguments.workdir / "report.md").read_text())
+    if processes.is_first():
+        print((arguments.workdir / "report.md").read_text())
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
@@ -62,10 +64,11 @@ def run(config: ConfigDict, workdir: Path) -> None:
         train.train("finetune", of_run, workdir)
         _once(directory / "metrics.json", evaluate.finetuned, of_run, workdir)
     logger.info("stage benchmark")
-    if not is_measured(config, workdir):
+    if not processes.first_says(is_measured(config, workdir)):
         benchmark(config, workdir)
     logger.info("stage report")
-    write_report(config, workdir, runs, filters[0] if filters else None)
+    if processes.is_first():
+        write_report(config, workdir, runs, filters[0] if filters else None)
 
 
 def _filters(config: ConfigDict, seeds: range) -> list[ConfigDict]:
@@ -78,5 +81,5 @@ def _filters(config: ConfigDict, seeds: range) -> list[ConfigDict]:
 
 
 def _once(result: Path, stage, config: ConfigDict, workdir: Path) -> None:
-    if records.read(result) is None:
+    if processes.first_says(records.read(result) is None):
         stage(config, workdir)

@@ -390,8 +390,7 @@ def _begin_backbone(config: ConfigDict, directory: Path) -> None:
     else:
         fields = {**recipe.model, "dtype": config.dtype}
         model = create_model(fields, seed=config.seed)
-    if processes.is_first():
-        records.claim(directory, {"init_from": str(recipe.init_from), "model": fields})
+    records.claim(directory, {"init_from": str(recipe.init_from), "model": fields})
     with Checkpoints(directory / "checkpoints") as checkpoints:
         if not checkpoints.steps():
             state = State(jnp.int32(0), params_of(model), ())

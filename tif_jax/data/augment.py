@@ -83,11 +83,16 @@ def erase(
     return image
 
 
-def _shift(image: Image.Image, fill: Colour, *matrix: float) -> Image.Image:
+def _shift(image: Image.Image, fill: Colour, *matrix: float | int) -> Image.Image:
     """Pixel (x, y) becomes what is at (a x + b y + c, d x + e y + f), matrix = a, ..., f."""
     return image.transform(
         image.size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.BICUBIC, fillcolor=fill
     )
+
+
+def _posterize(image: Image.Image, bits: int) -> Image.Image:
+    """ImageOps.posterize, of which newer versions refuse 0 bits."""
+    return image.point(lambda i: i >> 8 - bits << 8 - bits)
 
 
 # By timm's names (less 'Increasing'): functions of a picture, a level in [-1, 1] and the colour outside the picture. The
@@ -97,10 +102,7 @@ OPERATIONS: dict[str, Callable[[Image.Image, float, Colour], Image.Image]] = {
     "Equalize": lambda image, level, fill: ImageOps.equalize(image),
     "Invert": lambda image, level, fill: ImageOps.invert(image),
     "Rotate": lambda image, level, fill: image.rotate(30 * level, Image.Resampling.BICUBIC, fillcolor=fill),
-    # Keeps 4 to 0 bits; newer versions of ImageOps.posterize refuse 0.
-    "Posterize": lambda image, level, fill: image.point(
-        lambda i: i >> 4 + int(4 * abs(level)) << 4 + int(4 * abs(level))
-    ),
+    "Posterize": lambda image, level, fill: _posterize(image, 4 - int(4 * abs(level))),
     "Solarize": lambda image, level, fill: ImageOps.solarize(image, 256 - int(256 * abs(level))),
     "SolarizeAdd": lambda image, level, fill: image.point(lambda i: i + int(110 * abs(level)) if i < 128 else i),
     "Color": lambda image, level, fill: ImageEnhance.Color(image).enhance(1 + 0.9 * level),
