@@ -303,7 +303,7 @@ def early_phases(config: ConfigDict) -> list[tuple[float, dict[str, Any]]]:
         changed = {key: value for key, value in phase.items() if key in known}
         other_amount = any(key in AMOUNTS for key in changed)
         kept = {key: value for key, value in options.items() if not (other_amount and key in AMOUNTS)}
-        found.append((phase["until"], kept | changed))
+        found.append((float(phase["until"]), kept | changed))
     return found
 
 
