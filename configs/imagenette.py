@@ -28,7 +28,7 @@ PEERS = (
 SCRATCH = {
     "scratch": (
         dict(patch_size=16, width=128, depth=6, num_heads=4),
-        dict(num_epochs=40.0, learning_rate=1e-3, warmup_epochs=4.0, drop_path=0.0),
+        dict(num_epochs=30.0, learning_rate=1e-3, warmup_epochs=3.0),
     ),
     "scratch_deit_tiny": (
         dict(patch_size=8, width=192, depth=12, num_heads=3),
