@@ -2,9 +2,12 @@
 
     tif run --config configs/imagenette.py --workdir runs/imagenette [--config.quick=true]
     tif run --config configs/imagenette.py:peers --workdir runs/peers    # all methods at one budget of multiply-adds
+    tif run --config configs/imagenette.py:scratch --workdir runs/scratch              # no checkpoint: a small ViT, on a CPU
+    tif run --config configs/imagenette.py:scratch_deit_tiny --workdir runs/scratch    # the size of DeiT-Ti, on a GPU
 
 `data.root` holds imagenette/{train,val}/<wnid>/*.JPEG and deit_tiny_patch16_224.safetensors; it defaults to $TIF_DATA, or
 ../shared/data. The classes were in the checkpoint's pre-training set: this is re-training with fewer tokens, no transfer.
+From scratch the head has ten classes, images are 128 pixels wide, and the recipes are ours.
 """
 
 import os
@@ -16,17 +19,35 @@ FOLDERS = dict(
     n03394916=566, n03417042=569, n03425413=571, n03445777=574, n03888257=701,
 )  # fmt: skip
 
-
 PEERS = (
     "full", "random", "prior", "tif", dict(name="tif", then=dict(name="tome", num_merged=5)),
     "evit", "tome", "bat", "tosa", "evo_vit", "dynamic_vit",
 )  # fmt: skip
 
+# Model and recipe; images are 128 pixels wide.
+SCRATCH = {
+    "scratch": (
+        dict(patch_size=16, width=128, depth=6, num_heads=4),
+        dict(num_epochs=30.0, learning_rate=1e-3, warmup_epochs=3.0),
+    ),
+    "scratch_deit_tiny": (
+        dict(patch_size=8, width=192, depth=12, num_heads=3),
+        dict(
+            num_epochs=100.0, learning_rate=5e-4, warmup_epochs=5.0, drop_path=0.1,
+            augmentation=dict(rand_augment="m9-mstd0.5-inc1", erase=0.25),
+            mixing=dict(mixup=0.8, cutmix=1.0),
+        ),
+    ),
+}  # fmt: skip
+KNOWN = ("peers", *SCRATCH)
+
 
 def get_config(arg: str = "") -> ConfigDict:
-    if arg not in ("", "peers"):
-        raise ValueError(f"unknown variant {arg!r}; this file takes none, or peers after a colon")
+    if arg and arg not in KNOWN:
+        raise ValueError(f"unknown variant {arg!r}; this file takes none, or one of {', '.join(KNOWN)} after a colon")
     config = _config()
+    if arg in SCRATCH:
+        return _from_scratch(config, *SCRATCH[arg])
     if arg == "peers":
         config.reducer.update(keep_ratio=0.65, budget=0.8)  # keep_ratio: what the filter's labels are for
         config.benchmark.reducers = PEERS
@@ -108,3 +129,19 @@ def _config() -> ConfigDict:
             ),
         )
     )
+
+
+def _from_scratch(config: ConfigDict, model: dict, recipe: dict) -> ConfigDict:
+    """Random weights, which the stage that fine-tunes trains, unreduced: nothing is scored and no filter fitted."""
+    for key in ("score", "filter"):
+        del config[key]
+    del config.data.class_index
+    config.data.image_size = 128
+    config.backbone = dict(init_from="", model=dict(model, image_size=128, num_classes=10, pool="mean"), num_epochs=0.0)
+    config.reducer = dict(name="full")
+    config.finetune = dict(
+        recipe, batch_size=64, final_learning_rate=1e-5, weight_decay=0.05, clip_norm=1.0, label_smoothing=0.1
+    )
+    config.benchmark.reducers = ("full",)
+    config.when_quick = dict()
+    return config

@@ -1,19 +1,36 @@
+"""The files in configs/: whether they load, fit what reads them, and say what the papers' logs and scripts say."""
+
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+from cases import mostly_long
+from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from tif_jax import config as config_file
-from tif_jax import data
+from tif_jax import data, optim, reducers
+from tif_jax.commands import train
 from tif_jax.commands.benchmark import with_reducer
 from tif_jax.commands.train import reducer_options
+from tif_jax.data.augment import Augmentation
 from tif_jax.errors import InputError
-from tif_jax.models import blueprint
+from tif_jax.mixing import Mixing
+from tif_jax.models import blueprint, model_fields
 from tif_jax.state import params_of
 
 FOLDER = Path(__file__).parents[1] / "configs"
-WITH_ARGUMENTS = {"imagenette.py": ("", "peers"), "imagenet.py": ("deit_tiny", "deit_small", "deit_base")}
+WITH_ARGUMENTS = {
+    "bat.py": ("300", "30"),
+    "dynamic_vit.py": ("small", "base"),
+    "evit.py": ("300", "300_0.9", "300_0.8", "300_0.6", "300_0.5", "30"),
+    "evo_levit.py": ("128s", "128", "192", "256", "384", "256_384", "384_384"),
+    "evo_vit.py": ("tiny", "small", "base", "small_384", "base_384"),
+    "imagenet.py": ("deit_tiny", "deit_small", "deit_base"),
+    "imagenette.py": ("", "peers", "scratch", "scratch_deit_tiny"),
+    "tosa.py": ("tiny", "small"),
+}
 TINY = dict(image_size=16, patch_size=8, width=8, depth=2, num_heads=1, num_classes=2)
 ALL = [
     f"{path.name}:{arg}" if arg else path.name
@@ -28,7 +45,7 @@ def name(request):
 
 
 def test_every_config_is_found():
-    assert {name.partition(":")[0] for name in ALL} >= {"digits.py", "imagenette.py", "imagenet.py"}
+    assert {name.partition(":")[0] for name in ALL} == {"digits.py", *WITH_ARGUMENTS}
 
 
 def test_it_loads_with_a_valid_data_section(name):
@@ -48,25 +65,120 @@ def test_its_reducers_take_their_options(name):
         jax.eval_shape(lambda key, build=build: params_of(build(key)), jax.random.key(0))
 
 
-def test_its_model_builds(name):
-    config = config_file.load(name, [])
-    if "model" not in config.backbone:
-        assert config.backbone.init_from.endswith(".safetensors")
-        return
-    name, options = reducer_options(config)
-    options |= {"drop_path": config.backbone.drop_path, "dtype": config.dtype}
-    build = blueprint(config.backbone.model.to_dict(), reducer=name, **options)
-    shapes = jax.eval_shape(lambda key: params_of(build(key)), jax.random.key(0))
-    assert {f"block_{i}" for i in range(config.backbone.model.depth)} < set(shapes)
-    size = data.read_options(config.data).size
-    assert size == (config.backbone.model.image_size,) * 2
-
-
-def test_its_stages_have_every_key(name):
+def test_no_key_is_one_that_nothing_reads(name):
     config, digits = (config_file.load(file, []) for file in (name, str(FOLDER / "digits.py")))
-    assert set(config.keys()) == set(digits.keys())
-    for stage in ("score", "filter", "finetune", "evaluate", "benchmark"):
+    elsewhere = ("data.", "reducer.", "backbone.model.", "when_quick")  # other tests read these
+    own = {key for key in _leaves(config) if not key.startswith(elsewhere)}
+    assert not own - set(_leaves(digits)) - {"backbone.num_heads"}
+    assert set(config.reducer) <= {"name", "budget", *reducers.options(config.reducer.name)}
+
+
+def test_what_scores_and_fits_has_every_key(name):
+    config, digits = (config_file.load(file, []) for file in (name, str(FOLDER / "digits.py")))
+    uses_impact = {"tif", "prior"} & {with_reducer(config, entry).reducer.name for entry in config.benchmark.reducers}
+    for stage in ("score", "filter", "evaluate") if uses_impact else ():
         assert set(config[stage].keys()) == set(digits[stage].keys()), stage
+
+
+def test_its_training_takes_their_values(name):
+    config = config_file.load(name, [])
+    for entry in config.benchmark.reducers:
+        train.check_reducer(with_reducer(config, entry))
+    train.check_distillation(config)
+    for recipe in (config.backbone, config.finetune):
+        if recipe.get("num_epochs"):
+            Mixing(**recipe.mixing)
+            Augmentation(**{key: value for key, value in recipe.augmentation.items() if key != "repeats"})
+            assert config.data.augment != "none" or recipe.augmentation.repeats == 1
+            assert 0 <= recipe.warmup_epochs < recipe.num_epochs
+    if "model" in config.backbone:
+        assert data.read_options(config.data).size == (config.backbone.model.image_size,) * 2
+    else:
+        assert config.backbone.init_from.endswith(".safetensors")
+
+
+@pytest.mark.parametrize(
+    "name",
+    mostly_long(
+        [name for name in ALL if not name.startswith("imagenette.py:peers")],
+        [ALL.index(name) for name in ("digits.py", "dynamic_vit.py:small", "evo_levit.py:128s", "evo_vit.py:tiny")],
+    ),
+)
+def test_every_phase_runs_on_its_model_and_has_the_same_parameters(name):
+    config = config_file.load(str(FOLDER / name), [])
+    for entry in config.benchmark.reducers:
+        train.check_on_backbone(with_reducer(config, entry), _fields(config))
+
+
+def _fields(config):
+    """Of the model that fine-tuning begins with."""
+    init_from = config.backbone.init_from
+    return model_fields(Path(init_from).stem) if init_from else config.backbone.model.to_dict()
+
+
+def _paths(config, table, default):
+    """What a table of the config says of each parameter of the real model."""
+    name, options = reducer_options(config)
+    model = nnx.eval_shape(blueprint(_fields(config), reducer=name, **options), jax.random.key(0))
+    found = optim.match(table, params_of(model), default)
+    return flatten_dict(found, sep="/")
+
+
+@pytest.mark.parametrize("arg", ["small", "base"])
+def test_dynamic_vit_trains_its_predictors_first(arg):
+    config = config_file.load(f"{FOLDER / 'dynamic_vit.py'}:{arg}", [])
+    recipe = config.finetune
+    rests = _paths(config, tuple((pattern, True) for pattern in recipe.freeze), False)
+    assert {path for path, does in rests.items() if does} == {"class_token", "position_embedding"}
+    factors = _paths(config, tuple((pattern, tuple(factor)) for pattern, *factor in recipe.rate_factors), (1.0, 0))
+    assert factors["block_0/mlp/up/kernel"] == factors["head/bias"] == (0.01, 5)
+    assert {factors[path] for path in factors if path.startswith("reducer/predictor_3")} == {(1.0, 0)}
+
+
+@pytest.mark.parametrize("arg", ["128s", "384_384"])
+def test_theta_rests_while_evo_levit_selects_in_every_layer(arg):
+    config = config_file.load(f"{FOLDER / 'evo_levit.py'}:{arg}", [])
+    factors = _paths(config, tuple((pattern, tuple(factor)) for pattern, *factor in config.finetune.rate_factors), None)
+    ((until, options),) = train.early_phases(config)
+    assert {path: factor for path, factor in factors.items() if factor} == {"reducer/theta": (1.0, until)}
+    assert options["layer_wise"] and until == 200
+
+
+# Steps of an epoch (of 1,281,167 images), epochs, peak and last learning rate, drop-path: of the papers' logs and scripts.
+FIGURES = {
+    "bat.py:300": (625, 300, 2e-3, 1e-5, 0.1),
+    "bat.py:30": (1251, 30, 4e-5, 2e-6, 0.1),
+    "evit.py:300": (625, 300, 2e-3, 1e-5, 0.1),
+    "evit.py:30": (625, 30, 8e-5, 2e-6, 0.1),
+    "evo_vit.py:tiny": (625, 300, 2e-3, 1e-5, 0.0),
+    "evo_vit.py:small": (1251, 300, 1e-3, 1e-5, 0.1),
+    "evo_vit.py:base_384": (1251, 300, 1e-3, 1e-5, 0.1),
+    "evo_levit.py:128s": (625, 300, 2e-3, 1e-5, 0.0),
+    "evo_levit.py:384_384": (1251, 300, 1e-3, 1e-5, 0.1),
+    "dynamic_vit.py:small": (1251, 30, 1e-3, 1e-6, 0.0),
+    "dynamic_vit.py:base": (1251, 30, 1e-3, 1e-6, 0.2),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_steps_and_rates_are_the_papers(name):
+    recipe = config_file.load(str(FOLDER / name), []).finetune
+    steps, epochs, *others = FIGURES[name]
+    assert 1_281_167 * recipe.num_epochs / recipe.batch_size == pytest.approx(steps * epochs, rel=2e-3)
+    assert [recipe.learning_rate, recipe.final_learning_rate, recipe.drop_path] == pytest.approx(others)
+
+
+@pytest.mark.parametrize("name", ["bat.py:300", "evit.py:300", "evit.py:300_0.5"])
+def test_the_ramp_is_as_near_to_the_cosine_as_six_steps_can_be(name):
+    config = config_file.load(str(FOLDER / name), [])
+    lowest = config.reducer.keep_ratio
+    phases = [*config.finetune.phases, dict(until=300, keep_ratio=lowest)]
+    for epoch in np.arange(0, 300, 0.5):
+        on_ramp = min(max(epoch - 10, 0), 100) / 100
+        exact = lowest + (1 - lowest) * (1 + np.cos(np.pi * on_ramp)) / 2
+        assert next(p["keep_ratio"] for p in phases if epoch < p["until"]) == pytest.approx(
+            exact, abs=(1 - lowest) / 11.5
+        )
 
 
 def test_quick_applies_what_when_quick_says(name):
@@ -83,10 +195,13 @@ def test_an_override_wins_over_quick(name):
         assert _leaves(quick)[key] == given
 
 
-@pytest.mark.parametrize("arg", ["", ":", ":deit_large", ":deit_tiny_patch16_224"])
-def test_imagenet_names_the_models_it_knows(arg):
-    with pytest.raises(InputError, match="deit_tiny, deit_small, deit_base"):
-        config_file.load(f"{FOLDER / 'imagenet.py'}{arg}", [])
+@pytest.mark.parametrize("file", WITH_ARGUMENTS)
+@pytest.mark.parametrize("arg", ["", ":", ":30_epochs"])
+def test_an_unknown_argument_is_told_the_known_ones(file, arg):
+    if "" in WITH_ARGUMENTS[file] and arg != ":30_epochs":
+        return
+    with pytest.raises(InputError, match=", ".join(filter(None, WITH_ARGUMENTS[file])) + " after a colon"):
+        config_file.load(f"{FOLDER / file}{arg}", [])
 
 
 def test_imagenet_follows_the_environment(monkeypatch):

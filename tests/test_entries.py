@@ -73,7 +73,6 @@ def test_entries_that_mean_nothing(entry, message):
     [
         (dict(benchmark__reducers=("full", "tif", "tif")), "full-1, tif-0.25, tif-0.25; name at least one, each once"),
         (dict(benchmark__reducers=()), "benchmark.reducers is empty"),
-        (dict(reducer__name="evit"), "reducer.name is 'evit'; `tif run` makes and judges the filter of 'tif'"),
         (dict(finetune__phases=(dict(until=0.2, keep_ratio=7.0),)), "keep_ratio is 7.0"),
         (dict(finetune__phases=(dict(until=9.0),)), "last until the epochs \\[9.0\\]; give each an `until`, ascending"),
         (dict(finetune__phases=(1, 2)), "finetune.phases is \\(1, 2\\); it is a tuple of dicts"),
@@ -90,6 +89,14 @@ def test_a_run_refuses_them_at_once(changes, message, tmp_path):
     with pytest.raises(InputError, match=message):
         run.run(config(**changes), tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_run_needs_a_section_for_what_is_fitted(tmp_path):
+    base = config(reducer__name="full", benchmark__reducers=("full", "tosa"))
+    with base.unlocked():
+        del base["filter"]
+    with pytest.raises(InputError, match="'tosa' is fitted before fine-tuning; the config has no section `filter`"):
+        run.run(base, tmp_path)
 
 
 def test_a_phase_may_not_change_which_parameters_there_are():

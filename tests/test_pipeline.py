@@ -143,3 +143,35 @@ def test_selectors_are_fitted_and_then_rest(tmp_path, request):
     jax.tree.map(np.testing.assert_array_equal, fitted["reducer"], tuned["reducer"])
     assert "budget" not in stored["reducer"] and 0 < stored["reducer"]["keep_ratio"] < 1
     assert tif_jax.cost(tif_jax.load(folder)).gmac <= 0.0007
+
+
+def test_a_run_from_random_weights_scores_nothing(tmp_path, request, monkeypatch):
+    """Until somebody asks for a reducer that reads impacts."""
+    config, workdir = tmp_path / "tosa.py", tmp_path / "run"
+    text = TINY.format(digits=str(request.config.rootpath / "configs" / "digits.py"))
+    config.write_text(
+        text.replace("depth=1", "depth=2").replace(
+            "    return config",
+            """    config.seeds = 1
+    config.data.num_train = 32
+    config.backbone.num_epochs = 0.0
+    config.reducer = dict(name="tosa", keep_ratio=0.5)
+    config.filter.num_epochs = 1.0
+    config.finetune.phases = ()
+    config.finetune.mixing = dict(mixup=0.8, cutmix=1.0)
+    config.benchmark.reducers = ("tosa",)
+    return config""",
+        )
+    )
+    monkeypatch.setattr(benchmark, "_SECONDS_PER_ROUND", 0.02)
+    command = ["run", "--config", str(config), "--workdir", str(workdir)]
+    assert main(command) == 0
+    report = records.read(workdir / "report.json")
+    assert report["filter"] is report["rankings"] is None and report["best"] == "finetune/tosa-0.5-0"
+    assert "What the filter knows" not in (workdir / "report.md").read_text()
+    assert not [name for name in ("impact", "heldout-label", "filter", "tokens.png") if (workdir / name).exists()]
+    assert tif_jax.load(workdir)(np.zeros((1, 64, 64, 3), np.float32))[1]["kept"].shape == (1, 32)
+    assert main([*command, "--config.benchmark.reducers=('tosa', 'prior')"]) == 0
+    assert tif_jax.read_impact(workdir).impact.shape == (32, 64)
+    assert (workdir / "finetune" / "prior-0.5-0" / "metrics.json").exists()
+    assert not [name for name in ("heldout-label", "filter", "tokens.png") if (workdir / name).exists()]

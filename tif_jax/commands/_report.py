@@ -21,8 +21,13 @@ from tif_jax.plots import accuracy_cost, picture_page, training_curves
 _NUM_PICTURES = 8
 
 
-def write_report(config: ConfigDict, workdir: Path, runs: Sequence[ConfigDict]) -> None:
-    """DIR/report.json, DIR/report.md, accuracy_cost.png, training.png and tokens.png. runs: one config per fine-tuning."""
+def write_report(
+    config: ConfigDict, workdir: Path, runs: Sequence[ConfigDict], of_filter: ConfigDict | None = None
+) -> None:
+    """DIR/report.json, DIR/report.md, accuracy_cost.png, training.png and, of a token filter, tokens.png.
+
+    runs: one config per fine-tuning. of_filter: that of the token filter of the first seed, if there is one.
+    """
     speed = records.read(workdir / "benchmark.json")
     per_label = {row["label"]: row for row in speed["rows"]}
     rows = []
@@ -42,10 +47,7 @@ def write_report(config: ConfigDict, workdir: Path, runs: Sequence[ConfigDict]) 
             "directory": str(directory.relative_to(workdir)),
         }
         rows.append(row | {key: metrics[key] for key in ("top1_among_classes",) if key in metrics})
-    ranking = records.read(train.filter_directory(config, workdir) / "metrics.json")
-    short = {
-        name: {"auc": row["auc"], "spearman": row["spearman"]["label"]} for name, row in ranking["rankings"].items()
-    }
+    ranking = records.read(train.filter_directory(of_filter, workdir) / "metrics.json") if of_filter else None
     candidates = [row for row in rows if row["reducer"] == config.reducer.name]
     result = {
         "config": config_file.to_json(config),
@@ -53,15 +55,16 @@ def write_report(config: ConfigDict, workdir: Path, runs: Sequence[ConfigDict]) 
         "device": speed["device"],
         "backbone": records.read(workdir / "backbone" / "metrics.json"),
         "rows": rows,
-        "filter": {**short["filter"], "position_prior": short["position prior"], "random": short["random"]},
+        "filter": _short(ranking["rankings"]) if ranking else None,
         "rankings": ranking,
         "best": max(candidates, key=lambda row: row["top1"])["directory"] if candidates else None,
     }
     records.write(workdir / "report.json", result)
     summary = summarise(rows)
     accuracy_cost(summary, workdir / "accuracy_cost.png")
-    training_curves(_curves(config, workdir, runs), workdir / "training.png")
-    picture_page(_pictures(config, workdir), workdir / "tokens.png")
+    training_curves(_curves(config, workdir, runs, of_filter), workdir / "training.png")
+    if of_filter:
+        picture_page(_pictures(of_filter, workdir), workdir / "tokens.png")
     (workdir / "report.md").write_text(_markdown(result, summary))
 
 
@@ -115,14 +118,24 @@ def _markdown(result: dict[str, Any], summary: list[dict[str, Any]]) -> str:
         "",
         "![accuracy against cost](accuracy_cost.png)",
         "",
+        *(_of_filter(result["rankings"]) if result["rankings"] else []),
+        "![training curves](training.png)",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _of_filter(found: dict[str, Any]) -> list[str]:
+    """The sections about the token filter."""
+    return [
         "## What the filter knows",
         "",
-        f"{result['rankings']['num_images']} held-out images, the frozen backbone, only each ranking's best tokens kept: "
+        f"{found['num_images']} held-out images, the frozen backbone, only each ranking's best tokens kept: "
         "cross-entropy in nats / top-1 / agreement with the unreduced model, whose own cross-entropy and top-1 are "
-        f"{result['rankings']['unreduced']['cross_entropy']:.3f} / {result['rankings']['unreduced']['top1']:.3f}. "
+        f"{found['unreduced']['cross_entropy']:.3f} / {found['unreduced']['top1']:.3f}. "
         "AUC: for the labels the filter is trained on; Spearman: mean per image, with each oracle.",
         "",
-        *_ranking_table(result["rankings"]["rankings"]),
+        *_ranking_table(found["rankings"]),
         "",
         "## Pictures",
         "",
@@ -130,10 +143,13 @@ def _markdown(result: dict[str, Any], summary: list[dict[str, Any]]) -> str:
         "",
         "![impact, prediction, kept tokens](tokens.png)",
         "",
-        "![training curves](training.png)",
-        "",
     ]
-    return "\n".join(lines)
+
+
+def _short(rankings: dict[str, Any]) -> dict[str, Any]:
+    """AUC and Spearman correlation of the filter and of the two rankings it has to beat."""
+    short = {name: {"auc": row["auc"], "spearman": row["spearman"]["label"]} for name, row in rankings.items()}
+    return {**short["filter"], "position_prior": short["position prior"], "random": short["random"]}
 
 
 def _ranking_table(rows: dict[str, Any]) -> list[str]:
@@ -157,8 +173,10 @@ def _percent(row: dict[str, Any], metric: str) -> str:
     return f"{100 * row[metric]:.2f} ± {100 * row[f'{metric}_spread']:.2f}"
 
 
-def _curves(config: ConfigDict, workdir: Path, runs: Sequence[ConfigDict]) -> dict[str, list[dict[str, Any]]]:
-    directories = [workdir / "backbone", train.filter_directory(config, workdir)]
+def _curves(
+    config: ConfigDict, workdir: Path, runs: Sequence[ConfigDict], of_filter: ConfigDict | None
+) -> dict[str, list[dict[str, Any]]]:
+    directories = [workdir / "backbone", *([train.filter_directory(of_filter, workdir)] if of_filter else [])]
     directories += [train.finetune_directory(r, workdir) for r in runs if r.seed == config.seed]
     return {directory.name: metrics_log.read(directory) for directory in directories}
 

@@ -25,40 +25,39 @@ def main(argv: list[str]) -> None:
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
-    """Every stage in order. A finished one notices that itself, or is known by the file it leaves last."""
+    """Every stage that is needed, in order. A finished one notices that itself, or is known by the file it leaves last."""
     seeds = range(config.seed, config.seed + config.seeds)
     runs = [with_reducer(config, entry, seed) for seed in seeds for entry in config.benchmark.reducers]
-    if config.reducer.name != "tif":
-        raise InputError(
-            f"reducer.name is {config.reducer.name!r}; `tif run` makes and judges the filter of 'tif': "
-            "name other reducers in benchmark.reducers, or train and evaluate them stage by stage"
-        )
+    filters = _filters(config, seeds)
+    scored = [*filters, *(of_run for of_run in runs if of_run.reducer.name == "prior")]
     labels = [train.label(of_run) for of_run in runs if of_run.seed == config.seed]
     if len(labels) > len(set(labels)) or not labels:
         raise InputError(f"benchmark.reducers is {', '.join(labels) or 'empty'}; name at least one, each once")
     train.check_distillation(config)
     for of_run in runs:  # mistakes that would otherwise come to light after hours
         train.check_reducer(of_run)
-    score.check(config, "train", config.score.target)
-    train.labelling(config, np.zeros((1, 1)))
+    if scored:
+        score.check(config, "train", config.score.target)
+        train.labelling(scored[0], np.zeros((1, 1)))
     logger.info("stage backbone")
     train.train("backbone", config, workdir)
     _once(workdir / "backbone" / "metrics.json", evaluate.backbone, config, workdir)
     _, fields = load_with_fields(workdir / "backbone", reducer="full")
     for of_run in runs:
         train.check_on_backbone(of_run, fields)
-    logger.info("stage score")
-    score.score(config, workdir)
-    score.score_heldout(config, workdir)
+    if scored:
+        logger.info("stage score")
+        score.score(config, workdir)
+    if filters:
+        score.score_heldout(config, workdir)
     processes.wait_for_all("scored")
-    for seed in seeds:
-        logger.info("stage filter, seed %d", seed)
-        of_seed = with_reducer(config, config.reducer.name, seed)
+    for of_seed in filters:
+        logger.info("stage filter, seed %d", of_seed.seed)
         train.train("filter", of_seed, workdir)
         done = train.filter_directory(of_seed, workdir) / "metrics.json"
         _once(done, evaluate.ranking_table, of_seed, workdir)
     for of_run in runs:
-        if train.is_fitted(of_run) and of_run.reducer.name != config.reducer.name:
+        if train.is_fitted(of_run) and of_run.reducer.name != "tif":
             logger.info("stage filter, %s, seed %d", train.label(of_run), of_run.seed)
             train.train("filter", of_run, workdir)
         directory = train.finetune_directory(of_run, workdir)
@@ -70,8 +69,17 @@ def run(config: ConfigDict, workdir: Path) -> None:
         benchmark(config, workdir)
     logger.info("stage report")
     if processes.is_first():
-        write_report(config, workdir, runs)
+        write_report(config, workdir, runs, filters[0] if filters else None)
     processes.wait_for_all("reported")
+
+
+def _filters(config: ConfigDict, seeds: range) -> list[ConfigDict]:
+    """For each seed the config that its token filter is fitted by: the config's own reducer, or the first, that is 'tif'."""
+    for entry in (config.reducer.name, *config.benchmark.reducers):
+        of_seeds = [with_reducer(config, entry, seed) for seed in seeds]
+        if of_seeds[0].reducer.name == "tif":
+            return of_seeds
+    return []
 
 
 def _once(result: Path, stage, config: ConfigDict, workdir: Path) -> None:

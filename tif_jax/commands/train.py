@@ -303,13 +303,15 @@ def early_phases(config: ConfigDict) -> list[tuple[float, dict[str, Any]]]:
         changed = {key: value for key, value in phase.items() if key in known}
         other_amount = any(key in AMOUNTS for key in changed)
         kept = {key: value for key, value in options.items() if not (other_amount and key in AMOUNTS)}
-        found.append((phase["until"], kept | changed))
+        found.append((float(phase["until"]), kept | changed))
     return found
 
 
 def check_reducer(config: ConfigDict) -> None:
     """Raises InputError if config.reducer, or a phase of it, can not be built, whatever the model."""
     name, options = reducer_options(config)
+    if _is_fitted(name, options) and "filter" not in config:
+        raise InputError(f"reducer {name!r} is fitted before fine-tuning; the config has no section `filter` for that")
     then = options.get("then")
     if isinstance(then, Mapping) and (then.get("name") == "prior" or _is_fitted(then.get("name", ""), then)):
         raise InputError(f"reducer {then['name']!r} needs a stage of its own and can not come `then` in a training run")

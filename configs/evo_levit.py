@@ -1,0 +1,90 @@
+"""Evo-LeViT (Xu et al., AAAI 2022) on ImageNet-1k, from scratch with a teacher, for accelerators.
+
+    tif run --config configs/evo_levit.py:256 --workdir runs/evo_levit_256    # or 128s, 128, 192, 384; 256_384, 384_384
+
+Published (the authors' table): 128s 73.0, 128 74.4, 192 76.8, 256 78.8, 384 80.7 % top-1; at 384 pixels 256 81.1, 384 82.2 %.
+From the authors' repository: slow tokens are selected before every block until epoch 200, with theta at rest, and then once
+a stage; float32; every parameter's gradient is clipped relative to its weights.
+**The teacher differs.** Theirs is a RegNetY-160 (82.9 %), which can not be loaded here; the default is timm's
+deit_base_distilled (83.4 %), which learnt from that RegNetY. Any checkpoint or weight file that tif_jax can load will do:
+--config.finetune.distillation.teacher=FILE. It sees the student's images, so it has to take their size.
+
+Needs TFDS's imagenet2012 prepared as array_record under $TFDS_DATA_DIR (or --config.data.root), and the teacher,
+deit_base_distilled_patch16_<image size>.safetensors, in $TIF_WEIGHTS (default: the current folder). Warm-up is from 0
+(theirs: 1e-6). Their moving average of the weights (0.99996) is left out: they evaluate without it, and here it would be
+evaluated in place of the weights.
+"""
+
+import os
+
+from ml_collections import ConfigDict
+
+MODELS = {
+    "128s": dict(widths=(128, 256, 384), depths=(2, 3, 4), num_heads=(4, 6, 8), key_dim=16),
+    "128": dict(widths=(128, 256, 384), depths=(4, 4, 4), num_heads=(4, 8, 12), key_dim=16),
+    "192": dict(widths=(192, 288, 384), depths=(4, 4, 4), num_heads=(3, 5, 6), key_dim=32),
+    "256": dict(widths=(256, 384, 512), depths=(4, 4, 4), num_heads=(4, 6, 8), key_dim=32),
+    "384": dict(widths=(384, 512, 768), depths=(4, 4, 4), num_heads=(6, 9, 12), key_dim=32),
+}
+KNOWN = (*MODELS, "256_384", "384_384")
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    if arg not in KNOWN:
+        raise ValueError(f"unknown model {arg!r}; this file takes one of {', '.join(KNOWN)} after a colon")
+    size, _, pixels = arg.partition("_")
+    image_size, batch_size = (int(pixels), 1024) if pixels else (224, 2048)
+    teacher = f"deit_base_distilled_patch16_{image_size}.safetensors"
+    return ConfigDict(
+        dict(
+            seed=0,
+            seeds=1,
+            quick=False,
+            dtype="float32",
+            data=dict(
+                name="tfds",
+                tfds_name="imagenet2012",
+                root=os.environ.get("TFDS_DATA_DIR", ""),
+                train_split="train",
+                test_split="validation",
+                num_train=0,
+                num_test=0,
+                image_size=image_size,
+                augment="crop_flip",
+                num_workers=16,
+            ),
+            backbone=dict(
+                init_from="",
+                model=dict(
+                    MODELS[size],
+                    family="levit",
+                    image_size=image_size,
+                    num_classes=1000,
+                    positions="absolute",
+                    class_token=True,
+                    class_head=True,
+                ),
+                num_epochs=0.0,  # random weights
+            ),
+            reducer=dict(name="evo_levit", keep_ratio=0.5),
+            finetune=dict(
+                num_epochs=300.0,
+                batch_size=batch_size,
+                learning_rate=5e-4 * batch_size / 512,
+                final_learning_rate=1e-5,
+                warmup_epochs=5.0,
+                weight_decay=0.025,
+                adaptive_clip=0.01,
+                rate_factors=((r"^reducer/theta$", 1.0, 200),),
+                label_smoothing=0.1,
+                drop_path=0.1 if size == "384" else 0.0,
+                phases=(dict(until=200, layer_wise=True),),
+                augmentation=dict(rand_augment="m9-mstd0.5-inc1", erase=0.25, repeats=3),
+                mixing=dict(mixup=0.8, cutmix=1.0),
+                distillation=dict(kind="hard", teacher=os.path.join(os.environ.get("TIF_WEIGHTS", "."), teacher)),
+            ),
+            evaluate=dict(batch_size=256),
+            benchmark=dict(batch_size=256, dtype="float32", reducers=("evo_levit",)),
+            when_quick=dict(),
+        )
+    )
