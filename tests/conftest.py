@@ -1,18 +1,22 @@
 """Eight CPU devices, implicit rank promotion is an error, programs compile fast and are kept between runs."""
 
+import importlib.metadata
 import logging
 import os
-from importlib.metadata import version
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"
 # Tiny programs run once each: to optimise them takes longer than it saves.
-cheaply = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
-if version("jaxlib") < "0.12":  # later ones abort at flags that they no longer know
-    cheaply.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *cheaply])
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        # Later ones abort at a flag that they no longer know.
+        "--xla_cpu_use_fusion_emitters=false" if importlib.metadata.version("jaxlib") < "0.12" else "",
+    ]
+)
 # Of programs that the tests start, too.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".jax_cache")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

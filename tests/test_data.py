@@ -722,3 +722,34 @@ def test_real_photographs():
     (batch,) = batches
     batches.close()
     assert abs(batch["image"].mean()) < 0.6 and 0.7 < batch["image"].std() < 1.5  # photographs, normalised
+
+
+GENERATED = {"name": "digits", "image_size": 32, "crop_fraction": 1.0, "num_train": 100, "num_workers": 2}
+
+
+def test_worker_processes_give_the_same_batches():
+    def first(**options):
+        batches = training_batches(open_source(GENERATED, "train"), GENERATED | options, batch_size=64, seed=0)
+        batches.set_state({"next_batch": 1})
+        found = [next(batches) for _ in range(3)]
+        batches.close()
+        return found
+
+    for ours, theirs in zip(first(), first(worker_processes=2), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+def test_repeats_draw_views_anew_of_fewer_images():
+    data = GENERATED | {"augment": "crop_flip"}
+    batches = training_batches(open_source(data, "train"), data, batch_size=10, seed=0, repeats=3)
+    first, again = ([next(batches) for _ in range(10)] for _ in range(2))  # two epochs of 100
+    for epoch in (first, again):
+        index = np.concatenate([batch["index"] for batch in epoch])
+        assert (index[0:99:3] == index[2:99:3]).all() and len(set(index)) == 34  # 100 rows of 34 images
+        images = np.concatenate([batch["image"] for batch in epoch])
+        assert not (images[0] == images[1]).all() and not (images[1] == images[2]).all()
+    assert set(np.concatenate([b["index"] for b in first])) != set(np.concatenate([b["index"] for b in again]))
+    with pytest.raises(InputError, match=r"augmentation\.repeats is 0"):
+        training_batches(open_source(data, "train"), data, batch_size=10, seed=0, repeats=0)

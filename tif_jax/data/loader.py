@@ -1,4 +1,4 @@
-"""Batches of views of images, read and preprocessed by threads.
+"""Batches of views of images, read and preprocessed by threads, and by worker processes where threads are not enough.
 
 A record is (index, view): the image at `index` of the source, and which picture of it. View 0 is the evaluation view;
 view v > 0 is an augmentation drawn from (index, v) and nothing else, so that impacts scored once fit every later run.
@@ -6,6 +6,7 @@ view v > 0 is an augmentation drawn from (index, v) and nothing else, so that im
 Legend: B images of a batch, R records, Y rows, X columns.
 """
 
+import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import flags
 from jaxtyping import Float32, Int, Shaped, UInt8
 from PIL import Image
 
@@ -46,27 +48,28 @@ class Batches:
         if batch_size % processes:
             raise InputError(f"a batch of {batch_size} can not be divided over {processes} processes")
         # A thread's task is a few rows at once: handing over small images one by one takes longer than reading them.
-        self._rows_per_task = math.gcd(batch_size // processes, _ROWS_PER_TASK)
-        self._tasks = batch_size // processes // self._rows_per_task  # per batch
-        self._first_task, self._all_tasks = process * self._tasks, processes * self._tasks
+        num_rows_of_task = math.gcd(batch_size // processes, _ROWS_PER_TASK)
+        self._tasks = batch_size // processes // num_rows_of_task  # of a batch, in this process
+        self._read = _Task(load, rows, num_rows_of_task, self._tasks, processes, process)
         self._num_batches = num_rows // batch_size
-        self._rows, self._load = rows, load
         self._iterator = self._from(0)
 
     def _from(self, batch: int) -> Any:
         import grain
 
-        def read(task: int) -> Batch:
-            number, task = divmod(task, self._tasks)
-            first = self._rows_per_task * (number * self._all_tasks + self._first_task + task)
-            positions = range(first, first + self._rows_per_task)
-            return self._load(first, np.array([self._rows(position) for position in positions]))
-
         self._next = batch
-        tasks = grain.MapDataset.range(batch * self._tasks, self._num_batches * self._tasks).map(read)
-        num_threads = self._load.options.num_workers
-        ahead = grain.ReadOptions(num_threads, prefetch_buffer_size=max(num_threads, 2 * self._tasks))
-        return iter(tasks.to_iter_dataset(ahead).batch(self._tasks, batch_fn=_concatenate))
+        options = self._read.load.options
+        tasks = grain.MapDataset.range(batch * self._tasks, self._num_batches * self._tasks).map(self._read)
+        ahead = max(options.num_workers, 2 * self._tasks)
+        results = tasks.to_iter_dataset(grain.ReadOptions(options.num_workers, prefetch_buffer_size=ahead))
+        if options.worker_processes:
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()  # Grain's worker processes ask for flags, which we do not use
+            workers = grain.MultiprocessingOptions(
+                options.worker_processes, per_worker_buffer_size=-(-ahead // options.worker_processes)
+            )
+            results = results.mp_prefetch(workers)
+        return iter(results.batch(self._tasks, batch_fn=_concatenate))
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -88,6 +91,40 @@ class Batches:
     def close(self) -> None:
         """Ends the threads. No batch can be read afterwards."""
         self._iterator.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """Reads this process's t-th few rows, counted through all batches."""
+
+    load: "_Loader"
+    rows: Callable[[int], int]
+    num_rows: int
+    per_batch: int  # in each process
+    num_processes: int
+    process: int
+
+    def __call__(self, task: int) -> Batch:
+        batch, task = divmod(task, self.per_batch)
+        first = self.num_rows * ((batch * self.num_processes + self.process) * self.per_batch + task)
+        return self.load(first, np.array([self.rows(position) for position in range(first, first + self.num_rows)]))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shuffled:
+    """The row of the records at a position of endless epochs. (No closure: worker processes get it.)"""
+
+    order: Any  # a permutation of the rows for each epoch, by position
+    num_rows: int
+    repeats: int
+
+    def __call__(self, position: int) -> int:
+        epoch, place = divmod(position, self.num_rows)
+        return self.order[epoch * self.num_rows + place // self.repeats]
+
+
+def _in_order(position: int) -> int:
+    return position
 
 
 def training_batches(
@@ -124,15 +161,10 @@ def training_batches(
     _check_batch_size(batch_size)
     if repeats < 1:
         raise InputError(f"augmentation.repeats is {repeats}; it must be at least 1")
-    num_rows = len(records)
-    order = grain.MapDataset.range(num_rows).shuffle(seed).repeat(_ENDLESS)
-
-    def row(position: int) -> int:
-        epoch, place = divmod(position, num_rows)
-        return order[epoch * num_rows + place // repeats]
-
+    order = grain.MapDataset.range(len(records)).shuffle(seed).repeat(_ENDLESS)
     load = _Loader(source, options, records, extra or {}, seed, augmentation)
-    return Batches(row, num_rows * _ENDLESS, load, batch_size, shared=True)
+    rows = _Shuffled(order, len(records), repeats)
+    return Batches(rows, len(records) * _ENDLESS, load, batch_size, shared=True)
 
 
 def evaluation_batches(
@@ -156,9 +188,7 @@ def evaluation_batches(
         _check_records(records, source, options)
     _check_batch_size(batch_size)
     num_rows = -(-len(records) // batch_size) * batch_size
-    return Batches(
-        lambda position: position, num_rows, _Loader(source, options, records, {}, seed=None), batch_size, shared
-    )
+    return Batches(_in_order, num_rows, _Loader(source, options, records, {}, seed=None), batch_size, shared)
 
 
 class _Loader:

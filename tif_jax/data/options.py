@@ -36,6 +36,7 @@ class DataOptions:
     augment: str = "none"  # none: training sees the evaluation view; crop_flip: random crops, mirrored half of the time
     on_error: str = "raise"  # an unreadable image ends the run (raise) or is counted, logged and left out (skip)
     num_workers: int = 4  # threads that read and preprocess, about one per core; 0: only the caller
+    worker_processes: int = 0  # of so many threads each, where one process's threads wait for each other; 0: none
     seed: int = 0  # digits only: of the generator of canvases
 
     @property
@@ -59,7 +60,7 @@ def read_options(data: Settings) -> DataOptions:
     for key, allowed in {"augment": ("none", "crop_flip"), "on_error": ("raise", "skip")}.items():
         if options[key] not in allowed:
             raise InputError(f"data.{key} is {options[key]!r}; allowed: {', '.join(map(repr, allowed))}")
-    for key in "num_train", "num_test", "num_workers", "seed":
+    for key in "num_train", "num_test", "num_workers", "worker_processes", "seed":
         if options[key] < 0:
             raise InputError(f"data.{key} is {options[key]}; it must be at least 0")
     check_view(*(options[key] for key in ("image_size", "crop_fraction", "mean", "std")))
