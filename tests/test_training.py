@@ -7,7 +7,6 @@ import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from cases import call, numpy_model
 from flax import nnx
@@ -255,29 +254,8 @@ def test_classification_against_numpy():
     np.testing.assert_allclose(terms["loss"], (cross_entropy(one) + cross_entropy(two)) / 2 + 1, rtol=1e-5)
 
 
-def test_match_and_partition():
-    params = {"block_0": {"mlp": {"kernel": 1, "bias": 2}}, "reducer": {"kernel": 3}}
-    mask = optim.match(((r"^reducer/", "r"), (r"bias$", "b")), params, "other")
-    assert mask == {"block_0": {"mlp": {"kernel": "other", "bias": "b"}}, "reducer": {"kernel": "r"}}
-    with pytest.raises(InputError, match="no parameter path matches 'heed'"):
-        optim.match((("heed", True),), params, False)
-    chosen = optim.match(((r"^reducer/", True),), params, False)
-    assert optim.merge(*optim.partition(params, chosen)) == params
-    assert jax.tree.leaves(optim.partition(params, chosen)[0]) == [3]
-
-
-def test_adamw_schedule_and_decay():
-    params = {"layer": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}}
-    optimizer = optim.adamw(10, learning_rate=0.1, warmup_steps=2, weight_decay=0.5)
-    state, update = optimizer.init(params), jax.jit(optimizer.update)
-    zero = jax.tree.map(jnp.zeros_like, params)
-    moved = []
-    for _ in range(10):
-        updates, state = update(zero, state, params)
-        moved.append(updates["layer"]["kernel"][0].item())
-        assert (updates["layer"]["bias"] == 0).all()  # no decay
-    rates = [0.0, 0.05, *(0.1 * (1 + np.cos(np.pi * i / 8)) / 2 for i in range(8))]
-    np.testing.assert_allclose(moved, [-0.5 * rate for rate in rates], atol=1e-6)
-    assert optax.tree.norm(updates) > 0
-    with pytest.raises(InputError, match="warmup_steps is 10"):
-        optim.adamw(10, learning_rate=0.1, warmup_steps=10)
+def test_a_checkpoint_with_an_average_is_loaded_as_that(tmp_path):
+    model, average = (params_of(numpy_model(TINY, seed=seed)) for seed in (0, 1))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(State(jnp.int32(1), model, (), average), {"model": TINY, "reducer": {"name": "full"}}, {})
+    jax.tree.map(np.testing.assert_array_equal, params_of(load(tmp_path)), average)
