@@ -1,7 +1,7 @@
 """A program for tests that stop, kill or divide a training run: trains a tiny backbone on digits, slowly.
 
-    python trainer.py SECONDS_PER_STEP FILE ARGUMENTS...     FILE gets the number of steps begun
-    python trainer.py serve                                  the same for each line of arguments read, in a fork each
+    python trainer.py SECONDS_PER_STEP FILE ARGUMENTS... [evaluate]    FILE gets the number of steps begun
+    python trainer.py serve    the same for each line of arguments read, in a fork each
 
 Imports take longer than the training: `serve` does them once. It prints each fork's number, and its exit status.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tif_jax import __main__ as program
 from tif_jax import processes, state, training
-from tif_jax.commands import train as _already_imported  # noqa: F401
+from tif_jax.commands import train
 
 CONFIG = str(Path(__file__).parents[1] / "configs" / "digits.py")
 TINY = [
@@ -37,6 +37,16 @@ def run(seconds, file, *argv):
         time.sleep(float(seconds))
         return state.shard(batch, mesh)
 
+    trained = train.train
+
+    def train_and_evaluate(stage, config, workdir):
+        trained(stage, config, workdir)
+        from tif_jax.commands import evaluate
+
+        evaluate.backbone(config, workdir)
+
+    if argv[-1] == "evaluate":
+        argv, train.train = argv[:-1], train_and_evaluate
     training.shard = slowly
     return program.main(["train", "--stage=backbone", *TINY, *argv])
 
