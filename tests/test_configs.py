@@ -84,7 +84,7 @@ def test_its_training_takes_their_values(name):
     config = config_file.load(name, [])
     for entry in config.benchmark.reducers:
         train.check_reducer(with_reducer(config, entry))
-    train.check_distillation(config)
+
     for recipe in (config.backbone, config.finetune):
         if recipe.get("num_epochs"):
             Mixing(**recipe.mixing)

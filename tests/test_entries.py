@@ -76,8 +76,6 @@ def test_entries_that_mean_nothing(entry, message):
         (dict(finetune__phases=(dict(until=0.2, keep_ratio=7.0),)), "keep_ratio is 7.0"),
         (dict(finetune__phases=(dict(until=9.0),)), "last until the epochs \\[9.0\\]; give each an `until`, ascending"),
         (dict(finetune__phases=(1, 2)), "finetune.phases is \\(1, 2\\); it is a tuple of dicts"),
-        (dict(finetune__distillation=dict(kind="warm")), "kind is 'warm'; allowed: '', 'soft', 'hard'"),
-        (dict(finetune__distillation=dict(weigth=1.0)), "finetune.distillation has weigth; known"),
         (
             dict(benchmark__reducers=("tif", dict(name="tif", then=dict(name="prior")))),
             "reducer 'prior' needs a stage of its own",

@@ -236,6 +236,39 @@ MISTAKES = {
     "key misspelt": Mistake("score --config.data.crop_fracton=0.9", ("'data.crop_fracton'", "'data.crop_fraction'")),
     "value of another type": Mistake("score --config.seed=abc", ("seed", "abc")),
     "value of another type after a space": Mistake("score --config.seed abc", ("seed", "abc")),
+    "unknown kind of distillation": Mistake(
+        "train --stage=finetune --config.finetune.distillation.kind=warm", ("finetune", "kind is 'warm'", "'soft', 'hard'")
+    ),
+    "dict in a recipe with a key misspelt": Mistake(
+        "train --stage=backbone",
+        ("finetune.mixing has cutmx", "known: mixup, cutmix, switch, probability"),
+        text("config.py", CONFIG.replace("finetune=dict(recipe, ", "finetune=dict(recipe, mixing=dict(cutmx=1.0), ")),
+    ),
+    "mixing that is none": Mistake(
+        "score --config.finetune.mixing.switch=2.0", ("finetune", "switch is 2.0", "[0, 1]")
+    ),
+    "unknown RandAugment": Mistake(
+        "score --config.backbone.augmentation.rand_augment=m9-foo", ("backbone", "rand_augment", "m9-foo")
+    ),
+    "batch in parts that do not divide it": Mistake(
+        "train --stage=backbone --config.backbone.accumulate=3", ("backbone: accumulate is 3", "batch_size 8")
+    ),
+    "no steps between checkpoints": Mistake("score --config.filter.save_every=0", ("filter: save_every is 0",)),
+    "average that forgets nothing": Mistake("score --config.finetune.ema=1.0", ("finetune: ema is 1.0", "[0, 1)")),
+    "pattern for a tuple of them": Mistake(
+        "score", ("finetune: freeze is '^norm'", "('^norm',)"),
+        text("config.py", CONFIG.replace("finetune=dict(recipe, ", "finetune=dict(recipe, freeze='^norm', ")),
+    ),
+    "factor without a pattern": Mistake(
+        "score", ("finetune: rate_factors has the entry 0.1", "(pattern, factor, epoch)"),
+        text("config.py", CONFIG.replace("finetune=dict(recipe, ", "finetune=dict(recipe, rate_factors=(0.1,), ")),
+    ),
+    "pattern that matches nothing": Mistake(
+        "train --stage=backbone --workdir=new --config.backbone.freeze='(\"^hed\",)'", ("no parameter path matches", "hed"),
+    ),
+    "devices that do not divide the batch": Mistake(
+        "train --stage=backbone --workdir=new --config.sharding.fsdp=3", ("a batch of 8", "sharding.fsdp 3"),
+    ),
     "unknown dtype": Mistake("train --stage=backbone --workdir=new --config.dtype=float23", ("float23",)),
     # the workdir
     "workdir below a file": Mistake("score --workdir=config.py/run", ("config.py/run", "choose another")),

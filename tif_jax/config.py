@@ -41,6 +41,7 @@ def load(filename: str, overrides: list[str]) -> ConfigDict:
         for key, value in _leaves(config.when_quick):
             if key not in given:
                 _update(config, key, value)
+    recipe.check(config)
     return config.lock()
 
 

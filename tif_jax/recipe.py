@@ -4,6 +4,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from tif_jax.data.augment import Augmentation
+from tif_jax.errors import InputError
+from tif_jax.mixing import Mixing
+
 TOP: dict[str, Any] = dict(
     peak_tflops=0.0,  # of one device, to tell model FLOP/s utilisation by; 0: known for some devices (speed.py)
     # Parameters, optimiser state and moving average are divided over `fsdp` devices, as a table of (pattern, axis) says.
@@ -44,18 +48,65 @@ FINETUNE: dict[str, Any] = NETWORK | dict(
 
 
 def fill_in(config: ConfigDict) -> None:
-    """Adds the keys that a config leaves out."""
-    _fill(config, TOP)
+    """Adds the keys that a config leaves out. Raises InputError for keys that a dict among these values does not have."""
+    _fill(config, TOP, "")
     for section, defaults in dict(backbone=NETWORK, filter=TRAINING, finetune=FINETUNE).items():
         if "num_epochs" in config.get(section, ()):  # an imported backbone is not trained
-            _fill(config[section], defaults)
+            _fill(config[section], defaults, f"{section}.")
 
 
-def _fill(section: ConfigDict, defaults: dict[str, Any]) -> None:
+def _fill(section: ConfigDict, defaults: dict[str, Any], prefix: str) -> None:
     for key, value in defaults.items():
-        if isinstance(value, dict):
+        if not isinstance(value, dict):
             if key not in section:
-                section[key] = ConfigDict()
-            _fill(section[key], value)
-        elif key not in section:
-            section[key] = value
+                section[key] = value
+            continue
+        given = section.get(key, ConfigDict())
+        if unknown := sorted(set(given) - set(value)):
+            raise InputError(f"{prefix}{key} has {', '.join(unknown)}; known: {', '.join(value)}")
+        section[key] = ConfigDict(value | given.to_dict())
+
+
+def check(config: ConfigDict) -> None:
+    """Raises InputError for values of the sections that train, before hours of work come to them."""
+    for name in ("backbone", "filter", "finetune"):
+        if "accumulate" in config.get(name, ()):
+            try:
+                _check(config[name])
+            except InputError as error:
+                raise InputError(f"{name}: {error}") from None
+
+
+def augmentation(section: ConfigDict) -> tuple[Augmentation, int]:
+    """How fresh views are augmented, and how many of an image follow each other."""
+    settings = section.augmentation.to_dict()
+    repeats = settings.pop("repeats")
+    return Augmentation(**settings), repeats
+
+
+def mixing(section: ConfigDict) -> Mixing | None:
+    """How batches are mixed, if they are."""
+    found = Mixing(**section.mixing.to_dict()) if "mixing" in section else Mixing()
+    return found if found.mixup or found.cutmix else None
+
+
+def _check(section: ConfigDict) -> None:
+    mixing(section)
+    if "augmentation" in section and augmentation(section)[1] < 1:
+        raise InputError(f"augmentation.repeats is {section.augmentation.repeats}; at least 1")
+    if section.accumulate < 1 or section.batch_size % section.accumulate:
+        raise InputError(f"accumulate is {section.accumulate}; it has to divide the batch_size {section.batch_size}")
+    if section.save_every < 1:
+        raise InputError(f"save_every is {section.save_every}; it is a number of steps, at least 1")
+    if not 0 <= (ema := section.get("ema", 0.0)) < 1:
+        raise InputError(f"ema is {ema}; it is a decay in [0, 1), 0 for none")
+    for name, lengths in (("rate_factors", (2, 3)), ("decay_factors", (2,))):
+        for entry in section[name]:
+            numbers = entry[1:] if isinstance(entry, tuple | list) and len(entry) in lengths else ("",)
+            if not (isinstance(entry[0], str) and all(isinstance(number, int | float) for number in numbers)):
+                form = "(pattern, factor)" + " or (pattern, factor, epoch)" * (3 in lengths)
+                raise InputError(f"{name} has the entry {entry!r}; an entry is {form}, as in ('^reducer/', 10.0)")
+    if "distillation" in section and (kind := section.distillation.kind) not in ("", "soft", "hard"):
+        raise InputError(f"distillation.kind is {kind!r}; allowed: '', 'soft', 'hard'")
+    if isinstance(section.freeze, str):
+        raise InputError(f"freeze is {section.freeze!r}; it is a tuple of patterns, as in ({section.freeze!r},)")

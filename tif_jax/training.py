@@ -15,12 +15,11 @@ from tif_jax import config as config_file
 from tif_jax import optim, processes, records, speed
 from tif_jax.budget import SOLVED
 from tif_jax.data.loader import Batches
-from tif_jax.errors import InputError
 from tif_jax.loop import Step, init_state, make_step, run
 from tif_jax.losses import Loss
 from tif_jax.metrics_log import MetricsLog
-from tif_jax.mixing import Mixing
 from tif_jax.models import Model
+from tif_jax.recipe import mixing
 from tif_jax.state import FSDP, Checkpoints, Params, State, make_mesh, params_of, shard, shardings
 
 logger = logging.getLogger(__name__)
@@ -69,13 +68,9 @@ class Prepared:
 
 
 def prepare(stage: Stage) -> Prepared:
-    """The stage's step and state. Raises InputError for what its recipe has wrong."""
+    """The stage's step and state. Raises InputError where a table of its recipe does not fit its parameters."""
     recipe, sharding = stage.recipe, stage.config.sharding
-    if recipe.accumulate < 1 or recipe.batch_size % recipe.accumulate:
-        raise InputError(f"accumulate is {recipe.accumulate}; it has to divide the batch_size {recipe.batch_size}")
     ema = recipe.get("ema", 0.0)
-    if not 0 <= ema < 1:
-        raise InputError(f"ema is {ema}; it is a decay in [0, 1), 0 for none")
     params = jax.device_get(params_of(stage.model))
     trainable = (*((pattern, False) for pattern in recipe.freeze), *stage.trainable)
     mask = optim.match(trainable, params, stage.trainable_default)
@@ -86,7 +81,6 @@ def prepare(stage: Stage) -> Prepared:
         return init_state(params, optimizer, mask, ema=bool(ema))
 
     where = shardings(jax.eval_shape(fresh, params), mesh, sharding.table or FSDP)
-    mixing = Mixing(**recipe.get("mixing", {}))
 
     def step(model: Model) -> Step:
         return make_step(
@@ -97,7 +91,7 @@ def prepare(stage: Stage) -> Prepared:
             seed=stage.config.seed,
             stochastic=stage.stochastic,
             teacher=stage.teacher,
-            mixing=mixing if mixing.mixup or mixing.cutmix else None,
+            mixing=mixing(recipe),
             accumulate=recipe.accumulate,
             ema=ema,
             where=where,

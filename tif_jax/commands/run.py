@@ -33,7 +33,6 @@ def run(config: ConfigDict, workdir: Path) -> None:
     labels = [train.label(of_run) for of_run in runs if of_run.seed == config.seed]
     if len(labels) > len(set(labels)) or not labels:
         raise InputError(f"benchmark.reducers is {', '.join(labels) or 'empty'}; name at least one, each once")
-    train.check_distillation(config)
     for of_run in runs:  # mistakes that would otherwise come to light after hours
         train.check_reducer(of_run)
     if scored:

@@ -12,16 +12,16 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from tif_jax import data, losses, processes, recipe, records, reducers, shards
+from tif_jax import data, losses, processes, records, reducers, shards
 from tif_jax.budget import AMOUNTS, SOLVED
 from tif_jax.commands import _arguments
 from tif_jax.cost import cost
-from tif_jax.data.augment import Augmentation
 from tif_jax.data.loader import Batches, training_batches
 from tif_jax.data.preprocess import NONE
 from tif_jax.errors import InputError
 from tif_jax.loading import load, load_with_fields
 from tif_jax.models import Model, blueprint, create_model
+from tif_jax.recipe import augmentation
 from tif_jax.state import Checkpoints, State, params_of
 from tif_jax.training import Stage, describe, fit
 
@@ -165,13 +165,11 @@ FITTED: dict[str, Maker] = {"tif": token_filter, "tosa": selectors}
 
 
 def _fresh_views(config: ConfigDict, recipe: ConfigDict, source: data.Source) -> Batches:
-    settings = recipe.augmentation.to_dict()
-    repeats = settings.pop("repeats")
-    augmentation = Augmentation(**settings)
-    if config.data.augment == "none" and (repeats > 1 or augmentation != NONE):
+    views, repeats = augmentation(recipe)
+    if config.data.augment == "none" and (repeats > 1 or views != NONE):
         raise InputError("augmentation is for views that are drawn anew, of which data.augment 'none' has none")
     return training_batches(
-        source, config.data, batch_size=recipe.batch_size, seed=config.seed, augmentation=augmentation, repeats=repeats
+        source, config.data, batch_size=recipe.batch_size, seed=config.seed, augmentation=views, repeats=repeats
     )
 
 
@@ -197,7 +195,6 @@ def _finetuning_loss(config: ConfigDict, workdir: Path) -> tuple[losses.Loss, Mo
     """The loss that finetune.distillation asks for, and the teacher that it needs: the backbone, unreduced."""
     recipe = config.finetune
     base = partial(losses.classification, label_smoothing=recipe.label_smoothing)
-    check_distillation(config)
     given = recipe.distillation
     if not given.kind:
         return base, None
@@ -206,16 +203,6 @@ def _finetuning_loss(config: ConfigDict, workdir: Path) -> tuple[losses.Loss, Mo
         return partial(losses.hard_distillation, base=base, weight=given.logits_weight), teacher
     weights = dict(logits_weight=given.logits_weight, tokens_weight=given.tokens_weight)
     return partial(losses.distillation, base=base, **weights), teacher
-
-
-def check_distillation(config: ConfigDict) -> None:
-    """Raises InputError for keys of finetune.distillation that mean nothing."""
-    given = config.finetune.distillation
-    known = recipe.FINETUNE["distillation"]
-    if unknown := sorted(set(given) - set(known)):
-        raise InputError(f"finetune.distillation has {', '.join(unknown)}; known: {', '.join(known)}")
-    if (kind := given.kind) not in ("", "soft", "hard"):
-        raise InputError(f"finetune.distillation.kind is {kind!r}; allowed: '', 'soft', 'hard'")
 
 
 def is_fitted(config: ConfigDict) -> bool:
