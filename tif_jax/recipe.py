@@ -70,7 +70,7 @@ def _fill(section: ConfigDict, defaults: dict[str, Any], prefix: str) -> None:
 def check(config: ConfigDict) -> None:
     """Raises InputError for values of the sections that train, before hours of work come to them."""
     for name in ("backbone", "filter", "finetune"):
-        if "accumulate" in config.get(name, ()):
+        if config.get(name, {}).get("num_epochs"):
             try:
                 _check(config[name])
             except InputError as error:
@@ -102,8 +102,8 @@ def _check(section: ConfigDict) -> None:
         raise InputError(f"ema is {ema}; it is a decay in [0, 1), 0 for none")
     for name, lengths in (("rate_factors", (2, 3)), ("decay_factors", (2,))):
         for entry in section[name]:
-            numbers = entry[1:] if isinstance(entry, tuple | list) and len(entry) in lengths else ("",)
-            if not (isinstance(entry[0], str) and all(isinstance(number, int | float) for number in numbers)):
+            listed = isinstance(entry, tuple | list) and len(entry) in lengths
+            if not listed or not isinstance(entry[0], str) or not all(isinstance(x, int | float) for x in entry[1:]):
                 form = "(pattern, factor)" + " or (pattern, factor, epoch)" * (3 in lengths)
                 raise InputError(f"{name} has the entry {entry!r}; an entry is {form}, as in ('^reducer/', 10.0)")
     if "distillation" in section and (kind := section.distillation.kind) not in ("", "soft", "hard"):
