@@ -28,6 +28,14 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+# Files of tests are given to workers one after the other: the longest first, so that none is left over in the end.
+LONGEST = ("test_pipeline", "test_survival", "test_score_job", "test_processes", "test_tosa", "test_training")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 @pytest.fixture
 def strict_dtypes():
     """Mixing dtypes without saying so is an error."""

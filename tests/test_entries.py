@@ -139,6 +139,7 @@ def test_another_amount_stands_in_place_of_the_checkpoints(reducer, given, inste
     assert getattr(load(tmp_path, **instead).reducer, name) == value
 
 
+@pytest.mark.long
 def test_a_budget_on_a_pyramid():
     fields = dict(family="levit", widths=(16, 24, 32), depths=(2, 2, 2), num_heads=(1, 1, 2), key_dim=8, image_size=64)
     evo = fields | dict(positions="absolute", class_token=True, num_classes=5)

@@ -126,7 +126,7 @@ def walk(model, x, counts, selector="learned", residual=True):
             (EVERYTHING, dict(selector="oracle", layers=(1, 3), keep_ratio=(1.0, 0.6)), {3: 9}),
             ({}, dict(selector="class"), {1: 12, 3: 12}),
         ],
-        short=(1, 2),
+        short=(1,),
     ),
 )
 def test_the_walk_of_the_specification(fields, options, counts):
