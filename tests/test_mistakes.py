@@ -254,7 +254,7 @@ MISTAKES = {
         "train --stage=backbone --config.backbone.accumulate=3", ("backbone: accumulate is 3", "batch_size 8")
     ),
     "no steps between checkpoints": Mistake("score --config.filter.save_every=0", ("filter: save_every is 0",)),
-    "average that forgets nothing": Mistake("score --config.finetune.ema=1.0", ("finetune: ema is 1.0", "[0, 1)")),
+    "average that forgets nothing": Mistake("score --config.finetune.ema=1.0", ("finetune: ema is 1.0", "below 1")),
     "pattern for a tuple of them": Mistake(
         "score", ("finetune: freeze is '^norm'", "('^norm',)"),
         text("config.py", CONFIG.replace("finetune=dict(recipe, ", "finetune=dict(recipe, freeze='^norm', ")),

@@ -48,8 +48,9 @@ def ends(both):
     return [process.wait(timeout=120) for process in both], [process.communicate()[0] for process in both]
 
 
-def wait_for_step(file, step):
+def wait_for_step(file, step, both):
     while not file.exists() or int(file.read_text() or 0) < step:
+        assert all(process.poll() is None for process in both)
         time.sleep(0.05)
 
 
@@ -58,7 +59,7 @@ def test_stopped_killed_and_finished_it_is_as_one_process(tmp_path):
     training = [TRAINER, "0.1", str(tmp_path / "steps"), f"--workdir={workdir}", *DIVIDED]
 
     both = start(training, tmp_path)
-    wait_for_step(tmp_path / "steps", 2)
+    wait_for_step(tmp_path / "steps", 2, both)
     both[1].send_signal(signal.SIGTERM)  # one is told, both stop, at the same step
     assert ends(both)[0] == [75, 75], logs[0].read_text()
     checkpoints = workdir / "backbone" / "checkpoints"
@@ -69,7 +70,7 @@ def test_stopped_killed_and_finished_it_is_as_one_process(tmp_path):
 
     (tmp_path / "steps").unlink()
     both = start(training, tmp_path)
-    wait_for_step(tmp_path / "steps", 1)
+    wait_for_step(tmp_path / "steps", 1, both)
     both[1].kill()
     began = time.monotonic()
     assert ends(both)[0] == [1, -signal.SIGKILL] and time.monotonic() - began < 30

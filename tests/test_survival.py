@@ -69,6 +69,14 @@ def arrays(workdir):
     return state.load_params(workdir / "backbone" / "checkpoints")[0]
 
 
+def wait_for_step(file, step, seconds=120):
+    """Longer it does not take: a run that died at once would be waited for for ever."""
+    until = time.monotonic() + seconds
+    while number_in(file) < step:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
 def number_in(file):
     return int(file.read_text() or 0) if file.exists() else 0
 
@@ -88,8 +96,7 @@ def test_killed_at_random_moments(server, uncut, tmp_path, num_kills):
         child = server.start(0.02, begun, f"--workdir={workdir}")
         # Before, during or between steps and checkpoints; some way on, since nothing is left to kill after the last.
         after, moment = rng.randrange(0, min(2 * SAVE_EVERY, NUM_STEPS - start)), rng.uniform(0, 0.3)
-        while number_in(begun) < after:
-            time.sleep(0.01)
+        wait_for_step(begun, after)
         time.sleep(moment)
         subprocess.run(["kill", "-KILL", str(child)], check=False)
         assert server.status() in (-signal.SIGKILL, 0)
@@ -107,8 +114,7 @@ def test_killed_at_random_moments(server, uncut, tmp_path, num_kills):
 
 def test_sigterm_saves(server, tmp_path):
     child = server.start(0.2, tmp_path / "steps", f"--workdir={tmp_path / 'run'}")
-    while number_in(tmp_path / "steps") < 3:
-        time.sleep(0.05)
+    wait_for_step(tmp_path / "steps", 3)
     subprocess.run(["kill", "-TERM", str(child)], check=True)
     assert server.status() == 75
     assert newest(tmp_path / "run") == number_in(tmp_path / "steps")  # not one step is lost

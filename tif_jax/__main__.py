@@ -43,8 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     except BaseException:
         processes.crash()
         raise
-    if status not in (0, 75):
-        processes.fail(status)
+    if status:
+        processes.leave(status)
     return status
 
 

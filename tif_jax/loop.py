@@ -115,7 +115,8 @@ def make_step(
         if where is not None:
             grads = jax.lax.with_sharding_constraint(grads, optim.partition(where.params, trainable)[0])
         updates, opt_state = optimizer.update(grads, state.opt_state, ours)
-        params = with_statistics(optim.merge(optax.apply_updates(ours, updates), frozen), statistics)
+        updated = with_statistics(optim.merge(optax.apply_updates(ours, updates), frozen), statistics)
+        params = optim.merge(optim.partition(updated, trainable)[0], frozen)  # statistics may be frozen, too
         average = None if state.ema is None else optax.incremental_update(params, state.ema, 1 - ema)
         metrics["grad_norm"] = optax.tree.norm(grads)
         return State(state.step + 1, params, opt_state, average), metrics
@@ -132,7 +133,7 @@ def make_step(
 
 
 def _parts(number: int, rows: Array) -> Array:
-    """Rows (B, ...) as (number, B / number, ...), so that each part has rows of every device."""
+    """Rows (B, ...) as (number, B / number, ...), each part with rows of every device that divides it."""
     return jnp.moveaxis(rows.reshape(-1, number, *rows.shape[1:]), 1, 0)
 
 
@@ -153,7 +154,7 @@ def run(
     save_every: int,
     log: Callable[[int, dict[str, float]], None],
     save: Callable[[State], None],
-    stop: Callable[[int], bool] = lambda step: False,
+    stop: Callable[[], bool] = lambda: False,
     label: str = "train",
 ) -> State:
     """Steps until state.step == until. Logs mean metrics every log_every steps and saves every save_every and at the end.
@@ -161,14 +162,14 @@ def run(
     The order is fixed: log, save, next batch, step. So a saved state has passed the check for NaN, and the iterator's
     state at a save is that of the next batch. Between logs and saves nothing waits for the device, and nothing is copied
     to it that was not put there on purpose (jax.transfer_guard). Raises WorkError at a loss or gradient that is not
-    finite, and Preempted, after logging and saving, once stop(step) is true; it is asked at every step.
+    finite, and Preempted, after logging and saving, once stop() is true; it is asked at every step and at the end.
     """
     start = int(jax.device_get(state.step))
     pending: list[tuple[Mapping[str, Any], Any]] = []
     began, waited = time.perf_counter(), 0.0
     with Progress(label, until, "step", start) as progress:
         for at in range(start, until + 1):
-            stopping = stop(at)
+            stopping = stop()
             if pending and (stopping or at % log_every == 0 or at % save_every == 0 or at == until):
                 num_images = sum(len(indices) for _, indices in pending)
                 means = _check(at - len(pending), pending)
@@ -183,10 +184,10 @@ def run(
                 pending, began, waited = [], time.perf_counter(), 0.0
             if at > start and (stopping or at % save_every == 0 or at == until):
                 save(state)
+            if stopping:
+                raise Preempted(f"stopped at step {at}, nothing is lost; run the same command again to go on")
             if at == until:
                 break
-            if stopping:
-                raise Preempted(f"stopped at step {at}, which is saved; run the same command again to go on")
             with jax.transfer_guard("disallow"):
                 before = time.perf_counter()
                 batch = next(batches)

@@ -19,10 +19,15 @@ _EXEMPT = re.compile(r"bias(es)?$|scale$|(mean|var)$|token|position_embedding|th
 def match(table: Table, params: Mapping[str, Any], default: Any) -> Any:
     """For every parameter the value of the first (pattern, value) whose regular expression is found in its path.
 
-    Paths are joined by '/', as in 'block_0/mlp/up/kernel'. Returns a tree like `params`. A pattern that matches no
-    parameter raises InputError.
+    Paths are joined by '/', as in 'block_0/mlp/up/kernel'. Returns a tree like `params`. Raises InputError for a pattern
+    that matches no parameter, except one that begins with '^reducer/': not every reducer has parameters.
     """
     used = set()
+    for pattern, _ in table:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError):
+            raise InputError(f"{pattern!r} is no regular expression for parameter paths") from None
 
     def value(path, _leaf):
         for pattern, matched in table:
@@ -32,7 +37,7 @@ def match(table: Table, params: Mapping[str, Any], default: Any) -> Any:
         return default
 
     tree = jax.tree_util.tree_map_with_path(value, dict(params))
-    if unused := [pattern for pattern, _ in table if pattern not in used]:
+    if unused := [pattern for pattern, _ in table if pattern not in used and not pattern.startswith("^reducer/")]:
         raise InputError(
             f"no parameter path matches {', '.join(map(repr, unused))}, or an earlier pattern takes them all"
         )
@@ -72,7 +77,8 @@ def adamw(
     """AdamW with linear warm-up from 0 and cosine decay to final_learning_rate at num_steps.
 
     clip_norm: bound of the global gradient norm. adaptive_clip: bound of each unit's gradient norm relative to its
-    weights' (Brock et al. 2021, AGC); 0: none.
+    weights' (Brock et al. 2021, AGC); 0: none. A unit of a matrix is a column; of tokens and position embeddings, unlike
+    timm's, each number.
     layer_decay: factor of the learning rate from each block to the one before it (Clark et al. 2020; Bao et al. 2022).
     rate_factors: (pattern, (factor, first_step)): the learning rate of such parameters is multiplied by factor, and is 0
     before first_step. decay_factors: (pattern, factor) of the weight decay; without one it is 0 for biases, scales, tokens
@@ -130,7 +136,7 @@ def _layer(path, depth: int) -> int:
     name = path[0].key
     if name.startswith("block_"):
         return int(name.removeprefix("block_")) + 1
-    return 0 if name.endswith(("embedding", "_token", "_tokens")) else depth + 1
+    return 0 if name == "stem" or name.endswith(("embedding", "_token", "_tokens")) else depth + 1
 
 
 def _is_none(leaf: Any) -> bool:

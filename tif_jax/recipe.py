@@ -1,5 +1,6 @@
 """The keys that every config has, and what they are where it leaves them out: `--config.KEY=VALUE` can set each."""
 
+import difflib
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -25,7 +26,7 @@ TRAINING: dict[str, Any] = dict(
     layer_decay=1.0,
     rate_factors=(),  # (pattern, factor), or (pattern, factor, epoch): nothing is learned before that epoch
     decay_factors=(),  # (pattern, factor)
-    freeze=(),  # patterns of parameters that rest
+    freeze=(),  # patterns of parameters that rest; batch normalisation still normalises by the batch
     accumulate=1,  # parts that a batch is worked through in
     save_every=1000,  # steps that a killed run loses at most; a shorter run saves once on the way
 )
@@ -47,12 +48,30 @@ FINETUNE: dict[str, Any] = NETWORK | dict(
 )
 
 
+# Those that change how long something takes, or where it is, but not what comes out.
+WITHOUT_EFFECT = ("save_every", "remat", "num_workers", "worker_processes")
+
+_OWN = {  # keys without a default here
+    "backbone": ("init_from", "model", "num_heads", "num_classes", "num_epochs", "batch_size"),
+    "filter": ("labels", "rho", "balance", "num_epochs", "batch_size"),
+    "finetune": ("model", "num_epochs", "batch_size"),
+}
+
+
 def fill_in(config: ConfigDict) -> None:
-    """Adds the keys that a config leaves out. Raises InputError for keys that a dict among these values does not have."""
-    _fill(config, TOP, "")
-    for section, defaults in dict(backbone=NETWORK, filter=TRAINING, finetune=FINETUNE).items():
-        if "num_epochs" in config.get(section, ()):  # an imported backbone is not trained
-            _fill(config[section], defaults, f"{section}.")
+    """Adds the keys that a config leaves out. Raises InputError for keys that nothing reads."""
+    with config.unlocked():
+        _fill(config, TOP, "")
+        if "data" in config and "worker_processes" not in config.data:
+            config.data.worker_processes = 0
+        for name, defaults in dict(backbone=NETWORK, filter=TRAINING, finetune=FINETUNE).items():
+            section = config.get(name, ConfigDict())
+            known = (*defaults, *_OWN[name])
+            if unknown := sorted(set(section) - set(known)):
+                near = difflib.get_close_matches(unknown[0], known, 1, cutoff=0.0)[0]
+                raise InputError(f"{name} has {', '.join(unknown)}, which nothing reads; did you mean {near!r}?")
+            if "num_epochs" in section:  # an imported backbone is not trained
+                _fill(section, defaults, f"{name}.")
 
 
 def _fill(section: ConfigDict, defaults: dict[str, Any], prefix: str) -> None:
@@ -62,13 +81,25 @@ def _fill(section: ConfigDict, defaults: dict[str, Any], prefix: str) -> None:
                 section[key] = value
             continue
         given = section.get(key, ConfigDict())
+        if not isinstance(given, ConfigDict):
+            raise InputError(f"{prefix}{key} is {given!r}; it is a dict of {', '.join(value)}")
         if unknown := sorted(set(given) - set(value)):
             raise InputError(f"{prefix}{key} has {', '.join(unknown)}; known: {', '.join(value)}")
         section[key] = ConfigDict(value | given.to_dict())
 
 
+_RANGES = (  # key, least, and what it is below
+    ("learning_rate", 0, float("inf")), ("final_learning_rate", 0, float("inf")), ("weight_decay", 0, float("inf")),
+    ("adaptive_clip", 0, float("inf")), ("label_smoothing", 0, 1), ("drop_path", 0, 1), ("ema", 0, 1),
+)  # fmt: skip
+
+
 def check(config: ConfigDict) -> None:
     """Raises InputError for values of the sections that train, before hours of work come to them."""
+    if config.peak_tflops < 0:
+        raise InputError(
+            f"peak_tflops is {config.peak_tflops}; at least 0, which stands for what is known of the device"
+        )
     for name in ("backbone", "filter", "finetune"):
         if config.get(name, {}).get("num_epochs"):
             try:
@@ -96,10 +127,13 @@ def _check(section: ConfigDict) -> None:
         raise InputError(f"augmentation.repeats is {section.augmentation.repeats}; at least 1")
     if section.accumulate < 1 or section.batch_size % section.accumulate:
         raise InputError(f"accumulate is {section.accumulate}; it has to divide the batch_size {section.batch_size}")
+    for name, least, below in _RANGES:
+        if not least <= section.get(name, least) < below:
+            raise InputError(f"{name} is {section[name]}; allowed: from {least:g}, below {below:g}")
+    if not section.clip_norm > 0:
+        raise InputError(f"clip_norm is {section.clip_norm}; it is above 0, inf for none")
     if section.save_every < 1:
         raise InputError(f"save_every is {section.save_every}; it is a number of steps, at least 1")
-    if not 0 <= (ema := section.get("ema", 0.0)) < 1:
-        raise InputError(f"ema is {ema}; it is a decay in [0, 1), 0 for none")
     for name, lengths in (("rate_factors", (2, 3)), ("decay_factors", (2,))):
         for entry in section[name]:
             listed = isinstance(entry, tuple | list) and len(entry) in lengths

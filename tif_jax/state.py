@@ -74,6 +74,8 @@ def make_mesh(batch_size: int, fsdp: int = 1, processes: int | None = None) -> M
     own = processes == 1 or jax.process_count() == 1
     owners = [jax.process_index()] if own else list(range(jax.process_count()))
     local = jax.local_device_count()
+    if fsdp < 1:
+        raise InputError(f"sharding.fsdp is {fsdp}; it is a number of devices, at least 1")
     fitting = [n for n in range(1, local + 1) if batch_size % (n * len(owners)) == n * len(owners) % fsdp == 0]
     if not fitting:
         raise InputError(
@@ -81,6 +83,10 @@ def make_mesh(batch_size: int, fsdp: int = 1, processes: int | None = None) -> M
             f"sharding.fsdp {fsdp}: the devices used have to divide the batch_size, and sharding.fsdp the devices"
         )
     by_owner = {owner: [d for d in jax.devices() if d.process_index == owner] for owner in owners}
+    if max(fitting) < local and jax.default_backend() != "cpu":
+        logger.warning(
+            "a batch of %d is divided over %d of %d devices of each process", batch_size, max(fitting), local
+        )
     used = [device for owner in owners for device in by_owner[owner][: max(fitting)]]
     return Mesh(np.array(used).reshape(-1, fsdp), _AXES, axis_types=(AxisType.Auto,) * 2)
 
@@ -154,6 +160,8 @@ class Checkpoints:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self.manager = ocp.CheckpointManager(self.directory, options=options)
+            # We ask ourselves (`processes.preemption`); asked by two, JAX loses count and with it the signal.
+            self.manager.reached_preemption = lambda step: False  # type: ignore[method-assign]
         except OSError as error:
             raise InputError(
                 f"can not write checkpoints to {self.directory}: {error.strerror}; choose another workdir"
@@ -209,16 +217,19 @@ class Checkpoints:
         """
         steps = self.steps()[::-1]
         for step in steps:
-            found, problem = None, ""
+            found, problem = None, "as another process found"
             try:
-                found = self._restore(step, template)
+                found = self._read(step, template)
             except Exception as error:  # Orbax raises many kinds for a damaged folder
                 problem = _first_line(error)
+            # Agreed on before anything that all processes have to do together.
             if processes.all_say(found is not None):
-                return found
-            logger.warning(
-                "checkpoint %s/%d is damaged (%s)", self.directory, step, problem or "as another process found"
-            )
+                assert found is not None
+                try:
+                    return self._verified(found, template, step)
+                except ValueError as error:
+                    problem = _first_line(error)
+            logger.warning("checkpoint %s/%d is damaged (%s)", self.directory, step, problem)
             self._move_aside(step)
         if steps:
             raise InputError(
@@ -227,22 +238,28 @@ class Checkpoints:
             )
         return None
 
-    def _restore(self, step: int, template: State) -> tuple[State, dict[str, Any]]:
+    def _read(self, step: int, template: State) -> Any:
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), template)
         arrays = {"params": abstract.params, "opt": abstract.opt_state, "ema": abstract.ema}
         arrays = {name: tree for name, tree in arrays.items() if jax.tree.leaves(tree)}
         items = {name: ocp.args.StandardRestore(tree) for name, tree in arrays.items()}
         items |= {name: ocp.args.JsonRestore() for name in ("config", "data")}
-        restored = self.manager.restore(step, args=ocp.args.Composite(**items))
-        _verify(restored.config, **{name: jax.tree.map(_whole, restored[name]) for name in arrays})
-        step_array = jax.device_put(np.int32(step), template.step.sharding)
-        opt_state = restored.opt if "opt" in arrays else template.opt_state
-        return State(step_array, restored.params, opt_state, restored.ema if "ema" in arrays else None), restored.data
+        return self.manager.restore(step, args=ocp.args.Composite(**items))
+
+    def _verified(self, found: Any, template: State, step: int) -> tuple[State, dict[str, Any]]:
+        names = [name for name in ("params", "opt", "ema") if name in found.keys()]
+        _verify(found.config, **{name: jax.tree.map(_whole, found[name]) for name in names})
+        opt_state = found.opt if "opt" in names else template.opt_state
+        step_array = place(np.int32(step), template.step.sharding)
+        return State(step_array, found.params, opt_state, found.ema if "ema" in names else None), found.data
 
     def _move_aside(self, step: int) -> None:
         processes.wait_for_all("checkpoint read")
-        aside = self.directory.parent / f"damaged-{step}"
-        if processes.is_first() and not aside.exists():
+        if processes.is_first():
+            aside, number = self.directory.parent / f"damaged-{step}", 1
+            while aside.exists():
+                number += 1
+                aside = aside.with_name(f"damaged-{step}-{number}")
             (self.directory / str(step)).rename(aside)
         processes.wait_for_all("checkpoint moved")
         self.manager.reload()

@@ -19,7 +19,7 @@ from tif_jax.loop import Step, init_state, make_step, run
 from tif_jax.losses import Loss
 from tif_jax.metrics_log import MetricsLog
 from tif_jax.models import Model
-from tif_jax.recipe import mixing
+from tif_jax.recipe import FINETUNE, WITHOUT_EFFECT, mixing
 from tif_jax.state import FSDP, Checkpoints, Params, State, make_mesh, params_of, shard, shardings
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class Stage:
 
     @property
     def runs_blocks(self) -> bool:
-        """Whether its steps compute the network: a filter is trained without."""
+        """Whether its steps compute the network forwards and backwards, as training all of it does."""
         return self.trainable_default
 
 
@@ -75,7 +75,7 @@ def prepare(stage: Stage) -> Prepared:
     trainable = (*((pattern, False) for pattern in recipe.freeze), *stage.trainable)
     mask = optim.match(trainable, params, stage.trainable_default)
     optimizer = _optimizer(stage)
-    mesh = make_mesh(recipe.batch_size, sharding.fsdp)
+    mesh = make_mesh(recipe.batch_size // recipe.accumulate, sharding.fsdp)
 
     def fresh(params: Params) -> State:
         return init_state(params, optimizer, mask, ema=bool(ema))
@@ -107,13 +107,13 @@ def fit(stage: Stage) -> None:
     Raises Preempted, after saving, where SIGTERM has come; WorkError where the loss is not finite or a disk is full.
     """
     directory, config, batches, num_steps = stage.directory, stage.config, stage.batches, stage.num_steps
+    prepared = prepare(stage)  # before a mistake in the recipe can be noted as what is made here
     of_config = {key: config_file.to_json(config)[key] for key in ("seed", "dtype", "data")}
     made = {"model": dict(stage.fields), "reducer": dict(stage.reducer), "recipe": stage.recipe.to_dict()}
-    records.claim(directory, made | of_config)
+    records.claim(directory, made | of_config, ignored=WITHOUT_EFFECT, defaults={"recipe": FINETUNE})
     processes.wait_for_all(f"{directory.name} claimed")
-    prepared = prepare(stage)
     state = prepared.fresh()
-    with Checkpoints(directory / "checkpoints") as checkpoints, processes.preemption() as stop:
+    with processes.preemption() as stop, Checkpoints(directory / "checkpoints") as checkpoints:
         if restored := checkpoints.restore(state):
             state, position = restored
             batches.set_state(position)

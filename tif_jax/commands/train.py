@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from tif_jax import data, losses, processes, records, reducers, shards
+from tif_jax import data, losses, optim, processes, records, reducers, shards
 from tif_jax.budget import AMOUNTS, SOLVED
 from tif_jax.commands import _arguments
 from tif_jax.cost import cost
@@ -166,7 +166,7 @@ FITTED: dict[str, Maker] = {"tif": token_filter, "tosa": selectors}
 
 def _fresh_views(config: ConfigDict, recipe: ConfigDict, source: data.Source) -> Batches:
     views, repeats = augmentation(recipe)
-    if config.data.augment == "none" and (repeats > 1 or views != NONE):
+    if data.read_options(config.data).augment == "none" and (repeats > 1 or views != NONE):
         raise InputError("augmentation is for views that are drawn anew, of which data.augment 'none' has none")
     return training_batches(
         source, config.data, batch_size=recipe.batch_size, seed=config.seed, augmentation=views, repeats=repeats
@@ -312,13 +312,16 @@ def check_reducer(config: ConfigDict) -> None:
 
 
 def check_on_backbone(config: ConfigDict, fields: Mapping[str, Any]) -> None:
-    """Raises InputError if config.reducer, or a phase of it, does not fit a backbone with these fields."""
+    """Raises InputError if config.reducer, a phase of it or a table of finetune does not fit a backbone of these fields."""
     name, options = reducer_options(config)
     fields = {**fields, **config.finetune.get("model", {})}
     shapes = []
     for changed in (options, *(of_phase for _, of_phase in early_phases(config))):
         model = nnx.eval_shape(blueprint(fields, reducer=name, **changed), jax.random.key(0))
         cost(model)  # calls it
+        recipe = config.finetune
+        for table in (recipe.rate_factors, recipe.decay_factors, [(pattern, False) for pattern in recipe.freeze]):
+            optim.match(tuple(entry[:2] for entry in table), params_of(model), None)
         shapes.append(jax.tree.map(lambda leaf: leaf.shape, params_of(model)))
     if any(shape != shapes[0] for shape in shapes):
         raise InputError(f"finetune.phases change which parameters {name!r} has; they can not be trained through that")
