@@ -56,15 +56,16 @@ def wait_for_step(file, step, both):
 
 def test_stopped_killed_and_finished_it_is_as_one_process(tmp_path):
     workdir, logs = tmp_path / "run", [tmp_path / "log-0", tmp_path / "log-1"]
-    training = [TRAINER, "0.1", str(tmp_path / "steps"), f"--workdir={workdir}", *DIVIDED]
+    training = [TRAINER, "0.6", str(tmp_path / "steps"), f"--workdir={workdir}", *DIVIDED]
 
     both = start(training, tmp_path)
-    wait_for_step(tmp_path / "steps", 2, both)
+    wait_for_step(tmp_path / "steps", 5, both)
     both[1].send_signal(signal.SIGTERM)  # one is told, both stop, at the same step
     assert ends(both)[0] == [75, 75], logs[0].read_text()
     checkpoints = workdir / "backbone" / "checkpoints"
     with state.Checkpoints(checkpoints) as found:
-        stopped = found.steps()[-1]
+        saved, stopped = found.steps()
+    assert saved == NUM_STEPS // 5 // 2 < stopped
     parts = {part.name for part in (checkpoints / str(stopped) / "params").glob("ocdbt.process_*")}
     assert parts == {"ocdbt.process_0", "ocdbt.process_1"}
 
@@ -76,8 +77,12 @@ def test_stopped_killed_and_finished_it_is_as_one_process(tmp_path):
     assert ends(both)[0] == [1, -signal.SIGKILL] and time.monotonic() - began < 30
     assert "process 1 of 2 is lost" in logs[0].read_text().splitlines()[-1]
 
+    # What only one of the processes finds damaged is damaged for both.
+    for file in (checkpoints / str(stopped) / "params" / "ocdbt.process_1").rglob("d/*"):
+        file.write_bytes(b"")
     both = start([TRAINER, "0", str(tmp_path / "steps"), f"--workdir={workdir}", *DIVIDED, "evaluate"], tmp_path)
     assert ends(both)[0] == [0, 0], logs[0].read_text()
+    assert f"{stopped} is damaged" in logs[0].read_text() and f"steps {saved} to 8" in logs[0].read_text()
     assert "backbone: 8 of 8 step" in logs[0].read_text() and "8 of 8 step" not in logs[1].read_text()
 
     alone = tmp_path / "alone"

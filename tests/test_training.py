@@ -11,7 +11,7 @@ import pytest
 from cases import call, numpy_model
 from flax import nnx
 
-from tif_jax import losses, metrics_log, optim
+from tif_jax import losses, metrics_log, optim, records
 from tif_jax.errors import InputError, WorkError
 from tif_jax.loading import load
 from tif_jax.loop import init_state, make_step, run
@@ -259,3 +259,39 @@ def test_a_checkpoint_with_an_average_is_loaded_as_that(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(State(jnp.int32(1), model, (), average), {"model": TINY, "reducer": {"name": "full"}}, {})
     jax.tree.map(np.testing.assert_array_equal, params_of(load(tmp_path)), average)
+
+
+def test_a_folder_knows_what_was_noted_before_there_were_such_keys(tmp_path):
+    noted = {"recipe": {"rate": 0.1, "distillation": {"kind": "soft"}}, "model": {"width": 8, "remat": True}}
+    records.claim(tmp_path, noted)
+    defaults = {"recipe": {"ema": 0.0, "save_every": 1000, "distillation": {"kind": "", "teacher": ""}}}
+    now = {
+        "recipe": {"rate": 0.1, "ema": 0.0, "save_every": 5, "distillation": {"kind": "soft", "teacher": ""}},
+        "model": {"width": 8},
+    }
+    options = dict(ignored=("save_every", "remat"), defaults=defaults)
+    records.claim(tmp_path, now, **options)
+    with pytest.raises(InputError, match=r"recipe\.ema 0\.0, not 0\.9"):
+        records.claim(tmp_path, now | {"recipe": now["recipe"] | {"ema": 0.9}}, **options)
+    with pytest.raises(InputError, match=r"recipe\.rate 0\.1, not 0\.2"):
+        records.claim(tmp_path, now | {"recipe": now["recipe"] | {"rate": 0.2}}, **options)
+
+
+def test_frozen_statistics_rest():
+    model = create_model(
+        dict(family="levit", image_size=32, widths=(16,), depths=(1,), num_heads=(2,), key_dim=4, num_classes=3)
+    )
+    params = jax.device_get(params_of(model))
+    trainable = optim.match((("^stem/", False),), params, True)
+    step = make_step(
+        model, losses.classification, optim.adamw(9, learning_rate=1e-2), trainable, seed=0, stochastic=True
+    )
+    images = np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype(np.float32)
+    state, _ = step(
+        init_state(params, optim.adamw(9, learning_rate=1e-2), trainable), {"image": images, "label": np.arange(4) % 3}
+    )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+        before = functools.reduce(lambda tree, key: tree[key.key], path, params)
+        if path[0].key == "stem":
+            np.testing.assert_array_equal(leaf, before)
+    assert np.abs(state.params["block_0"]["mlp"]["up"]["norm"]["mean"]).max() > 0

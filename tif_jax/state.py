@@ -238,20 +238,20 @@ class Checkpoints:
             )
         return None
 
-    def _read(self, step: int, template: State) -> Any:
+    def _read(self, step: int, template: State) -> dict[str, Any]:
+        """The items of a checkpoint, read by this process without the others: what it finds damaged, they may not."""
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), template)
         arrays = {"params": abstract.params, "opt": abstract.opt_state, "ema": abstract.ema}
-        arrays = {name: tree for name, tree in arrays.items() if jax.tree.leaves(tree)}
-        items = {name: ocp.args.StandardRestore(tree) for name, tree in arrays.items()}
-        items |= {name: ocp.args.JsonRestore() for name in ("config", "data")}
-        return self.manager.restore(step, args=ocp.args.Composite(**items))
+        folder = self.directory / str(step)
+        found = {name: _read_arrays(folder / name, tree) for name, tree in arrays.items() if jax.tree.leaves(tree)}
+        return {**found, "config": _read_json(folder / "config"), "data": _read_json(folder / "data")}
 
-    def _verified(self, found: Any, template: State, step: int) -> tuple[State, dict[str, Any]]:
-        names = [name for name in ("params", "opt", "ema") if name in found.keys()]
-        _verify(found.config, **{name: jax.tree.map(_whole, found[name]) for name in names})
-        opt_state = found.opt if "opt" in names else template.opt_state
+    def _verified(self, found: dict[str, Any], template: State, step: int) -> tuple[State, dict[str, Any]]:
+        config, data = found.pop("config"), found.pop("data")
+        _verify(config, **{name: jax.tree.map(_whole, tree) for name, tree in found.items()})
         step_array = place(np.int32(step), template.step.sharding)
-        return State(step_array, found.params, opt_state, found.ema if "ema" in names else None), found.data
+        opt_state = found.get("opt", template.opt_state)
+        return State(step_array, found["params"], opt_state, found.get("ema")), data
 
     def _move_aside(self, step: int) -> None:
         processes.wait_for_all("checkpoint read")
@@ -287,17 +287,28 @@ def load_params(directory: str | Path) -> tuple[Params, dict[str, Any]]:
     steps = [directory] if (directory / "params").is_dir() else _step_folders(directory)
     for folder in steps:
         try:
-            checkpointer = ocp.StandardCheckpointer(multiprocessing_options=_alone())
             item = "ema" if (folder / "ema").is_dir() else "params"
-            shapes = checkpointer.metadata(folder / item).item_metadata.tree
-            params = checkpointer.restore(folder / item, jax.tree.map(_on_one_device, shapes))
-            reader = ocp.JsonCheckpointHandler(multiprocessing_options=_alone())
-            config = ocp.Checkpointer(reader, multiprocessing_options=_alone()).restore(folder / "config")
+            shapes = _reader().metadata(folder / item).item_metadata.tree
+            params = _read_arrays(folder / item, jax.tree.map(_on_one_device, shapes))
+            config = _read_json(folder / "config")
             _verify(config, **{item: params})
             return params, config
         except Exception as error:
             logger.warning("checkpoint %s is damaged (%s)", folder, _first_line(error))
     raise InputError(f"no checkpoint that is whole in {directory}" if steps else f"no checkpoint in {directory}")
+
+
+def _reader() -> ocp.StandardCheckpointer:
+    return ocp.StandardCheckpointer(multiprocessing_options=_alone())
+
+
+def _read_arrays(folder: Path, abstract: Any) -> Any:
+    return _reader().restore(folder, abstract)
+
+
+def _read_json(folder: Path) -> dict[str, Any]:
+    handler = ocp.JsonCheckpointHandler(multiprocessing_options=_alone())
+    return ocp.Checkpointer(handler, multiprocessing_options=_alone()).restore(folder)
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:
