@@ -127,3 +127,16 @@ def test_clusters_are_recognised(environment, expected, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert processes._in_a_cluster() == expected
+
+
+def test_a_cluster_without_the_others_is_told(monkeypatch):
+    monkeypatch.setattr(processes, "_in_a_cluster", lambda: True)
+
+    def fail(**_):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    flags = argparse.Namespace(coordinator="", num_processes=None, process_id=0)
+    with pytest.raises(InputError, match=r"coordinator_address should be defined.*--num_processes=1"):
+        processes.join(flags)
+    processes.join(argparse.Namespace(coordinator="", num_processes=1, process_id=0))  # asked to be alone

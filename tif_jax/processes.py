@@ -71,7 +71,13 @@ def join(arguments: argparse.Namespace) -> None:
             arguments.coordinator, number, arguments.process_id, shutdown_timeout_seconds=_A_WEEK
         )
     elif number is None and _in_a_cluster():
-        jax.distributed.initialize(shutdown_timeout_seconds=_A_WEEK)
+        try:
+            jax.distributed.initialize(shutdown_timeout_seconds=_A_WEEK)
+        except (ValueError, RuntimeError) as error:
+            raise InputError(
+                f"this looks like one process of several, but the others were not found ({error}): give --coordinator, "
+                "--num_processes and --process_id, or --num_processes=1 to a process by itself"
+            ) from None
     if jax.process_count() > 1:
         logger.info(
             "process %d of %d, with %d of %d devices",
