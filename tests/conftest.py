@@ -1,5 +1,6 @@
 """Eight CPU devices, implicit rank promotion is an error, programs compile fast and are kept between runs."""
 
+import gc
 import importlib.metadata
 import logging
 import os
@@ -25,6 +26,8 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 import jax
 import pytest
 
+# Tracing makes and drops millions of objects; to look for cycles among them this often is a quarter less work.
+gc.set_threshold(50_000, 10, 10)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
