@@ -152,6 +152,14 @@ def test_killed_at_many_moments(place, finished, seed):
     _kill_and_go_on(place, finished, num_kills=4, rng=random.Random(seed))
 
 
+def test_what_a_killed_job_left_beside_a_finished_part_goes(place, finished):
+    score.score(_config(), place / "run")
+    for name in (".part-00004-of-00010.lock", ".part-00004-of-00010.begun"):
+        (place / "run" / "impact" / name).touch()
+    score.score(_config(), place / "run")
+    assert_all_scored(place, finished)
+
+
 def test_sigterm_finishes_the_chunk_keeps_it_and_exits_75(place, finished):
     process = start()
     begun = lambda: list((place / "run" / "impact").glob(".*.begun"))  # noqa: E731

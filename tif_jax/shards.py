@@ -173,6 +173,14 @@ def lock_part(directory: StrPath, part: int, num_parts: int) -> Iterator[bool]:
         os.close(descriptor)
 
 
+def tidy(directory: StrPath, part: int, num_parts: int) -> None:
+    """Removes what a job that was killed left beside a part that is finished: its lock, the rows it had begun with."""
+    path = _part_path(directory, part, num_parts)
+    for left in path.parent.glob(f".{path.stem}.*"):
+        with suppress(OSError):
+            left.unlink(missing_ok=True)
+
+
 def _table_bytes(columns: Mapping[str, Any]) -> bytes:
     impact = np.asarray(columns["impact"])
     assert impact.dtype in (np.float32, np.float16) and columns.keys() == {*_TYPES, "impact"}

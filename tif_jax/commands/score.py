@@ -62,6 +62,8 @@ def _score(config: ConfigDict, workdir: Path, directory: Path, split: str, targe
     chosen, num_parts = _parts(part, len(rows))
     shards.open_manifest(directory, _manifest(config, model, settings, split, source, len(rows), num_parts))
     todo = [k for k in shards.missing_parts(directory, num_parts) if k in chosen]
+    for k in set(chosen).difference(todo):
+        shards.tidy(directory, k, num_parts)
     if not todo:
         return
     with sigterm_flag() as stop:
