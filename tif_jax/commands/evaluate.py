@@ -1,6 +1,7 @@
 """Metrics of a checkpoint on the test split: of a fine-tuned model, the backbone, or the filter's ranking of tokens."""
 
 import json
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from tif_jax import losses, processes, rankings, records, shards
@@ -19,6 +21,7 @@ from tif_jax.data.loader import evaluation_batches
 from tif_jax.errors import InputError
 from tif_jax.loading import load
 from tif_jax.models import Model, ViT, plain_vit
+from tif_jax.oracle import TARGETS
 from tif_jax.progress import Progress
 from tif_jax.state import make_mesh, params_of, replicate, shard, with_params
 from tif_jax.tokens import image_keys, split
@@ -94,63 +97,96 @@ def accuracy(model: Model, source, config: ConfigDict, classes: list[int]) -> di
 
 
 def ranking_table(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    """DIR/filter/metrics.json: the filter beside the rankings it has to beat and the oracles it is to learn from.
-
-    On held-out images, with the frozen backbone: cross-entropy (nats), top-1 and agreement with the unreduced model when
-    only a ranking's best tokens are kept; mean per-image Spearman with each oracle; ROC AUC for the label oracle's labels.
-    """
+    """DIR/filter/metrics.json: `judge_rankings` of the filter on held-out images, by its config's own labels."""
     directory = train.filter_directory(config, workdir)
-    model = plain_vit(load(directory, dtype=config.dtype), "a ranking of patches")
-    source = train.open_source(config, "test", model)
+    model = load(directory, dtype=config.dtype)
     expected = train.expected_manifest(config, model)
-    oracles = {
-        target: shards.read_impact(folder, expected=expected)
-        for target in ("label", "teacher")
-        if (folder := workdir / f"heldout-{target}").exists()
-    }
-    trained_on = shards.read_impact(workdir, expected=expected)
-    labelling = train.labelling(config, trained_on.impact)
-    prior = losses.position_prior(losses.keep_labels(trained_on.impact, **labelling))
+    oracles = read_oracles(workdir, expected)
     if "label" not in oracles:
         raise InputError(f"{workdir}/heldout-label is missing; `tif run` makes it: score held-out images first")
-    table = oracles["label"]
-    fixed = {f"{target} oracle": oracle.impact for target, oracle in oracles.items()}
-    fixed["position prior"] = np.broadcast_to(np.asarray(prior), table.impact.shape)
-    found, outcomes = _follow(model, source, config, np.stack([table.index, table.view], axis=1), fixed)
-    labels = np.asarray(losses.keep_labels(table.impact, **labelling))
-    rows = {}
-    for name, ranking in {**found, **fixed}.items():
-        rows[name] = {
-            "auc": rankings.roc_auc(ranking, labels),
-            "spearman": {t: rankings.mean_spearman(ranking, o.impact) for t, o in oracles.items()},
-            "keep": {str(k): outcomes[name, k] for k in KEEP_RATIOS},
-        }
-    metrics = {"num_images": len(table.index), "unreduced": outcomes["unreduced", 1.0], "rankings": rows}
+    metrics = judge_rankings(model, config, oracles, shards.read_impact(workdir, expected=expected).impact)
     records.write(directory / "metrics.json", metrics)
     return metrics
 
 
-def _follow(model: ViT, source, config: ConfigDict, rows: np.ndarray, fixed: dict[str, np.ndarray]):
+def read_oracles(workdir: Path, expected: Mapping[str, Any]) -> dict[str, shards.ImpactTable]:
+    """Those of DIR/heldout-label and DIR/heldout-teacher that are there, by their target."""
+    folders = {target: workdir / f"heldout-{target}" for target in TARGETS}
+    return {t: shards.read_impact(folder, expected=expected) for t, folder in folders.items() if folder.exists()}
+
+
+def judge_rankings(
+    model: Model,
+    config: ConfigDict,
+    oracles: Mapping[str, shards.ImpactTable],
+    trained_on: Float[np.ndarray, "E N"],
+    *,
+    baselines: bool = True,
+    others: Mapping[str, Mapping[float, Model]] | None = None,
+) -> dict[str, Any]:
+    """The filter of `model` beside the rankings it has to beat and the oracles it is to learn from.
+
+    On the test images of `config` that the oracles scored, with the frozen backbone: cross-entropy (nats), top-1 and
+    agreement with the unreduced model when only a ranking's best tokens are kept; mean per-image Spearman with each
+    oracle; ROC AUC for the label oracle's labels. trained_on: impacts whose labels the position prior is read off.
+    baselines: whether the other rankings and the oracles have rows, too. others: reducers that are no ranking, by the
+    keep_ratio in whose column they stand; all with the backbone's weights and nothing else.
+    """
+    model = plain_vit(model, "a ranking of patches")
+    source = train.open_source(config, "test", model)
+    table = oracles["label"]
+    fixed = {}
+    if baselines:
+        prior = losses.position_prior(losses.keep_labels(trained_on, **train.labelling(config, trained_on)))
+        fixed = {f"{target} oracle": oracle.impact for target, oracle in oracles.items()}
+        fixed["position prior"] = np.broadcast_to(np.asarray(prior), table.impact.shape)
+    rows = np.stack([table.index, table.view], axis=1)
+    found, outcomes = _follow(model, source, config, rows, fixed, baselines, others or {})
+    labels = np.asarray(losses.keep_labels(table.impact, **train.labelling(config, trained_on)))
+    result: dict[str, Any] = {}
+    for name, ranking in {**found, **fixed}.items():
+        result[name] = {
+            "auc": rankings.roc_auc(ranking, labels),
+            "spearman": {t: rankings.mean_spearman(ranking, o.impact) for t, o in oracles.items()},
+        }
+    for name in (*result, *(others or {})):
+        kept = {str(k): outcomes[name, k] for k in KEEP_RATIOS if (name, k) in outcomes}
+        result[name] = result.get(name, {}) | {"keep": kept}
+    return {"num_images": len(table.index), "unreduced": outcomes["unreduced", 1.0], "rankings": result}
+
+
+def _follow(
+    model: ViT,
+    source,
+    config: ConfigDict,
+    rows: np.ndarray,
+    fixed: dict[str, np.ndarray],
+    baselines: bool,
+    others: Mapping[str, Mapping[float, Model]],
+):
     """The rankings computed from the images, and what the frozen model makes of the best tokens of every ranking."""
     batch_size = config.evaluate.batch_size
     mesh = make_mesh(batch_size, processes=1)  # of several, each does the whole work: it is little
     graphdef, params = nnx.split(model)[0], replicate(params_of(model), mesh)
+    graphdefs = {(name, k): nnx.split(other)[0] for name, of_ratio in others.items() for k, other in of_ratio.items()}
 
     @jax.jit
     def compute(params, seed, images, fixed):
         model = plain_vit(with_params(graphdef, params), "a ranking of patches")
         logits = rankings.unreduced_logits(model, images)
-        patches = split(model.embed(images), model.num_special)[1]
-        uniform = jax.vmap(lambda key: jax.random.uniform(key, patches.shape[1:2]))
-        found = {
-            "filter": model(images)[1]["filter_logits"],
-            "random": uniform(image_keys(seed, images)),
-            "token norm": jnp.linalg.norm(patches.astype(jnp.float32), axis=-1),
-        }
-        if model.pool == "class":  # otherwise nothing has taught a class token where to look
-            found["class attention"] = rankings.class_attention_ranking(model, images)
+        found = {"filter": model(images)[1]["filter_logits"]}
+        if baselines:
+            patches = split(model.embed(images), model.num_special)[1]
+            uniform = jax.vmap(lambda key: jax.random.uniform(key, patches.shape[1:2]))
+            found["random"] = uniform(image_keys(seed, images))
+            found["token norm"] = jnp.linalg.norm(patches.astype(jnp.float32), axis=-1)
+            if model.pool == "class":  # otherwise nothing has taught a class token where to look
+                found["class attention"] = rankings.class_attention_ranking(model, images)
         ranked = {**found, **fixed}
-        reduced = {n: [rankings.logits_of_best(model, images, r, k) for k in KEEP_RATIOS] for n, r in ranked.items()}
+        reduced = {n: {k: rankings.logits_of_best(model, images, r, k) for k in KEEP_RATIOS} for n, r in ranked.items()}
+        bare = {name: leaf for name, leaf in params.items() if name != "reducer"}
+        for (name, k), other in graphdefs.items():
+            reduced.setdefault(name, {})[k] = with_params(other, bare)(images)[0]
         return found, logits, reduced
 
     parts = []
@@ -167,7 +203,7 @@ def _follow(model: ViT, source, config: ConfigDict, rows: np.ndarray, fixed: dic
     found, logits, reduced, label = jax.tree.map(lambda *x: np.concatenate(x), *parts)
     outcomes = {("unreduced", 1.0): _outcome(logits, logits, label)}
     for name, per_ratio in reduced.items():
-        outcomes |= {(name, k): _outcome(x, logits, label) for k, x in zip(KEEP_RATIOS, per_ratio, strict=True)}
+        outcomes |= {(name, k): _outcome(x, logits, label) for k, x in per_ratio.items()}
     return found, outcomes
 
 

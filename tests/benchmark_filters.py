@@ -1,0 +1,205 @@
+"""Token filters side by side, each a config: what they know of impact, and how the network fares with what they keep.
+
+    python tests/benchmark_filters.py --workdir runs/filters --scored runs/label runs/teacher --seeds 3 \\
+        "paper: configs/imagenette.py:paper" "ours: configs/imagenette.py" "wide: configs/imagenette.py --config.reducer.hidden=(384,192)"
+
+NAME: CONFIG [--config.KEY=VALUE ...] is fitted to the impacts of the first of the workdirs --scored whose target, num_samples and
+views are those of its section `score`. A table for each config of --judge, on
+whose test images both oracles are scored first; default: the first filter's own. The first filter's config also says
+at which GMAC EViT stands beside the others: what tif costs at that ratio. After --finetune RATIO,...: top-1 of each filter
+and of the baselines once they are fine-tuned at these keep_ratios by the first filter's recipe. What is done stays in
+--workdir: the same command goes on where it stopped, and filters can be added.
+"""
+
+import argparse
+import logging
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from tif_jax import config as config_file
+from tif_jax import cost, load, records, shards
+from tif_jax.__main__ import use_all_cores
+from tif_jax.commands import evaluate, score, train
+from tif_jax.commands.benchmark import with_reducer
+from tif_jax.commands.evaluate import KEEP_RATIOS
+
+BASELINES = ("full", "random", "prior", "evit")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("filters", nargs="+", metavar="NAME: CONFIG [--config.KEY=VALUE ...]")
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--scored", type=Path, nargs="+", required=True)
+    parser.add_argument("--judge", nargs="+", default=[], metavar="CONFIG")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--finetune", type=lambda text: [float(ratio) for ratio in text.split(",")], default=[])
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    use_all_cores()
+    filters = dict(map(read_filter, arguments.filters))
+    first = next(iter(filters.values()))
+    judges = {name: config_file.load(name, []) for name in arguments.judge} or {"its own test split": first}
+    for name, config in judges.items():
+        print(judged(name, config, filters, arguments), flush=True)
+    if arguments.finetune:
+        print(finetuned(filters, arguments), flush=True)
+
+
+def read_filter(text: str) -> tuple[str, ConfigDict]:
+    name, _, rest = text.partition(": ")
+    config, *overrides = rest.split()
+    return name, config_file.load(config, overrides)
+
+
+def of_seed(config: ConfigDict, seed: int) -> ConfigDict:
+    return with_reducer(config, "tif", config.seed + seed)
+
+
+def folder_of(name: str, config: ConfigDict, arguments: argparse.Namespace) -> Path:
+    """Of one filter's seeds: a workdir with links to backbone and impacts."""
+    folder = arguments.workdir / re.sub(r"\W+", "-", name)
+    folder.mkdir(parents=True, exist_ok=True)
+    scored = next(place for place in arguments.scored if fits(place, config))
+    for part in ("backbone", "impact"):
+        if not (folder / part).exists():
+            (folder / part).symlink_to((scored / part).absolute())
+    return folder
+
+
+def fits(scored: Path, config: ConfigDict) -> bool:
+    manifest = records.read(scored / "impact" / "manifest.json")
+    recipe = config.score
+    same = {"target": recipe.target, "views": recipe.views}
+    return all(manifest[key] == value for key, value in same.items()) and (
+        recipe.estimator != "sampled" or manifest["estimator"].get("num_samples") == recipe.num_samples
+    )
+
+
+def judged(name: str, config: ConfigDict, filters: dict[str, ConfigDict], arguments: argparse.Namespace) -> str:
+    folder = arguments.workdir / ("judge-" + re.sub(r"\W+", "-", name))
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "backbone").exists():
+        (folder / "backbone").symlink_to((arguments.scored[0] / "backbone").absolute())
+    score.score_heldout(config, folder)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for label, of_filter in filters.items():
+        for seed in range(arguments.seeds):
+            found = rankings(label, of_seed(of_filter, seed), config, folder, baselines=not rows, arguments=arguments)
+            metrics = found["rankings"]
+            if "random" in metrics:
+                rows |= {other: [row] for other, row in metrics.items() if other != "filter"}
+                unreduced, number = found["unreduced"], found["num_images"]
+            rows.setdefault(label, []).append(metrics["filter"])
+    lines = [
+        f"{number} images of {name}; unreduced: cross-entropy {unreduced['cross_entropy']:.3f}, top-1 "
+        f"{unreduced['top1']:.3f}. Each keep: cross-entropy / top-1 / agreement ± standard deviation over the seeds; one "
+        f"standard error of an agreement of .8 is {(0.16 / number) ** 0.5:.3f}.",
+        "",
+        "| ranking | MMAC | AUC | rho(label) | rho(teacher) | " + " | ".join(f"keep {k:g}" for k in KEEP_RATIOS) + " |",
+        "|---" * (5 + len(KEEP_RATIOS)) + "|",
+    ]
+    middle = str(KEEP_RATIOS[1])
+    for label, of_seeds in sorted(rows.items(), key=lambda item: mean(item[1], "keep", middle, "agreement")):
+        cells = [label, f"{1e3 * filter_gmac(filters[label]):.1f}" if label in filters else ""]
+        known = "auc" in of_seeds[0]
+        for keys in (("auc",), ("spearman", "label"), ("spearman", "teacher")):
+            cells.append(f"{mean(of_seeds, *keys):.3f}" if known else "")
+        for k in map(str, KEEP_RATIOS):
+            cells.append(
+                f"{mean(of_seeds, 'keep', k, 'cross_entropy'):.3f} / {mean(of_seeds, 'keep', k, 'top1'):.3f} / "
+                f"{with_spread([row['keep'][k]['agreement'] for row in of_seeds])}"
+            )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def rankings(
+    label: str,
+    of_filter: ConfigDict,
+    judge: ConfigDict,
+    folder: Path,
+    *,
+    baselines: bool,
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:
+    """`evaluate.judge_rankings` of one filter and seed, fitted if need be."""
+    workdir = folder_of(label, of_filter, arguments)
+    train.train("filter", of_filter, workdir)
+    directory = train.filter_directory(of_filter, workdir)
+    file = directory / f"{folder.name}{'-with-baselines' * baselines}.json"
+    if (stored := records.read(file)) is not None:
+        return stored
+    others = {}
+    if baselines:
+        budgets = {ratio: cost(load(directory, keep_ratio=ratio)).gmac for ratio in KEEP_RATIOS}
+        evit = {k: load(workdir / "backbone", reducer="evit", budget=gmac) for k, gmac in budgets.items()}
+        others = {"EViT at equal GMAC": evit}
+    model = load(directory)
+    expected = train.expected_manifest(judge, model)
+    trained_on = shards.read_impact(workdir).impact
+    oracles = evaluate.read_oracles(folder, expected)
+    metrics = evaluate.judge_rankings(model, judge, oracles, trained_on, baselines=baselines, others=others)
+    records.write(file, metrics)
+    return metrics
+
+
+def finetuned(filters: dict[str, ConfigDict], arguments: argparse.Namespace) -> str:
+    first = next(iter(filters.values()))
+    lines = ["| reducer | " + " | ".join(f"keep {k:g}" for k in arguments.finetune) + " |"]
+    lines.append("|---" * (1 + len(arguments.finetune)) + "|")
+    rows: list[tuple[str, ConfigDict, dict[str, Any]]] = []
+    for label, config in filters.items():
+        rows.append((label, config, {"name": "tif"}))
+    rows[:0] = [(name, first, {"name": name}) for name in BASELINES]
+    for label, config, entry in rows:
+        cells = [label]
+        workdir = folder_of(next(n for n, c in filters.items() if c is config), config, arguments)
+        for ratio in [1.0] if label == "full" else arguments.finetune:
+            amount: dict[str, Any] = {} if label == "full" else {"keep_ratio": ratio}
+            if label == "evit":
+                tif = with_reducer(first, {"name": "tif", "keep_ratio": ratio})
+                amount = {"budget": cost(load(train.filter_directory(tif, workdir), keep_ratio=ratio)).gmac}
+            found = []
+            for seed in range(arguments.seeds):
+                run = with_reducer(config, entry | amount, config.seed + seed)
+                train.train("finetune", run, workdir)
+                directory = train.finetune_directory(run, workdir)
+                found.append(records.read(directory / "metrics.json") or evaluate.finetuned(run, workdir))
+            cells.append(
+                f"{with_spread([100 * m['top1'] for m in found], 2)} % at {mean(found, 'gmac'):.3f} "
+                f"(before {100 * mean(found, 'before', 'top1'):.1f})"
+            )
+        lines.append(f"| {' | '.join(cells)} |")
+        logging.info(lines[-1])
+    return "\n".join(lines)
+
+
+def filter_gmac(config: ConfigDict) -> float:
+    """Multiply-adds of the filter alone."""
+    name, options = train.reducer_options(config)
+    fields = {"reducer": name, **options, "keep_ratio": 1.0}
+    source = config.backbone.init_from
+    return cost(load(source, **fields)).gmac - cost(load(source, reducer="full")).gmac
+
+
+def mean(rows: Sequence[dict[str, Any]], *keys: str) -> float:
+    values: list[Any] = list(rows)
+    for key in keys:
+        values = [value[key] for value in values]
+    return float(np.mean(values))
+
+
+def with_spread(values: Sequence[float], digits: int = 3) -> str:
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+if __name__ == "__main__":
+    main()
