@@ -187,7 +187,7 @@ def test_one_flipped_bit_in_a_large_array_is_found(tmp_path, caplog):
 
 
 def test_load_runs_a_checkpoint_under_any_reducer(tmp_path, caplog):
-    model = create_model(TINY, reducer="tif", keep_ratio=0.5, seed=3)
+    model = numpy_model(TINY, reducer="tif", keep_ratio=0.5, seed=3)
     description = {"model": TINY, "reducer": {"name": "tif", "keep_ratio": 0.5}}
     with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
         checkpoints.save(State(jnp.int32(7), params_of(model), ()), description, {})
