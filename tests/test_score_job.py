@@ -129,7 +129,7 @@ def _kill_and_go_on(start, place, finished, num_kills, rng):
 
 
 def test_killed_at_any_moment(start, place, finished):
-    _kill_and_go_on(start, place, finished, num_kills=2, rng=random.Random(0))
+    _kill_and_go_on(start, place, finished, num_kills=3, rng=random.Random(0))
 
 
 @pytest.mark.long
