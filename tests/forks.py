@@ -26,17 +26,22 @@ class Server:
             stdout=subprocess.PIPE,
             text=True,
         )
+        self.forks = []
 
     def start(self, *arguments, log):
         """A run in the current folder; what it prints is appended to the file `log`."""
         task = dict(arguments=[str(a) for a in arguments], folder=os.getcwd(), log=str(log))
-        return Fork(self, self.ask(start=task), Path(log).absolute())
+        self.forks.append(Fork(self, self.ask(start=task), Path(log).absolute()))
+        return self.forks[-1]
 
     def ask(self, **what):
         print(json.dumps(what), file=self.process.stdin, flush=True)
         return json.loads(self.process.stdout.readline())
 
     def close(self):
+        for fork in self.forks:  # those that a failed test has left
+            if fork.poll() is None:
+                fork.kill()
         self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()

@@ -101,7 +101,7 @@ def test_its_training_takes_their_values(name):
     "name",
     mostly_long(
         [name for name in ALL if not name.startswith("imagenette.py:peers")],
-        [ALL.index(name) for name in ("digits.py", "dynamic_vit.py:small", "evo_levit.py:128s")],
+        [ALL.index(name) for name in ("digits.py", "dynamic_vit.py:small", "evo_levit.py:128s", "evo_vit.py:tiny")],
     ),
 )
 def test_every_phase_runs_on_its_model_and_has_the_same_parameters(name):

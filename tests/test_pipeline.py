@@ -10,7 +10,7 @@ import tif_jax
 from tif_jax import config as config_file
 from tif_jax import losses, records, shards, state
 from tif_jax.__main__ import main
-from tif_jax.commands import _report, benchmark, evaluate, train
+from tif_jax.commands import benchmark, train
 from tif_jax.state import params_of
 
 TINY = """
@@ -42,10 +42,8 @@ def finished(tmp_path_factory, request):
     config.write_text(TINY.format(digits=str(request.config.rootpath / "configs" / "digits.py")))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark, "_SECONDS_PER_ROUND", 0.02)
-        for module in (evaluate, _report):  # every ratio is a program more for every ranking
-            patch.setattr(module, "KEEP_RATIOS", (0.7, 0.5))
         assert main(["run", "--config", str(config), "--workdir", str(folder / "run")]) == 0
-        yield config, folder / "run"
+    return config, folder / "run"
 
 
 def test_what_it_leaves(finished):
