@@ -159,19 +159,20 @@ def test_decouple_against_loops():
 )
 def test_cluster_against_loops(num, num_clusters, neighbours):
     x = np.random.default_rng(num).normal(size=(5, num, 8)).astype(np.float32)
-    centre = np.asarray(cluster(jnp.asarray(x), num_clusters, neighbours))
+    centre = np.asarray(jax.jit(cluster, static_argnums=(1, 2))(x, num_clusters, neighbours))
     for c, tokens in zip(centre, x.astype(np.float64), strict=True):
         np.testing.assert_array_equal(c, slow_cluster(tokens, num_clusters, neighbours))
         assert len(set(c.tolist())) == num_clusters
 
 
 def test_cluster_with_equal_and_with_far_tokens():
-    equal = np.asarray(cluster(jnp.ones((1, 6, 4)), 3, 5))[0]
+    found = jax.jit(cluster, static_argnums=(1, 2))
+    equal = np.asarray(found(np.ones((1, 6, 4), np.float32), 3, 5))[0]
     np.testing.assert_array_equal(equal, [0, 1, 2, 0, 0, 0])  # centres belong to themselves, though all are as near
     far = 16 * np.random.default_rng(1).normal(size=(20, 8)).astype(np.float32)
     squares = np.sort(((far[:, None] - far[None]) ** 2).mean(-1), axis=1)[:, :5].mean(1)
     assert np.median(squares) > 110 and squares.max() < 700  # densities underflow in float32, not in the loops' float64
-    centre = np.asarray(cluster(jnp.asarray(far[None]), 5, 5))[0]
+    centre = np.asarray(found(far[None], 5, 5))[0]
     np.testing.assert_array_equal(centre, slow_cluster(far.astype(np.float64), 5, 5))
 
 
@@ -179,7 +180,7 @@ def test_cluster_with_equal_and_with_far_tokens():
 @pytest.mark.parametrize(("num", "num_pairs"), [(24, 6), (25, 12), (24, 12), (1, 0), (2, 1), (3, 1)])
 def test_match_against_loops(matching, num, num_pairs):
     x = np.random.default_rng(num).normal(size=(5, num, 8)).astype(np.float32)
-    joined = np.asarray(match(jnp.asarray(x), num_pairs, matching))
+    joined = np.asarray(jax.jit(match, static_argnums=(1, 2))(x, num_pairs, matching))
     for j, tokens in zip(joined, x.astype(np.float64), strict=True):
         np.testing.assert_array_equal(j, slow_match(tokens, num_pairs, matching))
         assert (j != np.arange(num)).sum() == num_pairs

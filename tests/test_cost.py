@@ -17,11 +17,14 @@ def analytic(width, depth, tokens, mlp=4):
 
 @pytest.mark.parametrize(
     ("name", "width", "published"),
-    [
-        ("deit_tiny_patch16_224", 192, 1.254),
-        ("deit_small_patch16_224", 384, 4.599),
-        ("deit_base_patch16_224", 768, 17.56),
-    ],
+    mostly_long(
+        [
+            ("deit_tiny_patch16_224", 192, 1.254),
+            ("deit_small_patch16_224", 384, 4.599),
+            ("deit_base_patch16_224", 768, 17.56),
+        ],
+        short=(1,),
+    ),
 )
 def test_deit(name, width, published):
     counted = cost_of(name)
@@ -32,12 +35,15 @@ def test_deit(name, width, published):
 
 @pytest.mark.parametrize(
     ("name", "width", "keep_ratio", "with_filter", "without"),
-    [
-        ("deit_tiny_patch16_224", 192, 0.7, 0.860, 0.849),
-        ("deit_tiny_patch16_224", 192, 0.5, 0.611, 0.600),
-        ("deit_small_patch16_224", 384, 0.7, 3.207, 3.164),
-        ("deit_small_patch16_224", 384, 0.5, 2.294, 2.251),
-    ],
+    mostly_long(
+        [
+            ("deit_tiny_patch16_224", 192, 0.7, 0.860, 0.849),
+            ("deit_tiny_patch16_224", 192, 0.5, 0.611, 0.600),
+            ("deit_small_patch16_224", 384, 0.7, 3.207, 3.164),
+            ("deit_small_patch16_224", 384, 0.5, 2.294, 2.251),
+        ],
+        short=(0, 3),
+    ),
 )
 def test_tif_with_and_without_its_filter(name, width, keep_ratio, with_filter, without):
     kept = round(196 * keep_ratio)

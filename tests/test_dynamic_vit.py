@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import cost_of, mostly_long
+from cases import cost_of, mostly_long, numpy_images, numpy_model
 from flax import nnx
 from scipy.special import erf
 
@@ -28,15 +28,15 @@ KEY = jax.random.key(5)
 
 
 def images(num=3, seed=0):
-    return jax.random.normal(jax.random.key(seed), (num, 32, 32, 3))
+    return numpy_images(num, (32, 32), seed)
 
 
 @functools.cache
 def lively(special=False, dtype="float32"):
     """A model whose attention differs between patches and whose predictors know what they want."""
-    model = create_model((SPECIAL if special else TINY) | dict(dtype=dtype), reducer="dynamic_vit", **SITES)
-    params = jax.tree.map(lambda p: p * 4 if p.ndim == 2 else p, params_of(model))
-    params["reducer"] = jax.tree.map(lambda p: p * 3 if p.ndim == 2 else p, params["reducer"])
+    model = numpy_model((SPECIAL if special else TINY) | dict(dtype=dtype), reducer="dynamic_vit", **SITES)
+    params = {name: of_part for name, of_part in params_of(model).items() if name != "reducer"}
+    params = jax.tree.map(lambda p: jnp.asarray(np.asarray(p) * (4 if p.ndim == 2 else 1)), params)
     nnx.update(model, params)
     return model
 
@@ -385,7 +385,7 @@ def batch(seed=0):
 
 @functools.cache
 def plain():
-    return create_model(TINY | dict(depth=2))
+    return numpy_model(TINY | dict(depth=2))
 
 
 def step_of(model, loss):

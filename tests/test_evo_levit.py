@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import cost_of, lively, mostly_long
+from cases import attend, cost_of, feed_forward, lively, mostly_long, numpy_images
 from flax import nnx
 from test_evo_vit import class_attention_of
 
@@ -21,7 +21,7 @@ PYRAMID = dict(widths=(16, 24, 32), depths=(3, 2, 2), num_heads=(2, 3, 4))
 
 
 def images(size, num=2):
-    return jax.random.normal(jax.random.key(0), (num, *size, 3))
+    return numpy_images(num, size)
 
 
 def walk(model, x, keep_ratio=0.5, layer_wise=False, representative=True):
@@ -32,8 +32,8 @@ def walk(model, x, keep_ratio=0.5, layer_wise=False, representative=True):
     margins, g, slow, stage_begins, first_stage = [], None, None, False, True
     for i, block in enumerate(blocks):
         if hasattr(block, "stride"):
-            middle, qk = block.attend(jnp.asarray(x)[None])
-            x = np.asarray(block.feed_forward(middle))[0]
+            middle, qk = attend(block, np.asarray(x, np.float32)[None])
+            x = np.asarray(feed_forward(block, middle))[0]
             shown = [j for j in range(len(at)) if (j // columns) % 2 == 0 and (j % columns) % 2 == 0]
             a, total = class_attention_of(qk, 1) / qk.query.shape[2], g.sum()
             g = np.array([(1 - shares[i]) * g[j] + shares[i] * a[j] for j in shown])
@@ -59,8 +59,8 @@ def walk(model, x, keep_ratio=0.5, layer_wise=False, representative=True):
                 stand_in = sum(g[j] * x[1 + j] for j in rest) / sum(g[j] for j in rest)
             z.append(stand_in)
         before = np.stack(z)[None].astype(np.float32)
-        middle, qk = block.attend(jnp.asarray(before))
-        after = np.asarray(block.feed_forward(middle))
+        middle, qk = attend(block, before)
+        after = np.asarray(feed_forward(block, middle))
         a = class_attention_of(qk, 1) / qk.query.shape[2]  # the mean over heads
         g = a.copy() if g is None else g.copy()
         for row, j in enumerate(slow):
@@ -165,7 +165,7 @@ def test_loss_reaches_theta_and_attention_through_the_weights_alone():
     score = (1 - share[1]) * attention(np.asarray(logits)) + share[1] * np.full(8, 1 / 9)
     shrunk = ((1 - share[2]) * score + share[2] * attention(np.asarray(logits)))[::2]
     shrunk = shrunk * score.sum() / shrunk.sum()
-    out, kept = placeholders(theta, logits, x)
+    out, kept = jax.jit(placeholders)(theta, logits, x)
     rows = (np.asarray(x)[0, 1:] ** 4)[::2]
     rest = np.argsort(shrunk)[:2]
     assert sorted(2 * np.argsort(shrunk)[2:]) == kept[0].tolist()

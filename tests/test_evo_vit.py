@@ -122,9 +122,9 @@ def test_placeholders_move_by_one_vector_per_image_or_not_at_all(rngs):
         dense, _ = model.blocks[1](dense, rngs=stream)
         return dense, *EvoVit(stages=(2,), representative=representative)(model.blocks, x, model.tokens(len(x)), draw())
 
-    jitted = jax.jit(walk, static_argnums=1)
-    for representative in (False, True):
-        dense, out, aux = jitted(x, representative)
+    both = jax.jit(lambda x: [walk(x, representative) for representative in (False, True)])
+    for representative, found in zip((False, True), jax.device_get(both(x)), strict=True):
+        dense, out, aux = found
         for b in range(len(x)):
             rest = 1 + np.setdiff1d(np.arange(16), aux["kept"][b])
             moved = np.asarray(out[b] - dense[b])[rest]
@@ -161,8 +161,9 @@ class Straight:
 
 
 def walk_straight(x, *blocks, **options):
-    index = jnp.arange(x.shape[1] - 1, dtype=jnp.int32)[None]
-    return EvoVit(**options)(blocks, x, Tokens(1, (1, x.shape[1] - 1), index, True), None)
+    index = np.arange(x.shape[1] - 1, dtype=np.int32)[None]
+    walk = jax.jit(lambda x, index: EvoVit(**options)(blocks, x, Tokens(1, (1, x.shape[1] - 1), index, True), None))
+    return walk(x, index)
 
 
 @pytest.mark.long
@@ -201,8 +202,8 @@ def test_attention_of_zero_to_all_placeholders_is_no_nan():
     ("keep_ratio", "num_patches", "num_slow"), [(0.5, 49, 24), (0.5, 9, 4), (0.5, 16, 8), (0.05, 9, 1)]
 )
 def test_number_of_slow_tokens_is_rounded_down(keep_ratio, num_patches, num_slow):
-    x = jnp.ones((1, 1 + num_patches, 4))
-    _, aux = walk_straight(x, Straight(jnp.zeros(1)), Straight(jnp.zeros(1)), stages=(1,), keep_ratio=keep_ratio)
+    x, flat = np.ones((1, 1 + num_patches, 4), np.float32), Straight(np.zeros(1, np.float32))
+    aux = jax.eval_shape(lambda x: walk_straight(x, flat, flat, stages=(1,), keep_ratio=keep_ratio)[1], x)
     assert aux["kept"].shape == (1, num_slow)
 
 
@@ -217,11 +218,14 @@ def test_default_stages(depth, stages):
 
 @pytest.mark.parametrize(
     ("name", "published", "with_representative"),
-    [
-        ("deit_tiny_patch16_224", 0.818, 0.822),
-        ("deit_small_patch16_224", 3.033, 3.049),
-        ("deit_base_patch16_224", 11.658, 11.717),
-    ],
+    mostly_long(
+        [
+            ("deit_tiny_patch16_224", 0.818, 0.822),
+            ("deit_small_patch16_224", 3.033, 3.049),
+            ("deit_base_patch16_224", 11.658, 11.717),
+        ],
+        short=(1,),
+    ),
 )
 def test_published_cost(name, published, with_representative):
     for representative, gmac in ((False, published), (True, with_representative)):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from cases import mostly_long
 from jax.sharding import NamedSharding, PartitionSpec
 from scipy import stats
 from scipy.special import log_softmax
@@ -47,8 +48,12 @@ def test_with_neither_the_batch_stays_as_it_is():
     assert mixed.keys() == given.keys() and all(mixed[name] is given[name] for name in given)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-6), (jnp.bfloat16, 2**-8)])
-@pytest.mark.parametrize("num", [4, 5])
+@pytest.mark.parametrize(
+    "num, dtype, tolerance",
+    mostly_long(
+        [(n, *of_type) for n in (4, 5) for of_type in ((jnp.float32, 1e-6), (jnp.bfloat16, 2**-8))], short=(0, 3)
+    ),
+)
 def test_mixup_is_a_weighted_mean_with_the_batch_reversed(strict_dtypes, num, dtype, tolerance):
     given = batch(num, dtype=dtype)
     mixed = jax.jit(mix, static_argnums=2)(jax.random.key(1), given, Mixing(mixup=0.8))
@@ -80,7 +85,7 @@ def test_cutmix_pastes_one_box_of_the_batch_reversed(strict_dtypes, dtype):
 # How often and how much -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("alpha", [0.2, 0.8])
+@pytest.mark.parametrize("alpha", mostly_long([0.2, 0.8]))
 def test_mixups_weight_is_beta_distributed(alpha):
     kept, weight = many(Mixing(mixup=alpha))
     np.testing.assert_allclose(kept.min(axis=(1, 2)), weight, rtol=1e-6)
@@ -88,7 +93,7 @@ def test_mixups_weight_is_beta_distributed(alpha):
     assert fits(stats.kstest(weight, stats.beta(alpha, alpha).cdf))
 
 
-@pytest.mark.parametrize("size", [(12, 16), (12, 12)])
+@pytest.mark.parametrize("size", [(12, 16), pytest.param((12, 12), marks=pytest.mark.long)])
 def test_cutmix_boxes_are_those_of_the_paper(size):
     kept, weight = many(Mixing(cutmix=1.0), size=size)
     assert np.isin(kept, (0, 1)).all()
@@ -106,7 +111,7 @@ def test_cutmix_boxes_are_those_of_the_paper(size):
     np.testing.assert_allclose(kept.mean(axis=0), expected.mean(axis=0), atol=0.04)
 
 
-@pytest.mark.parametrize("switch, probability", [(0.5, 1.0), (0.2, 0.7)])
+@pytest.mark.parametrize("switch, probability", mostly_long([(0.5, 1.0), (0.2, 0.7)], short=(1,)))
 def test_how_often(switch, probability):
     kept, weight = many(Mixing(mixup=0.8, cutmix=1.0, switch=switch, probability=probability))
     blended = ((kept > 0) & (kept < 1)).any(axis=(1, 2))

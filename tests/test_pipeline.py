@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 import tif_jax
-from tif_jax import records, state
+from tif_jax import config as config_file
+from tif_jax import losses, records, shards, state
 from tif_jax.__main__ import main
-from tif_jax.commands import benchmark
+from tif_jax.commands import benchmark, train
+from tif_jax.state import params_of
 
 TINY = """
 import importlib.util
@@ -27,7 +29,7 @@ def get_config():
     config.filter.update(num_epochs=2.0, batch_size=16)
     config.finetune.update(num_epochs=1.0, batch_size=16, phases=(dict(until=0.5, keep_ratio=0.5),))
     config.evaluate.update(batch_size=16, num_images=16, num_samples=1)
-    config.benchmark.update(batch_size=8, reducers=("full", "prior", "tif"))
+    config.benchmark.update(batch_size=8, reducers=("full", "tif"))
     return config
 """
 
@@ -53,14 +55,14 @@ def test_what_it_leaves(finished):
         "filter",
         "filter-1",
         "finetune/tif-0.25-0",
-        "finetune/prior-0.25-1",
+        "finetune/tif-0.25-1",
         "finetune/full-1-0",
     ):
         assert (workdir / stage / "metrics.jsonl").exists() and (workdir / stage / "metrics.json").exists()
     report = records.read(workdir / "report.json")
     assert {"config", "versions", "device", "rows", "filter"} <= set(report)
     assert [(row["reducer"], row["seed"]) for row in report["rows"]] == [
-        (name, seed) for seed in (0, 1) for name in ("full", "prior", "tif")
+        (name, seed) for seed in (0, 1) for name in ("full", "tif")
     ]
     assert {"reducer", "keep_ratio", "seed", "top1", "gmac", "images_per_second"} <= set(report["rows"][0])
     assert {"auc", "spearman", "position_prior", "random"} == set(report["filter"])
@@ -95,6 +97,26 @@ def test_the_filter_stays_while_the_rest_is_fine_tuned(finished):
     after, _ = state.load_params(workdir / "finetune" / "tif-0.25-0" / "checkpoints")
     jax.tree.map(np.testing.assert_array_equal, before.pop("reducer"), after.pop("reducer"))
     assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True))
+
+
+PRIOR = ["--config.reducer.name=prior"]
+
+
+def test_the_prior_is_read_off_the_shards_and_rests(finished):
+    config, workdir = finished
+    stage = train.finetune(config_file.load(str(config), PRIOR), workdir)
+    labels = losses.keep_labels(shards.read_impact(workdir).impact, "top", 0.25)
+    np.testing.assert_array_equal(params_of(stage.model)["reducer"]["logits"], losses.position_prior(labels))
+    assert stage.directory == workdir / "finetune" / "prior-0.25-0" and stage.trainable == train.FROZEN_REDUCER
+
+
+@pytest.mark.long
+def test_the_prior_is_fine_tuned(finished):
+    config, workdir = finished
+    settings = ["--config", str(config), "--workdir", str(workdir), *PRIOR, "--config.seed=1"]
+    assert main(["train", "--stage=finetune", *settings]) == main(["evaluate", *settings]) == 0
+    directory = workdir / "finetune" / "prior-0.25-1"
+    assert (directory / "metrics.jsonl").exists() and records.read(directory / "metrics.json")["keep_ratio"] == 0.25
 
 
 def test_cut_in_the_middle_it_ends_the_same(finished, tmp_path, monkeypatch):

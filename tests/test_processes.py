@@ -1,51 +1,47 @@
 """A run of two processes with two devices each: it computes what one process does, ends as one, and goes on."""
 
 import argparse
-import os
+import runpy
 import signal
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from forks import Server
 from trainer import NUM_STEPS, TINY
 
 from tif_jax import metrics_log, processes, records, state
 from tif_jax.__main__ import main
 from tif_jax.errors import InputError
 
-TRAINER = str(Path(__file__).with_name("trainer.py"))
 # Parameters are divided over all four devices, so that each process writes half of a checkpoint.
 DIVIDED = ["--config.sharding.fsdp=4", "--config.backbone.num_epochs=2.0"]
 
 
-def start(command, folder):
-    """Both processes of a command."""
+@pytest.fixture(scope="module")
+def servers():
+    """Of the two processes."""
+    servers = [Server("trainer", JAX_NUM_CPU_DEVICES="2") for _ in range(2)]
+    yield servers
+    for server in servers:
+        server.close()
+
+
+def start(servers, arguments, logs):
+    """Both processes of a run."""
     with socket.create_server(("localhost", 0)) as free:
         address = f"localhost:{free.getsockname()[1]}"
-    environment = os.environ | {
-        "JAX_NUM_CPU_DEVICES": "2",
-        "JAX_COORDINATOR_ADDRESS": address,
-        "JAX_NUM_PROCESSES": "2",
-    }
+    together = (f"--coordinator={address}", "--num_processes=2")
     return [
-        subprocess.Popen(
-            [sys.executable, *command],
-            env=environment | {"JAX_PROCESS_ID": str(i)},
-            stdout=subprocess.PIPE,
-            stderr=(folder / f"log-{i}").open("w"),
-            text=True,
-        )
-        for i in range(2)
+        server.start(*arguments[:2], *together, f"--process_id={i}", *arguments[2:], log=log)
+        for i, (server, log) in enumerate(zip(servers, logs, strict=True))
     ]
 
 
 def ends(both):
-    return [process.wait(timeout=120) for process in both], [process.communicate()[0] for process in both]
+    return [process.wait() for process in both]
 
 
 def wait_for_step(file, step, both):
@@ -54,14 +50,14 @@ def wait_for_step(file, step, both):
         time.sleep(0.05)
 
 
-def test_stopped_killed_and_finished_it_is_as_one_process(tmp_path):
+def test_stopped_killed_and_finished_it_is_as_one_process(servers, tmp_path):
     workdir, logs = tmp_path / "run", [tmp_path / "log-0", tmp_path / "log-1"]
-    training = [TRAINER, "0.6", str(tmp_path / "steps"), f"--workdir={workdir}", *DIVIDED]
+    training = ["0.6", tmp_path / "steps", f"--workdir={workdir}", *DIVIDED]
 
-    both = start(training, tmp_path)
+    both = start(servers, training, logs)
     wait_for_step(tmp_path / "steps", 5, both)
     both[1].send_signal(signal.SIGTERM)  # one is told, both stop, at the same step
-    assert ends(both)[0] == [75, 75], logs[0].read_text()
+    assert ends(both) == [75, 75], logs[0].read_text()
     checkpoints = workdir / "backbone" / "checkpoints"
     with state.Checkpoints(checkpoints) as found:
         saved, stopped = found.steps()
@@ -70,18 +66,20 @@ def test_stopped_killed_and_finished_it_is_as_one_process(tmp_path):
     assert parts == {"ocdbt.process_0", "ocdbt.process_1"}
 
     (tmp_path / "steps").unlink()
-    both = start(training, tmp_path)
+    logs = [tmp_path / "again-0", tmp_path / "again-1"]
+    both = start(servers, training, logs)
     wait_for_step(tmp_path / "steps", 1, both)
     both[1].kill()
     began = time.monotonic()
-    assert ends(both)[0] == [1, -signal.SIGKILL] and time.monotonic() - began < 30
+    assert ends(both) == [1, -signal.SIGKILL] and time.monotonic() - began < 30
     assert "process 1 of 2 is lost" in logs[0].read_text().splitlines()[-1]
 
     # What only one of the processes finds damaged is damaged for both.
     for file in (checkpoints / str(stopped) / "params" / "ocdbt.process_1").rglob("d/*"):
         file.write_bytes(b"")
-    both = start([TRAINER, "0", str(tmp_path / "steps"), f"--workdir={workdir}", *DIVIDED, "evaluate"], tmp_path)
-    assert ends(both)[0] == [0, 0], logs[0].read_text()
+    logs = [tmp_path / "last-0", tmp_path / "last-1"]
+    both = start(servers, ["0", tmp_path / "steps", f"--workdir={workdir}", *DIVIDED, "evaluate"], logs)
+    assert ends(both) == [0, 0], logs[0].read_text()
     assert f"{stopped} is damaged" in logs[0].read_text() and f"steps {saved} to 8" in logs[0].read_text()
     assert "backbone: 8 of 8 step" in logs[0].read_text() and "8 of 8 step" not in logs[1].read_text()
 
@@ -109,6 +107,15 @@ def test_stopped_killed_and_finished_it_is_as_one_process(tmp_path):
 def test_flags_that_do_not_fit(flags, message):
     with pytest.raises(InputError, match=message):
         processes.join(argparse.Namespace(**flags))
+
+
+def test_flags_default_to_the_environment(monkeypatch):
+    for name, value in dict(COORDINATOR_ADDRESS="host:1", NUM_PROCESSES="2", PROCESS_ID="1").items():
+        monkeypatch.setenv(f"JAX_{name}", value)
+    flags = runpy.run_path(processes.__file__)["FLAGS"]  # they are read when the module is
+    assert {name: flag["default"] for name, flag in flags.items()} == dict(
+        coordinator="host:1", num_processes="2", process_id="1"
+    )
 
 
 @pytest.mark.parametrize(

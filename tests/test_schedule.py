@@ -3,8 +3,9 @@
 import math
 
 import pytest
+from cases import cost_of
 
-from tif_jax import cost, create_model, schedule
+from tif_jax import schedule
 from tif_jax.errors import InputError
 
 MODEL = dict(image_size=32, patch_size=8, width=32, depth=4, num_heads=2, num_classes=5)  # 16 patches
@@ -57,10 +58,10 @@ def test_misuse(given, message):
     ],
 )
 def test_tokens_that_leave_each_block(reducer, options, patches):
-    counted = cost(create_model(MODEL, reducer=reducer, **options))
+    counted = cost_of(MODEL, reducer=reducer, **options)
     assert tuple(number - 1 for number in counted.tokens) == patches
 
 
 def test_evo_vit_refuses_a_sparse_first_block():
     with pytest.raises(InputError, match="block 0 is dense: give 16"):
-        cost(create_model(MODEL, reducer="evo_vit", num_kept=(8, 8, 8, 8)))
+        cost_of(MODEL, reducer="evo_vit", num_kept=(8, 8, 8, 8))

@@ -1,18 +1,18 @@
 """`tif score` as a job that is killed, sent SIGTERM, started twice, divided, and finds its folder damaged."""
 
+import itertools
 import os
 import random
 import signal
 import socket
-import subprocess
-import sys
-import textwrap
 import time
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from forks import Server
 from ml_collections import ConfigDict
+from scorer import NUM_PARTS, ROWS_PER_PART
 
 from tif_jax import shards
 from tif_jax.commands import score, train
@@ -21,7 +21,7 @@ from tif_jax.models import create_model
 from tif_jax.shards import read_impact
 from tif_jax.state import Checkpoints, State, params_of
 
-NUM_IMAGES, ROWS_PER_PART, NUM_PARTS = 80, 8, 10
+NUM_IMAGES = ROWS_PER_PART * NUM_PARTS
 MODEL = dict(image_size=32, patch_size=8, width=16, depth=1, num_heads=2, num_classes=10)
 CONFIG = f"""
 from ml_collections import ConfigDict
@@ -40,24 +40,6 @@ def get_config():
         ),
     ))
 """
-# The program with small parts, each batch kept at once and taking a moment, and a list of the parts it wrote.
-PROGRAM = f"""
-import sys, time
-from tif_jax import shards
-from tif_jax.__main__ import main
-from tif_jax.commands import score
-score._ROWS_PER_PART, score._SECONDS_BETWEEN_SAVES = {ROWS_PER_PART}, 0
-write_part, columns = shards.write_part, score._columns
-def slow(*arguments):
-    time.sleep(0.03)
-    return columns(*arguments)
-def listed(directory, part, *rest):
-    write_part(directory, part, *rest)
-    with open("written", "a") as file:
-        print(part, file=file)
-score._columns, shards.write_part = slow, listed
-sys.exit(main(["score", "--config", "config.py", "--workdir", "run", *sys.argv[1:]]))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +51,18 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(score, "_ROWS_PER_PART", ROWS_PER_PART)
         score.score(_config(), folder / "run")
-    with pytest.MonkeyPatch.context() as patch:  # a job that is killed may leave half a program in its cache
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "cache"))
-        yield folder
+    return folder
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Starts a job in the current folder."""
+    # A job that is killed may leave half a program in its cache.
+    cache = str(tmp_path_factory.mktemp("cache"))
+    server = Server("scorer", JAX_COMPILATION_CACHE_DIR=cache, JAX_NUM_CPU_DEVICES="2")
+    numbers = itertools.count()
+    yield lambda *arguments: server.start(*arguments, log=f"log-{next(numbers)}")
+    server.close()
 
 
 @pytest.fixture
@@ -99,18 +90,13 @@ def _config() -> ConfigDict:
     return namespace["get_config"]()
 
 
-def start(*flags) -> subprocess.Popen:
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2"}
-    return subprocess.Popen([sys.executable, "-c", PROGRAM, *flags], env=environment, stderr=subprocess.PIPE, text=True)
-
-
 def written(place) -> list[int]:
     return list(map(int, (place / "written").read_text().split())) if (place / "written").exists() else []
 
 
 def wait_for(condition, process):
     while not condition():
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.log.read_text()
         time.sleep(0.002)
 
 
@@ -124,7 +110,7 @@ def assert_all_scored(place, finished):
     assert not list((place / "run" / "impact").glob(".*"))
 
 
-def _kill_and_go_on(place, finished, num_kills, rng):
+def _kill_and_go_on(start, place, finished, num_kills, rng):
     """Kills the job a random moment after it has begun to write; nothing finished is done again, nothing is lost."""
     for _ in range(num_kills):
         size = (place / "written").stat().st_size if (place / "written").exists() else 0
@@ -132,24 +118,24 @@ def _kill_and_go_on(place, finished, num_kills, rng):
         wait_for(lambda size=size: (place / "written").exists() and (place / "written").stat().st_size > size, process)
         time.sleep(rng.uniform(0, 0.15))
         process.kill()
-        process.communicate()
+        process.wait()
         if len(written(place)) == NUM_PARTS:
             break
     process = start()
-    assert process.wait() == 0, process.stderr.read()
+    assert process.wait() == 0, process.log.read_text()
     # A kill between a part and its line in the list leaves a part that is not listed, but never one listed twice.
     assert len(set(written(place))) == len(written(place)) >= NUM_PARTS - num_kills
     assert_all_scored(place, finished)
 
 
-def test_killed_at_any_moment(place, finished):
-    _kill_and_go_on(place, finished, num_kills=3, rng=random.Random(0))
+def test_killed_at_any_moment(start, place, finished):
+    _kill_and_go_on(start, place, finished, num_kills=3, rng=random.Random(0))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(10))
-def test_killed_at_many_moments(place, finished, seed):
-    _kill_and_go_on(place, finished, num_kills=4, rng=random.Random(seed))
+def test_killed_at_many_moments(start, place, finished, seed):
+    _kill_and_go_on(start, place, finished, num_kills=4, rng=random.Random(seed))
 
 
 def test_what_a_killed_job_left_beside_a_finished_part_goes(place, finished):
@@ -160,13 +146,13 @@ def test_what_a_killed_job_left_beside_a_finished_part_goes(place, finished):
     assert_all_scored(place, finished)
 
 
-def test_sigterm_finishes_the_chunk_keeps_it_and_exits_75(place, finished):
+def test_sigterm_finishes_the_chunk_keeps_it_and_exits_75(start, place, finished):
     process = start()
     begun = lambda: list((place / "run" / "impact").glob(".*.begun"))  # noqa: E731
     wait_for(begun, process)
     process.send_signal(signal.SIGTERM)
-    *_, line = process.communicate()[1].splitlines()
-    assert process.returncode == 75
+    assert process.wait() == 75
+    *_, line = process.log.read_text().splitlines()
     assert line.startswith("tif score: stopped") and "run the same command again" in line
     (path,) = begun()  # the first half of that part's rows is not scored again
     part = int(path.name.removeprefix(".part-").split("-")[0])
@@ -180,33 +166,26 @@ def test_sigterm_finishes_the_chunk_keeps_it_and_exits_75(place, finished):
     assert_all_scored(place, finished)
 
 
-def test_two_jobs_started_on_one_folder_share_the_work(place, finished):
+def test_two_jobs_started_on_one_folder_share_the_work(start, place, finished):
     processes = [start(), start()]
-    messages = [process.communicate()[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], messages
+    statuses = [process.wait() for process in processes]
+    messages = [process.log.read_text() for process in processes]
+    assert statuses == [0, 0], messages
     assert sorted(written(place)) == list(range(1, NUM_PARTS + 1))
     assert_all_scored(place, finished)
 
 
-def test_a_job_waits_for_parts_that_another_has_locked(place, finished, caplog):
-    script = f"""
-        import time
-        from tif_jax.shards import lock_part
-        with lock_part("run/impact", 2, {NUM_PARTS}) as ours:
-            assert ours
-            print("locked", flush=True)
-            time.sleep(60)
-    """
+def test_a_job_waits_for_parts_that_another_has_locked(start, place, finished):
     (place / "run" / "impact").mkdir()
-    other = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE)
-    assert other.stdout.readline() == b"locked\n"
+    other = start("lock", 2)
+    wait_for((place / "locked").exists, other)
     job = start()
     wait_for(lambda: len(written(place)) == NUM_PARTS - 1, job)
     assert job.poll() is None and 2 not in written(place)
     other.kill()  # a lock ends with its process
     other.wait()
     assert job.wait() == 0
-    assert "another job is scoring parts [2]; waiting for it" in job.stderr.read()
+    assert "another job is scoring parts [2]; waiting for it" in job.log.read_text()
     assert_all_scored(place, finished)
 
 
@@ -218,14 +197,15 @@ def test_parts_of_an_array_job_need_no_order(place, finished):
     assert_all_scored(place, finished)
 
 
-def test_two_processes_of_one_run_take_half_each(place, finished):
+def test_two_processes_of_one_run_take_half_each(start, place, finished):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     flags = (f"--coordinator=localhost:{port}", "--num_processes=2")
     processes = [start(*flags, f"--process_id={k}") for k in range(2)]
-    messages = [process.communicate()[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], messages
+    statuses = [process.wait() for process in processes]
+    messages = [process.log.read_text() for process in processes]
+    assert statuses == [0, 0], messages
     assert f"{NUM_PARTS // 2} of {NUM_PARTS // 2} parts to score" in messages[0]
     assert "parts to score" not in messages[1]  # one tells what all do
     assert sorted(written(place)) == list(range(1, NUM_PARTS + 1))

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from cases import call, numpy_model
+from cases import call, mostly_long, numpy_model
 from jax.errors import JaxRuntimeError
 from scipy.special import log_softmax
 
@@ -39,11 +39,20 @@ def impact(model):
     return lambda num_images, **options: of_all(**options)[:num_images]
 
 
-@pytest.mark.parametrize("num_images, mesh", [(2, (2, 4)), (6, (2, 4)), (16, (8, 1))])
+SAMPLED = dict(estimator="sampled", mask="drop", num_samples=5)
+GRADIENT = dict(estimator="gradient", mask="drop")
+
+
 @pytest.mark.parametrize(
-    "changes",
-    [{}, dict(estimator="sampled", mask="drop", num_samples=5), dict(estimator="gradient", mask="drop")],
-    ids=["exact", "sampled", "gradient"],
+    "num_images, mesh, changes",
+    mostly_long(
+        [
+            (n, mesh, changes)
+            for changes in ({}, SAMPLED, GRADIENT)
+            for n, mesh in ((2, (2, 4)), (6, (2, 4)), (16, (8, 1)))
+        ],
+        short=(0, 1, 2, 3, 6),
+    ),
 )
 def test_any_number_of_images_on_eight_devices_is_the_same_as_on_one(model, impact, num_images, mesh, changes):
     options = EXACT | changes
@@ -63,12 +72,14 @@ def test_any_number_of_images_on_eight_devices_is_the_same_as_on_one(model, impa
     assert not any(op in text for op in ("all-reduce", "all-gather", "all-to-all", "collective-permute"))
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 100])
-@pytest.mark.parametrize("estimator, mask", [("exact", "drop"), ("sampled", "drop")])
-def test_the_chunk_changes_nothing(model, impact, chunk, estimator, mask):
+@pytest.mark.parametrize(
+    "estimator, chunk",
+    mostly_long([(e, chunk) for e in ("exact", "sampled") for chunk in (1, 5, 100)], short=(0, 2, 4)),
+)
+def test_the_chunk_changes_nothing(model, impact, chunk, estimator):
     """Chunks smaller than the batch take a few images at a time, larger ones several masks of each."""
     images, labels = inputs(6)
-    options = EXACT | dict(estimator=estimator, mask=mask, num_samples=7)
+    options = EXACT | dict(estimator=estimator, mask="drop", num_samples=7)
     scores = Scorer(model, 6, devices=jax.devices()[:1], chunk=chunk, **options)(images, labels)()
     np.testing.assert_allclose(scores.impact, impact(6, **options), atol=1e-6)
 

@@ -2,47 +2,15 @@
 
 import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from forks import Server
 from trainer import NUM_STEPS, SAVE_EVERY
 
 from tif_jax import metrics_log, state
-
-TRAINER = str(Path(__file__).with_name("trainer.py"))
-
-
-class Server:
-    """Training runs that start at once: `trainer.py serve`."""
-
-    def __init__(self, folder):
-        self.folder, self.log = folder, open(folder / "log", "a")
-        self.process = subprocess.Popen(
-            [sys.executable, TRAINER, "serve"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-        )
-
-    def start(self, *arguments):
-        """The process number of a run."""
-        print(*arguments, file=self.process.stdin, flush=True)
-        return int(self.process.stdout.readline())
-
-    def status(self):
-        return int(self.process.stdout.readline())
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
-        self.log.close()
 
 
 @pytest.fixture(scope="module")
@@ -51,18 +19,18 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("survival")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "cache"))
-        patch.setenv("JAX_NUM_CPU_DEVICES", "2")
-        server = Server(folder)
+        server = Server("trainer", JAX_NUM_CPU_DEVICES="2")
         yield server
         server.close()
 
 
 @pytest.fixture(scope="module")
-def uncut(server):
+def uncut(server, tmp_path_factory):
     """The workdir of a run that nothing disturbed."""
-    server.start(0, server.folder / "steps", f"--workdir={server.folder / 'uncut'}")
-    assert server.status() == 0, (server.folder / "log").read_text()
-    return server.folder / "uncut"
+    folder = tmp_path_factory.mktemp("uncut")
+    run = server.start(0, folder / "steps", f"--workdir={folder / 'run'}", log=folder / "log")
+    assert run.wait() == 0, run.log.read_text()
+    return folder / "run"
 
 
 def arrays(workdir):
@@ -89,33 +57,33 @@ def newest(workdir):
 
 @pytest.mark.parametrize("num_kills", [5, pytest.param(20, marks=pytest.mark.long)])
 def test_killed_at_random_moments(server, uncut, tmp_path, num_kills):
-    rng, workdir, begun = random.Random(num_kills), tmp_path / "run", tmp_path / "steps"
+    rng, workdir, begun, log = random.Random(num_kills), tmp_path / "run", tmp_path / "steps", tmp_path / "log"
     for _ in range(num_kills):
         begun.unlink(missing_ok=True)
         start = newest(workdir) if workdir.exists() else 0
-        child = server.start(0.02, begun, f"--workdir={workdir}")
+        run = server.start(0.02, begun, f"--workdir={workdir}", log=log)
         # Before, during or between steps and checkpoints; some way on, since nothing is left to kill after the last.
         after, moment = rng.randrange(0, min(2 * SAVE_EVERY, NUM_STEPS - start)), rng.uniform(0, 0.3)
         wait_for_step(begun, after)
         time.sleep(moment)
-        subprocess.run(["kill", "-KILL", str(child)], check=False)
-        assert server.status() in (-signal.SIGKILL, 0)
+        run.kill()
+        assert run.wait() in (-signal.SIGKILL, 0)
         reached = start + number_in(begun)
         # Lost are the steps since the newest checkpoint, and those that were done while the next one was being written.
         assert newest(workdir) >= (reached - 1) // SAVE_EVERY * SAVE_EVERY - SAVE_EVERY
         if newest(workdir) >= NUM_STEPS - SAVE_EVERY:
             workdir = tmp_path / f"run-{reached}-{moment}"
-    server.start(0, begun, f"--workdir={workdir}")
-    assert server.status() == 0, (server.folder / "log").read_text()
+    run = server.start(0, begun, f"--workdir={workdir}", log=log)
+    assert run.wait() == 0, log.read_text()
     jax.tree.map(np.testing.assert_array_equal, arrays(workdir), arrays(uncut))
     lines, expected = (metrics_log.read(folder / "backbone") for folder in (workdir, uncut))
     assert [(line["step"], line["loss"]) for line in lines] == [(line["step"], line["loss"]) for line in expected]
 
 
 def test_sigterm_saves(server, tmp_path):
-    child = server.start(0.2, tmp_path / "steps", f"--workdir={tmp_path / 'run'}")
+    run = server.start(0.2, tmp_path / "steps", f"--workdir={tmp_path / 'run'}", log=tmp_path / "log")
     wait_for_step(tmp_path / "steps", 3)
-    subprocess.run(["kill", "-TERM", str(child)], check=True)
-    assert server.status() == 75
+    run.send_signal(signal.SIGTERM)
+    assert run.wait() == 75
     assert newest(tmp_path / "run") == number_in(tmp_path / "steps")  # not one step is lost
-    assert "run the same command again" in (server.folder / "log").read_text().splitlines()[-1]
+    assert "run the same command again" in run.log.read_text().splitlines()[-1]

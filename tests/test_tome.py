@@ -79,7 +79,7 @@ def random_metric(num_images, num_patches, seed=0, channels=4):
 @pytest.mark.parametrize(("num_patches", "num_merged"), [(12, 1), (12, 4), (12, 6), (13, 6), (13, 2), (2, 1), (3, 1)])
 def test_match(num_patches, num_merged):
     metric = random_metric(5, num_patches)
-    pairs = match(jnp.asarray(metric), num_merged)
+    pairs = jax.device_get(jax.jit(match, static_argnums=1)(metric, num_merged))
     for b in range(5):
         expected = reference_match(metric[b], num_merged)
         found = list(zip(pairs.merged[b].tolist(), (2 * pairs.target[b]).tolist(), strict=True))
@@ -89,7 +89,7 @@ def test_match(num_patches, num_merged):
 
 
 def test_ties_go_to_the_lower_row():
-    pairs = match(jnp.ones((1, 9, 3)), 2)
+    pairs = jax.jit(match, static_argnums=1)(np.ones((1, 9, 3), np.float32), 2)
     assert (
         pairs.merged.tolist() == [[1, 3]] and pairs.target.tolist() == [[0, 0]] and pairs.unmerged.tolist() == [[5, 7]]
     )
@@ -101,9 +101,13 @@ def test_merge_and_destination(num_patches, num_merged):
     metric = random_metric(5, num_patches, channels=2)  # few directions: several sources share a target
     patches = rng.normal(size=(5, num_patches, 7)).astype(np.float32)
     size = rng.integers(1, 9, size=(5, num_patches)).astype(np.float32)
-    pairs = match(jnp.asarray(metric), num_merged)
-    merged, sizes = merge(jnp.asarray(patches), jnp.asarray(size), pairs)
-    rows, merged = np.asarray(destination(pairs, num_patches)), np.asarray(merged)
+
+    @jax.jit
+    def run(metric, patches, size):
+        pairs = match(metric, num_merged)
+        return pairs, *merge(patches, size, pairs), destination(pairs, num_patches)
+
+    pairs, merged, sizes, rows = jax.device_get(run(metric, patches, size))
     for b in range(5):
         expected, sizes_expected, members = reference_merge(patches[b], size[b], reference_match(metric[b], num_merged))
         np.testing.assert_allclose(merged[b], expected, atol=1e-6)
@@ -116,10 +120,11 @@ def test_merge_and_destination(num_patches, num_merged):
 
 def test_merging_in_bfloat16_rounds_once():
     patches = jnp.asarray(np.random.default_rng(2).normal(size=(2, 12, 6)), jnp.bfloat16)
-    pairs = match(jnp.ones((2, 12, 3)), 6)  # everything into the first target
+    pairs = jax.jit(match, static_argnums=1)(np.ones((2, 12, 3), np.float32), 6)  # everything into the first target
     size = jnp.asarray(np.random.default_rng(3).integers(1, 40, size=(2, 12)), jnp.float32)
-    merged, sizes = merge(patches, size, pairs)
-    exact = merge(patches.astype(jnp.float32), size, pairs)[0]
+    run = jax.jit(merge)
+    merged, sizes = run(patches, size, pairs)
+    exact = run(patches.astype(jnp.float32), size, pairs)[0]
     assert merged.dtype == jnp.bfloat16 and sizes.dtype == jnp.float32
     np.testing.assert_array_equal(merged, exact.astype(jnp.bfloat16))
 

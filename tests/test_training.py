@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import call, numpy_model
+from cases import call, lively, numpy_model
 from flax import nnx
 
 from tif_jax import losses, metrics_log, optim, records
 from tif_jax.errors import InputError, WorkError
 from tif_jax.loading import load
 from tif_jax.loop import init_state, make_step, run
-from tif_jax.models import create_model
 from tif_jax.state import Checkpoints, State, load_params, make_mesh, params_of, replicate, shard, shardings
 
 TINY = dict(image_size=16, patch_size=8, width=16, depth=2, num_heads=2, num_classes=3)
@@ -187,7 +186,7 @@ def test_one_flipped_bit_in_a_large_array_is_found(tmp_path, caplog):
 
 
 def test_load_runs_a_checkpoint_under_any_reducer(tmp_path, caplog):
-    model = create_model(TINY, reducer="tif", keep_ratio=0.5, seed=3)
+    model = numpy_model(TINY, reducer="tif", keep_ratio=0.5, seed=3)
     description = {"model": TINY, "reducer": {"name": "tif", "keep_ratio": 0.5}}
     with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
         checkpoints.save(State(jnp.int32(7), params_of(model), ()), description, {})
@@ -278,7 +277,7 @@ def test_a_folder_knows_what_was_noted_before_there_were_such_keys(tmp_path):
 
 
 def test_frozen_statistics_rest():
-    model = create_model(
+    model = lively(
         dict(family="levit", image_size=32, widths=(16,), depths=(1,), num_heads=(2,), key_dim=4, num_classes=3)
     )
     params = jax.device_get(params_of(model))

@@ -1,20 +1,15 @@
 """A program for tests that stop, kill or divide a training run: trains a tiny backbone on digits, slowly.
 
-    python trainer.py SECONDS_PER_STEP FILE ARGUMENTS... [evaluate]    FILE gets the number of steps begun
-    python trainer.py serve    the same for each line of arguments read, in a fork each
-
-Imports take longer than the training: `serve` does them once. It prints each fork's number, and its exit status.
+`forks.Server` runs it: run(SECONDS_PER_STEP, FILE, ARGUMENTS... [, "evaluate"]); FILE gets the number of steps begun.
 """
 
-import os
-import shlex
-import sys
 import time
 from pathlib import Path
 
 from tif_jax import __main__ as program
 from tif_jax import processes, state, training
-from tif_jax.commands import train
+from tif_jax.commands import evaluate, train
+from tif_jax.data.digits import Digits
 
 CONFIG = str(Path(__file__).parents[1] / "configs" / "digits.py")
 TINY = [
@@ -25,6 +20,12 @@ TINY = [
     "--config.backbone.ema=0.9", "--config.backbone.num_epochs=10.0",
 ]  # fmt: skip
 NUM_STEPS, SAVE_EVERY = 40, 5  # what these come to
+
+
+def prepare():
+    """What every run would spend seconds on: scikit-learn is imported, and its digits are drawn."""
+    for split in ("train", "test"):
+        Digits(split, 1)
 
 
 def run(seconds, file, *argv):
@@ -41,24 +42,9 @@ def run(seconds, file, *argv):
 
     def train_and_evaluate(stage, config, workdir):
         trained(stage, config, workdir)
-        from tif_jax.commands import evaluate
-
         evaluate.backbone(config, workdir)
 
     if argv[-1] == "evaluate":
         argv, train.train = argv[:-1], train_and_evaluate
     training.shard = slowly
     return program.main(["train", "--stage=backbone", *TINY, *argv])
-
-
-def serve():
-    for line in sys.stdin:
-        if child := os.fork():
-            print(child, flush=True)
-            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-        else:
-            os._exit(run(*shlex.split(line)))
-
-
-if __name__ == "__main__":
-    serve() if sys.argv[1] == "serve" else sys.exit(run(*sys.argv[1:]))

@@ -1,0 +1,43 @@
+"""A program for tests that kill a scoring job, or start several: `tif score` in the current folder, with small parts.
+
+`forks.Server` runs it: run(FLAGS...), which lists in the file `written` the parts that it wrote, or run("lock", PART).
+"""
+
+import time
+from pathlib import Path
+
+from tif_jax import shards
+from tif_jax.__main__ import main
+from tif_jax.commands import score
+from tif_jax.data.digits import Digits
+
+ROWS_PER_PART, NUM_PARTS = 8, 10
+
+
+def prepare():
+    """What every run would spend seconds on: scikit-learn is imported, and its digits are drawn."""
+    Digits("train", 1)
+
+
+def run(*flags):
+    """An exit status, as of `tif score`."""
+    if flags[0:1] == ("lock",):
+        with shards.lock_part("run/impact", int(flags[1]), NUM_PARTS) as ours:
+            assert ours
+            Path("locked").touch()
+            time.sleep(60)
+    write_part, columns = shards.write_part, score._columns
+
+    def slow(*arguments):
+        time.sleep(0.03)
+        return columns(*arguments)
+
+    def listed(directory, part, *rest):
+        write_part(directory, part, *rest)
+        with open("written", "a") as file:
+            print(part, file=file)
+
+    # Each batch is kept at once, and takes a moment.
+    score._ROWS_PER_PART, score._SECONDS_BETWEEN_SAVES = ROWS_PER_PART, 0
+    score._columns, shards.write_part = slow, listed
+    return main(["score", "--config", "config.py", "--workdir", "run", *flags])
