@@ -2,6 +2,7 @@
 
     tif run --config configs/imagenette.py --workdir runs/imagenette [--config.quick=true]
     tif run --config configs/imagenette.py:peers --workdir runs/peers    # all methods at one budget of multiply-adds
+    python tests/benchmark_filters.py --judge "all classes: configs/imagenette.py:photographs" ...    # read there
     tif run --config configs/imagenette.py:scratch --workdir runs/scratch              # no checkpoint: a small ViT, on a CPU
     tif run --config configs/imagenette.py:scratch_deit_tiny --workdir runs/scratch    # the size of DeiT-Ti, on a GPU
 
@@ -39,7 +40,7 @@ SCRATCH = {
         ),
     ),
 }  # fmt: skip
-KNOWN = ("peers", *SCRATCH)
+KNOWN = ("peers", "photographs", *SCRATCH)
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -48,6 +49,10 @@ def get_config(arg: str = "") -> ConfigDict:
     config = _config()
     if arg in SCRATCH:
         return _from_scratch(config, *SCRATCH[arg])
+    if arg == "photographs":
+        del config.data.class_index
+        config.data.update(name="image_table", root=config.data.root.replace("imagenette", "imagenet_ccby"))
+        config.data.update(train_split="labels.csv", test_split="labels.csv")
     if arg == "peers":
         config.reducer.update(keep_ratio=0.65, budget=0.8)  # keep_ratio: what the filter's labels are for
         config.benchmark.reducers = PEERS

@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("filters", nargs="+", metavar="NAME: CONFIG [--config.KEY=VALUE ...]")
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--scored", type=Path, nargs="+", required=True)
-    parser.add_argument("--judge", nargs="+", default=[], metavar="CONFIG")
+    parser.add_argument("--judge", nargs="+", default=[], metavar="NAME: CONFIG [...]")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--finetune", type=lambda text: [float(ratio) for ratio in text.split(",")], default=[])
     arguments = parser.parse_args()
@@ -45,7 +45,7 @@ def main() -> None:
     use_all_cores()
     filters = dict(map(read_filter, arguments.filters))
     first = next(iter(filters.values()))
-    judges = {name: config_file.load(name, []) for name in arguments.judge} or {"its own test split": first}
+    judges = dict(map(read_filter, arguments.judge)) or {"the test split": first}
     for name, config in judges.items():
         print(judged(name, config, filters, arguments), flush=True)
     if arguments.finetune:
