@@ -1,14 +1,16 @@
 """Token filters side by side, each a config: what they know of impact, and how the network fares with what they keep.
 
     python tests/benchmark_filters.py --workdir runs/filters --scored runs/label runs/teacher --seeds 3 \\
-        "paper: configs/imagenette.py:paper" "ours: configs/imagenette.py" "wide: configs/imagenette.py --config.reducer.hidden=(384,192)"
+        --judge "validation: configs/imagenette.py" "all classes: configs/imagenette.py:photographs" -- \\
+        "paper: configs/imagenette.py:paper" "ours: configs/imagenette.py" \\
+        "wider: configs/imagenette.py --config.reducer.hidden=(384,192)"
 
-NAME: CONFIG [--config.KEY=VALUE ...] is fitted to the impacts of the first of the workdirs --scored whose target, num_samples and
-views are those of its section `score`. A table for each config of --judge, on
-whose test images both oracles are scored first; default: the first filter's own. The first filter's config also says
-at which GMAC EViT stands beside the others: what tif costs at that ratio. After --finetune RATIO,...: top-1 of each filter
-and of the baselines once they are fine-tuned at these keep_ratios by the first filter's recipe. What is done stays in
---workdir: the same command goes on where it stopped, and filters can be added.
+NAME: CONFIG [--config.KEY=VALUE ...] is fitted to the impacts of the first of the workdirs --scored (`tif score`) whose
+target, num_samples and views are those of its section `score`. There is a table for each config of --judge, on whose
+test images both oracles are scored first; default: the first filter's own. Other reducers stand at the GMAC of tif with
+the keep_ratio of the column; a filter whose reducer has an adapter or `then` has a row for its ranking alone and one for the
+whole, with `then` at equal GMAC. --finetune RATIO,...: also top-1 of filters and baselines, fine-tuned at these ratios.
+What is done stays in --workdir: the same command goes on where it stopped, and filters can be added.
 """
 
 import argparse
@@ -30,6 +32,8 @@ from tif_jax.commands.benchmark import with_reducer
 from tif_jax.commands.evaluate import KEEP_RATIOS
 
 BASELINES = ("full", "random", "prior", "evit")
+MERGERS = ("evit", "bat", "tome")  # that reduce inside the blocks
+WHOLE = "whole"  # a filter with its adapter and what comes then
 
 
 def main() -> None:
@@ -73,6 +77,13 @@ def folder_of(name: str, config: ConfigDict, arguments: argparse.Namespace) -> P
     return folder
 
 
+def parts_of(config: ConfigDict) -> str:
+    """What the filter does not do alone."""
+    then = config.reducer.get("then")
+    adapter = f" with adapter {config.reducer.adapter}" if train.has_adapter(config) else ""
+    return adapter + (f" then {then.name} {then.get('num_merged', '')} at equal GMAC" if then else "")
+
+
 def fits(scored: Path, config: ConfigDict) -> bool:
     manifest = records.read(scored / "impact" / "manifest.json")
     recipe = config.score
@@ -94,9 +105,11 @@ def judged(name: str, config: ConfigDict, filters: dict[str, ConfigDict], argume
             found = rankings(label, of_seed(of_filter, seed), config, folder, baselines=not rows, arguments=arguments)
             metrics = found["rankings"]
             if "random" in metrics:
-                rows |= {other: [row] for other, row in metrics.items() if other != "filter"}
+                rows |= {other: [row] for other, row in metrics.items() if other not in ("filter", WHOLE)}
                 unreduced, number = found["unreduced"], found["num_images"]
             rows.setdefault(label, []).append(metrics["filter"])
+            if WHOLE in metrics:
+                rows.setdefault(f"{label}{parts_of(of_filter)}", []).append(metrics[WHOLE])
     lines = [
         f"{number} images of {name}; unreduced: cross-entropy {unreduced['cross_entropy']:.3f}, top-1 "
         f"{unreduced['top1']:.3f}. Each keep: cross-entropy / top-1 / agreement ± standard deviation over the seeds; one "
@@ -136,12 +149,23 @@ def rankings(
     file = directory / f"{folder.name}{'-with-baselines' * baselines}.json"
     if (stored := records.read(file)) is not None:
         return stored
+    alone = {ratio: load(directory, keep_ratio=ratio, then=None) for ratio in KEEP_RATIOS}
+    budgets = {ratio: cost(model).gmac for ratio, model in alone.items()}
     others = {}
     if baselines:
-        budgets = {ratio: cost(load(directory, keep_ratio=ratio)).gmac for ratio in KEEP_RATIOS}
-        evit = {k: load(workdir / "backbone", reducer="evit", budget=gmac) for k, gmac in budgets.items()}
-        others = {"EViT at equal GMAC": evit}
-    model = load(directory)
+        for name in MERGERS:
+            others[f"{name} at equal GMAC"] = {
+                k: load(workdir / "backbone", reducer=name, budget=gmac) for k, gmac in budgets.items()
+            }
+    whole = directory
+    if train.has_adapter(of_filter):
+        train.train("adapter", of_filter, workdir)
+        whole = train.adapter_directory(of_filter, workdir)
+    if of_filter.reducer.get("then"):
+        others[WHOLE] = {k: load(whole, budget=gmac) for k, gmac in budgets.items()}
+    elif whole != directory:
+        others[WHOLE] = {k: load(whole, keep_ratio=k) for k in KEEP_RATIOS}
+    model = alone[KEEP_RATIOS[0]]
     expected = train.expected_manifest(judge, model)
     trained_on = shards.read_impact(workdir).impact
     oracles = evaluate.read_oracles(folder, expected)

@@ -28,7 +28,7 @@ WITH_ARGUMENTS = {
     "evo_levit.py": ("128s", "128", "192", "256", "384", "256_384", "384_384"),
     "evo_vit.py": ("tiny", "small", "base", "small_384", "base_384"),
     "imagenet.py": ("deit_tiny", "deit_small", "deit_base"),
-    "imagenette.py": ("", "peers", "photographs", "scratch", "scratch_deit_tiny"),
+    "imagenette.py": ("", "paper", "peers", "photographs", "scratch", "scratch_deit_tiny"),
     "tosa.py": ("tiny", "small"),
 }
 TINY = dict(image_size=16, patch_size=8, width=8, depth=2, num_heads=1, num_classes=2)

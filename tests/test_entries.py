@@ -97,6 +97,18 @@ def test_a_run_needs_a_section_for_what_is_fitted(tmp_path):
         run.run(base, tmp_path)
 
 
+def test_a_run_needs_a_section_for_an_adapter(tmp_path):
+    base = config(benchmark__reducers=("full", dict(name="tif", adapter=8)))
+    with pytest.raises(InputError, match="is trained before fine-tuning; the config has no section `adapter`"):
+        run.run(base, tmp_path)
+    with pytest.raises(InputError, match="stage 'adapter' is for tif with"):
+        train.adapter(base, tmp_path)
+    with base.unlocked():
+        base.adapter = {}
+    with pytest.raises(InputError, match="adapter is 6; it is a width, a multiple of 4, or 0 for none"):
+        train.check_reducer(benchmark.with_reducer(base, dict(name="tif", adapter=6)))
+
+
 def test_a_phase_may_not_change_which_parameters_there_are():
     base = config(finetune__phases=(dict(until=0.1, sites=(1,)),))
     entry = benchmark.with_reducer(base, dict(name="dynamic_vit", sites=(1, 2)))

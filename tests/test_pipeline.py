@@ -8,7 +8,7 @@ import pytest
 
 import tif_jax
 from tif_jax import config as config_file
-from tif_jax import losses, records, shards, state
+from tif_jax import losses, metrics_log, records, shards, state
 from tif_jax.__main__ import main
 from tif_jax.commands import benchmark, train
 from tif_jax.state import params_of
@@ -100,6 +100,27 @@ def test_the_filter_stays_while_the_rest_is_fine_tuned(finished):
 
 
 PRIOR = ["--config.reducer.name=prior"]
+
+
+def test_an_adapter_learns_behind_the_filter_and_is_fine_tuned(finished, tmp_path):
+    config, workdir = finished
+    for stage in ("backbone", "filter"):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / stage).symlink_to(workdir / stage)
+    own = "    config.reducer.adapter = 8\n    config.adapter = dict(num_epochs=1.0, batch_size=16)\n    return config"
+    (tmp_path / "adapter.py").write_text(config.read_text().replace("    return config", own))
+    settings = ["--config", str(tmp_path / "adapter.py"), "--workdir", str(tmp_path / "run")]
+    for stage in ("adapter", "finetune"):
+        assert main(["train", f"--stage={stage}", *settings]) == 0
+    name = "tif-0.25,adapter=8-0"
+    folders = (workdir / "filter", *(tmp_path / "run" / stage / name for stage in ("adapter", "finetune")))
+    fitted, adapted, tuned = (state.load_params(folder / "checkpoints")[0] for folder in folders)
+    learned, tuned_adapter = adapted["reducer"].pop("adapter"), tuned["reducer"].pop("adapter")
+    jax.tree.map(np.testing.assert_array_equal, fitted, adapted)
+    jax.tree.map(np.testing.assert_array_equal, fitted["reducer"], tuned["reducer"])
+    for params in (learned, jax.tree.map(np.subtract, tuned_adapter, learned)):
+        assert np.abs(params["to_patches"]["kernel"]).max() > 0
+    assert {"teacher_kl", "agreement"} <= set(metrics_log.read(tmp_path / "run" / "adapter" / name)[0])
 
 
 def test_the_prior_is_read_off_the_shards_and_rests(finished):

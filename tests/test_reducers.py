@@ -10,6 +10,7 @@ import pytest
 from cases import attend, embed, feed_forward, mostly_long, numpy_images, numpy_model, predict
 from flax import nnx
 from flax.core import FrozenDict
+from scipy.special import erf
 
 from tif_jax import cost, reducers, tokens
 from tif_jax.errors import InputError
@@ -230,14 +231,54 @@ def test_tif_keeps_the_highest_logits_and_its_filter_is_the_written_mlp():
     z = np.concatenate([u, np.broadcast_to(u.mean(1, keepdims=True), u.shape)], axis=-1)
     first = np.concatenate([p["local_in"]["kernel"], p["global_in"]["kernel"]])
     y = z @ first + p["local_in"]["bias"]
-    from scipy.special import erf
-
     gelu = lambda y: y * (1 + erf(y / np.sqrt(2))) / 2  # noqa: E731
     for layer in ("layer_0", "layer_1"):
         y = gelu(y) @ p[layer]["kernel"] + p[layer]["bias"]
     aux = jitted(model)(x)[1]
     np.testing.assert_allclose(aux["filter_logits"], y[..., 0], atol=1e-5)
     np.testing.assert_array_equal(aux["kept"], np.sort(np.argsort(-y[..., 0], axis=1)[:, :8], axis=1))
+
+
+def test_a_fresh_adapter_adds_nothing():
+    params = params_of(create_model(TINY, reducer="tif", adapter=8))["reducer"]["adapter"]
+    assert not params["to_patches"]["kernel"].any() and not params["to_special"]["kernel"].any()
+
+
+def test_the_adapter_is_what_is_written():
+    """On every image's tokens one by one, in float64."""
+    model, plain = model_of("tif", adapter=8), model_of("tif")
+    x = images()
+    given = embed(model, x)
+    (kept,) = np.asarray(jitted(model)(x)[1]["kept"])[None]
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params_of(model)["reducer"]["adapter"])
+
+    def norm(y, name):
+        y = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + 1e-6)
+        return y * p[name]["scale"] + p[name]["bias"]
+
+    linear = lambda y, name: y @ p[name]["kernel"] + p[name].get("bias", 0)  # noqa: E731
+    expected = []
+    for tokens_of, rows in zip(np.asarray(given, np.float64), kept, strict=True):
+        hidden = linear(norm(tokens_of[1:], "norm"), "narrow")
+        qkv, mixed = linear(norm(hidden, "attention_norm"), "qkv"), np.zeros_like(hidden)
+        for head in range(4):
+            query, key, value = (qkv[:, 8 * part + 2 * head : 8 * part + 2 * head + 2] for part in range(3))
+            for i in range(len(hidden)):
+                weight = np.exp(key @ query[i] / 2**0.5)
+                mixed[i, 2 * head : 2 * head + 2] = weight @ value / weight.sum()
+        hidden = hidden + linear(mixed, "out")
+        up = linear(norm(hidden, "feed_forward_norm"), "up")
+        hidden = norm(hidden + linear(up * (1 + erf(up / 2**0.5)) / 2, "down"), "hidden_norm")
+        special = tokens_of[:1] + linear(hidden.mean(0), "to_special")
+        expected.append(np.concatenate([special, tokens_of[1:][rows] + linear(hidden[rows], "to_patches")]))
+    walk = jax.jit(lambda x: predict_after(plain, x))
+    np.testing.assert_allclose(jitted(model)(x)[0], walk(np.array(expected, np.float32)), atol=1e-4)
+
+
+def predict_after(model, x):
+    for block in model.blocks:
+        x, _ = block(x)
+    return model.predict(x, {})[0]
 
 
 def test_tif_then_another_is_the_other_on_the_tokens_that_tif_keeps():
@@ -297,7 +338,7 @@ def test_registers_are_no_class_token(reducer):
     ("reducer", "options", "message"),
     [
         ("baat", {}, "Unknown reducer 'baat'. Known: "),
-        ("tif", {"keep_rate": 0.5}, "takes keep_ratio, features, hidden, then; got keep_rate"),
+        ("tif", {"keep_rate": 0.5}, "takes keep_ratio, features, hidden, then, adapter; got keep_rate"),
         ("tif", {"keep_ratio": 0.0}, "keep_ratio is 0.0"),
         ("random", {"keep_ratio": 1.5}, "keep_ratio is 1.5"),
         ("tif", {"features": "all"}, "features is 'all'; allowed"),

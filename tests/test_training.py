@@ -240,6 +240,15 @@ def test_impact_loss_against_numpy():
     np.testing.assert_allclose(terms["loss"], expected, rtol=1e-5)
 
 
+def test_divergence_against_numpy():
+    taught, said = np.random.default_rng(0).normal(size=(2, 4, 3)).astype(np.float32)
+    terms = losses.divergence(said, {}, {"teacher/logits": taught})
+    p, q = (np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in (taught, said))
+    np.testing.assert_allclose(terms["teacher_kl"], (p * np.log(p / q)).sum(1), rtol=1e-4)
+    np.testing.assert_allclose(terms["loss"], np.log(0.1 + (p * np.log(p / q)).sum(1)), rtol=1e-4)
+    np.testing.assert_array_equal(terms["agreement"], said.argmax(1) == taught.argmax(1))
+
+
 def test_classification_against_numpy():
     rng = np.random.default_rng(0)
     one, two = rng.normal(size=(2, 4, 3)).astype(np.float32)

@@ -128,6 +128,17 @@ def selector(prediction, aux, batch) -> dict[str, Float[Array, " B"]]:
     return {"loss": aux["loss/selector"]}
 
 
+def divergence(prediction, aux, batch) -> dict[str, Float[Array, " B"]]:
+    """log(0.1 + KL(teacher || student)) of the class distributions, KL in nats; needs a step with a `teacher`.
+
+    The logarithm, so that the few images far from their teacher do not have all the say.
+    """
+    taught, said = (jax.nn.log_softmax(logits, axis=-1) for logits in (batch["teacher/logits"], prediction))
+    kl = jnp.sum(jnp.exp(taught) * (taught - said), axis=-1)
+    agreement = (prediction.argmax(axis=-1) == batch["teacher/logits"].argmax(axis=-1)).astype(jnp.float32)
+    return {"loss": jnp.log(0.1 + kl), "teacher_kl": kl, "agreement": agreement}
+
+
 def keep_labels(
     impact: Float[Array | np.ndarray, "B N"], rho: float | str = 0.0, keep_ratio: float = 0.5
 ) -> Bool[Array, "B N"]:

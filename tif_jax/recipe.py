@@ -54,6 +54,7 @@ WITHOUT_EFFECT = ("save_every", "remat", "num_workers", "worker_processes")
 _OWN = {  # keys without a default here
     "backbone": ("init_from", "model", "num_heads", "num_classes", "num_epochs", "batch_size"),
     "filter": ("labels", "rho", "balance", "num_epochs", "batch_size"),
+    "adapter": ("num_epochs", "batch_size"),
     "finetune": ("model", "num_epochs", "batch_size"),
 }
 
@@ -64,7 +65,7 @@ def fill_in(config: ConfigDict) -> None:
         _fill(config, TOP, "")
         if "data" in config and "worker_processes" not in config.data:
             config.data.worker_processes = 0
-        for name, defaults in dict(backbone=NETWORK, filter=TRAINING, finetune=FINETUNE).items():
+        for name, defaults in dict(backbone=NETWORK, filter=TRAINING, adapter=TRAINING, finetune=FINETUNE).items():
             section = config.get(name, ConfigDict())
             known = (*defaults, *_OWN[name])
             if unknown := sorted(set(section) - set(known)):
@@ -100,7 +101,7 @@ def check(config: ConfigDict) -> None:
         raise InputError(
             f"peak_tflops is {config.peak_tflops}; at least 0, which stands for what is known of the device"
         )
-    for name in ("backbone", "filter", "finetune"):
+    for name in ("backbone", "filter", "adapter", "finetune"):
         if config.get(name, {}).get("num_epochs"):
             try:
                 _check(config[name])

@@ -178,7 +178,12 @@ def _curves(
 ) -> dict[str, list[dict[str, Any]]]:
     directories = [workdir / "backbone", *([train.filter_directory(of_filter, workdir)] if of_filter else [])]
     directories += [train.finetune_directory(r, workdir) for r in runs if r.seed == config.seed]
-    return {directory.name: metrics_log.read(directory) for directory in directories}
+    curves = {directory.name: metrics_log.read(directory) for directory in directories}
+    for of_run in runs:
+        if of_run.seed == config.seed and train.has_adapter(of_run):
+            directory = train.adapter_directory(of_run, workdir)
+            curves[f"adapter, {directory.name}"] = metrics_log.read(directory)
+    return curves
 
 
 def _pictures(config: ConfigDict, workdir: Path) -> list[dict[str, np.ndarray]]:

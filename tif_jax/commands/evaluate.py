@@ -130,7 +130,7 @@ def judge_rankings(
     agreement with the unreduced model when only a ranking's best tokens are kept; mean per-image Spearman with each
     oracle; ROC AUC for the label oracle's labels. trained_on: impacts whose labels the position prior is read off.
     baselines: whether the other rankings and the oracles have rows, too. others: reducers that are no ranking, by the
-    keep_ratio in whose column they stand; all with the backbone's weights and nothing else.
+    keep_ratio in whose column they stand.
     """
     model = plain_vit(model, "a ranking of patches")
     source = train.open_source(config, "test", model)
@@ -168,10 +168,12 @@ def _follow(
     batch_size = config.evaluate.batch_size
     mesh = make_mesh(batch_size, processes=1)  # of several, each does the whole work: it is little
     graphdef, params = nnx.split(model)[0], replicate(params_of(model), mesh)
-    graphdefs = {(name, k): nnx.split(other)[0] for name, of_ratio in others.items() for k, other in of_ratio.items()}
+    by_ratio = {(name, k): other for name, of_ratio in others.items() for k, other in of_ratio.items()}
+    graphdefs = {key: nnx.split(other)[0] for key, other in by_ratio.items()}
+    others_params = {key: replicate(params_of(other), mesh) for key, other in by_ratio.items()}
 
     @jax.jit
-    def compute(params, seed, images, fixed):
+    def compute(params, others_params, seed, images, fixed):
         model = plain_vit(with_params(graphdef, params), "a ranking of patches")
         logits = rankings.unreduced_logits(model, images)
         found = {"filter": model(images)[1]["filter_logits"]}
@@ -184,9 +186,8 @@ def _follow(
                 found["class attention"] = rankings.class_attention_ranking(model, images)
         ranked = {**found, **fixed}
         reduced = {n: {k: rankings.logits_of_best(model, images, r, k) for k in KEEP_RATIOS} for n, r in ranked.items()}
-        bare = {name: leaf for name, leaf in params.items() if name != "reducer"}
-        for (name, k), other in graphdefs.items():
-            reduced.setdefault(name, {})[k] = with_params(other, bare)(images)[0]
+        for (name, k), own in others_params.items():
+            reduced.setdefault(name, {})[k] = with_params(graphdefs[name, k], own)(images)[0]
         return found, logits, reduced
 
     parts = []
@@ -195,7 +196,9 @@ def _follow(
         for i, batch in enumerate(batches):
             index = np.minimum(np.arange(i * batch_size, (i + 1) * batch_size), len(rows) - 1)
             arrays = shard({"image": batch["image"], **{n: r[index] for n, r in fixed.items()}}, mesh)
-            found, logits, reduced = jax.device_get(compute(params, config.seed, arrays.pop("image"), arrays))
+            found, logits, reduced = jax.device_get(
+                compute(params, others_params, config.seed, arrays.pop("image"), arrays)
+            )
             real = batch["weight"] > 0
             parts.append(jax.tree.map(lambda x, real=real: x[real], (found, logits, reduced, batch["label"])))
             progress.update(int(real.sum()))

@@ -1,4 +1,4 @@
-"""The whole pipeline: backbone, score, filter, finetune, evaluate, benchmark, report. Goes on where it stopped."""
+"""The whole pipeline: backbone, score, filter, adapter, finetune, evaluate, benchmark, report. Goes on where it stopped."""
 
 import logging
 from pathlib import Path
@@ -60,6 +60,9 @@ def run(config: ConfigDict, workdir: Path) -> None:
             logger.info("stage filter, %s, seed %d", train.label(of_run), of_run.seed)
             train.train("filter", of_run, workdir)
         directory = train.finetune_directory(of_run, workdir)
+        if train.has_adapter(of_run):
+            logger.info("stage adapter, %s", directory.name)
+            train.train("adapter", of_run, workdir)
         logger.info("stage finetune, %s", directory.name)
         train.train("finetune", of_run, workdir)
         _once(directory / "metrics.json", evaluate.finetuned, of_run, workdir)

@@ -27,8 +27,9 @@ from tif_jax.training import Stage, describe, fit
 
 logger = logging.getLogger(__name__)
 
-FROZEN_REDUCER = ((r"^reducer/(?!then/)", False),)  # what follows it is trained with the rest
+FROZEN_REDUCER = ((r"^reducer/(?!then/|adapter/)", False),)  # these are trained with the rest
 REDUCER_ALONE = ((r"^reducer/", True),)
+ADAPTER_ALONE = ((r"^reducer/adapter/", True),)
 
 
 def main(argv: list[str]) -> None:
@@ -76,6 +77,7 @@ def token_filter(config: ConfigDict, workdir: Path) -> Stage:
     """The token filter of tif, fitted to the impact in DIR/impact."""
     recipe, seed = config.filter, config.seed
     name, options = reducer_options(config)
+    options.pop("adapter", None)  # it comes after the filter
     model, fields = load_with_fields(workdir / "backbone", reducer=name, seed=seed, dtype=config.dtype, **options)
     table = shards.read_impact(workdir, expected=expected_manifest(config, model))
     labelled = labelling(config, table.impact)
@@ -133,6 +135,34 @@ def selectors(config: ConfigDict, workdir: Path) -> Stage:
     )
 
 
+def adapter(config: ConfigDict, workdir: Path) -> Stage:
+    """The adapter of tif, behind its fitted filter; it learns from what the backbone says of all tokens, not from labels."""
+    recipe, (name, options) = config.get("adapter"), reducer_options(config)
+    if not has_adapter(config) or recipe is None:
+        raise InputError(
+            "stage 'adapter' is for tif with reducer.adapter above 0 and a config with a section `adapter`"
+        )
+    model, fields = load_with_fields(
+        filter_directory(config, workdir), reducer=name, seed=config.seed, dtype=config.dtype, **options
+    )
+    source = data.open_source(config.data, "train")
+    return Stage(
+        directory=adapter_directory(config, workdir),
+        config=config,
+        recipe=recipe,
+        model=model,
+        fields=fields,
+        reducer={"name": name, **options},
+        loss=losses.divergence,
+        batches=training_batches(source, config.data, batch_size=recipe.batch_size, seed=config.seed),
+        num_examples=len(source),
+        trainable=ADAPTER_ALONE,
+        trainable_default=False,
+        stochastic=False,
+        teacher=load(workdir / "backbone", reducer="full", dtype=config.dtype),
+    )
+
+
 def finetune(config: ConfigDict, workdir: Path) -> Stage:
     """The whole ViT with its reducer in front.
 
@@ -160,7 +190,7 @@ def finetune(config: ConfigDict, workdir: Path) -> Stage:
 
 
 Maker = Callable[[ConfigDict, Path], Stage]
-STAGES: dict[str, Maker] = {"backbone": backbone, "filter": fit_reducer, "finetune": finetune}
+STAGES: dict[str, Maker] = {"backbone": backbone, "filter": fit_reducer, "adapter": adapter, "finetune": finetune}
 FITTED: dict[str, Maker] = {"tif": token_filter, "tosa": selectors}
 
 
@@ -180,7 +210,9 @@ def _remat(recipe: ConfigDict) -> dict[str, bool]:
 def before_finetuning(config: ConfigDict, workdir: Path, options: Mapping[str, Any]) -> tuple[Model, dict[str, Any]]:
     """The model that fine-tuning begins with, under config.reducer with these options, and its fields."""
     name, recipe = config.reducer.name, config.finetune
-    start = filter_directory(config, workdir) if is_fitted(config) else workdir / "backbone"
+    start = workdir / "backbone"
+    if is_fitted(config):
+        start = adapter_directory(config, workdir) if has_adapter(config) else filter_directory(config, workdir)
     given = {"seed": config.seed, "dtype": config.dtype, "drop_path": recipe.drop_path, **_remat(recipe)}
     given |= recipe.get("model", {})
     model, fields = load_with_fields(start, reducer=name, **given, **options)
@@ -212,6 +244,16 @@ def is_fitted(config: ConfigDict) -> bool:
 
 def _is_fitted(name: str, options: Mapping[str, Any]) -> bool:
     return name in FITTED and options.get("selector", "learned") == "learned"
+
+
+def has_adapter(config: ConfigDict) -> bool:
+    """Whether config.reducer has an adapter, which is trained between its filter and fine-tuning."""
+    name, options = reducer_options(config)
+    return name == "tif" and options.get("adapter", 0) > 0
+
+
+def adapter_directory(config: ConfigDict, workdir: Path) -> Path:
+    return workdir / "adapter" / finetune_directory(config, workdir).name
 
 
 def filter_directory(config: ConfigDict, workdir: Path) -> Path:
@@ -299,6 +341,8 @@ def check_reducer(config: ConfigDict) -> None:
     name, options = reducer_options(config)
     if _is_fitted(name, options) and "filter" not in config:
         raise InputError(f"reducer {name!r} is fitted before fine-tuning; the config has no section `filter` for that")
+    if has_adapter(config) and "adapter" not in config:
+        raise InputError("reducer.adapter is trained before fine-tuning; the config has no section `adapter` for that")
     then = options.get("then")
     if isinstance(then, Mapping) and (then.get("name") == "prior" or _is_fitted(then.get("name", ""), then)):
         raise InputError(f"reducer {then['name']!r} needs a stage of its own and can not come `then` in a training run")

@@ -2,19 +2,23 @@
 
 An MLP looks at the embeddings once, before the first self-attention; the patches it finds least worth keeping are gone.
 
-Legend: B images, N patch tokens, D width.
+Legend: B images, T tokens, N patch tokens, D width, H hidden width of the adapter.
 """
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
+from einops import rearrange, repeat
 from flax import nnx
 from jaxtyping import Array, Float
 
 from tif_jax.errors import InputError
 from tif_jax.layers import Linear, gelu
 from tif_jax.reducers.full import Full
-from tif_jax.tokens import check_keep_ratio, follow, keep, split
+from tif_jax.tokens import check_keep_ratio, follow, join, keep, split
+
+_HEADS = 4  # of the adapter
 
 
 class TokenFilter(nnx.Module):
@@ -49,10 +53,49 @@ class TokenFilter(nnx.Module):
         return y[..., 0]
 
 
+class Adapter(nnx.Module):
+    """What each token is to know of the others before some of them go: H hidden channels, and a residual from these.
+
+    One narrow attention layer and a feed-forward network over all patches; ours. The residuals of a fresh one are zero.
+    """
+
+    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
+        if hidden % _HEADS or hidden < _HEADS:
+            raise InputError(f"adapter is {hidden}; it is a width, a multiple of {_HEADS}, or 0 for none")
+        self.norm = nnx.LayerNorm(width, use_fast_variance=False, rngs=rngs)
+        self.narrow = Linear(width, hidden, rngs=rngs)
+        self.attention_norm = nnx.LayerNorm(hidden, use_fast_variance=False, rngs=rngs)
+        self.feed_forward_norm = nnx.LayerNorm(hidden, use_fast_variance=False, rngs=rngs)
+        self.hidden_norm = nnx.LayerNorm(hidden, use_fast_variance=False, rngs=rngs)
+        self.qkv = Linear(hidden, 3 * hidden, rngs=rngs)
+        self.out = Linear(hidden, hidden, rngs=rngs)
+        self.up = Linear(hidden, 2 * hidden, rngs=rngs)
+        self.down = Linear(2 * hidden, hidden, rngs=rngs)
+        zero = nnx.initializers.zeros
+        self.to_special = Linear(hidden, width, use_bias=False, kernel_init=zero, rngs=rngs)
+        self.to_patches = Linear(hidden, width, use_bias=False, kernel_init=zero, rngs=rngs)
+
+    def hidden(self, patches: Float[Array, "B N D"]) -> Float[Array, "B N H"]:
+        x = self.narrow(self.norm(patches.astype(jnp.float32)))
+        qkv = rearrange(self.qkv(self.attention_norm(x)), "b n (three h c) -> three b h n c", three=3, h=_HEADS)
+        query, key, value = qkv[0], qkv[1], qkv[2]
+        logits = jnp.einsum("bhnc,bhmc->bhnm", query, key) / query.shape[-1] ** 0.5
+        mixed = jnp.einsum("bhnm,bhmc->bhnc", jax.nn.softmax(logits, axis=-1), value)
+        x = x + self.out(rearrange(mixed, "b h n c -> b n (h c)"))
+        x = x + self.down(gelu(self.up(self.feed_forward_norm(x)), approximate=False))
+        return self.hidden_norm(x)
+
+    def residual(self, hidden: Float[Array, "B T H"], num_special: int) -> Float[Array, "B T D"]:
+        special, patches = split(hidden, num_special)
+        return join(self.to_special(special), self.to_patches(patches))
+
+
 class Tif(nnx.Module):
     """Keeps the round(keep_ratio * N) patches with the highest filter logits.
 
     The selection passes no gradient: the filter learns from impact (`losses.impact`), not from the task.
+    adapter: hidden width of an `Adapter`, whose residual is added to the tokens that stay; 0: none. It learns to make the
+    frozen network say with these tokens what it says with all (`losses.divergence`), before fine-tuning.
     then: the reducer that the patches left go through; None: all of them through every block. As an option of a model or
     in a config it is a dict, dict(name="evo_vit", keep_ratio=0.5), whose parameters are under `reducer/then/`.
     """
@@ -63,6 +106,7 @@ class Tif(nnx.Module):
         features: str = "local+global",
         hidden: tuple[int, ...] | None = None,
         then: Callable | None = None,
+        adapter: int = 0,
         *,
         width: int,
         rngs: nnx.Rngs,
@@ -71,10 +115,21 @@ class Tif(nnx.Module):
         self.keep_ratio = keep_ratio
         self.then = then or Full()
         self.filter = TokenFilter(width, features, hidden, rngs=rngs)
+        if adapter:
+            self.adapter = Adapter(width, adapter, rngs=rngs)
+        self.adapted = bool(adapter)
 
     def __call__(self, blocks, x, tokens, rngs=None):
-        logits = self.filter(split(x, tokens.num_special)[1])
+        patches = split(x, tokens.num_special)[1]
+        logits = self.filter(patches)
+        if self.adapted:  # hidden channels travel with their tokens; special tokens have the mean
+            hidden = self.adapter.hidden(patches)
+            mean = repeat(hidden.mean(axis=1), "b h -> b s h", s=tokens.num_special)
+            x = jnp.concatenate([x, join(mean, hidden).astype(x.dtype)], axis=-1)
         x, tokens, source = keep(x, tokens, logits, self.keep_ratio)
+        if self.adapted:
+            x, hidden = jnp.split(x, [patches.shape[-1]], axis=-1)
+            x = x + self.adapter.residual(hidden.astype(jnp.float32), tokens.num_special).astype(x.dtype)
         x, aux = self.then(blocks, x, tokens, rngs)
         if "source" in aux:
             source = follow(source, aux["source"])
