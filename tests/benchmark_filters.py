@@ -30,6 +30,7 @@ from tif_jax.__main__ import use_all_cores
 from tif_jax.commands import evaluate, score, train
 from tif_jax.commands.benchmark import with_reducer
 from tif_jax.commands.evaluate import KEEP_RATIOS
+from tif_jax.errors import InputError
 
 BASELINES = ("full", "random", "prior", "evit")
 MERGERS = ("evit", "bat", "tome")  # that reduce inside the blocks
@@ -128,6 +129,8 @@ def judged(name: str, config: ConfigDict, filters: dict[str, ConfigDict], argume
             cells.append(
                 f"{mean(of_seeds, 'keep', k, 'cross_entropy'):.3f} / {mean(of_seeds, 'keep', k, 'top1'):.3f} / "
                 f"{with_spread([row['keep'][k]['agreement'] for row in of_seeds])}"
+                if k in of_seeds[0]["keep"]
+                else "not possible"
             )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
@@ -154,9 +157,8 @@ def rankings(
     others = {}
     if baselines:
         for name in MERGERS:
-            others[f"{name} at equal GMAC"] = {
-                k: load(workdir / "backbone", reducer=name, budget=gmac) for k, gmac in budgets.items()
-            }
+            of_ratio = {k: within(workdir / "backbone", name, gmac) for k, gmac in budgets.items()}
+            others[f"{name} at equal GMAC"] = {k: model for k, model in of_ratio.items() if model is not None}
     whole = directory
     if train.has_adapter(of_filter):
         train.train("adapter", of_filter, workdir)
@@ -172,6 +174,15 @@ def rankings(
     metrics = evaluate.judge_rankings(model, judge, oracles, trained_on, baselines=baselines, others=others)
     records.write(file, metrics)
     return metrics
+
+
+def within(backbone: Path, name: str, gmac: float) -> Any:
+    """The reducer at this cost; None where it can not do with so little."""
+    try:
+        return load(backbone, reducer=name, budget=gmac)
+    except InputError as error:
+        logging.info("%s at %.3f GMAC: %s", name, gmac, error)
+        return None
 
 
 def finetuned(filters: dict[str, ConfigDict], arguments: argparse.Namespace) -> str:
