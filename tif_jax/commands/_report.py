@@ -17,6 +17,7 @@ from tif_jax.commands.evaluate import KEEP_RATIOS
 from tif_jax.data.loader import evaluation_batches
 from tif_jax.loading import load
 from tif_jax.plots import accuracy_cost, picture_page, training_curves
+from tif_jax.tokens import num_kept, top_k
 
 _NUM_PICTURES = 8
 
@@ -197,9 +198,11 @@ def _pictures(config: ConfigDict, workdir: Path) -> list[dict[str, np.ndarray]]:
     batches = evaluation_batches(source, config.data, batch_size=_NUM_PICTURES, records=rows)
     images = next(batches)["image"]
     batches.close()
-    aux = model(images)[1]
-    logits = np.asarray(aux["filter_logits"])
-    kept = (np.arange(logits.shape[1])[None, None] == np.asarray(aux["kept"])[..., None]).any(axis=1)
+    logits = model(images)[1]["filter_logits"]
+    # What the filter lets through, even where another reducer merges it then.
+    passed = top_k(logits, num_kept(model.reducer.keep_ratio, logits.shape[1]))
+    logits = np.asarray(logits)
+    kept = (np.arange(logits.shape[1])[None, None] == np.asarray(passed)[..., None]).any(axis=1)
     options = train.data.read_options(config.data)
     pixels = np.clip(images * np.asarray(options.std) + np.asarray(options.mean), 0, 1)
     raster = lambda x: x.reshape(-1, *model.grid)  # noqa: E731
