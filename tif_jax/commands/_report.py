@@ -198,10 +198,10 @@ def _pictures(config: ConfigDict, workdir: Path) -> list[dict[str, np.ndarray]]:
     batches = evaluation_batches(source, config.data, batch_size=_NUM_PICTURES, records=rows)
     images = next(batches)["image"]
     batches.close()
-    logits = model(images)[1]["filter_logits"]
+    found = model(images)[1]["filter_logits"]
     # What the filter lets through, even where another reducer merges it then.
-    passed = top_k(logits, num_kept(model.reducer.keep_ratio, logits.shape[1]))
-    logits = np.asarray(logits)
+    passed = top_k(found, num_kept(getattr(model.reducer, "keep_ratio"), found.shape[1]))  # noqa: B009
+    logits = np.asarray(found)
     kept = (np.arange(logits.shape[1])[None, None] == np.asarray(passed)[..., None]).any(axis=1)
     options = train.data.read_options(config.data)
     pixels = np.clip(images * np.asarray(options.std) + np.asarray(options.mean), 0, 1)
