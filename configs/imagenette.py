@@ -58,7 +58,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config.benchmark.reducers = ("full", "random", "prior", "tif")
     if arg == "photographs":
         del config.data.class_index
-        config.data.update(name="image_table", root=config.data.root.replace("imagenette", "imagenet_ccby"))
+        config.data.update(name="image_table", root=os.path.join(os.path.dirname(config.data.root), "imagenet_ccby"))
         config.data.update(train_split="labels.csv", test_split="labels.csv")
     if arg == "peers":
         config.reducer = dict(name="tif", keep_ratio=0.65, budget=0.8, features="local+global")

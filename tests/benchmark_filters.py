@@ -158,16 +158,19 @@ def rankings(
     others = {}
     if baselines:
         for name in MERGERS:
-            of_ratio = {k: within(workdir / "backbone", name, gmac) for k, gmac in budgets.items()}
-            others[f"{name} at equal GMAC"] = {k: model for k, model in of_ratio.items() if model is not None}
+            for k, gmac in budgets.items():
+                try:
+                    others[f"{name} at equal GMAC", k] = load(workdir / "backbone", reducer=name, budget=gmac)
+                except InputError as error:  # it can not do with so little
+                    logging.info("%s at %.3f GMAC: %s", name, gmac, error)
     whole = directory
     if train.has_adapter(of_filter):
         train.train("adapter", of_filter, workdir)
         whole = train.adapter_directory(of_filter, workdir)
     if of_filter.reducer.get("then"):
-        others[WHOLE] = {k: load(whole, budget=gmac) for k, gmac in budgets.items()}
+        others |= {(WHOLE, k): load(whole, budget=gmac) for k, gmac in budgets.items()}
     elif whole != directory:
-        others[WHOLE] = {k: load(whole, keep_ratio=k) for k in KEEP_RATIOS}
+        others |= {(WHOLE, k): load(whole, keep_ratio=k) for k in KEEP_RATIOS}
     model = alone[KEEP_RATIOS[0]]
     expected = train.expected_manifest(judge, model)
     trained_on = shards.read_impact(workdir).impact
@@ -177,34 +180,24 @@ def rankings(
     return metrics
 
 
-def within(backbone: Path, name: str, gmac: float) -> Any:
-    """The reducer at this cost; None where it can not do with so little."""
-    try:
-        return load(backbone, reducer=name, budget=gmac)
-    except InputError as error:
-        logging.info("%s at %.3f GMAC: %s", name, gmac, error)
-        return None
-
-
 def finetuned(filters: dict[str, ConfigDict], arguments: argparse.Namespace) -> str:
-    first = next(iter(filters.values()))
+    """All at the GMAC of tif alone with each ratio; the baselines by the first filter's recipe."""
     lines = ["| reducer | " + " | ".join(f"keep {k:g}" for k in arguments.finetune) + " |"]
     lines.append("|---" * (1 + len(arguments.finetune)) + "|")
-    rows: list[tuple[str, ConfigDict, dict[str, Any]]] = []
-    for label, config in filters.items():
-        rows.append((label, config, {"name": "tif"}))
-    rows[:0] = [(name, first, {"name": name}) for name in BASELINES]
-    for label, config, entry in rows:
-        cells = [label]
-        workdir = folder_of(next(n for n, c in filters.items() if c is config), config, arguments)
-        for ratio in [1.0] if label == "full" else arguments.finetune:
-            amount: dict[str, Any] = {} if label == "full" else {"keep_ratio": ratio}
-            if label == "evit":
-                tif = with_reducer(first, {"name": "tif", "keep_ratio": ratio})
-                amount = {"budget": cost(load(train.filter_directory(tif, workdir), keep_ratio=ratio)).gmac}
+    first = next(iter(filters))
+    for name, label in [*((name, first) for name in BASELINES), *(("tif", label) for label in filters)]:
+        config = filters[label]
+        workdir = folder_of(label, config, arguments)
+        fitted = train.filter_directory(of_seed(config, 0), workdir)
+        cells = [label if name == "tif" else name]
+        for ratio in [1.0] if name == "full" else arguments.finetune:
+            at_cost = ConfigDict(config.to_dict())  # its keep_ratio still says what labels are for
+            at_cost.reducer.budget = cost(load(fitted, keep_ratio=ratio, then=None)).gmac
             found = []
             for seed in range(arguments.seeds):
-                run = with_reducer(config, entry | amount, config.seed + seed)
+                run = with_reducer(at_cost, name, config.seed + seed)
+                if train.has_adapter(run):
+                    train.train("adapter", run, workdir)
                 train.train("finetune", run, workdir)
                 directory = train.finetune_directory(run, workdir)
                 found.append(records.read(directory / "metrics.json") or evaluate.finetuned(run, workdir))

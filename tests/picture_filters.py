@@ -6,7 +6,6 @@ The first folder holds the filter's checkpoints, the second the photographs' ora
 """
 
 import csv
-import os
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import numpy as np
 from tif_jax import config as config_file
 from tif_jax import data, load, shards
 from tif_jax.__main__ import use_all_cores
+from tif_jax.commands._report import pictures
 from tif_jax.data.loader import evaluation_batches
 from tif_jax.plots import picture_page
 from tif_jax.rankings import mean_spearman, unreduced_logits
@@ -32,8 +32,8 @@ def main(checkpoint: str, judge: str, out: str) -> None:
     call = jax.jit(lambda x: (*model(x), unreduced_logits(model, x)))
     for batch in evaluation_batches(data.open_source(config.data, "test"), config.data, batch_size=20):
         logits, aux, whole = jax.device_get(call(batch["image"]))
-        found.append((logits.argmax(1), whole.argmax(1), aux["filter_logits"], aux["kept"], batch["label"]))
-    said, unreduced, ranking, kept, label = (
+        found.append((logits.argmax(1), whole.argmax(1), aux["filter_logits"], batch["label"]))
+    said, unreduced, ranking, label = (
         np.concatenate(column)[: len(oracle.index)] for column in zip(*found, strict=True)
     )
     rho = np.array([mean_spearman(a[None], b[None]) for a, b in zip(ranking, oracle.impact, strict=True)])
@@ -43,21 +43,12 @@ def main(checkpoint: str, judge: str, out: str) -> None:
     best = successes[np.argsort(-rho[successes])][:NUM_PICTURES]
     worst = failures[np.argsort(rho[failures])][:NUM_PICTURES]
     chosen = np.concatenate([best, worst])
-    root = Path(os.environ.get("TIF_DATA", "../shared/data")) / "imagenet_ccby"
-    credits = list(csv.DictReader((root / "labels.csv").open()))
-    pictures = []
+    credits = list(csv.DictReader((Path(config.data.root) / config.data.test_split).open()))
     for i in chosen:
-        row = np.array([[oracle.index[i], 0]])
-        source = data.open_source(config.data, "test")
-        image = next(evaluation_batches(source, config.data, batch_size=1, records=row))["image"][0]
-        pixels = np.clip(image * np.asarray(config.data.std) + np.asarray(config.data.mean), 0, 1)
-        is_kept = np.isin(np.arange(ranking.shape[1]), kept[i])
-        raster = [x.reshape(model.grid) for x in (oracle.impact[i], ranking[i], is_kept)]
-        pictures.append(dict(zip(("image", "impact", "logits", "kept"), (pixels, *raster), strict=True)))
         who = credits[oracle.index[i]]
         verdict = "kept its class" if said[i] == unreduced[i] else "lost its class"
         print(f"{verdict}, rho {rho[i]:.2f}: {who['author']}, {who['source']}")
-    picture_page(pictures, Path(out))
+    picture_page(pictures(model, config, oracle, chosen), Path(out))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from tif_jax import config as config_file
 from tif_jax import losses, metrics_log, records, shards, state
 from tif_jax.__main__ import main
 from tif_jax.commands import benchmark, train
+from tif_jax.commands._report import pictures
 from tif_jax.state import params_of
 
 TINY = """
@@ -112,15 +113,23 @@ def test_an_adapter_learns_behind_the_filter_and_is_fine_tuned(finished, tmp_pat
     settings = ["--config", str(tmp_path / "adapter.py"), "--workdir", str(tmp_path / "run")]
     for stage in ("adapter", "finetune"):
         assert main(["train", f"--stage={stage}", *settings]) == 0
-    name = "tif-0.25,adapter=8-0"
-    folders = (workdir / "filter", *(tmp_path / "run" / stage / name for stage in ("adapter", "finetune")))
+    folders = (workdir / "filter", tmp_path / "run/adapter", tmp_path / "run/finetune/tif-0.25,adapter=8-0")
     fitted, adapted, tuned = (state.load_params(folder / "checkpoints")[0] for folder in folders)
     learned, tuned_adapter = adapted["reducer"].pop("adapter"), tuned["reducer"].pop("adapter")
     jax.tree.map(np.testing.assert_array_equal, fitted, adapted)
     jax.tree.map(np.testing.assert_array_equal, fitted["reducer"], tuned["reducer"])
     for params in (learned, jax.tree.map(np.subtract, tuned_adapter, learned)):
         assert np.abs(params["to_patches"]["kernel"]).max() > 0
-    assert {"teacher_kl", "agreement"} <= set(metrics_log.read(tmp_path / "run" / "adapter" / name)[0])
+    assert {"teacher_kl", "agreement"} <= set(metrics_log.read(tmp_path / "run" / "adapter")[0])
+
+
+def test_pictures_show_what_the_filter_lets_through_whatever_comes_then(finished):
+    config, workdir = finished
+    model = tif_jax.load(workdir / "filter", then=dict(name="tome", num_merged=2))
+    table = shards.read_impact(workdir / "heldout-label")
+    shown = pictures(model, config_file.load(str(config), []), table, np.arange(3))
+    assert [picture["kept"].sum() for picture in shown] == [16] * 3 and shown[0]["image"].shape == (64, 64, 3)
+    np.testing.assert_array_equal(shown[2]["impact"].ravel(), table.impact[2])
 
 
 def test_the_prior_is_read_off_the_shards_and_rests(finished):

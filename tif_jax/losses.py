@@ -49,8 +49,7 @@ def distillation(
     difference between the patch tokens left and the teacher's in the same places; with 0 tokens are not compared.
     """
     terms = base(prediction, aux, batch)
-    taught, said = (jax.nn.log_softmax(logits, axis=-1) for logits in (batch["teacher/logits"], prediction))
-    terms["teacher_kl"] = jnp.sum(jnp.exp(taught) * (taught - said), axis=-1)
+    terms["teacher_kl"] = _teacher_kl(prediction, batch)
     loss = terms["loss"] + logits_weight * terms["teacher_kl"]
     if tokens_weight:
         if "teacher/tokens" not in batch or "tokens" not in aux:
@@ -77,6 +76,12 @@ def hard_distillation(
         for logits in taught_heads.values() or [prediction]
     ) / max(1, len(taught_heads))
     return {**terms, "loss": (1 - weight) * terms["loss"] + weight * taught + extra, "teacher_cross_entropy": taught}
+
+
+def _teacher_kl(prediction: Float[Array | np.ndarray, "B L"], batch: Mapping[str, Any]) -> Float[Array, " B"]:
+    """KL(teacher || student) of the class distributions in nats."""
+    taught, said = (jax.nn.log_softmax(logits, axis=-1) for logits in (batch["teacher/logits"], prediction))
+    return jnp.sum(jnp.exp(taught) * (taught - said), axis=-1)
 
 
 def _token_difference(aux: Mapping[str, Any], taught: Float[Array, "B N D"]) -> Float[Array, " B"]:
@@ -133,8 +138,7 @@ def divergence(prediction, aux, batch) -> dict[str, Float[Array, " B"]]:
 
     The logarithm, so that the few images far from their teacher do not have all the say.
     """
-    taught, said = (jax.nn.log_softmax(logits, axis=-1) for logits in (batch["teacher/logits"], prediction))
-    kl = jnp.sum(jnp.exp(taught) * (taught - said), axis=-1)
+    kl = _teacher_kl(prediction, batch)
     agreement = (prediction.argmax(axis=-1) == batch["teacher/logits"].argmax(axis=-1)).astype(jnp.float32)
     return {"loss": jnp.log(0.1 + kl), "teacher_kl": kl, "agreement": agreement}
 

@@ -16,6 +16,7 @@ from tif_jax.commands import train
 from tif_jax.commands.evaluate import KEEP_RATIOS
 from tif_jax.data.loader import evaluation_batches
 from tif_jax.loading import load
+from tif_jax.models import Model
 from tif_jax.plots import accuracy_cost, picture_page, training_curves
 from tif_jax.tokens import num_kept, top_k
 
@@ -178,13 +179,10 @@ def _curves(
     config: ConfigDict, workdir: Path, runs: Sequence[ConfigDict], of_filter: ConfigDict | None
 ) -> dict[str, list[dict[str, Any]]]:
     directories = [workdir / "backbone", *([train.filter_directory(of_filter, workdir)] if of_filter else [])]
-    directories += [train.finetune_directory(r, workdir) for r in runs if r.seed == config.seed]
-    curves = {directory.name: metrics_log.read(directory) for directory in directories}
-    for of_run in runs:
-        if of_run.seed == config.seed and train.has_adapter(of_run):
-            directory = train.adapter_directory(of_run, workdir)
-            curves[f"adapter, {directory.name}"] = metrics_log.read(directory)
-    return curves
+    for of_run in (r for r in runs if r.seed == config.seed):
+        directories += [train.adapter_directory(of_run, workdir)] if train.has_adapter(of_run) else []
+        directories += [train.finetune_directory(of_run, workdir)]
+    return {directory.name: metrics_log.read(directory) for directory in directories}
 
 
 def _pictures(config: ConfigDict, workdir: Path) -> list[dict[str, np.ndarray]]:
@@ -192,15 +190,21 @@ def _pictures(config: ConfigDict, workdir: Path) -> list[dict[str, np.ndarray]]:
     table = shards.read_impact(workdir / "heldout-label")
     amount = {key: value for key, value in train.reducer_options(config)[1].items() if key in AMOUNTS}
     model = load(train.filter_directory(config, workdir), **amount)
-    chosen = np.arange(_NUM_PICTURES) * len(table.index) // _NUM_PICTURES
+    return pictures(model, config, table, np.arange(_NUM_PICTURES) * len(table.index) // _NUM_PICTURES)
+
+
+def pictures(
+    model: Model, config: ConfigDict, table: shards.ImpactTable, chosen: np.ndarray
+) -> list[dict[str, np.ndarray]]:
+    """For `plots.picture_page`: the chosen rows of an oracle's table of test images, and what the filter says of them."""
     rows = np.stack([table.index, table.view], axis=1)[chosen]
     source = train.open_source(config, "test", model)
-    batches = evaluation_batches(source, config.data, batch_size=_NUM_PICTURES, records=rows)
+    batches = evaluation_batches(source, config.data, batch_size=len(rows), records=rows)
     images = next(batches)["image"]
     batches.close()
     found = model(images)[1]["filter_logits"]
     # What the filter lets through, even where another reducer merges it then.
-    passed = top_k(found, num_kept(getattr(model.reducer, "keep_ratio"), found.shape[1]))  # noqa: B009
+    passed = top_k(found, num_kept(getattr(model.reducer, "keep_ratio", 1.0), found.shape[1]))
     logits = np.asarray(found)
     kept = (np.arange(logits.shape[1])[None, None] == np.asarray(passed)[..., None]).any(axis=1)
     options = train.data.read_options(config.data)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ from tif_jax.state import make_mesh, params_of, replicate, shard, with_params
 from tif_jax.tokens import image_keys, split
 
 KEEP_RATIOS = (0.7, 0.5, 0.25)  # of the ranking table: 137, 98 and 49 of 196 tokens
+UNREDUCED = ("unreduced", 1.0)
 
 
 def main(argv: list[str]) -> None:
@@ -122,37 +124,38 @@ def judge_rankings(
     trained_on: Float[np.ndarray, "E N"],
     *,
     baselines: bool = True,
-    others: Mapping[str, Mapping[float, Model]] | None = None,
+    others: Mapping[tuple[str, float], Model] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """The filter of `model` beside the rankings it has to beat and the oracles it is to learn from.
 
     On the test images of `config` that the oracles scored, with the frozen backbone: cross-entropy (nats), top-1 and
     agreement with the unreduced model when only a ranking's best tokens are kept; mean per-image Spearman with each
     oracle; ROC AUC for the label oracle's labels. trained_on: impacts whose labels the position prior is read off.
-    baselines: whether the other rankings and the oracles have rows, too. others: reducers that are no ranking, by the
-    keep_ratio in whose column they stand.
+    baselines: whether the other rankings and the oracles have rows, too. others: reducers that are no ranking, by name and
+    the keep_ratio in whose column they stand.
     """
     model = plain_vit(model, "a ranking of patches")
     source = train.open_source(config, "test", model)
     table = oracles["label"]
+    labelling = train.labelling(config, trained_on)
     fixed = {}
     if baselines:
-        prior = losses.position_prior(losses.keep_labels(trained_on, **train.labelling(config, trained_on)))
+        prior = losses.position_prior(losses.keep_labels(trained_on, **labelling))
         fixed = {f"{target} oracle": oracle.impact for target, oracle in oracles.items()}
         fixed["position prior"] = np.broadcast_to(np.asarray(prior), table.impact.shape)
     rows = np.stack([table.index, table.view], axis=1)
-    found, outcomes = _follow(model, source, config, rows, fixed, baselines, others or {})
-    labels = np.asarray(losses.keep_labels(table.impact, **train.labelling(config, trained_on)))
+    found, outcomes = _follow(model, source, config, rows, fixed, baselines, others)
+    labels = np.asarray(losses.keep_labels(table.impact, **labelling))
     result: dict[str, Any] = {}
     for name, ranking in {**found, **fixed}.items():
         result[name] = {
             "auc": rankings.roc_auc(ranking, labels),
             "spearman": {t: rankings.mean_spearman(ranking, o.impact) for t, o in oracles.items()},
         }
-    for name in (*result, *(others or {})):
-        kept = {str(k): outcomes[name, k] for k in KEEP_RATIOS if (name, k) in outcomes}
-        result[name] = result.get(name, {}) | {"keep": kept}
-    return {"num_images": len(table.index), "unreduced": outcomes["unreduced", 1.0], "rankings": result}
+    unreduced = outcomes.pop(UNREDUCED)
+    for (name, k), outcome in outcomes.items():
+        result.setdefault(name, {}).setdefault("keep", {})[str(k)] = outcome
+    return {"num_images": len(table.index), "unreduced": unreduced, "rankings": result}
 
 
 def _follow(
@@ -162,20 +165,18 @@ def _follow(
     rows: np.ndarray,
     fixed: dict[str, np.ndarray],
     baselines: bool,
-    others: Mapping[str, Mapping[float, Model]],
+    others: Mapping[tuple[str, float], Model],
 ):
     """The rankings computed from the images, and what the frozen model makes of the best tokens of every ranking."""
     batch_size = config.evaluate.batch_size
     mesh = make_mesh(batch_size, processes=1)  # of several, each does the whole work: it is little
     graphdef, params = nnx.split(model)[0], replicate(params_of(model), mesh)
-    by_ratio = {(name, k): other for name, of_ratio in others.items() for k, other in of_ratio.items()}
-    graphdefs = {key: nnx.split(other)[0] for key, other in by_ratio.items()}
-    others_params = {key: replicate(params_of(other), mesh) for key, other in by_ratio.items()}
+    graphdefs = {key: nnx.split(other)[0] for key, other in others.items()}
+    others_params = {key: replicate(params_of(other), mesh) for key, other in others.items()}
 
     @jax.jit
     def compute(params, others_params, seed, images, fixed):
         model = plain_vit(with_params(graphdef, params), "a ranking of patches")
-        logits = rankings.unreduced_logits(model, images)
         found = {"filter": model(images)[1]["filter_logits"]}
         if baselines:
             patches = split(model.embed(images), model.num_special)[1]
@@ -185,10 +186,11 @@ def _follow(
             if model.pool == "class":  # otherwise nothing has taught a class token where to look
                 found["class attention"] = rankings.class_attention_ranking(model, images)
         ranked = {**found, **fixed}
-        reduced = {n: {k: rankings.logits_of_best(model, images, r, k) for k in KEEP_RATIOS} for n, r in ranked.items()}
-        for (name, k), own in others_params.items():
-            reduced.setdefault(name, {})[k] = with_params(graphdefs[name, k], own)(images)[0]
-        return found, logits, reduced
+        outputs = {UNREDUCED: rankings.unreduced_logits(model, images)}
+        for name, ranking in ranked.items():
+            outputs |= {(name, k): rankings.logits_of_best(model, images, ranking, k) for k in KEEP_RATIOS}
+        outputs |= {key: with_params(graphdefs[key], own)(images)[0] for key, own in others_params.items()}
+        return found, outputs
 
     parts = []
     batches = evaluation_batches(source, config.data, batch_size=batch_size, records=rows)
@@ -196,18 +198,13 @@ def _follow(
         for i, batch in enumerate(batches):
             index = np.minimum(np.arange(i * batch_size, (i + 1) * batch_size), len(rows) - 1)
             arrays = shard({"image": batch["image"], **{n: r[index] for n, r in fixed.items()}}, mesh)
-            found, logits, reduced = jax.device_get(
-                compute(params, others_params, config.seed, arrays.pop("image"), arrays)
-            )
+            found, outputs = jax.device_get(compute(params, others_params, config.seed, arrays.pop("image"), arrays))
             real = batch["weight"] > 0
-            parts.append(jax.tree.map(lambda x, real=real: x[real], (found, logits, reduced, batch["label"])))
+            parts.append(jax.tree.map(lambda x, real=real: x[real], (found, outputs, batch["label"])))
             progress.update(int(real.sum()))
     batches.close()
-    found, logits, reduced, label = jax.tree.map(lambda *x: np.concatenate(x), *parts)
-    outcomes = {("unreduced", 1.0): _outcome(logits, logits, label)}
-    for name, per_ratio in reduced.items():
-        outcomes |= {(name, k): _outcome(x, logits, label) for k, x in per_ratio.items()}
-    return found, outcomes
+    found, outputs, label = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    return found, {key: _outcome(logits, outputs[UNREDUCED], label) for key, logits in outputs.items()}
 
 
 def _outcome(logits: np.ndarray, unreduced: np.ndarray, label: np.ndarray) -> dict[str, float]:

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
 
 
 def train(stage: str, config: ConfigDict, workdir: Path) -> None:
-    """DIR/backbone, DIR/filter or DIR/finetune/REDUCER-AMOUNT-SEED."""
+    """DIR/backbone, DIR/filter, DIR/adapter or DIR/finetune/REDUCER-AMOUNT-SEED."""
     if stage == "backbone" and (config.backbone.init_from or not config.backbone.num_epochs):
         _begin_backbone(config, workdir / "backbone")
     else:
@@ -74,9 +74,9 @@ def fit_reducer(config: ConfigDict, workdir: Path) -> Stage:
 
 
 def token_filter(config: ConfigDict, workdir: Path) -> Stage:
-    """The token filter of tif, fitted to the impact in DIR/impact."""
+    """The token filter of tif, fitted to the impact in DIR/impact: for any budget and whatever comes then."""
     recipe, seed = config.filter, config.seed
-    name, options = reducer_options(config)
+    name, options = config.reducer.name, _alone(config)
     options.pop("adapter", None)  # it comes after the filter
     model, fields = load_with_fields(workdir / "backbone", reducer=name, seed=seed, dtype=config.dtype, **options)
     table = shards.read_impact(workdir, expected=expected_manifest(config, model))
@@ -137,7 +137,7 @@ def selectors(config: ConfigDict, workdir: Path) -> Stage:
 
 def adapter(config: ConfigDict, workdir: Path) -> Stage:
     """The adapter of tif, behind its fitted filter; it learns from what the backbone says of all tokens, not from labels."""
-    recipe, (name, options) = config.get("adapter"), reducer_options(config)
+    recipe, name, options = config.get("adapter"), config.reducer.name, _alone(config)
     if not has_adapter(config) or recipe is None:
         raise InputError(
             "stage 'adapter' is for tif with reducer.adapter above 0 and a config with a section `adapter`"
@@ -252,8 +252,14 @@ def has_adapter(config: ConfigDict) -> bool:
     return name == "tif" and options.get("adapter", 0) > 0
 
 
+def _alone(config: ConfigDict) -> dict[str, Any]:
+    """Options of tif while it is fitted: for its keep_ratio, whatever budget it gets and whatever comes then."""
+    known = reducers.options(config.reducer.name)
+    return {key: value for key, value in config.reducer.to_dict().items() if key in known and key != "then"}
+
+
 def adapter_directory(config: ConfigDict, workdir: Path) -> Path:
-    return workdir / "adapter" / finetune_directory(config, workdir).name
+    return workdir / "-".join(["adapter"] + [str(config.seed)] * (config.seed != 0))
 
 
 def filter_directory(config: ConfigDict, workdir: Path) -> Path:

@@ -115,19 +115,17 @@ class Tif(nnx.Module):
         self.keep_ratio = keep_ratio
         self.then = then or Full()
         self.filter = TokenFilter(width, features, hidden, rngs=rngs)
-        if adapter:
-            self.adapter = Adapter(width, adapter, rngs=rngs)
-        self.adapted = bool(adapter)
+        self.adapter = Adapter(width, adapter, rngs=rngs) if adapter else None
 
     def __call__(self, blocks, x, tokens, rngs=None):
         patches = split(x, tokens.num_special)[1]
         logits = self.filter(patches)
-        if self.adapted:  # hidden channels travel with their tokens; special tokens have the mean
+        if self.adapter is not None:  # hidden channels travel with their tokens; special tokens have the mean
             hidden = self.adapter.hidden(patches)
             mean = repeat(hidden.mean(axis=1), "b h -> b s h", s=tokens.num_special)
             x = jnp.concatenate([x, join(mean, hidden).astype(x.dtype)], axis=-1)
         x, tokens, source = keep(x, tokens, logits, self.keep_ratio)
-        if self.adapted:
+        if self.adapter is not None:
             x, hidden = jnp.split(x, [patches.shape[-1]], axis=-1)
             x = x + self.adapter.residual(hidden.astype(jnp.float32), tokens.num_special).astype(x.dtype)
         x, aux = self.then(blocks, x, tokens, rngs)
