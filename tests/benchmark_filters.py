@@ -32,7 +32,9 @@ from tif_jax.commands.benchmark import with_reducer
 from tif_jax.commands.evaluate import KEEP_RATIOS
 from tif_jax.errors import InputError
 
-BASELINES = ("full", "random", "prior", "evit")
+BASELINES: dict[str, str | dict[str, Any]] = {
+    "full": "full", "random": "random", "prior": "prior", "evit": "evit", "evit, earlier": dict(name="evit", sites=(1, 4, 7)),
+}  # fmt: skip
 MERGERS = ("evit", "bat", "tome")  # that reduce inside the blocks
 WHOLE = "whole"  # a filter with its adapter and what comes then
 
@@ -185,29 +187,36 @@ def finetuned(filters: dict[str, ConfigDict], arguments: argparse.Namespace) -> 
     lines = ["| reducer | " + " | ".join(f"keep {k:g}" for k in arguments.finetune) + " |"]
     lines.append("|---" * (1 + len(arguments.finetune)) + "|")
     first = next(iter(filters))
-    for name, label in [*((name, first) for name in BASELINES), *(("tif", label) for label in filters)]:
+    entries = {name: (entry, first) for name, entry in BASELINES.items()} | {label: ("tif", label) for label in filters}
+    for name, (entry, label) in entries.items():
         config = filters[label]
         workdir = folder_of(label, config, arguments)
         fitted = train.filter_directory(of_seed(config, 0), workdir)
-        cells = [label if name == "tif" else name]
+        cells = [name]
         for ratio in [1.0] if name == "full" else arguments.finetune:
             at_cost = ConfigDict(config.to_dict())  # its keep_ratio still says what labels are for
             at_cost.reducer.budget = cost(load(fitted, keep_ratio=ratio, then=None)).gmac
-            found = []
-            for seed in range(arguments.seeds):
-                run = with_reducer(at_cost, name, config.seed + seed)
-                if train.has_adapter(run):
-                    train.train("adapter", run, workdir)
-                train.train("finetune", run, workdir)
-                directory = train.finetune_directory(run, workdir)
-                found.append(records.read(directory / "metrics.json") or evaluate.finetuned(run, workdir))
-            cells.append(
-                f"{with_spread([100 * m['top1'] for m in found], 2)} % at {mean(found, 'gmac'):.3f} "
-                f"(before {100 * mean(found, 'before', 'top1'):.1f})"
-            )
+            runs = [with_reducer(at_cost, entry, config.seed + seed) for seed in range(arguments.seeds)]
+            try:
+                cells.append(outcome([finetuned_once(run, workdir) for run in runs]))
+            except InputError as error:  # it can not do with so little
+                logging.info("%s at keep %g: %s", name, ratio, error)
+                cells.append("not possible")
         lines.append(f"| {' | '.join(cells)} |")
         logging.info(lines[-1])
     return "\n".join(lines)
+
+
+def finetuned_once(run: ConfigDict, workdir: Path) -> dict[str, Any]:
+    stages = ["filter"] * train.is_fitted(run) + ["adapter"] * train.has_adapter(run) + ["finetune"]
+    for stage in stages:
+        train.train(stage, run, workdir)
+    return records.read(train.finetune_directory(run, workdir) / "metrics.json") or evaluate.finetuned(run, workdir)
+
+
+def outcome(found: Sequence[dict[str, Any]]) -> str:
+    top1 = with_spread([100 * metrics["top1"] for metrics in found], 2)
+    return f"{top1} % at {mean(found, 'gmac'):.3f} (before {100 * mean(found, 'before', 'top1'):.1f})"
 
 
 def filter_gmac(config: ConfigDict) -> float:
