@@ -27,7 +27,9 @@ WITH_ARGUMENTS = {
     "evit.py": ("300", "300_0.9", "300_0.8", "300_0.6", "300_0.5", "30"),
     "evo_levit.py": ("128s", "128", "192", "256", "384", "256_384", "384_384"),
     "evo_vit.py": ("tiny", "small", "base", "small_384", "base_384"),
-    "imagenet.py": ("deit_tiny", "deit_small", "deit_base"),
+    "imagenet.py": tuple(
+        name + variant for variant in ("", "_paper") for name in ("deit_tiny", "deit_small", "deit_base")
+    ),
     "imagenette.py": ("", "paper", "peers", "photographs", "scratch", "scratch_deit_tiny"),
     "tosa.py": ("tiny", "small"),
 }
