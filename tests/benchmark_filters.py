@@ -184,7 +184,11 @@ def rankings(
 
 def finetuned(filters: dict[str, ConfigDict], arguments: argparse.Namespace) -> str:
     """All at the GMAC of tif alone with each ratio; the baselines by the first filter's recipe."""
-    lines = ["| reducer | " + " | ".join(f"keep {k:g}" for k in arguments.finetune) + " |"]
+    lines = [
+        "Each keep: top-1; cross-entropy (nats); GMAC; top-1 before fine-tuning. ± standard deviation over the seeds.",
+        "",
+    ]
+    lines += ["| reducer | " + " | ".join(f"keep {k:g}" for k in arguments.finetune) + " |"]
     lines.append("|---" * (1 + len(arguments.finetune)) + "|")
     first = next(iter(filters))
     entries = {name: (entry, first) for name, entry in BASELINES.items()} | {label: ("tif", label) for label in filters}
@@ -215,8 +219,9 @@ def finetuned_once(run: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 
 def outcome(found: Sequence[dict[str, Any]]) -> str:
-    top1 = with_spread([100 * metrics["top1"] for metrics in found], 2)
-    return f"{top1} % at {mean(found, 'gmac'):.3f} (before {100 * mean(found, 'before', 'top1'):.1f})"
+    """The cell of runs that differ in their seed."""
+    top1, loss = (with_spread([metrics[key] for metrics in found]) for key in ("top1", "loss"))
+    return f"{top1}; {loss}; {mean(found, 'gmac'):.3f}; {mean(found, 'before', 'top1'):.3f}"
 
 
 def filter_gmac(config: ConfigDict) -> float:
