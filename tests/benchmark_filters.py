@@ -104,7 +104,10 @@ def judged(name: str, config: ConfigDict, filters: dict[str, ConfigDict], argume
         (folder / "backbone").symlink_to((arguments.scored[0] / "backbone").absolute())
     score.score_heldout(config, folder)
     rows: dict[str, list[dict[str, Any]]] = {}
+    added: dict[str, float] = {}
     for label, of_filter in filters.items():
+        whole = label + parts_of(of_filter)
+        added |= {label: added_gmac(of_filter, adapter=0), whole: added_gmac(of_filter)}
         for seed in range(arguments.seeds):
             found = rankings(label, of_seed(of_filter, seed), config, folder, baselines=not rows, arguments=arguments)
             metrics = found["rankings"]
@@ -113,7 +116,7 @@ def judged(name: str, config: ConfigDict, filters: dict[str, ConfigDict], argume
                 unreduced, number = found["unreduced"], found["num_images"]
             rows.setdefault(label, []).append(metrics["filter"])
             if WHOLE in metrics:
-                rows.setdefault(f"{label}{parts_of(of_filter)}", []).append(metrics[WHOLE])
+                rows.setdefault(whole, []).append(metrics[WHOLE])
     lines = [
         f"{number} images of {name}; unreduced: cross-entropy {unreduced['cross_entropy']:.3f}, top-1 "
         f"{unreduced['top1']:.3f}. Each keep: cross-entropy / top-1 / agreement ± standard deviation over the seeds; one "
@@ -124,7 +127,7 @@ def judged(name: str, config: ConfigDict, filters: dict[str, ConfigDict], argume
     ]
     middle = str(KEEP_RATIOS[1])
     for label, of_seeds in sorted(rows.items(), key=lambda item: mean(item[1], "keep", middle, "agreement")):
-        cells = [label, f"{1e3 * filter_gmac(filters[label]):.1f}" if label in filters else ""]
+        cells = [label, f"{1e3 * added[label]:.1f}" if label in added else ""]
         known = "auc" in of_seeds[0]
         for keys in (("auc",), ("spearman", "label"), ("spearman", "teacher")):
             cells.append(f"{mean(of_seeds, *keys):.3f}" if known else "")
@@ -169,8 +172,8 @@ def rankings(
     if train.has_adapter(of_filter):
         train.train("adapter", of_filter, workdir)
         whole = train.adapter_directory(of_filter, workdir)
-    if of_filter.reducer.get("then"):
-        others |= {(WHOLE, k): load(whole, budget=gmac) for k, gmac in budgets.items()}
+    if then := of_filter.reducer.get("then"):
+        others |= {(WHOLE, k): load(whole, budget=gmac, then=then.to_dict()) for k, gmac in budgets.items()}
     elif whole != directory:
         others |= {(WHOLE, k): load(whole, keep_ratio=k) for k in KEEP_RATIOS}
     model = alone[KEEP_RATIOS[0]]
@@ -224,12 +227,12 @@ def outcome(found: Sequence[dict[str, Any]]) -> str:
     return f"{top1}; {loss}; {mean(found, 'gmac'):.3f}; {mean(found, 'before', 'top1'):.3f}"
 
 
-def filter_gmac(config: ConfigDict) -> float:
-    """Multiply-adds of the filter alone."""
-    name, options = train.reducer_options(config)
-    fields = {"reducer": name, **options, "keep_ratio": 1.0}
-    source = config.backbone.init_from
-    return cost(load(source, **fields)).gmac - cost(load(source, reducer="full")).gmac
+def added_gmac(config: ConfigDict, **changed: Any) -> float:
+    """Multiply-adds in front of the first block: of filter and adapter."""
+    given = config.reducer.to_dict() | changed
+    options = {key: given[key] for key in ("features", "hidden", "adapter") if key in given}
+    model = load(config.backbone.init_from, reducer="tif", keep_ratio=1.0, **options)
+    return cost(model).gmac - cost(load(config.backbone.init_from, reducer="full")).gmac
 
 
 def mean(rows: Sequence[dict[str, Any]], *keys: str) -> float:
