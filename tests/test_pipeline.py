@@ -105,7 +105,7 @@ PRIOR = ["--config.reducer.name=prior"]
 
 def test_an_adapter_learns_behind_the_filter_and_is_fine_tuned(finished, tmp_path):
     config, workdir = finished
-    for stage in ("backbone", "filter"):
+    for stage in ("backbone", "impact", "filter"):
         (tmp_path / "run").mkdir(exist_ok=True)
         (tmp_path / "run" / stage).symlink_to(workdir / stage)
     own = "    config.reducer.adapter = 8\n    config.adapter = dict(num_epochs=1.0, batch_size=16)\n    return config"
@@ -121,6 +121,11 @@ def test_an_adapter_learns_behind_the_filter_and_is_fine_tuned(finished, tmp_pat
     for params in (learned, jax.tree.map(np.subtract, tuned_adapter, learned)):
         assert np.abs(params["to_patches"]["kernel"]).max() > 0
     assert {"teacher_kl", "agreement"} <= set(metrics_log.read(tmp_path / "run" / "adapter")[0])
+    followed = config_file.load(str(tmp_path / "adapter.py"), [])
+    with followed.unlocked():
+        followed.reducer.update(budget=0.002, then=dict(name="tome", num_merged=2))
+    for stage in ("filter", "adapter"):  # the same, whatever comes then
+        train.train(stage, followed, tmp_path / "run")
 
 
 def test_pictures_show_what_the_filter_lets_through_whatever_comes_then(finished):
