@@ -14,6 +14,7 @@ What is done stays in --workdir: the same command goes on where it stopped, and 
 """
 
 import argparse
+import functools
 import logging
 import re
 import statistics
@@ -31,6 +32,7 @@ from tif_jax.commands import evaluate, score, train
 from tif_jax.commands.benchmark import with_reducer
 from tif_jax.commands.evaluate import KEEP_RATIOS
 from tif_jax.errors import InputError
+from tif_jax.models import Model
 
 BASELINES: dict[str, str | dict[str, Any]] = {
     "full": "full", "random": "random", "prior": "prior", "evit": "evit", "evit, earlier": dict(name="evit", sites=(1, 4, 7)),
@@ -158,16 +160,11 @@ def rankings(
     file = directory / f"{folder.name}{'-with-baselines' * baselines}.json"
     if (stored := records.read(file)) is not None:
         return stored
-    alone = {ratio: load(directory, keep_ratio=ratio, then=None) for ratio in KEEP_RATIOS}
-    budgets = {ratio: cost(model).gmac for ratio, model in alone.items()}
+    budgets = {ratio: gmac_alone(directory, ratio) for ratio in KEEP_RATIOS}
     others = {}
-    if baselines:
-        for name in MERGERS:
-            for k, gmac in budgets.items():
-                try:
-                    others[f"{name} at equal GMAC", k] = load(workdir / "backbone", reducer=name, budget=gmac)
-                except InputError as error:  # it can not do with so little
-                    logging.info("%s at %.3f GMAC: %s", name, gmac, error)
+    for name in MERGERS if baselines else ():
+        reduced = {k: within_budget(workdir, name, budget=gmac) for k, gmac in budgets.items()}
+        others |= {(f"{name} at equal GMAC", k): model for k, model in reduced.items() if model is not None}
     whole = directory
     if train.has_adapter(of_filter):
         train.train("adapter", of_filter, workdir)
@@ -176,7 +173,7 @@ def rankings(
         others |= {(WHOLE, k): load(whole, budget=gmac, then=then.to_dict()) for k, gmac in budgets.items()}
     elif whole != directory:
         others |= {(WHOLE, k): load(whole, keep_ratio=k) for k in KEEP_RATIOS}
-    model = alone[KEEP_RATIOS[0]]
+    model = load(directory, keep_ratio=KEEP_RATIOS[0], then=None)
     expected = train.expected_manifest(judge, model)
     trained_on = shards.read_impact(workdir).impact
     oracles = evaluate.read_oracles(folder, expected)
@@ -202,16 +199,29 @@ def finetuned(filters: dict[str, ConfigDict], arguments: argparse.Namespace) -> 
         cells = [name]
         for ratio in [1.0] if name == "full" else arguments.finetune:
             at_cost = ConfigDict(config.to_dict())  # its keep_ratio still says what labels are for
-            at_cost.reducer.budget = cost(load(fitted, keep_ratio=ratio, then=None)).gmac
+            at_cost.reducer.budget = gmac_alone(fitted, ratio)
             runs = [with_reducer(at_cost, entry, config.seed + seed) for seed in range(arguments.seeds)]
-            try:
-                cells.append(outcome([finetuned_once(run, workdir) for run in runs]))
-            except InputError as error:  # it can not do with so little
-                logging.info("%s at keep %g: %s", name, ratio, error)
-                cells.append("not possible")
+            reducer, options = train.reducer_options(runs[0])
+            possible = within_budget(workdir, reducer, **options) is not None
+            cells.append(outcome([finetuned_once(run, workdir) for run in runs]) if possible else "not possible")
         lines.append(f"| {' | '.join(cells)} |")
         logging.info(lines[-1])
     return "\n".join(lines)
+
+
+@functools.cache
+def gmac_alone(fitted: Path, ratio: float) -> float:
+    """What tif costs that does nothing but keep so many patches."""
+    return cost(load(fitted, keep_ratio=ratio, then=None)).gmac
+
+
+def within_budget(workdir: Path, reducer: str, **options: Any) -> Model | None:
+    """The backbone with this reducer; None where it can not do with so little."""
+    try:
+        return load(workdir / "backbone", reducer=reducer, **options)
+    except InputError as error:
+        logging.info("%s: %s", reducer, error)
+        return None
 
 
 def finetuned_once(run: ConfigDict, workdir: Path) -> dict[str, Any]:

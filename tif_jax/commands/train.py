@@ -259,14 +259,17 @@ def _alone(config: ConfigDict) -> dict[str, Any]:
 
 
 def adapter_directory(config: ConfigDict, workdir: Path) -> Path:
-    return workdir / "-".join(["adapter"] + [str(config.seed)] * (config.seed != 0))
+    return workdir / _of_seed("adapter", config)
 
 
 def filter_directory(config: ConfigDict, workdir: Path) -> Path:
     """DIR/filter for tif; for other reducers their name and options follow, and for further seeds the seed."""
-    name, seed = config.reducer.name, config.seed
-    parts = ["filter"] if name == "tif" else [f"filter-{name}{_others(config)}"]
-    return workdir / "-".join(parts + [str(seed)] * (seed != 0))
+    name = config.reducer.name
+    return workdir / _of_seed("filter" if name == "tif" else f"filter-{name}{_others(config)}", config)
+
+
+def _of_seed(name: str, config: ConfigDict) -> str:
+    return f"{name}-{config.seed}" if config.seed else name
 
 
 def finetune_directory(config: ConfigDict, workdir: Path) -> Path:
