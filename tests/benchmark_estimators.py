@@ -16,12 +16,14 @@ import jax
 import numpy as np
 from flax import nnx
 
-from tif_jax import load, rankings
+from tif_jax import load
 from tif_jax.__main__ import use_all_cores
 from tif_jax.data import open_source
 from tif_jax.data.loader import evaluation_batches
-from tif_jax.scoring import Scorer
-from tif_jax.state import make_mesh, params_of, replicate, shard, with_params
+from tif_jax.impact import rankings
+from tif_jax.impact.scoring import Scorer
+from tif_jax.models.params import params_of, with_params
+from tif_jax.runtime.mesh import make_mesh, replicate, shard
 
 BATCH_SIZE = 16
 ESTIMATORS = {

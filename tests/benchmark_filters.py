@@ -25,14 +25,16 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from tif_jax import config as config_file
-from tif_jax import cost, load, records, shards
+from tif_jax import cost, load
 from tif_jax.__main__ import use_all_cores
 from tif_jax.commands import evaluate, score, train
 from tif_jax.commands.benchmark import with_reducer
 from tif_jax.commands.evaluate import KEEP_RATIOS
 from tif_jax.errors import InputError
+from tif_jax.experiment import config as config_file
+from tif_jax.impact import shards
 from tif_jax.models import Model
+from tif_jax.runtime import records
 
 BASELINES: dict[str, str | dict[str, Any]] = {
     "full": "full", "random": "random", "prior": "prior", "evit": "evit", "evit, earlier": dict(name="evit", sites=(1, 4, 7)),

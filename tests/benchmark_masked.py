@@ -57,8 +57,9 @@ def _rows(name: str, dtype: str) -> dict[str, Callable[[], int]]:
 
     from tif_jax import create_model
     from tif_jax.__main__ import use_all_cores
-    from tif_jax.scoring import Scorer
-    from tif_jax.state import make_mesh, params_of, replicate, shard, with_params
+    from tif_jax.impact.scoring import Scorer
+    from tif_jax.models.params import params_of, with_params
+    from tif_jax.runtime.mesh import make_mesh, replicate, shard
 
     use_all_cores()
     devices = jax.devices()

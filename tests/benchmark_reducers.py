@@ -14,10 +14,10 @@ import numpy as np
 
 from tif_jax import cost, load
 from tif_jax.__main__ import use_all_cores
+from tif_jax.commands._plots import accuracy_cost
 from tif_jax.data import open_source
 from tif_jax.data.loader import evaluation_batches
-from tif_jax.plots import accuracy_cost
-from tif_jax.state import make_mesh, shard
+from tif_jax.runtime.mesh import make_mesh, shard
 
 BATCH_SIZE = 32
 RAMP = tuple(round(26 * i / 11) for i in range(12))  # as many merged as with 13 in every block

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tif_jax import shards
+from tif_jax.impact import shards
 
 NUM_IMAGES = (256, 1024, 4096)
 JOB = """
@@ -61,8 +61,9 @@ def measure_time(sizes: list[int], plot: Path | None) -> None:
 
     from tif_jax import create_model
     from tif_jax.__main__ import use_all_cores
-    from tif_jax.scoring import Scorer
-    from tif_jax.state import make_mesh, params_of, replicate, shard, with_params
+    from tif_jax.impact.scoring import Scorer
+    from tif_jax.models.params import params_of, with_params
+    from tif_jax.runtime.mesh import make_mesh, replicate, shard
 
     use_all_cores()
     num_devices = len(jax.devices())

@@ -20,10 +20,12 @@ import numpy as np
 import optax
 from flax import nnx
 
-from tif_jax import losses, optim
-from tif_jax.loop import init_state, make_step, run
 from tif_jax.models import create_model
-from tif_jax.state import make_mesh, params_of, shard, shardings
+from tif_jax.models.params import params_of
+from tif_jax.runtime.mesh import make_mesh, shard
+from tif_jax.training import losses, optim
+from tif_jax.training.loop import init_state, make_step, run
+from tif_jax.training.state import shardings
 
 ROUNDS, SECONDS_PER_ROUND = 7, 6.0
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tif_jax.cost import cost
 from tif_jax.models import blueprint
+from tif_jax.models.cost import cost
+from tif_jax.models.params import params_of
 from tif_jax.models.vit import ViT
-from tif_jax.state import params_of
 
 
 def mostly_long(cases, short=(0,)):

@@ -12,13 +12,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from tif_jax import config as config_file
-from tif_jax import data, load, shards
+from tif_jax import data, load
 from tif_jax.__main__ import use_all_cores
+from tif_jax.commands._plots import picture_page
 from tif_jax.commands._report import pictures
 from tif_jax.data.loader import evaluation_batches
-from tif_jax.plots import picture_page
-from tif_jax.rankings import mean_spearman, unreduced_logits
+from tif_jax.experiment import config as config_file
+from tif_jax.impact import shards
+from tif_jax.impact.rankings import mean_spearman, unreduced_logits
 
 NUM_PICTURES = 3  # of each kind
 

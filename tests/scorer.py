@@ -6,10 +6,10 @@
 import time
 from pathlib import Path
 
-from tif_jax import shards
 from tif_jax.__main__ import main
 from tif_jax.commands import score
 from tif_jax.data.digits import Digits
+from tif_jax.impact import shards
 
 ROWS_PER_PART, NUM_PARTS = 8, 10
 

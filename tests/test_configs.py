@@ -9,16 +9,17 @@ from cases import mostly_long
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from tif_jax import config as config_file
-from tif_jax import data, optim, reducers
+from tif_jax import data, reducers
 from tif_jax.commands import train
 from tif_jax.commands.benchmark import with_reducer
 from tif_jax.commands.train import reducer_options
 from tif_jax.data.augment import Augmentation
 from tif_jax.errors import InputError
-from tif_jax.mixing import Mixing
+from tif_jax.experiment import config as config_file
 from tif_jax.models import blueprint, model_fields
-from tif_jax.state import params_of
+from tif_jax.models.params import params_of
+from tif_jax.training import optim
+from tif_jax.training.mixing import Mixing
 
 FOLDER = Path(__file__).parents[1] / "configs"
 WITH_ARGUMENTS = {

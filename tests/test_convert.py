@@ -20,11 +20,14 @@ from reference import random_timm_tensors
 from reference_levit import random_levit_tensors
 from test_pretrained import VARIANTS
 
-from tif_jax import load, pretrained
+from tif_jax import load
 from tif_jax.__main__ import main
 from tif_jax.data.tfds import Tfds
 from tif_jax.errors import InputError
-from tif_jax.state import Checkpoints, State, params_of
+from tif_jax.models.params import params_of
+from tif_jax.training.checkpoints import Checkpoints
+from tif_jax.training.state import State
+from tif_jax.weights import pretrained
 
 WIDE = dict(width=64, num_heads=1, mlp_dim=48, depth=1)  # 64 channels a head: what a file need not say
 

@@ -4,9 +4,9 @@ import pytest
 from cases import cost_of, mostly_long
 from published import ROWS
 
-from tif_jax.cost import cost
 from tif_jax.errors import InputError
 from tif_jax.models import create_model
+from tif_jax.models.cost import cost
 
 
 def analytic(width, depth, tokens, mlp=4):

@@ -12,14 +12,15 @@ from cases import cost_of, mostly_long, numpy_images, numpy_model
 from flax import nnx
 from scipy.special import erf
 
-from tif_jax import losses, optim, reducers
-from tif_jax.cost import cost
+from tif_jax import reducers
 from tif_jax.errors import InputError
-from tif_jax.loop import init_state, make_step
 from tif_jax.models import blueprint, create_model
+from tif_jax.models.cost import cost
+from tif_jax.models.params import params_of
 from tif_jax.reducers import dynamic_vit
-from tif_jax.state import params_of
 from tif_jax.tokens import top_k
+from tif_jax.training import losses, optim
+from tif_jax.training.loop import init_state, make_step
 
 TINY = dict(image_size=32, patch_size=8, width=16, depth=3, num_heads=2, mlp_dim=32, num_classes=5)
 SPECIAL = TINY | dict(distillation_token=True, num_registers=2, pool="mean", qk_norm=True, layer_scale=0.3)

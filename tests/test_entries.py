@@ -7,13 +7,14 @@ import pytest
 from cases import numpy_model
 from flax import nnx
 
-from tif_jax import config as config_file
-from tif_jax import cost, optim
+from tif_jax import cost
 from tif_jax.commands import benchmark, run, train
 from tif_jax.errors import InputError
+from tif_jax.experiment import config as config_file
 from tif_jax.models import blueprint
+from tif_jax.models.params import params_of
 from tif_jax.reducers.bat import Bat, row_count
-from tif_jax.state import params_of
+from tif_jax.training import optim
 
 CONFIG = str(Path(__file__).parents[1] / "configs" / "digits.py")
 TINY = dict(image_size=32, patch_size=8, width=16, depth=4, num_heads=2, num_classes=5)
@@ -140,7 +141,9 @@ def test_bat_keeps_more_the_more_it_is_asked_to():
 )
 def test_another_amount_stands_in_place_of_the_checkpoints(reducer, given, instead, attribute, tmp_path):
     from tif_jax import load
-    from tif_jax.state import Checkpoints, State, make_mesh, replicate
+    from tif_jax.runtime.mesh import make_mesh, replicate
+    from tif_jax.training.checkpoints import Checkpoints
+    from tif_jax.training.state import State
 
     model = numpy_model(TINY, reducer=reducer, **given)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:

@@ -12,11 +12,11 @@ from cases import attend, cost_of, embed, feed_forward, mostly_long, numpy_image
 from flax import nnx
 
 from tif_jax import reducers
-from tif_jax.cost import cost
 from tif_jax.errors import InputError
 from tif_jax.models import blueprint, create_model
+from tif_jax.models.cost import cost
+from tif_jax.models.params import params_of
 from tif_jax.reducers.evit import Evit, reorganise
-from tif_jax.state import params_of
 
 TINY = dict(image_size=32, patch_size=8, width=32, depth=4, num_heads=2, num_classes=5)
 SPECIAL = TINY | dict(distillation_token=True, num_registers=2, pool="mean", qk_norm=True, layer_scale=0.3)

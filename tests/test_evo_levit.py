@@ -10,8 +10,8 @@ from test_evo_vit import class_attention_of
 
 from tif_jax.errors import InputError
 from tif_jax.models import blueprint
+from tif_jax.models.params import params_of
 from tif_jax.reducers.evo_levit import EvoLevit
-from tif_jax.state import params_of
 from tif_jax.tokens import QueryKey, Tokens
 
 VIT = dict(image_size=32, patch_size=8, width=16, depth=4, num_heads=2, num_classes=5)

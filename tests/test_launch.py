@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from tif_jax import commands
-from tif_jax import config as config_file
+from tif_jax.experiment import config as config_file
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"

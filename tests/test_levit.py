@@ -9,16 +9,20 @@ from cases import cost_of, lively, mostly_long
 from flax import nnx, traverse_util
 from reference_levit import levit_forward, random_levit_tensors
 
-from tif_jax import levit_layout, losses, optim, reducers, token_impact
-from tif_jax.cost import cost
+from tif_jax import reducers, token_impact
 from tif_jax.errors import InputError
 from tif_jax.layers import BatchNorm
-from tif_jax.levit_layout import infer_fields, resize_positions, to_params
-from tif_jax.loading import load
-from tif_jax.loop import init_state, make_step
 from tif_jax.models import LeViT, blueprint
-from tif_jax.pretrained import read_weights
-from tif_jax.state import Checkpoints, State, params_of
+from tif_jax.models.cost import cost
+from tif_jax.models.params import params_of
+from tif_jax.training import losses, optim
+from tif_jax.training.checkpoints import Checkpoints
+from tif_jax.training.loop import init_state, make_step
+from tif_jax.training.state import State
+from tif_jax.weights import timm_levit as levit_layout
+from tif_jax.weights.loading import load
+from tif_jax.weights.pretrained import read_weights
+from tif_jax.weights.timm_levit import infer_fields, resize_positions, to_params
 
 TINY = dict(family="levit", image_size=48, widths=(16, 24), depths=(1, 2), num_heads=(2, 3), key_dim=8, num_classes=5)
 THREE = dict(widths=(16, 24, 32), depths=(1, 2, 1), num_heads=(2, 3, 4))

@@ -13,10 +13,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from scipy import stats
 from scipy.special import log_softmax
 
-from tif_jax import losses
 from tif_jax.errors import InputError
-from tif_jax.mixing import Mixing, mix
-from tif_jax.state import make_mesh, shard
+from tif_jax.runtime.mesh import make_mesh, shard
+from tif_jax.training import losses
+from tif_jax.training.mixing import Mixing, mix
 
 DEIT = Mixing(mixup=0.8, cutmix=1.0)
 

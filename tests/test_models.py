@@ -7,9 +7,9 @@ from flax import nnx
 
 from tif_jax import cost
 from tif_jax.errors import InputError
-from tif_jax.losses import classification
 from tif_jax.models import Rngs, blueprint, create_model
-from tif_jax.state import params_of
+from tif_jax.models.params import params_of
+from tif_jax.training.losses import classification
 
 TINY = dict(image_size=32, patch_size=8, width=32, depth=2, num_heads=2, num_classes=5)
 

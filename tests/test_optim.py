@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from tif_jax import optim
 from tif_jax.errors import InputError
+from tif_jax.training import optim
 
 
 def test_match_and_partition():

@@ -9,11 +9,11 @@ from flax import nnx
 from reference import random_timm_tensors, vit_forward
 from scipy.special import log_softmax, softmax
 
-from tif_jax import oracle
 from tif_jax.errors import InputError
-from tif_jax.loading import load
-from tif_jax.oracle import token_impact
+from tif_jax.impact import oracle
+from tif_jax.impact.oracle import token_impact
 from tif_jax.tokens import gates_to_log_weight
+from tif_jax.weights.loading import load
 
 NUM_PATCHES, NUM_HEADS = 6, 2
 LABELS = np.array([0, 3, 1])

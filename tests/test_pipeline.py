@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 
 import tif_jax
-from tif_jax import config as config_file
-from tif_jax import losses, metrics_log, records, shards, state
 from tif_jax.__main__ import main
 from tif_jax.commands import benchmark, train
 from tif_jax.commands._report import pictures
-from tif_jax.state import params_of
+from tif_jax.experiment import config as config_file
+from tif_jax.impact import shards
+from tif_jax.impact.labels import keep_labels, position_prior
+from tif_jax.models.params import params_of
+from tif_jax.runtime import metrics_log, records
+from tif_jax.training.checkpoints import Checkpoints, load_params
 
 TINY = """
 import importlib.util
@@ -94,8 +97,8 @@ def test_a_workdir_loads_as_its_best_model(finished):
 
 def test_the_filter_stays_while_the_rest_is_fine_tuned(finished):
     _, workdir = finished
-    before, _ = state.load_params(workdir / "filter" / "checkpoints")
-    after, _ = state.load_params(workdir / "finetune" / "tif-0.25-0" / "checkpoints")
+    before, _ = load_params(workdir / "filter" / "checkpoints")
+    after, _ = load_params(workdir / "finetune" / "tif-0.25-0" / "checkpoints")
     jax.tree.map(np.testing.assert_array_equal, before.pop("reducer"), after.pop("reducer"))
     assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True))
 
@@ -114,7 +117,7 @@ def test_an_adapter_learns_behind_the_filter_and_is_fine_tuned(finished, tmp_pat
     for stage in ("adapter", "finetune"):
         assert main(["train", f"--stage={stage}", *settings]) == 0
     folders = (workdir / "filter", tmp_path / "run/adapter", tmp_path / "run/finetune/tif-0.25,adapter=8-0")
-    fitted, adapted, tuned = (state.load_params(folder / "checkpoints")[0] for folder in folders)
+    fitted, adapted, tuned = (load_params(folder / "checkpoints")[0] for folder in folders)
     learned, tuned_adapter = adapted["reducer"].pop("adapter"), tuned["reducer"].pop("adapter")
     jax.tree.map(np.testing.assert_array_equal, fitted, adapted)
     jax.tree.map(np.testing.assert_array_equal, fitted["reducer"], tuned["reducer"])
@@ -140,8 +143,8 @@ def test_pictures_show_what_the_filter_lets_through_whatever_comes_then(finished
 def test_the_prior_is_read_off_the_shards_and_rests(finished):
     config, workdir = finished
     stage = train.finetune(config_file.load(str(config), PRIOR), workdir)
-    labels = losses.keep_labels(shards.read_impact(workdir).impact, "top", 0.25)
-    np.testing.assert_array_equal(params_of(stage.model)["reducer"]["logits"], losses.position_prior(labels))
+    labels = keep_labels(shards.read_impact(workdir).impact, "top", 0.25)
+    np.testing.assert_array_equal(params_of(stage.model)["reducer"]["logits"], position_prior(labels))
     assert stage.directory == workdir / "finetune" / "prior-0.25-0" and stage.trainable == train.FROZEN_REDUCER
 
 
@@ -158,7 +161,7 @@ def test_cut_in_the_middle_it_ends_the_same(finished, tmp_path, monkeypatch):
     config, workdir = finished
     command = ["train", "--stage", "backbone", "--config", str(config), "--workdir", str(tmp_path)]
     command.append("--config.backbone.save_every=2")
-    save = state.Checkpoints.save
+    save = Checkpoints.save
 
     def save_and_die(self, new, *rest):
         save(self, new, *rest)
@@ -166,12 +169,12 @@ def test_cut_in_the_middle_it_ends_the_same(finished, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(state.Checkpoints, "save", save_and_die)
+        patch.setattr(Checkpoints, "save", save_and_die)
         main(command)
     assert main(command) == 0
     lines = [json.loads(line) for line in (tmp_path / "backbone" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == sorted({line["step"] for line in lines})
-    whole, cut = (state.load_params(d / "backbone" / "checkpoints")[0] for d in (workdir, tmp_path))
+    whole, cut = (load_params(d / "backbone" / "checkpoints")[0] for d in (workdir, tmp_path))
     jax.tree.map(np.testing.assert_array_equal, whole, cut)
 
 
@@ -198,8 +201,8 @@ def test_a_run_from_random_weights_of_a_reducer_that_reads_no_impact(tmp_path, r
     assert "What the filter knows" not in (workdir / "report.md").read_text()
     assert not [name for name in ("impact", "heldout-label", "filter", "tokens.png") if (workdir / name).exists()]
 
-    fitted, _ = state.load_params(workdir / "filter-tosa" / "checkpoints")
-    tuned, stored = state.load_params(workdir / report["best"] / "checkpoints")
+    fitted, _ = load_params(workdir / "filter-tosa" / "checkpoints")
+    tuned, stored = load_params(workdir / report["best"] / "checkpoints")
     assert list(fitted["reducer"]) == ["selector_1"]
     assert np.abs(fitted["reducer"]["selector_1"]["second"]["kernel"]).max() > 0  # from 0
     jax.tree.map(np.testing.assert_array_equal, fitted["reducer"], tuned["reducer"])

@@ -14,10 +14,10 @@ from PIL import Image
 from reference import random_timm_tensors, vit_forward
 
 from tif_jax.errors import InputError
-from tif_jax.loading import load
 from tif_jax.models import ViT, create_model
-from tif_jax.pretrained import read_tensors, read_weights
-from tif_jax.timm_layout import infer_fields, resize_position_embedding, to_params
+from tif_jax.weights.loading import load
+from tif_jax.weights.pretrained import read_tensors, read_weights
+from tif_jax.weights.timm_vit import infer_fields, resize_position_embedding, to_params
 
 VARIANTS = {
     "deit": dict(depth=2),
@@ -252,7 +252,10 @@ def test_file_written_by_torch(tmp_path):
         (lambda path: called("pathlib", "Path.touch", text(str(path))), "pathlib.Path.touch"),
         (lambda path: dictionary({"args": called("argparse", "Namespace")}), "argparse.Namespace"),
         (lambda path: called("torch._utils", "_rebuild_qtensor"), "torch._utils._rebuild_qtensor"),
-        (lambda path: called("tif_jax.torch_file", "read_torch", text(str(path))), "tif_jax.torch_file.read_torch"),
+        (
+            lambda path: called("tif_jax.weights.torch_file", "read_torch", text(str(path))),
+            "tif_jax.weights.torch_file.read_torch",
+        ),
     ],
 )
 def test_pickle_that_names_code_is_refused_and_not_run(tmp_path, content, named):

@@ -12,9 +12,10 @@ import pytest
 from forks import Server
 from trainer import NUM_STEPS, TINY
 
-from tif_jax import metrics_log, processes, records, state
 from tif_jax.__main__ import main
 from tif_jax.errors import InputError
+from tif_jax.runtime import metrics_log, processes, records
+from tif_jax.training.checkpoints import Checkpoints, load_params
 
 # Parameters are divided over all four devices, so that each process writes half of a checkpoint.
 DIVIDED = ["--config.sharding.fsdp=4", "--config.backbone.num_epochs=2.0"]
@@ -59,7 +60,7 @@ def test_stopped_killed_and_finished_it_is_as_one_process(servers, tmp_path):
     both[1].send_signal(signal.SIGTERM)  # one is told, both stop, at the same step
     assert ends(both) == [75, 75], logs[0].read_text()
     checkpoints = workdir / "backbone" / "checkpoints"
-    with state.Checkpoints(checkpoints) as found:
+    with Checkpoints(checkpoints) as found:
         saved, stopped = found.steps()
     assert saved == NUM_STEPS // 5 // 2 < stopped
     parts = {part.name for part in (checkpoints / str(stopped) / "params").glob("ocdbt.process_*")}
@@ -86,7 +87,7 @@ def test_stopped_killed_and_finished_it_is_as_one_process(servers, tmp_path):
     alone = tmp_path / "alone"
     assert main(["train", "--stage=backbone", *TINY, DIVIDED[1], f"--workdir={alone}"]) == 0
     assert main(["evaluate", "--stage=backbone", *TINY, DIVIDED[1], f"--workdir={alone}"]) == 0
-    ours, theirs = (state.load_params(folder / "backbone" / "checkpoints")[0] for folder in (workdir, alone))
+    ours, theirs = (load_params(folder / "backbone" / "checkpoints")[0] for folder in (workdir, alone))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, theirs)
     ours, theirs = (metrics_log.read(folder / "backbone") for folder in (workdir, alone))
     assert [line["step"] for line in ours] == [line["step"] for line in theirs] == list(range(1, NUM_STEPS // 5 + 1))

@@ -15,9 +15,12 @@ from PIL import Image
 from reference import random_timm_tensors
 
 import tif_jax
-from tif_jax import shards
+from tif_jax.impact import shards
 from tif_jax.models import SIZES
-from tif_jax.state import Checkpoints, State, make_mesh, params_of, replicate
+from tif_jax.models.params import params_of
+from tif_jax.runtime.mesh import make_mesh, replicate
+from tif_jax.training.checkpoints import Checkpoints
+from tif_jax.training.state import State
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)

@@ -15,8 +15,8 @@ from scipy.special import log_softmax, softmax
 from tif_jax import load
 from tif_jax.data import open_source
 from tif_jax.data.loader import evaluation_batches
-from tif_jax.oracle import MASKS, TARGETS, token_impact
-from tif_jax.pretrained import read_tensors
+from tif_jax.impact.oracle import MASKS, TARGETS, token_impact
+from tif_jax.weights.pretrained import read_tensors
 
 pytestmark = pytest.mark.long
 KEYWORD = {"zero": "zeroed", "content": "position_only", "drop": "dropped"}

@@ -15,8 +15,8 @@ from scipy.special import erf
 from tif_jax import cost, reducers, tokens
 from tif_jax.errors import InputError
 from tif_jax.models import blueprint, create_model
+from tif_jax.models.params import params_of
 from tif_jax.reducers import tome
-from tif_jax.state import params_of
 from tif_jax.tokens import num_kept
 
 TINY = dict(image_size=32, patch_size=8, width=32, depth=3, num_heads=2, num_classes=5)

@@ -5,8 +5,8 @@ import math
 import pytest
 from cases import cost_of
 
-from tif_jax import schedule
 from tif_jax.errors import InputError
+from tif_jax.reducers import _schedule as schedule
 
 MODEL = dict(image_size=32, patch_size=8, width=32, depth=4, num_heads=2, num_classes=5)  # 16 patches
 

@@ -14,12 +14,14 @@ from forks import Server
 from ml_collections import ConfigDict
 from scorer import NUM_PARTS, ROWS_PER_PART
 
-from tif_jax import shards
 from tif_jax.commands import score, train
 from tif_jax.errors import Preempted, WorkError
+from tif_jax.impact import shards
+from tif_jax.impact.shards import read_impact
 from tif_jax.models import create_model
-from tif_jax.shards import read_impact
-from tif_jax.state import Checkpoints, State, params_of
+from tif_jax.models.params import params_of
+from tif_jax.training.checkpoints import Checkpoints
+from tif_jax.training.state import State
 
 NUM_IMAGES = ROWS_PER_PART * NUM_PARTS
 MODEL = dict(image_size=32, patch_size=8, width=16, depth=1, num_heads=2, num_classes=10)
@@ -344,7 +346,7 @@ def test_the_dtype_follows_the_device_and_the_estimator(monkeypatch):
 
 def test_impacts_fit_the_filter(finished):
     """What `read_impact` is asked for by `tif train` matches what `tif score` writes."""
-    from tif_jax.loading import load
+    from tif_jax.weights.loading import load
 
     config = _config()
     model = load(finished / "run" / "backbone")

@@ -10,10 +10,10 @@ from cases import call, mostly_long, numpy_model
 from jax.errors import JaxRuntimeError
 from scipy.special import log_softmax
 
-from tif_jax import scoring
 from tif_jax.errors import WorkError
-from tif_jax.oracle import token_impact
-from tif_jax.scoring import Scorer
+from tif_jax.impact import scoring
+from tif_jax.impact.oracle import token_impact
+from tif_jax.impact.scoring import Scorer
 
 EXACT = dict(estimator="exact", mask="zero", target="label", num_samples=1, keep_ratio=0.5)
 

@@ -8,11 +8,14 @@ import pytest
 from cases import numpy_model
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from tif_jax import losses, optim
 from tif_jax.errors import InputError
-from tif_jax.loop import init_state, make_step
-from tif_jax.mixing import Mixing
-from tif_jax.state import Checkpoints, make_mesh, params_of, shard, shardings
+from tif_jax.models.params import params_of
+from tif_jax.runtime.mesh import make_mesh, shard
+from tif_jax.training import losses, optim
+from tif_jax.training.checkpoints import Checkpoints
+from tif_jax.training.loop import init_state, make_step
+from tif_jax.training.mixing import Mixing
+from tif_jax.training.state import shardings
 
 TINY = dict(image_size=16, patch_size=8, width=16, depth=1, num_heads=2, num_classes=3)
 NUM_STEPS = 50

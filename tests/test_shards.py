@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tif_jax.errors import InputError, WorkError
-from tif_jax.shards import digest, iter_impact, missing_parts, open_manifest, part_rows, read_impact, write_part
+from tif_jax.impact.shards import digest, iter_impact, missing_parts, open_manifest, part_rows, read_impact, write_part
 
 NUM_EXAMPLES, VIEWS, NUM_PARTS, NUM_TOKENS = 10, 2, 3, 5
 

@@ -6,11 +6,12 @@ import jax
 import pytest
 from trainer import TINY
 
-from tif_jax import metrics_log, records, speed
 from tif_jax.__main__ import main
-from tif_jax.cost import cost
 from tif_jax.models import create_model
-from tif_jax.state import make_mesh
+from tif_jax.models.cost import cost
+from tif_jax.runtime import metrics_log, records
+from tif_jax.runtime.mesh import make_mesh
+from tif_jax.training import speed
 
 VIT = dict(image_size=16, patch_size=8, width=16, depth=1, num_heads=2, num_classes=3)
 

@@ -10,7 +10,8 @@ import pytest
 from forks import Server
 from trainer import NUM_STEPS, SAVE_EVERY
 
-from tif_jax import metrics_log, state
+from tif_jax.runtime import metrics_log
+from tif_jax.training.checkpoints import Checkpoints, load_params
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def uncut(server, tmp_path_factory):
 
 
 def arrays(workdir):
-    return state.load_params(workdir / "backbone" / "checkpoints")[0]
+    return load_params(workdir / "backbone" / "checkpoints")[0]
 
 
 def wait_for_step(file, step, seconds=120):
@@ -51,7 +52,7 @@ def number_in(file):
 
 def newest(workdir):
     """The step of the newest checkpoint, as a run would find it."""
-    with state.Checkpoints(workdir / "backbone" / "checkpoints") as checkpoints:
+    with Checkpoints(workdir / "backbone" / "checkpoints") as checkpoints:
         return max(checkpoints.steps(), default=0)
 
 

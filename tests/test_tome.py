@@ -11,8 +11,8 @@ from flax import nnx
 
 from tif_jax.errors import InputError
 from tif_jax.models import create_model
+from tif_jax.models.params import params_of
 from tif_jax.reducers.tome import destination, match, merge
-from tif_jax.state import params_of
 
 TINY = dict(image_size=32, patch_size=8, width=32, depth=3, num_heads=2, num_classes=5)
 EVERYTHING = dict(distillation_token=True, num_registers=2, qk_norm=True, layer_scale=0.3)

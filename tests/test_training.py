@@ -11,11 +11,16 @@ import pytest
 from cases import call, lively, numpy_model
 from flax import nnx
 
-from tif_jax import losses, metrics_log, optim, records
 from tif_jax.errors import InputError, WorkError
-from tif_jax.loading import load
-from tif_jax.loop import init_state, make_step, run
-from tif_jax.state import Checkpoints, State, load_params, make_mesh, params_of, replicate, shard, shardings
+from tif_jax.impact.labels import keep_labels, position_prior
+from tif_jax.models.params import params_of
+from tif_jax.runtime import metrics_log, records
+from tif_jax.runtime.mesh import make_mesh, replicate, shard
+from tif_jax.training import losses, optim
+from tif_jax.training.checkpoints import Checkpoints, load_params
+from tif_jax.training.loop import init_state, make_step, run
+from tif_jax.training.state import State, shardings
+from tif_jax.weights.loading import load
 
 TINY = dict(image_size=16, patch_size=8, width=16, depth=2, num_heads=2, num_classes=3)
 
@@ -224,10 +229,10 @@ def test_metrics_log_forgets_what_will_come_again(tmp_path):
 
 def test_keep_labels():
     impact = np.array([[0.3, -0.1, 0.2, 0.0], [-1.0, -2.0, -3.0, -4.0]], np.float32)
-    np.testing.assert_array_equal(losses.keep_labels(impact), [[1, 0, 1, 0], [0, 0, 0, 0]])
-    np.testing.assert_array_equal(losses.keep_labels(impact, -1.5), [[1, 1, 1, 1], [1, 0, 0, 0]])
-    np.testing.assert_array_equal(losses.keep_labels(impact, "top", 0.5), [[1, 0, 1, 0], [1, 1, 0, 0]])
-    prior = losses.position_prior(losses.keep_labels(impact, "top", 0.5))
+    np.testing.assert_array_equal(keep_labels(impact), [[1, 0, 1, 0], [0, 0, 0, 0]])
+    np.testing.assert_array_equal(keep_labels(impact, -1.5), [[1, 1, 1, 1], [1, 0, 0, 0]])
+    np.testing.assert_array_equal(keep_labels(impact, "top", 0.5), [[1, 0, 1, 0], [1, 1, 0, 0]])
+    prior = position_prior(keep_labels(impact, "top", 0.5))
     np.testing.assert_allclose(jax.nn.sigmoid(prior), [3 / 4, 2 / 4, 2 / 4, 1 / 4], atol=1e-6)
 
 

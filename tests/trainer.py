@@ -7,9 +7,11 @@ import time
 from pathlib import Path
 
 from tif_jax import __main__ as program
-from tif_jax import processes, state, training
 from tif_jax.commands import evaluate, train
 from tif_jax.data.digits import Digits
+from tif_jax.runtime import mesh as mesh_module
+from tif_jax.runtime import processes
+from tif_jax.training import stage as training
 
 CONFIG = str(Path(__file__).parents[1] / "configs" / "digits.py")
 TINY = [
@@ -36,7 +38,7 @@ def run(seconds, file, *argv):
         if processes.is_first():
             begun.write_text(str(int(begun.read_text()) + 1 if begun.exists() else 1))
         time.sleep(float(seconds))
-        return state.shard(batch, mesh)
+        return mesh_module.shard(batch, mesh)
 
     trained = train.train
 

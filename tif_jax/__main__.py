@@ -12,8 +12,9 @@ import sys
 
 import jax
 
-from tif_jax import commands, processes, reducers
+from tif_jax import commands, reducers
 from tif_jax.errors import InputError, Preempted, WorkError
+from tif_jax.runtime import processes
 
 _HELP = ("--help", "-h", "help")
 _BAD_WORKDIR = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)

@@ -5,8 +5,8 @@ import logging
 import sys
 from pathlib import Path
 
-from tif_jax import config as config_file
 from tif_jax.errors import InputError
+from tif_jax.experiment import config as config_file
 
 
 class Parser(argparse.ArgumentParser):

@@ -9,16 +9,17 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from tif_jax import config as config_file
-from tif_jax import metrics_log, records, shards
-from tif_jax.budget import AMOUNTS
 from tif_jax.commands import train
+from tif_jax.commands._plots import accuracy_cost, picture_page, training_curves
 from tif_jax.commands.evaluate import KEEP_RATIOS
 from tif_jax.data.loader import evaluation_batches
-from tif_jax.loading import load
+from tif_jax.experiment import config as config_file
+from tif_jax.impact import shards
 from tif_jax.models import Model
-from tif_jax.plots import accuracy_cost, picture_page, training_curves
+from tif_jax.models.budget import AMOUNTS
+from tif_jax.runtime import metrics_log, records
 from tif_jax.tokens import num_kept, top_k
+from tif_jax.weights.loading import load
 
 _NUM_PICTURES = 8
 

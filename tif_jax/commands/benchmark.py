@@ -14,13 +14,15 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from tif_jax import records, reducers
-from tif_jax.budget import AMOUNTS
+from tif_jax import reducers
 from tif_jax.commands import _arguments, train
-from tif_jax.cost import cost
 from tif_jax.errors import InputError
-from tif_jax.loading import load
-from tif_jax.state import make_mesh, params_of, replicate, shard, with_params
+from tif_jax.models.budget import AMOUNTS
+from tif_jax.models.cost import cost
+from tif_jax.models.params import params_of, with_params
+from tif_jax.runtime import records
+from tif_jax.runtime.mesh import make_mesh, replicate, shard
+from tif_jax.weights.loading import load
 
 logger = logging.getLogger(__name__)
 

@@ -11,15 +11,17 @@ from pathlib import Path
 import jax.numpy as jnp
 import safetensors.numpy
 
-from tif_jax import pretrained
 from tif_jax.commands import _arguments
 from tif_jax.data import remote
 from tif_jax.data.tfrecord import TFRecords
 from tif_jax.errors import InputError, WorkError
-from tif_jax.loading import TRAINING_HEADS, checkpoint_directory, load_with_fields
-from tif_jax.progress import Progress
-from tif_jax.state import Checkpoints, State, load_params, params_of
-from tif_jax.timm_layout import shortened
+from tif_jax.models.params import params_of
+from tif_jax.runtime.progress import Progress
+from tif_jax.training.checkpoints import Checkpoints, load_params
+from tif_jax.training.state import State
+from tif_jax.weights import pretrained
+from tif_jax.weights.loading import TRAINING_HEADS, checkpoint_directory, load_with_fields
+from tif_jax.weights.timm_vit import shortened
 
 logger = logging.getLogger(__name__)
 

@@ -15,17 +15,21 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from tif_jax import losses, processes, rankings, records, shards
 from tif_jax.commands import _arguments, train
-from tif_jax.cost import cost
 from tif_jax.data.loader import evaluation_batches
 from tif_jax.errors import InputError
-from tif_jax.loading import load
+from tif_jax.impact import rankings, shards
+from tif_jax.impact.labels import keep_labels, position_prior
+from tif_jax.impact.oracle import TARGETS
 from tif_jax.models import Model, ViT, plain_vit
-from tif_jax.oracle import TARGETS
-from tif_jax.progress import Progress
-from tif_jax.state import make_mesh, params_of, replicate, shard, with_params
+from tif_jax.models.cost import cost
+from tif_jax.models.params import params_of, with_params
+from tif_jax.runtime import processes, records
+from tif_jax.runtime.mesh import make_mesh, replicate, shard
+from tif_jax.runtime.progress import Progress
 from tif_jax.tokens import image_keys, split
+from tif_jax.training import losses
+from tif_jax.weights.loading import load
 
 KEEP_RATIOS = (0.7, 0.5, 0.25)  # of the ranking table: 137, 98 and 49 of 196 tokens
 UNREDUCED = ("unreduced", 1.0)
@@ -140,12 +144,12 @@ def judge_rankings(
     labelling = train.labelling(config, trained_on)
     fixed = {}
     if baselines:
-        prior = losses.position_prior(losses.keep_labels(trained_on, **labelling))
+        prior = position_prior(keep_labels(trained_on, **labelling))
         fixed = {f"{target} oracle": oracle.impact for target, oracle in oracles.items()}
         fixed["position prior"] = np.broadcast_to(np.asarray(prior), table.impact.shape)
     rows = np.stack([table.index, table.view], axis=1)
     found, outcomes = _follow(model, source, config, rows, fixed, baselines, others)
-    labels = np.asarray(losses.keep_labels(table.impact, **labelling))
+    labels = np.asarray(keep_labels(table.impact, **labelling))
     result: dict[str, Any] = {}
     for name, ranking in {**found, **fixed}.items():
         result[name] = {

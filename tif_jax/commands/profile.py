@@ -9,11 +9,12 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from tif_jax import processes, records, speed
 from tif_jax.commands import _arguments, train
 from tif_jax.errors import InputError
-from tif_jax.state import shard
-from tif_jax.training import Stage, prepare
+from tif_jax.runtime import processes, records
+from tif_jax.runtime.mesh import shard
+from tif_jax.training import speed
+from tif_jax.training.stage import Stage, prepare
 
 logger = logging.getLogger(__name__)
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from tif_jax import processes, records
 from tif_jax.commands import _arguments, evaluate, score, train
 from tif_jax.commands._report import write_report
 from tif_jax.commands.benchmark import benchmark, is_measured, with_reducer
 from tif_jax.errors import InputError
-from tif_jax.loading import load_with_fields
+from tif_jax.runtime import processes, records
+from tif_jax.weights.loading import load_with_fields
 
 logger = logging.getLogger(__name__)
 

@@ -14,16 +14,18 @@ import numpy as np
 from jaxtyping import Bool, Int
 from ml_collections import ConfigDict
 
-from tif_jax import data, oracle, processes, shards
+from tif_jax import data
 from tif_jax.commands import _arguments, train
 from tif_jax.data.loader import Batch, evaluation_batches
 from tif_jax.data.source import Source
 from tif_jax.errors import InputError, Preempted
-from tif_jax.loading import load
+from tif_jax.impact import oracle, shards
+from tif_jax.impact.scoring import Scorer
 from tif_jax.models import Model
-from tif_jax.preemption import sigterm_flag
-from tif_jax.progress import Progress
-from tif_jax.scoring import Scorer
+from tif_jax.runtime import processes
+from tif_jax.runtime.preemption import sigterm_flag
+from tif_jax.runtime.progress import Progress
+from tif_jax.weights.loading import load
 
 logger = logging.getLogger(__name__)
 

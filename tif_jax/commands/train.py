@@ -12,18 +12,24 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from tif_jax import data, losses, optim, processes, records, reducers, shards
-from tif_jax.budget import AMOUNTS, SOLVED
+from tif_jax import data, reducers
 from tif_jax.commands import _arguments
-from tif_jax.cost import cost
 from tif_jax.data.loader import Batches, training_batches
 from tif_jax.data.preprocess import NONE
 from tif_jax.errors import InputError
-from tif_jax.loading import load, load_with_fields
+from tif_jax.impact import shards
+from tif_jax.impact.labels import keep_labels, position_prior
 from tif_jax.models import Model, blueprint, create_model
-from tif_jax.recipe import augmentation
-from tif_jax.state import Checkpoints, State, params_of
-from tif_jax.training import Stage, describe, fit
+from tif_jax.models.budget import AMOUNTS, SOLVED
+from tif_jax.models.cost import cost
+from tif_jax.models.params import params_of
+from tif_jax.runtime import processes, records
+from tif_jax.training import losses, optim
+from tif_jax.training.checkpoints import Checkpoints
+from tif_jax.training.recipe import augmentation
+from tif_jax.training.stage import Stage, describe, fit
+from tif_jax.training.state import State
+from tif_jax.weights.loading import load, load_with_fields
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +87,7 @@ def token_filter(config: ConfigDict, workdir: Path) -> Stage:
     model, fields = load_with_fields(workdir / "backbone", reducer=name, seed=seed, dtype=config.dtype, **options)
     table = shards.read_impact(workdir, expected=expected_manifest(config, model))
     labelled = labelling(config, table.impact)
-    positives = float(np.mean(losses.keep_labels(table.impact, **labelled)))
+    positives = float(np.mean(keep_labels(table.impact, **labelled)))
     logger.info("%.1f%% of %d tokens are labelled worth keeping (%s)", 100 * positives, table.impact.size, labelled)
     if not 0 < positives < 1:
         raise InputError(
@@ -218,8 +224,8 @@ def before_finetuning(config: ConfigDict, workdir: Path, options: Mapping[str, A
     model, fields = load_with_fields(start, reducer=name, **given, **options)
     if name == "prior":  # nothing to train: its one parameter is read off the shards
         table = shards.read_impact(workdir, expected=expected_manifest(config, model))
-        labels = losses.keep_labels(table.impact, **labelling(config, table.impact))
-        nnx.update(model, {"reducer": {"logits": losses.position_prior(labels)}})
+        labels = keep_labels(table.impact, **labelling(config, table.impact))
+        nnx.update(model, {"reducer": {"logits": position_prior(labels)}})
     return model, fields
 
 
@@ -381,7 +387,7 @@ def check_on_backbone(config: ConfigDict, fields: Mapping[str, Any]) -> None:
 
 
 def labelling(config: ConfigDict, impact: np.ndarray) -> dict[str, Any]:
-    """Arguments of `losses.keep_labels` for config.filter: 'top', 'above' rho nats, or above the data set's quantile rho."""
+    """Arguments of `keep_labels` for config.filter: 'top', 'above' rho nats, or above the data set's quantile rho."""
     kind, rho = config.filter.labels, config.filter.rho
     if kind == "top":
         return {"rho": "top", "keep_ratio": config.reducer.keep_ratio}

@@ -26,7 +26,7 @@ from jaxtyping import Int64
 from tif_jax.data import remote
 from tif_jax.data.source import UnreadableImage
 from tif_jax.errors import InputError
-from tif_jax.progress import Progress
+from tif_jax.runtime.progress import Progress
 
 Index = Int64[np.ndarray, " _"]
 

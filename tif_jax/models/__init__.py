@@ -16,8 +16,8 @@ from flax import nnx
 from jaxtyping import Array, Key
 
 from tif_jax import reducers
-from tif_jax.budget import within_budget
 from tif_jax.errors import InputError
+from tif_jax.models.budget import within_budget
 from tif_jax.models.levit import PATCH_SIZE, LeViT
 from tif_jax.models.vit import ViT
 

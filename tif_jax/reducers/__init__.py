@@ -45,8 +45,9 @@ class Reducer(Protocol):
 
 
 def known() -> list[str]:
-    """Names that `build` takes: the files of this folder."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    """Names that `build` takes: the files of this folder, less those that begin with an underscore."""
+    names = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name for name in names if not name.startswith("_"))
 
 
 def options(name: str) -> dict[str, inspect.Parameter]:

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from tif_jax import schedule
 from tif_jax.errors import InputError
 from tif_jax.layers import Linear, gelu, widened
+from tif_jax.reducers import _schedule as schedule
 from tif_jax.tokens import identity_source, join, rows_of, split, take, top_k
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from tif_jax import schedule
 from tif_jax.errors import InputError
 from tif_jax.layers import widened
+from tif_jax.reducers import _schedule as schedule
 from tif_jax.tokens import (
     class_attention,
     follow,

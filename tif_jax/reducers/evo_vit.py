@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from tif_jax import schedule
 from tif_jax.errors import InputError
 from tif_jax.layers import widened
+from tif_jax.reducers import _schedule as schedule
 from tif_jax.reducers.full import Full
 from tif_jax.tokens import class_attention, identity_source, join, put, require_class, split, take, top_k
 

@@ -10,7 +10,7 @@ from tif_jax.tokens import check_keep_ratio, keep
 class Prior(nnx.Module):
     """Keeps the round(keep_ratio * N) raster positions whose mean training label is highest.
 
-    `logits` is not trained but read off the impact shards (`losses.position_prior`).
+    `logits` is not trained but read off the impact shards (`impact.labels.position_prior`).
     """
 
     def __init__(self, keep_ratio: float = 0.5, *, num_patches: int):

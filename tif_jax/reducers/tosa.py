@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from tif_jax import schedule
 from tif_jax.errors import InputError
+from tif_jax.reducers import _schedule as schedule
 from tif_jax.reducers.random import draw_keys
 from tif_jax.tokens import (
     QueryKey,

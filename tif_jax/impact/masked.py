@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-from tif_jax.last_block import logits_after
+from tif_jax.impact.last_block import logits_after
 from tif_jax.layers import widened
 from tif_jax.models.vit import Attention, Block, ViT
 

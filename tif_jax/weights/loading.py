@@ -8,11 +8,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
 
-from tif_jax import levit_layout, pretrained, records, state
-from tif_jax.budget import AMOUNTS
 from tif_jax.errors import InputError
 from tif_jax.models import MODEL_FIELDS, Model, blueprint, grid_of
-from tif_jax.timm_layout import resize_position_embedding, shortened
+from tif_jax.models.budget import AMOUNTS
+from tif_jax.models.params import params_of
+from tif_jax.runtime import records
+from tif_jax.training.checkpoints import load_params
+from tif_jax.weights import pretrained
+from tif_jax.weights import timm_levit as levit_layout
+from tif_jax.weights.timm_vit import resize_position_embedding, shortened
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +47,7 @@ def load_with_fields(
     given = {key: value for key, value in given.items() if value is not None}
     same_reducer = False
     if _is_checkpoint(path):
-        params, stored = state.load_params(checkpoint_directory(path))
+        params, stored = load_params(checkpoint_directory(path))
         fields = {**stored["model"], **given}
         params = _resized(params, stored["model"], fields)
         same_reducer = reducer in (None, stored["reducer"]["name"])
@@ -58,7 +62,7 @@ def load_with_fields(
     fields["dtype"] = dtype
     build = blueprint(fields, reducer=reducer or "full", **options)
     model = nnx.eval_shape(build, jax.random.key(0))
-    wanted, found = (_flat(tree) for tree in (state.params_of(model), params))
+    wanted, found = (_flat(tree) for tree in (params_of(model), params))
     fresh = sorted(set(wanted) - set(found))
     # Of another reducer's parameters none are wanted; of the same one's, all.
     may_be_fresh = ("reducer/", *TRAINING_HEADS)
@@ -73,7 +77,7 @@ def load_with_fields(
 
         @jax.jit
         def draw(key):
-            drawn = _flat(state.params_of(build(key)))
+            drawn = _flat(params_of(build(key)))
             return {name: drawn[name] for name in fresh}
 
         found = {**found, **draw(jax.random.key(seed))}

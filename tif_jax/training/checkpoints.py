@@ -1,4 +1,4 @@
-"""State is data: parameters as nested dicts of arrays, their place on the devices, and their checkpoints.
+"""Checkpoints of a training state.
 
 A checkpoint directory holds one folder per step with the Orbax items `params`, `opt`, `ema` (where there is one), `config`
 and `data`. Orbax notices files that are missing or cut short but not a flipped bit, so `config` also carries a digest of
@@ -10,145 +10,21 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from flax import nnx, traverse_util
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
-from jaxtyping import Array, Int
+from jax.sharding import SingleDeviceSharding
 
-from tif_jax import optim, processes
 from tif_jax.errors import InputError, WorkError
-from tif_jax.layers import WEIGHTS
-from tif_jax.models import Model
+from tif_jax.models.params import Params
+from tif_jax.runtime import processes
+from tif_jax.runtime.mesh import place
+from tif_jax.training.state import State
 
 logger = logging.getLogger(__name__)
-
-Params = dict[str, Any]
-
-_AXES = ("data", "fsdp")
-FSDP: optim.Table = ((r"kernel$|embedding$", -1),)  # which axis of which parameters is divided over 'fsdp'
-
-
-class State(NamedTuple):
-    """Everything a training step changes."""
-
-    step: Int[Array, ""]
-    params: Params
-    opt_state: Any
-    ema: Params | None = None  # exponential moving average of params, where the recipe keeps one
-
-
-def params_of(model: Model) -> Params:
-    """The model's parameters, and running statistics if it has any, as a nested dict of arrays with string keys."""
-    return nnx.to_pure_dict(nnx.state(model, WEIGHTS))
-
-
-def with_params(graphdef: Any, params: Params) -> Model:
-    """The model of `nnx.split(model)[0]` with these parameters; inside jit this costs nothing at run time."""
-    return nnx.merge(graphdef, nnx.State(params))
-
-
-def statistics_of(model: Model) -> Params:
-    """The part of `params_of` that training does not learn but measures; empty for a ViT."""
-    return nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
-
-
-def with_statistics(params: Params, statistics: Params) -> Params:
-    """The parameters with these statistics in the place of theirs."""
-    merged = {**traverse_util.flatten_dict(params), **traverse_util.flatten_dict(statistics)}
-    return traverse_util.unflatten_dict(merged)
-
-
-def make_mesh(batch_size: int, fsdp: int = 1, processes: int | None = None) -> Mesh:
-    """A mesh with axes 'data' and 'fsdp' over as many devices of every process as divide the batch evenly.
-
-    The batch is divided over all of them, parameters and what belongs to them over fsdp (see `shardings`).
-    processes: 1 stands for this process and its devices alone; default: all there are.
-    Devices follow each other by process: so do the rows of a batch, and neighbours along fsdp share a host.
-    Raises InputError if nothing fits.
-    """
-    own = processes == 1 or jax.process_count() == 1
-    owners = [jax.process_index()] if own else list(range(jax.process_count()))
-    local = jax.local_device_count()
-    if fsdp < 1:
-        raise InputError(f"sharding.fsdp is {fsdp}; it is a number of devices, at least 1")
-    fitting = [n for n in range(1, local + 1) if batch_size % (n * len(owners)) == n * len(owners) % fsdp == 0]
-    if not fitting:
-        raise InputError(
-            f"a batch of {batch_size} can not be divided over {len(owners)} processes with up to {local} devices each and "
-            f"sharding.fsdp {fsdp}: the devices used have to divide the batch_size, and sharding.fsdp the devices"
-        )
-    by_owner = {owner: [d for d in jax.devices() if d.process_index == owner] for owner in owners}
-    if max(fitting) < local and jax.default_backend() != "cpu":
-        logger.warning(
-            "a batch of %d is divided over %d of %d devices of each process", batch_size, max(fitting), local
-        )
-    used = [device for owner in owners for device in by_owner[owner][: max(fitting)]]
-    return Mesh(np.array(used).reshape(-1, fsdp), _AXES, axis_types=(AxisType.Auto,) * 2)
-
-
-def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Copies of the arrays on every device; never an alias, so that the result may be donated."""
-    return place(tree, jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree))
-
-
-def place(tree: Any, where: Any) -> Any:
-    """Copies of the arrays on the devices, as a tree of shardings says; never an alias, so that they may be donated."""
-
-    def put(array, sharding):
-        array = np.asarray(array)
-        if sharding.is_fully_addressable:
-            return jax.device_put(array, sharding)
-        return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
-
-    return jax.tree.map(put, tree, where)
-
-
-def shardings(state: State, mesh: Mesh, table: optim.Table = FSDP) -> Any:
-    """Where the arrays of a State (or their shapes) lie: parameters as the table says, and alike what the optimiser and
-    the moving average hold for each; everything else on every device.
-
-    table: (pattern, axis), see `optim.match`: the axis of such parameters that is divided over the mesh's 'fsdp'. Where it
-    can not be divided evenly, and where no pattern matches, each device has the whole.
-    """
-    size = mesh.shape["fsdp"]
-
-    def divided(leaf, axis):
-        even = axis is not None and -leaf.ndim <= axis < leaf.ndim and leaf.shape[axis] % size == 0
-        spec = PartitionSpec(*("fsdp" if i == axis % leaf.ndim else None for i in range(leaf.ndim)) if even else ())
-        return NamedSharding(mesh, spec if size > 1 else PartitionSpec())
-
-    axes = optim.match(table if size > 1 else (), state.params, None)
-    # None is a leaf here, not the absence of one.
-    params = jax.tree.map(lambda axis, leaf: divided(leaf, axis), axes, state.params, is_leaf=lambda x: x is None)
-    of_parameter = {_names(path): sharding for path, sharding in jax.tree_util.tree_leaves_with_path(params)}
-
-    def alike(path, _leaf):
-        return of_parameter.get(_names(path), NamedSharding(mesh, PartitionSpec()))
-
-    return jax.tree_util.tree_map_with_path(alike, state)
-
-
-def _names(path) -> tuple[str, ...]:
-    """The dictionary keys of a path: of a parameter, and of what an optimiser holds for it."""
-    return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
-
-
-def shard(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Array]:
-    """The batch's arrays, spread over the devices by their first axis; those of strings are left out.
-
-    Of several processes each gives its own rows, in their order (`loader.Batches`); a mesh of one process takes all.
-    """
-    arrays = {name: array for name, array in batch.items() if array.dtype != object}
-    by_row = NamedSharding(mesh, PartitionSpec(_AXES))
-    if mesh.is_multi_process:
-        with jax.transfer_guard_host_to_device("allow"):  # it does not call them explicit, as device_put does
-            return {name: jax.make_array_from_process_local_data(by_row, array) for name, array in arrays.items()}
-    return jax.device_put(arrays, by_row)
 
 
 class Checkpoints:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tif_jax import processes
 from tif_jax.errors import InputError
+from tif_jax.runtime import processes
 
 
 def write(path: Path, data: Any) -> None:

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import jax
 from jax.sharding import Mesh
 
-from tif_jax.cost import cost
 from tif_jax.models import Model
+from tif_jax.models.cost import cost
 
 # Dense bfloat16 TFLOP/s of one device, from its maker's data sheet, by how JAX calls it.
 PEAK_TFLOPS = {

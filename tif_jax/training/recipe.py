@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from tif_jax.data.augment import Augmentation
 from tif_jax.errors import InputError
-from tif_jax.mixing import Mixing
+from tif_jax.training.mixing import Mixing
 
 TOP: dict[str, Any] = dict(
     peak_tflops=0.0,  # of one device, to tell model FLOP/s utilisation by; 0: known for some devices (speed.py)

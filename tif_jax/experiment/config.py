@@ -15,8 +15,8 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from tif_jax import recipe
 from tif_jax.errors import InputError
+from tif_jax.training import recipe
 
 
 def load(filename: str, overrides: list[str]) -> ConfigDict:

@@ -19,9 +19,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from tif_jax.errors import InputError
-from tif_jax.last_block import logits_after
+from tif_jax.impact.last_block import logits_after
+from tif_jax.impact.masked import masked_logits
 from tif_jax.layers import widened
-from tif_jax.masked import masked_logits
 from tif_jax.models import Model, ViT, plain_vit
 from tif_jax.tokens import image_keys
 

@@ -18,8 +18,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from tif_jax.errors import WorkError
+from tif_jax.impact.oracle import Scores, check_options, default_chunk, num_units, shared_scores, whole_impact
 from tif_jax.models import Model, plain_vit
-from tif_jax.oracle import Scores, check_options, default_chunk, num_units, shared_scores, whole_impact
 
 logger = logging.getLogger(__name__)
 

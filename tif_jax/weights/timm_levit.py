@@ -14,7 +14,7 @@ from flax import nnx, traverse_util
 from tif_jax.errors import InputError
 from tif_jax.layers import WEIGHTS
 from tif_jax.models.levit import PATCH_SIZE, LeViT, smaller
-from tif_jax.timm_layout import Rules, Tensors, resize_position_embedding, shortened, translate, translate_back
+from tif_jax.weights.timm_vit import Rules, Tensors, resize_position_embedding, shortened, translate, translate_back
 
 
 def _linear(weight: np.ndarray) -> np.ndarray:

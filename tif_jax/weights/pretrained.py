@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from tif_jax import levit_layout, timm_layout
 from tif_jax.errors import InputError
 from tif_jax.models import FAMILIES, LeViT
-from tif_jax.timm_layout import shortened
-from tif_jax.torch_file import read_torch
+from tif_jax.weights import timm_levit as levit_layout
+from tif_jax.weights import timm_vit as timm_layout
+from tif_jax.weights.timm_vit import shortened
+from tif_jax.weights.torch_file import read_torch
 
 _SAFETENSORS_FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 _NESTED = ("model", "state_dict", "model_ema", "state_dict_ema")  # where training programs put the tensors

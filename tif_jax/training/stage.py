@@ -11,16 +11,20 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tif_jax import config as config_file
-from tif_jax import optim, processes, records, speed
-from tif_jax.budget import SOLVED
 from tif_jax.data.loader import Batches
-from tif_jax.loop import Step, init_state, make_step, run
-from tif_jax.losses import Loss
-from tif_jax.metrics_log import MetricsLog
+from tif_jax.experiment import config as config_file
 from tif_jax.models import Model
-from tif_jax.recipe import FINETUNE, WITHOUT_EFFECT, mixing
-from tif_jax.state import FSDP, Checkpoints, Params, State, make_mesh, params_of, shard, shardings
+from tif_jax.models.budget import SOLVED
+from tif_jax.models.params import Params, params_of
+from tif_jax.runtime import processes, records
+from tif_jax.runtime.mesh import make_mesh, shard
+from tif_jax.runtime.metrics_log import MetricsLog
+from tif_jax.training import optim, speed
+from tif_jax.training.checkpoints import Checkpoints
+from tif_jax.training.loop import Step, init_state, make_step, run
+from tif_jax.training.losses import Loss
+from tif_jax.training.recipe import FINETUNE, WITHOUT_EFFECT, mixing
+from tif_jax.training.state import FSDP, State, shardings
 
 logger = logging.getLogger(__name__)
 

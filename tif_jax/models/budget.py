@@ -7,8 +7,8 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Key
 
-from tif_jax.cost import cost
 from tif_jax.errors import InputError
+from tif_jax.models.cost import cost
 
 SOLVED = ("keep_ratio", "num_merged")  # the options that a budget is solved for
 # The options that say how much a reducer reduces: one stands instead of another.

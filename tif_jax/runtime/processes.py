@@ -23,7 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from tif_jax.errors import InputError
-from tif_jax.preemption import sigterm_flag
+from tif_jax.runtime.preemption import sigterm_flag
 
 logger = logging.getLogger(__name__)
 

@@ -13,15 +13,17 @@ import optax
 from flax import nnx
 from jaxtyping import Array
 
-from tif_jax import optim
 from tif_jax.errors import InputError, Preempted, WorkError
-from tif_jax.losses import Loss
-from tif_jax.mixing import Mixing, mix
 from tif_jax.models import Model
+from tif_jax.models.params import Params, params_of, statistics_of, with_params, with_statistics
 from tif_jax.models.vit import ViT
-from tif_jax.progress import Progress
 from tif_jax.reducers import Aux, Full
-from tif_jax.state import Params, State, params_of, place, statistics_of, with_params, with_statistics
+from tif_jax.runtime.mesh import place
+from tif_jax.runtime.progress import Progress
+from tif_jax.training import optim
+from tif_jax.training.losses import Loss
+from tif_jax.training.mixing import Mixing, mix
+from tif_jax.training.state import State
 
 Step = Callable[[State, Mapping[str, Array]], tuple[State, dict[str, Array]]]
 

@@ -1,0 +1,1 @@
+"""How much each patch token matters to a frozen ViT: measured, stored, ranked."""

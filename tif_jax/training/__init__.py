@@ -1,0 +1,1 @@
+"""Training: from a stage's recipe to checkpoints."""

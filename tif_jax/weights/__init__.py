@@ -1,0 +1,1 @@
+"""Weights of a model from anywhere: other programs' files, our checkpoints, workdirs."""
