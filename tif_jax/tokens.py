@@ -36,14 +36,14 @@ def require_class(tokens: Tokens, method: str) -> None:
         raise InputError(f"{method} ranks patches by the attention of the class token; this model has none")
 
 
-def own_rows(num_images: int, num_patches: int) -> Int[Array, "B N"]:
-    """0, 1, ... for every image: raster positions before anything is reduced."""
-    return jnp.broadcast_to(jnp.arange(num_patches, dtype=jnp.int32)[None], (num_images, num_patches))
+def row_numbers(num_images: int, num_rows: int) -> Int[Array, "B N"]:
+    """0, 1, ... for every image: of patch tokens, their raster positions before anything is reduced."""
+    return jnp.broadcast_to(jnp.arange(num_rows, dtype=jnp.int32)[None], (num_images, num_rows))
 
 
 def identity_source(tokens: Tokens) -> Int[Array, "B N"]:
     """aux['source'] before anything is reduced: every patch lives in its own row."""
-    return own_rows(*tokens.index.shape)
+    return row_numbers(*tokens.index.shape)
 
 
 def split(x: Float[Array, "B T D"], num_special: int) -> tuple[Float[Array, "B S D"], Float[Array, "B N D"]]:
@@ -93,7 +93,7 @@ def keep(
 
 def rows_of(kept: Int[Array, "B K"], num_patches: int, others: int) -> Int[Array, "B N"]:
     """For each of num_patches tokens its place among the kept ones; `others` for those that are not kept."""
-    return put(jnp.full((kept.shape[0], num_patches), others, jnp.int32), kept, own_rows(*kept.shape))
+    return put(jnp.full((kept.shape[0], num_patches), others, jnp.int32), kept, row_numbers(*kept.shape))
 
 
 def follow(source: Int[Array, "B N"], rows: Int[Array, "B M"]) -> Int[Array, "B N"]:

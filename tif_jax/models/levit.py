@@ -21,7 +21,7 @@ from tif_jax.errors import InputError
 from tif_jax.layers import BatchNorm, Linear, at_least_float32, drop_path, widened
 from tif_jax.models.vit import DTYPES, FULL
 from tif_jax.reducers import Aux, Reducer
-from tif_jax.tokens import QueryKey, Tokens, own_rows
+from tif_jax.tokens import QueryKey, Tokens, row_numbers
 
 PATCH_SIZE = 16  # pixels that the stem's four convolutions of stride 2 make one token of
 _STRIDE = 2  # of a shrink block
@@ -365,7 +365,7 @@ class LeViT(nnx.Module):
 
     def tokens(self, num_images: int) -> Tokens:
         """What the rows of `embed`'s output are."""
-        index = own_rows(num_images, self.grid[0] * self.grid[1])
+        index = row_numbers(num_images, self.grid[0] * self.grid[1])
         return Tokens(self.num_special, self.grid, index, has_class=self.num_special > 0)
 
 

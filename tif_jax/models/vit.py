@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from tif_jax.errors import InputError
 from tif_jax.layers import Linear, at_least_float32, drop_path, gelu
 from tif_jax.reducers import Aux, Full, Reducer
-from tif_jax.tokens import QueryKey, Tokens, attention_logits, own_rows
+from tif_jax.tokens import QueryKey, Tokens, attention_logits, row_numbers
 
 FULL = Full()
 _SMOOTHING = 1e-6  # of the softmax with masked keys, DynamicViT's
@@ -299,7 +299,9 @@ class ViT(nnx.Module):
     def blocks(self) -> Sequence[Block]:
         return [getattr(self, f"block_{i}") for i in range(self.depth)]
 
-    def embed(self, images: Float[Array | np.ndarray, "B Y X 3"]) -> Float[Array, "B T D"]:
+    def embed(
+        self, images: Float[Array | np.ndarray, "B Y X 3"], rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "B T D"]:
         """Tokens before the first block: class, distillation and register tokens, then the patches in raster order."""
         if images.shape[1:] != (*self.image_size, 3):
             raise InputError(
@@ -319,7 +321,11 @@ class ViT(nnx.Module):
         return self.reducer(self.blocks, x, self.tokens(x.shape[0]), rngs)
 
     def predict(
-        self, x: Float[Array, "B S D"], aux: Aux, patch_weight: Float[Array, "B N"] | None = None
+        self,
+        x: Float[Array, "B S D"],
+        aux: Aux,
+        patch_weight: Float[Array, "B N"] | None = None,
+        rngs: nnx.Rngs | None = None,
     ) -> tuple[Float[Array, "B L"], Aux]:
         """Class logits, float32. patch_weight: each patch token's share under mean pooling (the oracle's gates).
 
@@ -349,12 +355,12 @@ class ViT(nnx.Module):
         self, images: Float[Array | np.ndarray, "B Y X 3"], rngs: nnx.Rngs | None = None
     ) -> tuple[Float[Array, "B L"], Aux]:
         """Class logits and the reducer's side channel. Deterministic unless `rngs` is given (training)."""
-        x, aux = self.encode(self.embed(images), rngs)
-        return self.predict(x, aux)
+        x, aux = self.encode(self.embed(images, rngs), rngs)
+        return self.predict(x, aux, rngs=rngs)
 
     def tokens(self, num_images: int) -> Tokens:
         """What the rows of `embed`'s output are."""
-        index = own_rows(num_images, self.grid[0] * self.grid[1])
+        index = row_numbers(num_images, self.grid[0] * self.grid[1])
         return Tokens(self.num_special, self.grid, index, has_class=hasattr(self, "class_token"))
 
     def patch_positions(self) -> Float[Array, "1 N D"]:

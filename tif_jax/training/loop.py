@@ -141,8 +141,8 @@ def _parts(number: int, rows: Array) -> Array:
 
 def _with_tokens(model: Model, images: Array, rngs: nnx.Rngs | None) -> tuple[Array, Aux]:
     """`model(images, rngs)`; of a ViT with aux['tokens'], the patch tokens after the last block and the last norm."""
-    x, aux = model.encode(model.embed(images), rngs)
-    prediction, aux = model.predict(x, aux)
+    x, aux = model.encode(model.embed(images, rngs), rngs)
+    prediction, aux = model.predict(x, aux, rngs=rngs)
     return prediction, {**aux, "tokens": model.norm(x[:, model.num_special :])} if isinstance(model, ViT) else aux
 
 
