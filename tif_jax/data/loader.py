@@ -1,9 +1,16 @@
 """Batches of views of images, read and preprocessed by threads, and by worker processes where threads are not enough.
 
-A record is (index, view): the image at `index` of the source, and which picture of it. View 0 is the evaluation view;
-view v > 0 is an augmentation drawn from (index, v) and nothing else, so that impacts scored once fit every later run.
+The words for what is read, from the data set to a batch:
+    record    (index, view): the image at `index` of the source, and which picture of it
+    row       a record's place in the array `records`, and in the arrays of `extra` beside it
+    position  a place in the stream of batches, which is in batch position // batch_size, whichever process reads it
+    order     the function that says which row is shown at a position
+    chunk     neighbouring positions of one batch, which one thread reads at once
 
-Legend: B images of a batch, R records, Y rows, X columns.
+View 0 is the evaluation view; view v > 0 is an augmentation drawn from (index, v) and nothing else, so that impacts
+scored once fit every later run.
+
+Legend: B images of a batch, R records, (Y, X) the size of a view in pixels.
 """
 
 import dataclasses
@@ -28,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 FRESH = -1  # in place of a view: an augmentation drawn anew whenever the image comes round
 
-_ROWS_PER_TASK = 32
+_MAX_CHUNK = 32  # positions
 _ENDLESS = 10**9  # epochs: Grain's own endless repetition can not be batched in ones
 
 Batch = dict[str, Any]
@@ -37,39 +44,39 @@ Batch = dict[str, Any]
 class Batches:
     """An iterator over batches that knows where it is. Close it when done, so that its threads end.
 
-    Where a run has several processes, each gets its rows of every batch, in the order of the processes: together they
+    Where a run has several processes, each gets its part of every batch, in the order of the processes: together they
     see what one process alone would.
     """
 
-    def __init__(self, rows: Callable[[int], int], num_rows: int, load: "_Loader", batch_size: int, shared: bool):
-        """rows: from a position among num_rows, batch after batch, to a row of the records."""
+    def __init__(self, order: Callable[[int], int], num_positions: int, load: "_Loader", batch_size: int, shared: bool):
         self.unreadable = load.unreadable  # index -> error of each image left out so far (data.on_error='skip')
         processes, process = (jax.process_count(), jax.process_index()) if shared else (1, 0)
         if batch_size % processes:
             raise InputError(f"a batch of {batch_size} can not be divided over {processes} processes")
-        # A thread's task is a few rows at once: handing over small images one by one takes longer than reading them.
-        num_rows_of_task = math.gcd(batch_size // processes, _ROWS_PER_TASK)
-        self._tasks = batch_size // processes // num_rows_of_task  # of a batch, in this process
-        self._read = _Task(load, rows, num_rows_of_task, self._tasks, processes, process)
-        self._num_batches = num_rows // batch_size
+        # Threads read chunks: handing over small images one by one takes longer than reading them.
+        chunk_size = math.gcd(batch_size // processes, _MAX_CHUNK)
+        self._num_chunks = batch_size // processes // chunk_size  # of a batch, in this process
+        self._read_chunk = _ReadChunk(load, order, chunk_size, self._num_chunks, processes, process)
+        self._num_batches = num_positions // batch_size
         self._iterator = self._from(0)
 
     def _from(self, batch: int) -> Any:
         import grain
 
         self._next = batch
-        options = self._read.load.options
-        tasks = grain.MapDataset.range(batch * self._tasks, self._num_batches * self._tasks).map(self._read)
-        ahead = max(options.num_workers, 2 * self._tasks)
-        results = tasks.to_iter_dataset(grain.ReadOptions(options.num_workers, prefetch_buffer_size=ahead))
+        options = self._read_chunk.load.options
+        chunks = grain.MapDataset.range(batch * self._num_chunks, self._num_batches * self._num_chunks)
+        ahead = max(options.num_workers, 2 * self._num_chunks)
+        threads = grain.ReadOptions(options.num_workers, prefetch_buffer_size=ahead)
+        parts = chunks.map(self._read_chunk).to_iter_dataset(threads)
         if options.worker_processes:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # Grain's worker processes ask for flags, which we do not use
             workers = grain.MultiprocessingOptions(
                 options.worker_processes, per_worker_buffer_size=-(-ahead // options.worker_processes)
             )
-            results = results.mp_prefetch(workers)
-        return iter(results.batch(self._tasks, batch_fn=_concatenate))
+            parts = parts.mp_prefetch(workers)
+        return iter(parts.batch(self._num_chunks, batch_fn=_concatenate))
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -94,33 +101,34 @@ class Batches:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Task:
-    """Reads this process's t-th few rows, counted through all batches."""
+class _ReadChunk:
+    """Reads this process's chunk of some number, counted through all batches. (No closure: worker processes get it.)"""
 
     load: "_Loader"
-    rows: Callable[[int], int]
-    num_rows: int
+    order: Callable[[int], int]
+    size: int
     per_batch: int  # in each process
     num_processes: int
     process: int
 
-    def __call__(self, task: int) -> Batch:
-        batch, task = divmod(task, self.per_batch)
-        first = self.num_rows * ((batch * self.num_processes + self.process) * self.per_batch + task)
-        return self.load(first, np.array([self.rows(position) for position in range(first, first + self.num_rows)]))
+    def __call__(self, number: int) -> Batch:
+        batch, chunk = divmod(number, self.per_batch)
+        first = self.size * ((batch * self.num_processes + self.process) * self.per_batch + chunk)
+        positions = range(first, first + self.size)
+        return self.load(positions, [self.order(position) for position in positions])
 
 
 @dataclasses.dataclass(frozen=True)
-class _Shuffled:
-    """The row of the records at a position of endless epochs. (No closure: worker processes get it.)"""
+class _ShuffledOrder:
+    """The order of endless epochs, in which a row comes `repeats` times in succession."""
 
-    order: Any  # a permutation of the rows for each epoch, by position
+    shuffled: Any  # row at a position, without repeats: a permutation for each epoch
     num_rows: int
     repeats: int
 
     def __call__(self, position: int) -> int:
         epoch, place = divmod(position, self.num_rows)
-        return self.order[epoch * self.num_rows + place // self.repeats]
+        return int(self.shuffled[epoch * self.num_rows + place // self.repeats])
 
 
 def _in_order(position: int) -> int:
@@ -140,10 +148,10 @@ def training_batches(
 ) -> Batches:
     """Endless batches, every epoch in a new order drawn from `seed`; a batch may span two epochs.
 
-    A batch: image float32 (B, Y, X, 3), label int32 (B,), index int64 (B,), view int32 (B,), and the rows of `extra`
-    that belong to its records. Without `records`, every image of the source once an epoch, freshly augmented (view
-    FRESH) unless data.augment is 'none' (view 0); augmentation says what is done to it beyond. repeats: an epoch has as
-    many rows, but that many times fewer images, each so many times in a row (Hoffer et al. 2020). With
+    A batch: image float32 (B, Y, X, 3), label int32 (B,), index int64 (B,), view int32 (B,), and of every array of
+    `extra` the rows of its records. Without `records`, every image of the source once an epoch, freshly augmented (view
+    FRESH) unless data.augment is 'none' (view 0); `augmentation` sets what is done to it beyond. repeats: an epoch is as
+    long, but has so many times fewer records, each that many times in succession (Hoffer et al. 2020). With
     data.on_error='skip' the next record that can be read takes the place of an unreadable one: steps and epochs do not
     depend on how many there are.
     """
@@ -161,10 +169,10 @@ def training_batches(
     _check_batch_size(batch_size)
     if repeats < 1:
         raise InputError(f"augmentation.repeats is {repeats}; it must be at least 1")
-    order = grain.MapDataset.range(len(records)).shuffle(seed).repeat(_ENDLESS)
+    shuffled = grain.MapDataset.range(len(records)).shuffle(seed).repeat(_ENDLESS)
+    order = _ShuffledOrder(shuffled, len(records), repeats)
     load = _Loader(source, options, records, extra or {}, seed, augmentation)
-    rows = _Shuffled(order, len(records), repeats)
-    return Batches(rows, len(records) * _ENDLESS, load, batch_size, shared=True)
+    return Batches(order, len(records) * _ENDLESS, load, batch_size, shared=True)
 
 
 def evaluation_batches(
@@ -187,12 +195,12 @@ def evaluation_batches(
     else:
         _check_records(records, source, options)
     _check_batch_size(batch_size)
-    num_rows = -(-len(records) // batch_size) * batch_size
-    return Batches(_in_order, num_rows, _Loader(source, options, records, {}, seed=None), batch_size, shared)
+    num_positions = -(-len(records) // batch_size) * batch_size
+    return Batches(_in_order, num_positions, _Loader(source, options, records, {}, seed=None), batch_size, shared)
 
 
 class _Loader:
-    """Reads records, several at a time. seed: of the fresh augmentations; None for evaluation."""
+    """Reads chunks of records. seed: of the fresh augmentations; None for evaluation."""
 
     def __init__(
         self,
@@ -212,32 +220,31 @@ class _Loader:
         self._augmentation = augmentation
         self._num_images = len(np.unique(records[:, 0]))
 
-    def __call__(self, first: int, rows: Int[np.ndarray, " b"]) -> Batch:
-        """A few rows, the first of which is the first-th of all. Rows beyond the last stand for copies of it."""
+    def __call__(self, positions: Sequence[int], rows: Sequence[int]) -> Batch:
+        """What is shown at these positions. A row beyond the last stands for a copy of that."""
         images = np.zeros((len(rows), *self.options.size, 3), np.float32)
-        ids, labels, used, weights = [], [], [], []
-        for i, row in enumerate(rows.tolist()):
-            row, example = self._read(row)
-            used.append(row)
+        ids, labels, rows_read, weights = [], [], [], []
+        for image, position, row in zip(images, positions, rows, strict=True):
+            row_read, example = self._read(row)
+            rows_read.append(row_read)
             ids.append(example["id"] if example else "")
             labels.append(example["label"] if example else -1)
-            weights.append(example is not None and row == rows[i])
+            weights.append(example is not None and row_read == row)
             if example:
-                # first + i counts through all epochs, so that every epoch has augmentations of its own.
-                images[i] = self._view(example["image"], first + i, *map(int, self._records[row]))
+                image[:] = self._view(example["image"], position, *map(int, self._records[row_read]))
         batch = {
             "image": images,
             "label": np.array(labels, np.int32),
-            "index": self._records[used, 0].astype(np.int64),
-            "view": self._records[used, 1].astype(np.int32),
-            **{name: values[used] for name, values in self._extra.items()},
+            "index": self._records[rows_read, 0].astype(np.int64),
+            "view": self._records[rows_read, 1].astype(np.int32),
+            **{name: values[rows_read] for name, values in self._extra.items()},
         }
         if self._seed is None:
             batch |= {"id": np.array(ids, object), "weight": np.array(weights, np.float32)}
         return batch
 
     def _read(self, row: int) -> tuple[int, Example | None]:
-        """A row and its example: this one, or where it is unreadable, for training the next, for evaluation None."""
+        """A row and its example. For an unreadable one: training reads the next row instead, evaluation gets None."""
         row = min(row, len(self._records) - 1)
         while True:
             index = int(self._records[row, 0])
@@ -265,7 +272,8 @@ class _Loader:
         image = image if isinstance(image, Image.Image) else Image.fromarray(image)
         if view == 0:
             return evaluation_view(image, size, self.options.crop_fraction, mean, std)
-        # The first number keeps the two families of streams apart.
+        # The first number keeps the two families of streams apart. Positions count through all epochs, so that every
+        # epoch has fresh augmentations of its own.
         if view == FRESH:
             rng = np.random.default_rng((0, self._seed or 0, position))
             return augmented_view(image, size, rng, mean, std, augmentation=self._augmentation)

@@ -85,12 +85,12 @@ def evaluation_view(
     The image is resized (bicubic, antialiased) to the smallest picture of its aspect that covers image_size /
     crop_fraction, and the centre is cut out of that.
     """
-    rows, columns = (math.floor(x / crop_fraction) for x in image_size)
+    covered_height, covered_width = (math.floor(x / crop_fraction) for x in image_size)
     width, height = image.size
-    if height * columns <= width * rows:
-        width, height = width * rows // height, rows
+    if height * covered_width <= width * covered_height:
+        width, height = width * covered_height // height, covered_height
     else:
-        width, height = columns, height * columns // width
+        width, height = covered_width, height * covered_width // width
     top, left = round((height - image_size[0]) / 2), round((width - image_size[1]) / 2)
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     return normalise(resized.crop((left, top, left + image_size[1], top + image_size[0])), mean, std)
@@ -128,17 +128,17 @@ def random_crop(
     """
     # rng.random() alone: the other distributions of numpy's generators may change from release to release, and with
     # them the views that impacts were scored on.
-    rows, columns = size
+    image_height, image_width = size
     for _ in range(10):
-        area = rows * columns * (scale[0] + (scale[1] - scale[0]) * rng.random())
+        area = image_height * image_width * (scale[0] + (scale[1] - scale[0]) * rng.random())
         aspect = ratio[0] * (ratio[1] / ratio[0]) ** rng.random()
         width, height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < width <= columns and 0 < height <= rows:
-            top, left = int((rows - height + 1) * rng.random()), int((columns - width + 1) * rng.random())
+        if 0 < width <= image_width and 0 < height <= image_height:
+            top, left = int((image_height - height + 1) * rng.random()), int((image_width - width + 1) * rng.random())
             return left, top, left + width, top + height
-    width = min(columns, max(1, round(rows * ratio[1])))
-    height = min(rows, max(1, round(columns / ratio[0])))
-    top, left = (rows - height) // 2, (columns - width) // 2
+    width = min(image_width, max(1, round(image_height * ratio[1])))
+    height = min(image_height, max(1, round(image_width / ratio[0])))
+    top, left = (image_height - height) // 2, (image_width - width) // 2
     return left, top, left + width, top + height
 
 

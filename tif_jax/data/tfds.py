@@ -51,11 +51,11 @@ class Tfds:
             ) from error
         if not shards:
             raise InputError(f"split {split!r} of {folder} holds no examples")
-        self._image, self._label = _keys(info, tfds)
+        self._image, self._label = _feature_names(info, tfds)
         label = info.features[self._label] if self._label else None
         self.num_classes: int = label.num_classes if label else 0
         self.class_names: tuple[str, ...] = tuple(label.names) if label else ()
-        self._files = [(os.path.basename(shard.filename), shard.skip) for shard in shards]
+        self._shards = [(os.path.basename(shard.filename), shard.skip) for shard in shards]
         self._starts = list(itertools.accumulate((shard.take for shard in shards), initial=0))
         self._features = info.features
         self._decoders = {self._image: tfds.decode.SkipDecoding()}
@@ -66,12 +66,12 @@ class Tfds:
 
     def __getitem__(self, index: int) -> Example:
         example = self._features.deserialize_example_np(self._records[index], decoders=self._decoders)
-        shard = bisect.bisect_right(self._starts, index) - 1
-        file, skip = self._files[shard]
-        name = f"{file}__{skip + index - self._starts[shard]}"
+        number = bisect.bisect_right(self._starts, index) - 1
+        file, skip = self._shards[number]
+        name = f"{file}__{skip + index - self._starts[number]}"
         label = int(example[self._label]) if self._label else -1
-        identity = name.replace(".tfrecord-", ".array_record-")
-        return Example(id=identity, image=read_image(example[self._image], name), label=label)
+        tfds_id = name.replace(".tfrecord-", ".array_record-")
+        return Example(id=tfds_id, image=read_image(example[self._image], name), label=label)
 
 
 def _array_records(shards: Sequence[Any]) -> Any:
@@ -107,7 +107,7 @@ def _prepared_folder(name: str, data_dir: str | os.PathLike) -> os.PathLike:
     return infos[0].parent
 
 
-def _keys(info: Any, tfds: Any) -> tuple[str, str]:
+def _feature_names(info: Any, tfds: Any) -> tuple[str, str]:
     """Names of the image feature and of the label feature ('' if there is none)."""
     image, label = (info.supervised_keys or ("image", "label"))[:2]
     features = dict(info.features)
