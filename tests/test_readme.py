@@ -1,5 +1,6 @@
-"""Runs the README's Python in one namespace, with tiny files and models where it names big ones."""
+"""Runs the Python of README.md and docs/python.md in one namespace, with tiny files and models where it names big ones."""
 
+import itertools
 import json
 import os
 import re
@@ -22,8 +23,10 @@ from tif_jax.runtime.mesh import make_mesh, replicate
 from tif_jax.training.checkpoints import Checkpoints
 from tif_jax.training.state import State
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+ROOT = Path(__file__).parents[1]
+PAGES = {page: (ROOT / page).read_text() for page in ("README.md", "docs/python.md")}
+BLOCKS = {page: re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE) for page, text in PAGES.items()}
+FLAX_ALONE = BLOCKS["docs/python.md"][-1]
 WEIGHTS = "deit_tiny_patch16_224.safetensors"
 RUN = dict(image_size=16, patch_size=4, width=16, depth=1, num_heads=2, num_classes=10, pool="mean", class_token=False)
 TIF = dict(name="tif", keep_ratio=0.25, features="local")
@@ -41,7 +44,7 @@ assert np.ptp(logits) > 0  # the older checkpoint holds zeros
 
 @pytest.fixture(scope="module")
 def names(tmp_path_factory):
-    """What is defined after the last line of the README."""
+    """What is defined after the last line of both pages."""
     folder = tmp_path_factory.mktemp("readme")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -49,7 +52,7 @@ def names(tmp_path_factory):
         _write_files(folder)
         namespace: dict = {"folder": folder}
         patch.syspath_prepend(folder)
-        for block in BLOCKS:
+        for block in itertools.chain(*BLOCKS.values()):
             if file := re.match(r'"""(\w+/\w+\.py)"""', block):
                 (folder / file[1]).parent.mkdir()
                 (folder / file[1]).write_text(block)
@@ -58,16 +61,16 @@ def names(tmp_path_factory):
         yield namespace
 
 
-def test_the_readme_has_its_blocks():
-    assert len(BLOCKS) == 5
-    assert "tif_jax.commands" not in README
-    assert "tif_jax.load" not in BLOCKS[-1]
+def test_the_pages_have_their_blocks():
+    assert {page: len(blocks) for page, blocks in BLOCKS.items()} == {"README.md": 1, "docs/python.md": 5}
+    assert not [page for page, text in PAGES.items() if "tif_jax.commands" in text]
+    assert "tif_jax.load" not in FLAX_ALONE
 
 
 def test_flax_and_orbax_alone_give_the_same_model(names):
     """In a process with one device, where the checkpoint was written from eight."""
-    program = BLOCKS[-1] + COMPARISON
-    path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    program = FLAX_ALONE + COMPARISON
+    path = os.pathsep.join([str(ROOT), *sys.path])
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=names["folder"], env=environment, capture_output=True, text=True
@@ -99,13 +102,6 @@ def test_a_reducer_that_is_not_there(names, name):
         patch.syspath_prepend(names["folder"])
         with pytest.raises(tif_jax.InputError, match=f"in a module {name} that can be imported"):
             tif_jax.create_model(RUN, reducer=name)
-
-
-@pytest.mark.parametrize("file", ["README.md", "launch/README.md", "docs/architecture.md", "docs/methods.md"])
-def test_relative_links_lead_somewhere(file):
-    page = Path(__file__).parents[1] / file
-    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
-    assert not [link for link in links if not (page.parent / link).exists()]
 
 
 def _write_files(folder: Path) -> None:
