@@ -1,7 +1,5 @@
-"""What a user can do wrong, and what else can go wrong, as the user sees it: the program's last line and exit status."""
+"""What a user can do wrong, as the user sees it: the program's last line and exit status."""
 
-import errno
-import logging
 import pickle
 import re
 import shutil
@@ -11,75 +9,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 from PIL import Image
 from reference import random_timm_tensors
+from small_project import CONFIG, contents, finish, forget_handlers, last_line, tif
 
 from tif_jax.__main__ import main
-from tif_jax.data import loader
-
-CONFIG = """
-from ml_collections import ConfigDict
-
-def get_config():
-    recipe = dict(
-        batch_size=8, learning_rate=1e-3, final_learning_rate=1e-5, warmup_epochs=1.0, weight_decay=0.05,
-        clip_norm=1.0,
-    )
-    return ConfigDict(dict(
-        seed=0, seeds=1, quick=False, dtype="float32",
-        data=dict(
-            name="image_table", root="data", train_split="train.csv", test_split="test.csv", image_size=16,
-            crop_fraction=1.0, augment="none", on_error="raise", num_workers=2,
-        ),
-        backbone=dict(
-            recipe, init_from="", num_classes=0, num_heads=0, num_epochs=10.0, label_smoothing=0.0, drop_path=0.0,
-            model=dict(image_size=16, patch_size=8, width=16, depth=1, num_heads=2, num_classes=2, pool="class"),
-        ),
-        score=dict(
-            estimator="sampled", mask="drop", target="label", num_samples=2, keep_ratio=0.5, views=1, num_images=0,
-            batch_size=8, chunk=0, dtype="", part="",
-        ),
-        reducer=dict(name="tif", keep_ratio=0.5, features="local+global"),
-        filter=dict(recipe, labels="top", rho=0.0, balance=False, num_epochs=2.0),
-        finetune=dict(recipe, num_epochs=2.0, label_smoothing=0.0, drop_path=0.0),
-        evaluate=dict(batch_size=8, num_images=0, num_samples=2),
-        benchmark=dict(batch_size=8, dtype="float32", reducers=("full", "tif")),
-        when_quick=dict(),
-    ))
-"""
-
-
-def tif(line: str) -> int:
-    """`tif LINE`, with the config and workdir of `place` where the line names none."""
-    _forget_handlers()
-    words = line.split()
-    for flag, value in (("--config", "config.py"), ("--workdir", "run")):
-        if not any(word.startswith(f"{flag}=") for word in words):
-            words.append(f"{flag}={value}")
-    return main(words)
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """A folder with a config, 8 images and a workdir with a trained backbone and its impacts."""
-    folder = tmp_path_factory.mktemp("finished")
-    (folder / "config.py").write_text(CONFIG)
-    (folder / "data").mkdir()
-    rows = ["file,label"]
-    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 255, (8, 16, 16, 3), np.uint8)):
-        Image.fromarray(pixels).save(folder / "data" / f"{i}.png")
-        rows.append(f"{i}.png,{i % 2}")
-    for split in ("train", "test"):
-        (folder / "data" / f"{split}.csv").write_text("\n".join(rows))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        assert tif("train --stage backbone") == 0
-        assert tif("score") == 0
-    _forget_handlers()
-    return folder
+    return finish(tmp_path_factory.mktemp("finished"))
 
 
 @pytest.fixture
@@ -88,25 +29,7 @@ def place(finished, tmp_path, monkeypatch):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     yield tmp_path
-    _forget_handlers()
-
-
-def _forget_handlers():
-    """So that the program logs to the stderr of now, whatever it or pytest did to its logger before."""
-    logger = logging.getLogger("tif_jax")
-    logger.handlers.clear()
-    logger.propagate = True
-
-
-def contents(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def last_line(capsys) -> str:
-    """The one line in which the program says how it failed; it comes last, and before it there is nothing but the log."""
-    *log, line = capsys.readouterr().err.splitlines()
-    assert line.startswith("tif") and all(re.match(r"\d\d:\d\d:\d\d ", entry) for entry in log)
-    return line
+    forget_handlers()
 
 
 # Preparations: what the user, or somebody before, did to the folder
@@ -176,24 +99,6 @@ def pickle_with_code(place):
 def another_backbone(place):
     manifest = place / "run" / "impact" / "manifest.json"
     manifest.write_text(re.sub('"backbone": "[0-9a-f]*"', '"backbone": "0123"', manifest.read_text()))
-
-
-def flipped_byte(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-def damage(checkpoint: Path) -> None:
-    """Changes one bit of every file that holds parameters."""
-    for path in (checkpoint / "params").rglob("d/*"):
-        flipped_byte(path)
-
-
-def checkpoints(place) -> list[Path]:
-    """Of the backbone, oldest first."""
-    folder = place / "run" / "backbone" / "checkpoints"
-    return sorted((child for child in folder.iterdir() if child.name.isdigit()), key=lambda child: int(child.name))
 
 
 class Mistake(NamedTuple):
@@ -391,95 +296,3 @@ def test_no_command_shows_how(capsys):
     assert main([]) == 2
     shown = capsys.readouterr()
     assert not shown.out and shown.err.startswith("usage: tif COMMAND") and "  score " in shown.err
-
-
-def test_read_only_workdir(place, capsys, monkeypatch):
-    def refuse(self, *_, **__):
-        raise OSError(errno.EROFS, "Read-only file system", str(self))
-
-    monkeypatch.setattr(Path, "touch", refuse)  # permissions would not stop root
-    assert tif("score") == 2
-    assert "workdir run can not be written (Read-only file system); choose another" in last_line(capsys)
-
-
-def full_record(self, *_, **__):
-    raise OSError(errno.ENOSPC, "No space left on device")  # as a failed write says it: without a file name
-
-
-def full_checkpoint(self, step, *_, **__):
-    # as tensorstore says it
-    raise ValueError("RESOURCE_EXHAUSTED: Failed to write 256 bytes: No space left on device [os_error_code='28']")
-
-
-@pytest.mark.parametrize(
-    ("owner", "method", "replacement", "named"),
-    [
-        (Path, "write_text", full_record, "new/backbone/config.json"),
-        (ocp.CheckpointManager, "save", full_record, "new/backbone/checkpoints"),
-        (ocp.CheckpointManager, "save", full_checkpoint, "new/backbone/checkpoints"),
-    ],
-)
-def test_disk_full(place, capsys, monkeypatch, owner, method, replacement, named):
-    before = contents(place / "run")
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, method, replacement)
-        assert tif("train --stage=backbone --workdir=new") == 1
-    line = last_line(capsys)
-    assert named in line and "No space left on device" in line and "make room" in line
-    assert contents(place / "run") == before
-    assert not list((place / "new").rglob(".config.json*"))
-
-
-def test_nan_stops_and_the_same_command_goes_on_once_the_cause_is_gone(place, capsys, monkeypatch):
-    view = loader._Loader._view
-
-    def nan_from_step_5(self, image, position, index, number):
-        return view(self, image, position, index, number) + np.float32("nan" if position >= 5 * 8 else 0)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loader._Loader, "_view", nan_from_step_5)
-        assert tif("train --stage=backbone --workdir=new") == 1
-    line = last_line(capsys)
-    assert "loss nan" in line and "step 5" in line and "last checkpoint is intact" in line
-    assert {child.name for child in (place / "new" / "backbone" / "checkpoints").iterdir()} == {"5"}
-    assert tif("train --stage=backbone --workdir=new") == 0
-    assert "steps 5 to 10" in capsys.readouterr().err
-    metrics = "backbone/metrics.jsonl"
-    assert (place / "new" / metrics).read_text().count("\n") == (place / "run" / metrics).read_text().count("\n") == 10
-
-
-def test_learning_rate_out_of_reason(place, capsys):
-    line = "train --stage=backbone --workdir=new --config.backbone.learning_rate=1e30 --config.backbone.warmup_epochs=0"
-    assert tif(line) == 1
-    assert "lower the learning rate" in last_line(capsys)
-
-
-def test_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(place, capsys):
-    previous, newest = checkpoints(place)
-    damage(newest)
-    damaged = contents(newest)
-    assert tif("train --stage=backbone") == 0
-    log = capsys.readouterr().err
-    assert f"{newest} is damaged" in log and f"steps {previous.name} to {newest.name}" in log
-    aside = place / "run" / "backbone" / f"damaged-{newest.name}"
-    assert {path.relative_to(aside): data for path, data in contents(aside).items()} == {
-        path.relative_to(newest): data for path, data in damaged.items()
-    }
-    assert checkpoints(place) == [previous, newest]
-
-
-def test_damaged_newest_checkpoint_is_not_read_by_a_later_stage(place, capsys):
-    newest = checkpoints(place)[-1]
-    damage(newest)
-    assert tif("evaluate --stage=backbone") == 0
-    assert f"{newest} is damaged" in capsys.readouterr().err
-
-
-def test_no_checkpoint_is_whole(place, capsys):
-    for checkpoint in checkpoints(place):
-        damage(checkpoint)
-    lost = {data for checkpoint in checkpoints(place) for data in contents(checkpoint).values()}
-    assert tif("train --stage=backbone") == 2
-    line = last_line(capsys)
-    assert "run/backbone/checkpoints" in line and "is whole" in line and "start anew" in line
-    assert lost <= set(contents(place / "run").values())

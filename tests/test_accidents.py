@@ -1,0 +1,136 @@
+"""What else can go wrong: full disks, numbers that are none and damaged checkpoints; what is said, and what is kept."""
+
+import errno
+import shutil
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from small_project import contents, finish, forget_handlers, last_line, tif
+
+from tif_jax.data import loader
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    return finish(tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture
+def place(finished, tmp_path, monkeypatch):
+    """A copy of `finished` as the current folder: free to damage."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    forget_handlers()
+
+
+def flipped_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def damage(checkpoint: Path) -> None:
+    """Changes one bit of every file that holds parameters."""
+    for path in (checkpoint / "params").rglob("d/*"):
+        flipped_byte(path)
+
+
+def checkpoints(place) -> list[Path]:
+    """Of the backbone, oldest first."""
+    folder = place / "run" / "backbone" / "checkpoints"
+    return sorted((child for child in folder.iterdir() if child.name.isdigit()), key=lambda child: int(child.name))
+
+
+def test_read_only_workdir(place, capsys, monkeypatch):
+    def refuse(self, *_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", str(self))
+
+    monkeypatch.setattr(Path, "touch", refuse)  # permissions would not stop root
+    assert tif("score") == 2
+    assert "workdir run can not be written (Read-only file system); choose another" in last_line(capsys)
+
+
+def full_record(self, *_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")  # as a failed write says it: without a file name
+
+
+def full_checkpoint(self, step, *_, **__):
+    # as tensorstore says it
+    raise ValueError("RESOURCE_EXHAUSTED: Failed to write 256 bytes: No space left on device [os_error_code='28']")
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "replacement", "named"),
+    [
+        (Path, "write_text", full_record, "new/backbone/config.json"),
+        (ocp.CheckpointManager, "save", full_record, "new/backbone/checkpoints"),
+        (ocp.CheckpointManager, "save", full_checkpoint, "new/backbone/checkpoints"),
+    ],
+)
+def test_disk_full(place, capsys, monkeypatch, owner, method, replacement, named):
+    before = contents(place / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, method, replacement)
+        assert tif("train --stage=backbone --workdir=new") == 1
+    line = last_line(capsys)
+    assert named in line and "No space left on device" in line and "make room" in line
+    assert contents(place / "run") == before
+    assert not list((place / "new").rglob(".config.json*"))
+
+
+def test_nan_stops_and_the_same_command_goes_on_once_the_cause_is_gone(place, capsys, monkeypatch):
+    view = loader._Loader._view
+
+    def nan_from_step_5(self, image, position, index, number):
+        return view(self, image, position, index, number) + np.float32("nan" if position >= 5 * 8 else 0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loader._Loader, "_view", nan_from_step_5)
+        assert tif("train --stage=backbone --workdir=new") == 1
+    line = last_line(capsys)
+    assert "loss nan" in line and "step 5" in line and "last checkpoint is intact" in line
+    assert {child.name for child in (place / "new" / "backbone" / "checkpoints").iterdir()} == {"5"}
+    assert tif("train --stage=backbone --workdir=new") == 0
+    assert "steps 5 to 10" in capsys.readouterr().err
+    metrics = "backbone/metrics.jsonl"
+    assert (place / "new" / metrics).read_text().count("\n") == (place / "run" / metrics).read_text().count("\n") == 10
+
+
+def test_learning_rate_out_of_reason(place, capsys):
+    line = "train --stage=backbone --workdir=new --config.backbone.learning_rate=1e30 --config.backbone.warmup_epochs=0"
+    assert tif(line) == 1
+    assert "lower the learning rate" in last_line(capsys)
+
+
+def test_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(place, capsys):
+    previous, newest = checkpoints(place)
+    damage(newest)
+    damaged = contents(newest)
+    assert tif("train --stage=backbone") == 0
+    log = capsys.readouterr().err
+    assert f"{newest} is damaged" in log and f"steps {previous.name} to {newest.name}" in log
+    aside = place / "run" / "backbone" / f"damaged-{newest.name}"
+    assert {path.relative_to(aside): data for path, data in contents(aside).items()} == {
+        path.relative_to(newest): data for path, data in damaged.items()
+    }
+    assert checkpoints(place) == [previous, newest]
+
+
+def test_damaged_newest_checkpoint_is_not_read_by_a_later_stage(place, capsys):
+    newest = checkpoints(place)[-1]
+    damage(newest)
+    assert tif("evaluate --stage=backbone") == 0
+    assert f"{newest} is damaged" in capsys.readouterr().err
+
+
+def test_no_checkpoint_is_whole(place, capsys):
+    for checkpoint in checkpoints(place):
+        damage(checkpoint)
+    lost = {data for checkpoint in checkpoints(place) for data in contents(checkpoint).values()}
+    assert tif("train --stage=backbone") == 2
+    line = last_line(capsys)
+    assert "run/backbone/checkpoints" in line and "is whole" in line and "start anew" in line
+    assert lost <= set(contents(place / "run").values())

@@ -1,0 +1,130 @@
+"""What jobset.yaml and sky.yaml say."""
+
+import math
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from launched import LAUNCH, ROOT, TIF, Place
+
+from tif_jax import commands
+from tif_jax.experiment import config as config_file
+
+
+@pytest.fixture
+def place(tmp_path):
+    return Place(tmp_path)
+
+
+def jobset(accelerator: str) -> dict:
+    """The file as it is, or as the sed command of its heading makes it."""
+    text = (LAUNCH / "jobset.yaml").read_text()
+    if accelerator == "gpu":
+        command = re.search(r"(sed .*) launch/jobset\.yaml \|", text)[1]
+        text = subprocess.check_output(shlex.split(command), input=text, text=True)
+    return yaml.safe_load(text)
+
+
+@pytest.fixture(params=["tpu", "gpu"])
+def accelerator(request):
+    return request.param
+
+
+def test_processes_of_the_jobset_find_each_other(accelerator):
+    manifest = jobset(accelerator)
+    (replicated,) = manifest["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    environment = {variable["name"]: variable for variable in container["env"]}
+    assert job["completionMode"] == "Indexed"
+    assert job["completions"] == job["parallelism"] == int(environment["JAX_NUM_PROCESSES"]["value"])
+    assert replicated["replicas"] == 1
+    index = environment["JAX_PROCESS_ID"]["valueFrom"]["fieldRef"]["fieldPath"]
+    assert index == "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+    host, port = environment["JAX_COORDINATOR_ADDRESS"]["value"].split(":")
+    name = manifest["metadata"]["name"]
+    assert host == f"{name}-{replicated['name']}-0-0.{name}"
+    assert manifest["spec"]["network"]["enableDNSHostnames"] is True
+    assert container["ports"] == [{"containerPort": int(port)}]
+
+
+def test_jobset_is_started_again_unless_tif_failed(accelerator):
+    policy = jobset(accelerator)["spec"]["failurePolicy"]
+    job = jobset(accelerator)["spec"]["replicatedJobs"][0]["template"]["spec"]
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert rule["action"] == "FailJob"
+    assert rule["onExitCodes"] == {"containerName": "tif", "operator": "In", "values": [2]}
+    assert [r["action"] for r in policy["rules"]] == ["FailJobSet"]
+    assert policy["rules"][0]["onJobFailureReasons"] == ["PodFailurePolicy"]
+    assert policy["maxRestarts"] > 0
+    assert job["backoffLimit"] == 0  # no pod alone
+    pod = job["template"]["spec"]
+    assert pod["restartPolicy"] == "Never"  # a pod failure policy asks for it
+    assert rule["onExitCodes"]["containerName"] in [container["name"] for container in pod["containers"]]
+
+
+def test_volumes_and_devices_of_the_jobset(accelerator):
+    job = jobset(accelerator)["spec"]["replicatedJobs"][0]["template"]["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    assert [mount["name"] for mount in container["volumeMounts"]] == [volume["name"] for volume in pod["volumes"]]
+    assert job["template"]["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
+    (volume,) = pod["volumes"]
+    assert "metadata-cache:ttl-secs:0" in volume["csi"]["volumeAttributes"]["mountOptions"].split(",")
+    (device, count), *others = container["resources"]["limits"].items()
+    assert not others
+    if accelerator == "tpu":
+        topology = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
+        assert device == "google.com/tpu"
+        assert count * job["completions"] == math.prod(map(int, topology.split("x")))
+    else:
+        assert device == "nvidia.com/gpu"
+        assert pod["nodeSelector"].keys() == {"cloud.google.com/gke-accelerator"}
+    assert [container["command"], container["image"]] == [["python", "-m", "tif_jax"], "IMAGE"]
+
+
+def sky(run: str, place, **environment: str) -> subprocess.CompletedProcess:
+    place.fake("python", 'env | grep ^JAX_ >"$FAKE/joined" || true', path=".venv/bin")
+    bash = shutil.which("bash")
+    environment = {**place.environment, **environment}
+    return subprocess.run([bash, "-c", run], cwd=place.folder, env=environment, check=True)
+
+
+@pytest.mark.parametrize("num_nodes", [1, 3])
+def test_processes_of_sky_find_each_other(place, num_nodes):
+    task = yaml.safe_load((LAUNCH / "sky.yaml").read_text())
+    ips = "\n".join(f"10.0.0.{i}" for i in range(1, num_nodes + 1))
+    given = {"SKYPILOT_NODE_IPS": ips, "SKYPILOT_NUM_NODES": str(num_nodes), "SKYPILOT_NODE_RANK": str(num_nodes - 1)}
+    sky(task["run"], place, **given, TIF=shlex.join(TIF))
+    assert place.calls("python") == [["-m", "tif_jax", *TIF]]
+    joined = dict(line.split("=") for line in (place.folder / "joined").read_text().splitlines())
+    whole = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:8476", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"}
+    assert joined == (whole if num_nodes == 3 else {})
+
+
+def test_sky_recovers_from_75_alone():
+    task = yaml.safe_load((LAUNCH / "sky.yaml").read_text())
+    assert task["resources"]["job_recovery"] == {"recover_on_exit_codes": [75]}
+    assert task["workdir"] == "."
+    assert task["envs"].keys() == {"TIF"}
+
+
+@pytest.mark.parametrize("file", ["jobset.yaml", "sky.yaml"])
+def test_the_commands_in_yaml_are_tifs(file):
+    document = yaml.safe_load((LAUNCH / file).read_text())
+    if file == "sky.yaml":
+        command, mounts = shlex.split(document["envs"]["TIF"]), list(document["file_mounts"])
+    else:
+        pod = document["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+        command = pod["containers"][0]["args"]
+        mounts = [mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]]
+    assert (Path(commands.__path__[0]) / f"{command[0]}.py").exists()
+    flags = dict(argument.removeprefix("--").split("=") for argument in command[1:])
+    overrides = [f"--{name}={value}" for name, value in flags.items() if name.startswith("config.")]
+    config = config_file.load(str(ROOT / flags["config"]), overrides)
+    for path in (flags["workdir"], config.data.root):
+        assert any(path.startswith(f"{mount}/") for mount in mounts)

@@ -1,0 +1,226 @@
+"""Sources: folders, tables and TFDS, the options that choose them, and what bad input is answered with."""
+
+import csv
+import json
+
+import ml_collections
+import numpy as np
+import pytest
+from pictures import Numbers, one_line, settings, write_folders
+from PIL import Image
+
+from tif_jax.data import open_source
+from tif_jax.data.folder import ImageFolder, ImageTable
+from tif_jax.data.options import read_options
+from tif_jax.data.source import Subset
+from tif_jax.data.tfds import Tfds
+from tif_jax.errors import InputError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_folders(tmp_path)
+
+
+def test_image_folder_is_sorted_and_numbers_the_classes_of_all_splits(folder):
+    (folder / "train" / "ant" / "notes.txt").write_text("not an image")
+    (folder / "train" / ".cache").mkdir()
+    (folder / "annotations" / "boxes").mkdir(parents=True)  # no images in it: not a class
+    train, val = ImageFolder(folder, "train"), ImageFolder(folder, "val")
+    assert train.class_names == val.class_names == ("ant", "bee", "cat") and val.num_classes == 3
+    examples = [train[i] for i in range(len(train))]
+    assert [x["id"] for x in examples] == sorted(x["id"] for x in examples)
+    assert examples[0]["id"] == "train/ant/0.JPG" and examples[0]["image"].size == (32, 24)
+    assert [x["label"] for x in examples] == [0] * 4 + [1] * 2 + [2] * 5
+    assert [val[i]["label"] for i in range(4)] == [1, 1, 1, 2]  # val has no ants, and its labels still agree
+
+
+def test_image_folder_with_the_numbers_of_a_head(folder):
+    class_index = ml_collections.ConfigDict({"ant": 7, "cat": 0, "bee": 3, "cow": 900})
+    source = open_source(settings(folder, class_index=class_index), "train")
+    assert source.num_classes == 8 and len(source.class_names) == 8
+    assert (source.class_names[7], source.class_names[0], source.class_names[5]) == ("ant", "cat", "5")
+    assert [source[i]["label"] for i in range(11)] == [7] * 4 + [3] * 2 + [0] * 5
+    for wrong, message in {"7": "class_index.bee", None: "class_index.bee", -1: "class_index.bee"}.items():
+        with pytest.raises(InputError, match=message):
+            ImageFolder(folder, "train", {"ant": 7, "cat": 0, "bee": wrong})
+    with pytest.raises(InputError, match="no entry for class folder 'bee'"):
+        ImageFolder(folder, "train", {"ant": 7, "cat": 0})
+
+
+def test_bad_folders(folder):
+    with pytest.raises(InputError, match="is not a folder"):
+        ImageFolder(folder / "nowhere", "train")
+    with pytest.raises(InputError, match=r"no split folder 'test'; it has: train, val"):
+        ImageFolder(folder, "test")
+    (folder / "empty").mkdir()
+    with pytest.raises(InputError, match="no class folders"):
+        ImageFolder(folder, "empty")
+    (folder / "train" / "dog").mkdir()
+    (folder / "train" / "dog" / "notes.txt").write_text("")
+    with pytest.raises(InputError, match=r"no images in .*train/dog"):
+        ImageFolder(folder, "train")
+
+
+def write_table(path, rows, header=("file", "label", "author")):
+    with path.open("w", newline="") as opened:
+        csv.writer(opened).writerows([header, *rows])
+
+
+def test_image_table_reads_paths_relative_to_the_csv(folder):
+    write_table(folder / "all.csv", [("train/cat/1.JPG", 4, "x"), ("val/bee/0.JPG", 1, "y, z")])
+    for source in (
+        ImageTable(folder / "all.csv"),
+        open_source({"name": "image_table", "root": str(folder), "train_split": "all.csv"}, "train"),
+    ):
+        assert len(source) == 2 and source.num_classes == 5 and source.class_names == ("0", "1", "2", "3", "4")
+        example = source[0]
+        assert (example["id"], example["label"]) == ("train/cat/1.JPG", 4)
+        np.testing.assert_array_equal(example["image"], Image.open(folder / "train/cat/1.JPG"))
+
+
+def test_bad_tables(folder):
+    path, good = folder / "bad.csv", ("train/cat/1.JPG", 4, "")
+    with pytest.raises(InputError, match=r"no such file: .*bad\.csv"):
+        ImageTable(path)
+    for label in "cat", "-1", "1.5", "":
+        write_table(path, [good, ("train/cat/0.JPG", label, "")])
+        with pytest.raises(InputError, match=rf"bad\.csv line 3: label is '{label}'"):
+            ImageTable(path)
+    write_table(path, [good, ("train/cat/9.JPG", 1, "")])
+    with pytest.raises(InputError, match=r"bad\.csv line 3: no such image file: 'train/cat/9.JPG'"):
+        ImageTable(path)
+    write_table(path, [good], header=("path", "label", "author"))
+    with pytest.raises(InputError, match="no column 'file'; it has: path, label, author"):
+        ImageTable(path)
+    for rows in [], [("train/cat/1.JPG",)]:
+        write_table(path, rows)
+        with pytest.raises(InputError, match=r"lists no images|line 2: label is None"):
+            ImageTable(path)
+    for content in "", "file\0,label\n", "file,label\n\xff\xfe":
+        path.write_bytes(content.encode("latin-1"))
+        with pytest.raises(InputError) as error:
+            ImageTable(path)
+        assert "bad.csv" in str(error.value) and one_line(error)
+
+
+def test_subset_is_evenly_spaced():
+    assert [Subset(Numbers(), 4)[i]["label"] for i in range(4)] == [0, 2, 5, 7]
+    assert len(Subset(Numbers(), 99)) == 10 and Subset(Numbers(), 99)[9]["label"] == 9
+    with pytest.raises(IndexError):
+        Subset(Numbers(), 4)[4]
+
+
+def test_num_train_and_num_test_limit_the_images(folder):
+    data = settings(folder, num_train=6, num_test=2)
+    train, test = open_source(data, "train"), open_source(data, "test")
+    assert [train[i]["label"] for i in range(6)] == [0, 0, 0, 1, 2, 2] and train.num_classes == 3
+    assert [test[i]["id"] for i in range(len(test))] == ["val/bee/0.JPG", "val/bee/2.JPG"]
+
+
+def write_tfds(data_dir, version="1.0.0", labelled=True):
+    """An array_record data set `tiny`: train 7 images, test 3, grey level 20 * i, label i % 2."""
+    import tensorflow_datasets as tfds
+
+    class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version(version)
+
+        def _info(self):
+            features = {"image": tfds.features.Image()}
+            if labelled:
+                features["label"] = tfds.features.ClassLabel(names=["even", "odd"])
+            return tfds.core.DatasetInfo(
+                builder=self,
+                features=tfds.features.FeaturesDict(features),
+                supervised_keys=("image", "label") if labelled else None,
+            )
+
+        def _split_generators(self, manager):
+            return {"train": self._generate_examples(7), "test": self._generate_examples(3)}
+
+        def _generate_examples(self, count):
+            for i in range(count):
+                label = {"label": i % 2} if labelled else {}
+                yield i, {"image": Image.new("RGB", (6, 5), (20 * i,) * 3), **label}
+
+    Tiny(data_dir=str(data_dir), file_format="array_record").download_and_prepare()
+
+
+def test_tfds_round_trip(tmp_path):
+    write_tfds(tmp_path)
+    source = open_source({"name": "tfds", "root": str(tmp_path), "tfds_name": "tiny", "train_split": "train"}, "train")
+    assert len(source) == 7 and source.num_classes == 2 and source.class_names == ("even", "odd")
+    examples = [source[i] for i in range(7)]
+    levels = [np.asarray(x["image"])[0, 0, 0] // 20 for x in examples]
+    assert sorted(levels) == list(range(7)) and [x["label"] for x in examples] == [v % 2 for v in levels]
+    assert examples[2]["id"] == "tiny-train.array_record-00000-of-00001__2" and examples[0]["image"].size == (6, 5)
+    part = Tfds("tiny:1.0.0", tmp_path, "train[2:5]+test")
+    assert [x["id"] for x in (part[i] for i in range(len(part)))] == [x["id"] for x in examples[2:5]] + [
+        f"tiny-test.array_record-00000-of-00001__{i}" for i in range(3)
+    ]
+
+
+def test_tfds_without_labels(tmp_path):
+    write_tfds(tmp_path, labelled=False)
+    source = Tfds("", tmp_path / "tiny" / "1.0.0", "test")
+    assert [source[i]["label"] for i in range(3)] == [-1, -1, -1] and source.num_classes == 0
+
+
+def test_bad_tfds(tmp_path):
+    for data_dir in tmp_path / "nowhere", tmp_path:
+        with pytest.raises(InputError, match=r"is not a folder|no data set prepared"):
+            Tfds("tiny", data_dir, "train")
+    write_tfds(tmp_path)
+    for split in "val", "train[7", "train[20:30]", "train[:0]":
+        with pytest.raises(InputError, match=r"split 'val'; it has: train, test|no split|no examples") as error:
+            Tfds("tiny", tmp_path, split)
+        assert one_line(error)
+    write_tfds(tmp_path, version="2.0.0")
+    with pytest.raises(InputError, match=r"tiny/1\.0\.0, tiny/2\.0\.0"):
+        Tfds("tiny", tmp_path, "train")
+    assert len(Tfds("tiny:2.0.0", tmp_path, "train")) == 7
+    folder = tmp_path / "tiny" / "2.0.0"
+    (folder / "tiny-train.array_record-00000-of-00001").unlink()
+    with pytest.raises(InputError, match=r"no such file: .*array_record-00000"):
+        Tfds("tiny:2.0.0", tmp_path, "train")
+    info = json.loads((folder / "dataset_info.json").read_text())
+    (folder / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "riegeli"}))
+    with pytest.raises(InputError, match=r"2\.0\.0 is prepared as riegeli.*file_format='array_record'"):
+        Tfds("tiny:2.0.0", tmp_path, "train")
+
+
+def test_options_come_from_a_config_dict(folder):
+    data = ml_collections.ConfigDict(settings(folder, image_size=(16, 24), num_workers=0))
+    assert read_options(data).size == (16, 24) and read_options(data).on_error == "raise"
+    assert len(open_source(data, "train")) == 11
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"name": "image_foldr"}, r"unknown data.name 'image_foldr'; known: digits, image_folder, image_table, tfds"),
+        ({"crop_fracton": 0.9}, r"unknown key data.crop_fracton; did you mean 'crop_fraction'\?"),
+        ({"on_error": "ignore"}, r"data.on_error is 'ignore'; allowed: 'raise', 'skip'"),
+        ({"augment": "flip"}, r"data.augment is 'flip'; allowed"),
+        ({"num_train": -1}, r"data.num_train is -1"),
+        ({"num_workers": "four"}, r"data.num_workers is 'four'; it must be of type int"),
+        ({"root": ""}, r"data.root is empty"),
+        ({"root": None}, r"data.root is None"),
+        ({"image_size": 0}, r"image_size is 0"),
+        ({"image_size": (1, 2, 3)}, r"image_size is \(1, 2, 3\)"),
+        ({"crop_fraction": 0.0}, r"crop_fraction is 0.0"),
+        ({"std": (1.0, 1.0, 0.0)}, r"std above 0"),
+        ({"name": "image_table", "class_index": {"a": 1}}, r"data.class_index renumbers the folders"),
+        ({"name": "digits"}, r"data.num_train is 0"),
+        ({"name": "digits", "num_train": 9, "image_size": (32, 64)}, r"the canvas of digits is square"),
+    ],
+)
+def test_bad_options(folder, wrong, message):
+    with pytest.raises(InputError, match=message) as error:
+        open_source(settings(folder) | wrong, "train")
+    assert one_line(error)
+
+
+def test_bad_split(folder):
+    with pytest.raises(InputError, match="'train' or 'test'"):
+        open_source(settings(folder), "val")
