@@ -24,8 +24,9 @@ from tif_jax.models import create_model
 from tif_jax.models.params import params_of
 from tif_jax.runtime.mesh import make_mesh, shard
 from tif_jax.training import losses, optim
-from tif_jax.training.loop import init_state, make_step, run
-from tif_jax.training.state import shardings
+from tif_jax.training.loop import run
+from tif_jax.training.state import init_state, shardings
+from tif_jax.training.step import make_step
 
 ROUNDS, SECONDS_PER_ROUND = 7, 6.0
 

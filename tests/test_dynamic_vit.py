@@ -11,6 +11,7 @@ import pytest
 from cases import cost_of, mostly_long, numpy_images, numpy_model
 from flax import nnx
 from scipy.special import erf
+from steps import step_and_state
 
 from tif_jax import reducers
 from tif_jax.errors import InputError
@@ -20,7 +21,7 @@ from tif_jax.models.params import params_of
 from tif_jax.reducers import dynamic_vit
 from tif_jax.tokens import top_k
 from tif_jax.training import losses, optim
-from tif_jax.training.loop import init_state, make_step
+from tif_jax.training.step import make_step
 
 TINY = dict(image_size=32, patch_size=8, width=16, depth=3, num_heads=2, mlp_dim=32, num_classes=5)
 SPECIAL = TINY | dict(distillation_token=True, num_registers=2, pool="mean", qk_norm=True, layer_scale=0.3)
@@ -391,10 +392,7 @@ def plain():
 
 def step_of(model, loss):
     """A training step that plain() teaches, and its state, abstract where the model is."""
-    optimizer = optim.adamw(100, learning_rate=3e-2)
-    trainable = optim.match((), params_of(model), True)
-    step = make_step(model, loss, optimizer, trainable, seed=0, stochastic=True, teacher=plain())
-    return step, functools.partial(init_state, optimizer=optimizer, trainable=trainable)
+    return step_and_state(model, loss, optim.adamw(100, learning_rate=3e-2), teacher=plain())
 
 
 def metrics_of(loss, reducer, **options):
@@ -457,7 +455,9 @@ def test_tokens_made_of_several_patches_have_no_teacher():
 def test_a_reduced_model_is_no_teacher():
     model = nnx.eval_shape(blueprint(TINY, reducer="random"), jax.random.key(0))
     with pytest.raises(InputError, match="the teacher's reducer is Random"):
-        make_step(model, losses.distillation, optax.identity(), None, seed=0, stochastic=False, teacher=model)
+        make_step(
+            model, losses.distillation, optax.identity(), None, where=None, seed=0, stochastic=False, teacher=model
+        )
 
 
 def test_distillation_against_numpy():

@@ -8,6 +8,7 @@ import safetensors.numpy
 from cases import cost_of, lively, mostly_long
 from flax import nnx, traverse_util
 from reference_levit import levit_forward, random_levit_tensors
+from steps import step_and_state
 
 from tif_jax import reducers, token_impact
 from tif_jax.errors import InputError
@@ -17,7 +18,6 @@ from tif_jax.models.cost import cost
 from tif_jax.models.params import params_of
 from tif_jax.training import losses, optim
 from tif_jax.training.checkpoints import Checkpoints
-from tif_jax.training.loop import init_state, make_step
 from tif_jax.training.state import State
 from tif_jax.weights import timm_levit as levit_layout
 from tif_jax.weights.loading import load
@@ -151,11 +151,10 @@ def test_statistics_are_weights_that_no_gradient_reaches():
 def test_training_step_updates_statistics_and_learns():
     model = lively(TINY | dict(widths=(16,), depths=(1,), num_heads=(2,), drop_path=0.1))
     params = params_of(model)
-    optimizer, trainable = optim.adamw(100, learning_rate=3e-3, weight_decay=0.5), jax.tree.map(lambda _: True, params)
-    step = make_step(model, losses.classification, optimizer, trainable, seed=0, stochastic=True)
+    step, init = step_and_state(model, losses.classification, optim.adamw(100, learning_rate=3e-3, weight_decay=0.5))
     batch = {"image": images(num=8), "label": np.arange(8) % 5}
     first = np.asarray(jax.jit(model.stem.layer_0.conv)(batch["image"])).reshape(-1, 2)
-    state = init_state(jax.tree.map(jnp.copy, params), optimizer, trainable)
+    state = init(params)
     entries = []
     for _ in range(12):
         state, metrics = step(state, batch)

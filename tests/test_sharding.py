@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from cases import numpy_model
 from jax.sharding import AxisType, Mesh, PartitionSpec
+from steps import step_and_state
 
 from tif_jax.errors import InputError
 from tif_jax.models.params import params_of
 from tif_jax.runtime.mesh import make_mesh, shard
 from tif_jax.training import losses, optim
 from tif_jax.training.checkpoints import Checkpoints
-from tif_jax.training.loop import init_state, make_step
 from tif_jax.training.mixing import Mixing
 from tif_jax.training.state import shardings
 
@@ -41,13 +41,11 @@ def training(mesh, *, stochastic=True, accumulate=1, remat=False):
     optimizer = optim.adamw(100, learning_rate=5e-3, weight_decay=0.1, clip_norm=1.0)
     params = jax.device_get(params_of(model))
     trainable = optim.match((("position_embedding", False),), params, True)
-    begin = functools.partial(init_state, optimizer=optimizer, trainable=trainable, ema=True)
-    where = shardings(jax.eval_shape(begin, params), mesh)
-    step = make_step(
-        model, losses.classification, optimizer, trainable, seed=0, stochastic=stochastic,
-        mixing=Mixing(mixup=0.8, cutmix=1.0) if stochastic else None, accumulate=accumulate, ema=0.9, where=where,
+    step, init = step_and_state(
+        model, losses.classification, optimizer, trainable, mesh, stochastic=stochastic,
+        mixing=Mixing(mixup=0.8, cutmix=1.0) if stochastic else None, accumulate=accumulate, ema=0.9,
     )  # fmt: skip
-    return step, lambda: jax.jit(begin, out_shardings=where)(params)
+    return step, lambda: init(params)
 
 
 def losses_of(mesh, state=None, steps=range(NUM_STEPS), **options):

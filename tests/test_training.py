@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 from cases import call, lively, numpy_model
 from flax import nnx
+from steps import step_and_state
 
 from tif_jax.errors import InputError, WorkError
 from tif_jax.impact.labels import keep_labels, position_prior
 from tif_jax.models.params import params_of
 from tif_jax.runtime import metrics_log, records
-from tif_jax.runtime.mesh import make_mesh, replicate, shard
+from tif_jax.runtime.mesh import make_mesh, shard
 from tif_jax.training import losses, optim
 from tif_jax.training.checkpoints import Checkpoints, load_params
-from tif_jax.training.loop import init_state, make_step, run
-from tif_jax.training.state import State, shardings
+from tif_jax.training.loop import run
+from tif_jax.training.state import State
 from tif_jax.weights.loading import load
 
 TINY = dict(image_size=16, patch_size=8, width=16, depth=2, num_heads=2, num_classes=3)
@@ -40,9 +41,8 @@ def setup(reducer="full", loss=losses.classification, trainable=(), default=True
     optimizer = optim.adamw(20, learning_rate=1e-2, weight_decay=0.1)
     mask = optim.match(trainable, params_of(model), default)
     mesh = make_mesh(8)
-    begin = functools.partial(init_state, params_of(model), optimizer, mask)
-    fresh, where = lambda: replicate(begin(), mesh), shardings(jax.eval_shape(begin), mesh)
-    return make_step(model, loss, optimizer, mask, seed=0, stochastic=True, where=where), fresh, mesh
+    step, init = step_and_state(model, loss, optimizer, mask, mesh)
+    return step, lambda: init(params_of(model)), mesh
 
 
 def filter_setup(depth=2):
@@ -296,13 +296,9 @@ def test_frozen_statistics_rest():
     )
     params = jax.device_get(params_of(model))
     trainable = optim.match((("^stem/", False),), params, True)
-    step = make_step(
-        model, losses.classification, optim.adamw(9, learning_rate=1e-2), trainable, seed=0, stochastic=True
-    )
+    step, init = step_and_state(model, losses.classification, optim.adamw(9, learning_rate=1e-2), trainable)
     images = np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype(np.float32)
-    state, _ = step(
-        init_state(params, optim.adamw(9, learning_rate=1e-2), trainable), {"image": images, "label": np.arange(4) % 3}
-    )
+    state, _ = step(init(params), {"image": images, "label": np.arange(4) % 3})
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
         before = functools.reduce(lambda tree, key: tree[key.key], path, params)
         if path[0].key == "stem":

@@ -21,10 +21,11 @@ from tif_jax.runtime.mesh import make_mesh, shard
 from tif_jax.runtime.metrics_log import MetricsLog
 from tif_jax.training import optim, speed
 from tif_jax.training.checkpoints import Checkpoints
-from tif_jax.training.loop import Step, init_state, make_step, run
+from tif_jax.training.loop import run
 from tif_jax.training.losses import Loss
 from tif_jax.training.recipe import FINETUNE, WITHOUT_EFFECT, mixing
-from tif_jax.training.state import FSDP, State, shardings
+from tif_jax.training.state import FSDP, State, init_state, shardings
+from tif_jax.training.step import Step, make_step
 
 logger = logging.getLogger(__name__)
 

@@ -1,8 +1,11 @@
 """State is data: parameters as nested dicts of arrays, and where they lie on the devices."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
@@ -19,6 +22,16 @@ class State(NamedTuple):
     params: Params
     opt_state: Any
     ema: Params | None = None  # exponential moving average of params, where the recipe keeps one
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation, trainable: Any, ema: bool = False) -> State:
+    """The state of step 0, with copies of the parameters: a training step takes the state's arrays for its own.
+
+    trainable: tree of bools like params; only those parameters get optimiser state. ema: whether an average is kept.
+    """
+    copy = partial(jax.tree.map, jnp.copy)
+    opt_state = optimizer.init(optim.partition(params, trainable)[0])
+    return State(jnp.zeros((), jnp.int32), copy(params), opt_state, copy(params) if ema else None)
 
 
 def shardings(state: State, mesh: Mesh, table: optim.Table = FSDP) -> Any:
