@@ -1,6 +1,7 @@
 """What else can go wrong: full disks, numbers that are none and damaged checkpoints; what is said, and what is kept."""
 
 import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def full_checkpoint(self, step, *_, **__):
 @pytest.mark.parametrize(
     ("owner", "method", "replacement", "named"),
     [
-        (Path, "write_text", full_record, "new/backbone/config.json"),
+        (os, "fsync", full_record, "new/backbone/config.json"),
         (ocp.CheckpointManager, "save", full_record, "new/backbone/checkpoints"),
         (ocp.CheckpointManager, "save", full_checkpoint, "new/backbone/checkpoints"),
     ],

@@ -171,12 +171,9 @@ def test_a_step_with_a_teacher_updates_all_statistics():
     fields = TINY | dict(widths=(16,), depths=(1,), num_heads=(2,))
     model, teacher = lively(fields), lively(fields, seed=1)
     params = params_of(model)
-    trainable = jax.tree.map(lambda _: True, params)
     optimizer = optim.adamw(1, learning_rate=1e-3, weight_decay=0.0)
-    loss = losses.hard_distillation
-    step = make_step(model, loss, optimizer, trainable, seed=0, stochastic=True, teacher=teacher)
-    state = init_state(params, optimizer, trainable)
-    state, _ = step(state, {"image": images(num=8), "label": np.arange(8) % 5})
+    step, init = step_and_state(model, losses.hard_distillation, optimizer, teacher=teacher)
+    state, _ = step(init(params), {"image": images(num=8), "label": np.arange(8) % 5})
     found, old = (traverse_util.flatten_dict(tree, sep="/") for tree in (state.params, params))
     statistics = [path for path in old if path.endswith(("/mean", "/var"))]
     assert {path.split("/")[0] for path in statistics} == {"stem", "block_0", "head", "distillation_head"}

@@ -2,10 +2,7 @@
 
 import json
 import logging
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -16,6 +13,7 @@ from tif_jax.data import remote
 from tif_jax.data.tfrecord import TFRecords
 from tif_jax.errors import InputError, WorkError
 from tif_jax.models.params import params_of
+from tif_jax.runtime import files
 from tif_jax.runtime.progress import Progress
 from tif_jax.training.checkpoints import Checkpoints, load_params
 from tif_jax.training.state import State
@@ -78,31 +76,12 @@ def _possible(src: Path) -> tuple[str, ...]:
     return ("safetensors",)
 
 
-@contextmanager
-def _appearing(dst: Path) -> Iterator[Path]:
-    """A name to write to, which becomes DST when all is done; whatever goes wrong before that leaves nothing."""
-    partial = dst.with_name(f".{dst.name}.partial")
-    if os.path.lexists(dst):
-        raise InputError(f"{dst} exists already; choose another name, or move it away")
-    try:
-        partial.mkdir(parents=True)
-    except FileExistsError:
-        raise InputError(
-            f"{partial} exists: either the same conversion is in progress, or one was killed; then delete it"
-        ) from None
-    try:
-        yield partial / dst.name
-        (partial / dst.name).rename(dst)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 # Weights
 
 
 def _to_orbax(src: Path, dst: Path) -> None:
     """DST/checkpoints, as a training stage leaves them."""
-    with _appearing(dst) as partial:
+    with files.appearing(dst) as partial:
         model, fields = load_with_fields(src)
         with Checkpoints(partial / "checkpoints") as checkpoints:
             description = {"model": fields, "reducer": {"name": "full"}, "config": {"init_from": str(src)}}
@@ -113,7 +92,7 @@ def _to_safetensors(src: Path, dst: Path) -> None:
     """The backbone alone, in timm's layout."""
     if dst.suffix != ".safetensors":
         raise InputError(f"{dst} has to end in .safetensors")
-    with _appearing(dst) as partial:
+    with files.appearing(dst) as partial:
         if src.is_file():
             model, fields = load_with_fields(src)
             params = params_of(model)
@@ -141,12 +120,12 @@ def _to_array_record(src: Path, dst: Path) -> None:
     info = tfds.builder_from_directory(str(src)).info
     if info.file_format != tfds.core.FileFormat.TFRECORD:
         raise InputError(f"{src} is prepared as {info.file_format.value}; only TFRecord is converted to array_record")
-    with _appearing(dst) as partial:
+    with files.appearing(dst) as partial:
         partial.mkdir()
         shards = {name: split.file_instructions for name, split in info.splits.items() if split.num_examples}
-        files = {Path(shard.filename).name for of_split in shards.values() for shard in of_split}
+        to_convert = {Path(shard.filename).name for of_split in shards.values() for shard in of_split}
         for path in src.iterdir():
-            if path.is_file() and path.name not in files:
+            if path.is_file() and path.name not in to_convert:
                 shutil.copy(path, partial)
         described = json.loads((src / _INFO).read_text()) | {"fileFormat": "array_record"}
         (partial / _INFO).write_text(json.dumps(described, indent=2))

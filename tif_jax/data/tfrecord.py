@@ -10,6 +10,7 @@ A file is a path, or a URL (gs://...) that fsspec can read.
 
 import bisect
 import hashlib
+import io
 import itertools
 import os
 import struct
@@ -25,7 +26,8 @@ from jaxtyping import Int64
 
 from tif_jax.data import remote
 from tif_jax.data.source import UnreadableImage
-from tif_jax.errors import InputError
+from tif_jax.errors import InputError, WorkError
+from tif_jax.runtime import files
 from tif_jax.runtime.progress import Progress
 
 Index = Int64[np.ndarray, " _"]
@@ -147,15 +149,10 @@ def _make_index(file: str) -> Index:
 
 def _keep(note: Path, index: Index) -> None:
     """Saves an index for the next time. Where it can not, the next time takes as long."""
-    temporary = note.with_name(f".{note.name}.{os.getpid()}")
-    try:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            np.save(file, index)
-        temporary.replace(note)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink()
+    buffer = io.BytesIO()
+    np.save(buffer, index)
+    with suppress(InputError, WorkError):
+        files.write(note, buffer.getvalue())
 
 
 @contextmanager

@@ -9,12 +9,10 @@
 Legend: R rows, N patch tokens.
 """
 
-import errno
 import hashlib
 import json
 import logging
 import os
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -28,6 +26,7 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Float, Int, Shaped
 
 from tif_jax.errors import InputError, WorkError
+from tif_jax.runtime import files
 
 try:
     import fcntl
@@ -90,7 +89,7 @@ def open_manifest(directory: StrPath, manifest: Manifest) -> None:
     if not (directory / _MANIFEST).exists():
         if has_parts:
             raise InputError(f"{directory} holds parts of unknown origin: it has no {_MANIFEST}; {_RESTART}")
-        _write(directory / _MANIFEST, json.dumps(ours, indent=2).encode(), once=True)
+        files.write(directory / _MANIFEST, json.dumps(ours, indent=2).encode(), once=True)
     different = _differences(_read_manifest(directory), ours)
     versions = [text for key, text in different.items() if key.startswith("versions.")]
     if len(different) > len(versions):
@@ -114,9 +113,9 @@ def write_part(directory: StrPath, part: int, num_parts: int, columns: Mapping[s
     """
     data = _table_bytes(columns)
     path = _part_path(directory, part, num_parts)
-    _write(path, data)
+    files.write(path, data)
     digest = hashlib.sha256(data).hexdigest()
-    _write(path.with_suffix(".json"), json.dumps({"rows": len(columns["index"]), "sha256": digest}).encode())
+    files.write(path.with_suffix(".json"), json.dumps({"rows": len(columns["index"]), "sha256": digest}).encode())
     with suppress(OSError):
         _hidden(path, "begun").unlink(missing_ok=True)
 
@@ -125,7 +124,7 @@ def write_begun(directory: StrPath, part: int, num_parts: int, columns: Mapping[
     """Keeps the rows so far of a part; `write_part` removes them. Arguments and errors as there."""
     data = _table_bytes(columns)
     digest = hashlib.sha256(data).hexdigest().encode()
-    _write(_hidden(_part_path(directory, part, num_parts), "begun"), digest + data)
+    files.write(_hidden(_part_path(directory, part, num_parts), "begun"), digest + data)
 
 
 def read_begun(directory: StrPath, part: int, num_parts: int) -> dict[str, np.ndarray] | None:
@@ -155,7 +154,7 @@ def lock_part(directory: StrPath, part: int, num_parts: int) -> Iterator[bool]:
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise _not_written(path, error) from error
+        raise files.not_written(path, error) from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -323,36 +322,3 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-
-
-def _write(path: Path, data: bytes, *, once: bool = False) -> None:
-    """Puts a whole file at `path`, on disk before it has its name; with `once`, unless there is one already."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        (_link if once else os.replace)(temporary, path)
-    except OSError as error:
-        raise _not_written(path, error) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-
-
-def _not_written(path: Path, error: OSError) -> Exception:
-    failed = f"cannot write {path}: {error.strerror}"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-        return InputError(f"{failed}; choose a --workdir that can be written to")
-    return WorkError(f"{failed}; finished parts are intact: make room, then {_RESUME}")
-
-
-def _link(temporary: Path, path: Path) -> None:
-    try:
-        os.link(temporary, path)  # unlike a rename, never replaces what another starter wrote
-    except FileExistsError:
-        pass
-    except OSError:  # a file system without hard links, such as exFAT or a mounted bucket
-        os.replace(temporary, path)

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tif_jax.runtime import files
+
 
 class MetricsLog:
     """Appends to DIRECTORY/metrics.jsonl. What an interrupted run wrote after step `start` will come again and is dropped."""
@@ -12,7 +14,7 @@ class MetricsLog:
         self.path = directory / "metrics.jsonl"
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         kept = [line for line in map(_whole, lines) if line is not None and line["step"] <= start]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        files.write(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self.events = _tensorboard(directory, start)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:

@@ -1,30 +1,21 @@
 """JSON files that a run leaves behind: written whole or not at all."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tif_jax.errors import InputError
-from tif_jax.runtime import processes
+from tif_jax.runtime import files, processes
 
 
 def write(path: Path, data: Any) -> None:
-    """Writes JSON through a temporary name, so that a reader never sees half a file.
+    """Writes JSON. Of the processes of one run, which all have the same to say, the first one writes.
 
-    Of the processes of one run, which all have the same to say, the first one writes.
+    Raises InputError if the folder can not be written to, WorkError if the disk is full.
     """
-    if not processes.is_first():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(data, indent=2) + "\n")
-        temporary.replace(path)
-    except OSError as error:  # a full disk does not say which file
-        temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None
+    if processes.is_first():
+        files.write(path, (json.dumps(data, indent=2) + "\n").encode())
 
 
 def read(path: Path) -> Any:
