@@ -12,19 +12,15 @@ from flax import nnx
 from tif_jax.errors import InputError
 from tif_jax.models import blueprint, create_model
 from tif_jax.models.params import params_of
-from tif_jax.reducers.bat import Bat, Counts, cluster, decouple, match, merge, shares
+from tif_jax.reducers.bat import Counts, cluster, counts_at, decouple, match, merge, reduce, shares
 
 TINY = dict(image_size=48, patch_size=8, width=32, depth=4, num_heads=2, num_classes=5)  # 36 patches; sites 1, 2, 3
 FRONT = dict(pool="mean", distillation_token=True, num_registers=2, qk_norm=True, layer_scale=0.3)
 VARIANTS = {
     "default": {},
-    "site": dict(sites=(2,), keep_ratio=0.3, neighbours=3),
-    "per_site": dict(sites=(0, 3), keep_ratio=(0.8, 0.2), extra_clusters=1, match_ratio=0.4),
-    "greedy": dict(matching="greedy_pairs", pair_weights="mean", match_ratio=0.5),
-    "keys": dict(features="keys", cluster_weights="mean"),
-    "sum": dict(cluster_weights="attention_sum", match_ratio=0.0),
+    "site": dict(sites=(2,), keep_ratio=0.3),
+    "per_site": dict(sites=(0, 3), keep_ratio=(0.8, 0.2)),
     "front": FRONT,
-    "proportional": dict(proportional_attention=True),
 }
 
 
@@ -62,26 +58,25 @@ def slow_cluster(x, num_clusters, neighbours):
     return [i if i in centres else min(centres, key=lambda c: (d[i, c], c)) for i in range(num)]
 
 
-def slow_match(x, num_pairs, matching):
+def slow_match(x, num_pairs):
     joined = list(range(len(x)))
     cosine = lambda p, q: x[p] @ x[q] / np.linalg.norm(x[p]) / np.linalg.norm(x[q])  # noqa: E731
     edges = sorted((-cosine(p, q), p, q) for p in range(0, len(x), 2) for q in range(1, len(x), 2))
     taken = set()
     for _, p, q in edges:  # the first edge of a p is its best one
-        if len(taken) < num_pairs * (1 if matching == "bipartite" else 2) and p not in taken and q not in taken:
+        if len(taken) < num_pairs and p not in taken:
             joined[p] = q
-            taken |= {p} if matching == "bipartite" else {p, q}
+            taken.add(p)
     return joined
 
 
-def slow_merge(x, weights, joined, plain_sum=()):
-    """Rows in order of the tokens joined; those in plain_sum are not divided by the sum of the weights."""
+def slow_merge(x, weights, joined):
+    """Rows in order of the tokens joined."""
     left = [n for n in range(len(x)) if joined[n] == n]
     rows = []
     for n in left:
         members = [j for j in range(len(x)) if joined[j] == n]
-        total = sum(weights[j] * x[j] for j in members)
-        rows.append(total if n in plain_sum else total / sum(weights[j] for j in members))
+        rows.append(sum(weights[j] * x[j] for j in members) / sum(weights[j] for j in members))
     return np.array(rows), left, [left.index(n) for n in joined]
 
 
@@ -99,39 +94,31 @@ def slow_bat(model, x):
     num_images, num_patches = x.shape[0], x.shape[1] - front
     index = np.tile(np.arange(num_patches), (num_images, 1))
     source = index.copy()
-    bias = None
     for i, block in enumerate(model.blocks):
-        x, qk = attend(block, x, bias)
+        x, qk = attend(block, x)
         if i in sites:
-            counts = reducer.counts(index.shape[1], ratios[sites.index(i)])
+            counts = counts_at(index.shape[1], ratios[sites.index(i)])
             new = [
-                slow_site(reducer, counts, *(np.asarray(a, np.float64) for a in (t, q, k)), front)
+                slow_site(counts, *(np.asarray(a, np.float64) for a in (t, q, k)), front)
                 for t, q, k in zip(x, qk.query, qk.key, strict=True)
             ]
             x = jnp.asarray(np.stack([tokens for tokens, _, _ in new]), jnp.float32)
             index = np.stack([index[b][left] for b, (_, left, _) in enumerate(new)])
             source = np.stack([[row[j] for j in source[b]] for b, (_, _, row) in enumerate(new)])
-            if reducer.proportional_attention:
-                sizes = np.stack([np.bincount(s) for s in source]).astype(np.float32)
-                bias = jnp.log(jnp.asarray(np.pad(sizes, ((0, 0), (front, 0)), constant_values=1)))
         x = feed_forward(block, x)
     return x, index, source
 
 
-def slow_site(reducer, counts, x, query, key, front):
+def slow_site(counts, x, query, key, front):
     scores = slow_class_attention(query, key, front)
     patches = x[front:]
-    features = patches if reducer.features == "tokens" else key[front:].reshape(len(patches), -1)
     attentive, inattentive = slow_decouple(scores, counts.attentive)
-    joined, weights = np.arange(len(patches)), np.zeros(len(patches))
-    for k, partner in enumerate(slow_match(features[attentive], counts.pairs, reducer.matching)):
+    joined = np.arange(len(patches))
+    for k, partner in enumerate(slow_match(patches[attentive], counts.pairs)):
         joined[attentive[k]] = attentive[partner]
-        weights[attentive[k]] = 1 if reducer.pair_weights == "mean" else scores[attentive[k]]
-    for k, centre in enumerate(slow_cluster(features[inattentive], counts.clusters, reducer.neighbours)):
+    for k, centre in enumerate(slow_cluster(patches[inattentive], counts.clusters, 5)):
         joined[inattentive[k]] = inattentive[centre]
-        weights[inattentive[k]] = 1 if reducer.cluster_weights == "mean" else scores[inattentive[k]]
-    summed = inattentive if reducer.cluster_weights == "attention_sum" else ()
-    merged, left, row = slow_merge(patches, weights, joined, summed)
+    merged, left, row = slow_merge(patches, scores, joined)
     return np.concatenate([x[:front], merged]), left, row
 
 
@@ -176,16 +163,13 @@ def test_cluster_with_equal_and_with_far_tokens():
     np.testing.assert_array_equal(centre, slow_cluster(far.astype(np.float64), 5, 5))
 
 
-@pytest.mark.parametrize("matching", ["bipartite", "greedy_pairs"])
 @pytest.mark.parametrize(("num", "num_pairs"), [(24, 6), (25, 12), (24, 12), (1, 0), (2, 1), (3, 1)])
-def test_match_against_loops(matching, num, num_pairs):
+def test_match_against_loops(num, num_pairs):
     x = np.random.default_rng(num).normal(size=(5, num, 8)).astype(np.float32)
-    joined = np.asarray(jax.jit(match, static_argnums=(1, 2))(x, num_pairs, matching))
+    joined = np.asarray(jax.jit(match, static_argnums=1)(x, num_pairs))
     for j, tokens in zip(joined, x.astype(np.float64), strict=True):
-        np.testing.assert_array_equal(j, slow_match(tokens, num_pairs, matching))
+        np.testing.assert_array_equal(j, slow_match(tokens, num_pairs))
         assert (j != np.arange(num)).sum() == num_pairs
-        if matching == "greedy_pairs":
-            assert len(set(j[j != np.arange(num)].tolist())) == num_pairs
 
 
 def test_merge_and_shares_against_loops():
@@ -203,12 +187,11 @@ def test_merge_and_shares_against_loops():
 
 
 def test_source_names_the_row_and_lone_patches_pass_unchanged():
-    reducer = Bat(keep_ratio=0.5)
     x = jax.random.normal(jax.random.key(0), (2, 36, 8))
     scores = jax.random.uniform(jax.random.key(1), (2, 36))
-    counts = reducer.counts(36, 0.5)
+    counts = counts_at(36, 0.5)
     assert counts == Counts(18, 4, 7)
-    merged, left, row = map(np.asarray, jax.jit(lambda x, scores: reducer.reduce(x, scores, x, counts))(x, scores))
+    merged, left, row = map(np.asarray, jax.jit(lambda x, scores: reduce(x, scores, counts))(x, scores))
     assert merged.shape == (2, 21, 8) and left.shape == (2, 21) and row.shape == (2, 36)
     for b in range(2):
         assert set(row[b].tolist()) == set(range(21)) and (np.diff(left[b]) > 0).all()
@@ -220,7 +203,7 @@ def test_source_names_the_row_and_lone_patches_pass_unchanged():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("options", [{}, FRONT, dict(proportional_attention=True), dict(sites=())], ids=str)
+@pytest.mark.parametrize("options", [{}, FRONT, dict(sites=())], ids=str)
 def test_keeping_everything_is_the_plain_model_bit_for_bit(options):
     own = {k: v for k, v in options.items() if k not in FRONT}
     plain = model_of("full", **{k: v for k, v in options.items() if k in FRONT})
@@ -233,10 +216,8 @@ def test_keeping_everything_is_the_plain_model_bit_for_bit(options):
 
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("variant", ["default", "greedy"])
-def test_gradients_are_finite(variant, dtype):
-    options = {"keep_ratio": 0.4} | VARIANTS[variant]
-    graphdef, params = nnx.split(create_model(TINY, reducer="bat", dtype=dtype, **options))
+def test_gradients_are_finite(dtype):
+    graphdef, params = nnx.split(create_model(TINY, reducer="bat", dtype=dtype, keep_ratio=0.4))
     loss = lambda params: nnx.merge(graphdef, params)(images())[0].var()  # noqa: E731
     value, grads = jax.jit(jax.value_and_grad(loss))(params)
     assert np.isfinite(value) and all(jax.tree.leaves(jax.tree.map(lambda g: bool(jnp.isfinite(g).all()), grads)))
@@ -252,8 +233,7 @@ def test_strict_dtypes(variant, strict_dtypes):
 def test_attention_that_underflows_makes_no_nan():
     x = jax.random.normal(jax.random.key(0), (1, 16, 4))
     scores = jnp.zeros((1, 16)).at[0, 3].set(1.0)
-    reducer = Bat(keep_ratio=0.25, match_ratio=0.5)
-    merged = lambda x, scores: reducer.reduce(x, scores, x, reducer.counts(16, 0.25))[0].sum()  # noqa: E731
+    merged = lambda x, scores: reduce(x, scores, Counts(4, 2, 3))[0].sum()  # noqa: E731
     value, grads = jax.jit(jax.value_and_grad(merged, (0, 1)))(x, scores)
     assert np.isfinite(value) and all(bool(jnp.isfinite(g).all()) for g in grads)
 
@@ -291,12 +271,11 @@ def test_cost_is_that_of_the_authors_logs(keep_ratio, gmac, tokens):
 
 
 def test_counts():
-    bat = Bat()
-    assert bat.counts(196, 0.7) == Counts(138, 34, 34) and bat.counts(196, 0.6) == Counts(118, 29, 27)
-    assert bat.counts(196, 1.0) == Counts(196, 0, 0) and bat.counts(1, 0.5) == Counts(1, 0, 0)
-    assert bat.counts(2, 0.5) == Counts(1, 0, 1)  # no more clusters than inattentive tokens
-    assert Bat(extra_clusters=-50).counts(196, 0.5) == Counts(98, 24, 1)
-    assert bat.counts(100, 0.55).attentive == 55  # 0.55 * 100 is a little more than 55
+    assert counts_at(196, 0.7) == Counts(138, 34, 34) and counts_at(196, 0.6) == Counts(118, 29, 27)
+    assert counts_at(196, 1.0) == Counts(196, 0, 0) and counts_at(1, 0.5) == Counts(1, 0, 0)
+    assert counts_at(2, 0.5) == Counts(1, 0, 1)  # no more clusters than inattentive tokens
+    assert counts_at(5, 0.6) == Counts(3, 0, 1)  # one cluster at least
+    assert counts_at(100, 0.55).attentive == 55  # 0.55 * 100 is a little more than 55
 
 
 @pytest.mark.parametrize(
@@ -305,13 +284,7 @@ def test_counts():
         (dict(keep_ratio=0.0), "keep_ratio is 0.0"),
         (dict(keep_ratio=(0.5, 2.0)), "keep_ratio is 2.0"),
         (dict(sites=(3, 1)), r"sites is \(3, 1\)"),
-        (dict(match_ratio=0.6), "match_ratio is 0.6; pairs per attentive token lie in"),
-        (dict(neighbours=0), "neighbours is 0; at least 1"),
-        (dict(matching="hungarian"), "matching is 'hungarian'; allowed: 'bipartite', 'greedy_pairs'"),
-        (dict(features="values"), "features is 'values'; allowed: 'tokens', 'keys'"),
-        (dict(cluster_weights="sum"), "cluster_weights is 'sum'; allowed: 'attention', 'attention_sum', 'mean'"),
-        (dict(pair_weights="attention_sum"), "pair_weights is 'attention_sum'; allowed: 'attention', 'mean'"),
-        (dict(keep_rate=0.5), "takes keep_ratio, sites, .*; got keep_rate"),
+        (dict(keep_rate=0.5), "takes keep_ratio, sites, num_kept; got keep_rate"),
     ],
 )
 def test_misuse(options, message):

@@ -13,7 +13,7 @@ from tif_jax.errors import InputError
 from tif_jax.experiment import config as config_file
 from tif_jax.models import blueprint
 from tif_jax.models.params import params_of
-from tif_jax.reducers.bat import Bat, row_count
+from tif_jax.reducers.bat import counts_at, row_count
 from tif_jax.training import optim
 
 CONFIG = str(Path(__file__).parents[1] / "configs" / "digits.py")
@@ -40,7 +40,7 @@ def config(*overrides, **changes):
         (dict(name="evit", fuse=False), "evit-0.25,fuse=False"),
         (dict(name="evit", num_kept=(12, 8, 4)), "evit-12+8+4"),
         (dict(name="bat", budget=0.8), "bat-0.8GMAC"),
-        (dict(name="tif", then=dict(name="bat", match_ratio=0.5)), "tif-0.25,then=bat+match_ratio=0.5"),
+        (dict(name="tif", then=dict(name="evit", fuse=False)), "tif-0.25,then=evit+fuse=False"),
     ],
 )
 def test_labels(entry, label):
@@ -126,10 +126,10 @@ def test_what_comes_after_the_filter_is_trained(then):
 
 
 def test_bat_keeps_more_the_more_it_is_asked_to():
-    left = [row_count(Bat().counts(196, ratio / 100)) for ratio in range(80, 101)]
+    left = [row_count(counts_at(196, ratio / 100)) for ratio in range(80, 101)]
     assert left == sorted(left)
     for wanted in (195, 190, 180, 157, 100, 20):
-        assert wanted - 3 <= row_count(Bat().counts(196, wanted)) <= wanted
+        assert wanted - 3 <= row_count(counts_at(196, wanted)) <= wanted
 
 
 @pytest.mark.parametrize(
