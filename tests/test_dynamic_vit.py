@@ -6,12 +6,20 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from cases import cost_of, mostly_long, numpy_images, numpy_model
 from flax import nnx
-from scipy.special import erf
-from steps import step_and_state
+from reference_dynamic_vit import (
+    DEPTH,
+    HEADS,
+    SITES,
+    double,
+    gathering_reference,
+    linear,
+    masked_attention,
+    masking_reference,
+    norm,
+)
 
 from tif_jax import reducers
 from tif_jax.errors import InputError
@@ -20,12 +28,9 @@ from tif_jax.models.cost import cost
 from tif_jax.models.params import params_of
 from tif_jax.reducers import dynamic_vit
 from tif_jax.tokens import top_k
-from tif_jax.training import losses, optim
-from tif_jax.training.step import make_step
 
-TINY = dict(image_size=32, patch_size=8, width=16, depth=3, num_heads=2, mlp_dim=32, num_classes=5)
+TINY = dict(image_size=32, patch_size=8, width=16, depth=DEPTH, num_heads=HEADS, mlp_dim=32, num_classes=5)
 SPECIAL = TINY | dict(distillation_token=True, num_registers=2, pool="mean", qk_norm=True, layer_scale=0.3)
-SITES = dict(keep_ratio=0.7, sites=(1, 2))  # 16 -> 11 -> 7
 KEY = jax.random.key(5)
 
 
@@ -36,7 +41,9 @@ def images(num=3, seed=0):
 @functools.cache
 def lively(special=False, dtype="float32"):
     """A model whose attention differs between patches and whose predictors know what they want."""
-    model = numpy_model((SPECIAL if special else TINY) | dict(dtype=dtype), reducer="dynamic_vit", **SITES)
+    model = numpy_model(
+        (SPECIAL if special else TINY) | dict(dtype=dtype), reducer="dynamic_vit", keep_ratio=0.7, sites=SITES
+    )
     params = {name: of_part for name, of_part in params_of(model).items() if name != "reducer"}
     params = jax.tree.map(lambda p: jnp.asarray(np.asarray(p) * (4 if p.ndim == 2 else 1)), params)
     nnx.update(model, params)
@@ -56,89 +63,7 @@ def run(model, x, key=None):
 def noises():
     """The Gumbel noise of the sites under KEY, (site, image, patch, 2)."""
     rngs = nnx.Rngs(KEY)
-    return np.stack([jax.random.gumbel(rngs.keep_decisions(), (3, 16, 2)) for _ in SITES["sites"]]).astype(np.float64)
-
-
-def linear(p, x):
-    return x @ p["kernel"] + p["bias"]
-
-
-def norm(p, x, eps):
-    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps) * p["scale"] + p["bias"]
-
-
-def gelu(x):
-    return x * (1 + erf(x / math.sqrt(2))) / 2
-
-
-def predictor(p, patches, mask):
-    """(N, 2) of one image: log-probabilities of keeping and dropping."""
-    y = gelu(linear(p["features"], norm(p["norm"], patches, 1e-5)))
-    half = y.shape[1] // 2
-    mean = sum(mask[n] * y[n, half:] for n in range(len(y))) / sum(mask)
-    y = np.stack([np.concatenate([row[:half], mean]) for row in y])
-    y = linear(p["layer_2"], gelu(linear(p["layer_1"], gelu(linear(p["layer_0"], y)))))
-    return y - np.log(np.exp(y).sum(1, keepdims=True))
-
-
-def masked_attention(query, key, value, mask):
-    """(T, C) of one head: mask[t] says how much the others may attend to token t; every token may attend to itself."""
-    num_tokens, channels = query.shape
-    rows = []
-    for t in range(num_tokens):
-        logits = key @ query[t] / math.sqrt(channels)
-        weights = np.exp(logits - logits.max()) * np.array([1.0 if s == t else mask[s] for s in range(num_tokens)])
-        rows.append((weights + 1e-6 / num_tokens) / (weights.sum() + 1e-6) @ value)
-    return np.stack(rows)
-
-
-def attention(query, key, value):
-    logits = query @ key.T / math.sqrt(query.shape[1])
-    weights = np.exp(logits - logits.max(1, keepdims=True))
-    return weights / weights.sum(1, keepdims=True) @ value
-
-
-def block(p, x, mask):
-    width, heads = x.shape[1], TINY["num_heads"]
-    query, key, value = np.split(linear(p["attention"]["qkv"], norm(p["attention_norm"], x, 1e-6)), 3, axis=1)
-    mixed = []
-    for head in np.arange(width).reshape(heads, -1):
-        parts = query[:, head], key[:, head], value[:, head]
-        mixed.append(attention(*parts) if mask is None else masked_attention(*parts, mask))
-    x = x + linear(p["attention"]["out"], np.concatenate(mixed, axis=1))
-    return x + linear(p["mlp"]["down"], gelu(linear(p["mlp"]["up"], norm(p["feed_forward_norm"], x, 1e-6))))
-
-
-def double(tree):
-    return jax.tree.map(lambda p: np.asarray(p, np.float64), tree)
-
-
-def masking_reference(params, x, noise, relaxed=False):
-    """(tokens, mask, ratio loss) of one embedded image; noise (site, N, 2). relaxed: decisions are not rounded."""
-    mask, deviations, site = np.ones(16), [], 0
-    for i in range(TINY["depth"]):
-        if i in SITES["sites"]:
-            log_probs = predictor(params["reducer"][f"predictor_{i}"], x[1:], mask)
-            for n in range(16):
-                keep, drop = log_probs[n] + noise[site, n]
-                mask[n] *= math.exp(keep) / (math.exp(keep) + math.exp(drop)) if relaxed else float(keep >= drop)
-            site += 1
-            deviations.append((mask.mean() - 0.7**site) ** 2)
-        x = block(params[f"block_{i}"], x, np.concatenate([[1.0], mask]) if site else None)
-    return x, mask, 2.0 / len(deviations) * sum(deviations)
-
-
-def gathering_reference(params, x):
-    """(tokens, kept) of one embedded image."""
-    kept, site = np.arange(16), 0
-    for i in range(TINY["depth"]):
-        if i in SITES["sites"]:
-            site += 1
-            scores = predictor(params["reducer"][f"predictor_{i}"], x[1:], np.ones(len(kept)))[:, 0]
-            best = sorted(np.argsort(-scores)[: math.floor(16 * 0.7**site)])
-            kept, x = kept[best], np.concatenate([x[:1], x[1:][best]])
-        x = block(params[f"block_{i}"], x, None)
-    return x, kept
+    return np.stack([jax.random.gumbel(rngs.keep_decisions(), (3, 16, 2)) for _ in SITES]).astype(np.float64)
 
 
 def embedded(model, x):
@@ -181,7 +106,7 @@ def test_masked_tokens_are_as_good_as_gone(special, monkeypatch):
     gathered, logits, aux = run(model, x)
     numbers, left = iter((11, 7)), [jnp.ones((3, 16))]
 
-    def best(log_probs, noise, temperature):
+    def best(log_probs, noise):
         kept = top_k(jnp.where(left[-1] > 0, log_probs[..., 0], -jnp.inf), next(numbers))
         left.append(jnp.zeros((3, 16)).at[jnp.arange(3)[:, None], kept].set(1.0))
         return left[-1]
@@ -199,15 +124,14 @@ def test_decisions_are_drawn_by_their_probability_and_pass_the_relaxed_gradient(
     log_probs = jnp.log(jnp.asarray([[[0.2, 0.8], [0.9, 0.1], [0.5, 0.5]]]))
     noise = jax.random.gumbel(KEY, (1, 3, 2))
     many = jax.random.gumbel(KEY, (4000, 3, 2))
-    drawn = dynamic_vit.decide(jnp.broadcast_to(log_probs, many.shape), many, 1.0)
+    drawn = dynamic_vit.decide(jnp.broadcast_to(log_probs, many.shape), many)
     assert set(np.unique(drawn)) == {0.0, 1.0}
     np.testing.assert_allclose(drawn.mean(axis=0), [0.2, 0.9, 0.5], atol=5 * 0.5 / 4000**0.5)
-    for temperature in (1.0, 0.5):
-        gradient = jax.grad(lambda p: dynamic_vit.decide(p, noise, temperature).sum())(log_probs)  # noqa: B023
-        keep, drop = np.moveaxis(np.asarray(log_probs + noise, np.float64), 2, 0) / temperature
-        soft = 1 / (1 + np.exp(drop - keep))
-        slope = soft * (1 - soft) / temperature
-        np.testing.assert_allclose(gradient, np.stack([slope, -slope], axis=2), rtol=1e-3)
+    gradient = jax.grad(lambda p: dynamic_vit.decide(p, noise).sum())(log_probs)
+    keep, drop = np.moveaxis(np.asarray(log_probs + noise, np.float64), 2, 0)
+    soft = 1 / (1 + np.exp(drop - keep))
+    slope = soft * (1 - soft)
+    np.testing.assert_allclose(gradient, np.stack([slope, -slope], axis=2), rtol=1e-3)
 
 
 def test_masked_attention_and_its_gradient_where_the_mask_is_0():
@@ -241,7 +165,7 @@ def test_masked_attention_and_its_gradient_where_the_mask_is_0():
 
 def test_gradient_through_a_relaxed_walk_against_finite_differences(monkeypatch):
     """Through masks into all predictors: the one of site 1 acts on what site 2 decides."""
-    relaxed = lambda log_probs, noise, temperature: jax.nn.softmax(log_probs + noise)[..., 0]  # noqa: E731
+    relaxed = lambda log_probs, noise: jax.nn.softmax(log_probs + noise)[..., 0]  # noqa: E731
     monkeypatch.setattr(dynamic_vit, "decide", relaxed)
     model, x, noise = lively(), images(), noises()
     graphdef, state = nnx.split(model)
@@ -256,7 +180,7 @@ def test_gradient_through_a_relaxed_walk_against_finite_differences(monkeypatch)
     gradient = double(nnx.to_pure_dict(jax.jit(jax.grad(loss))(state))["reducer"])
     assert all(abs(g).max() > 0 for g in jax.tree.leaves(gradient))
     params, rng = double(params_of(model)), np.random.default_rng(2)
-    for site in SITES["sites"]:
+    for site in SITES:
         predictor = f"predictor_{site}"
         step = jax.tree.map(lambda p: 1e-5 * rng.normal(size=p.shape), params["reducer"][predictor])
 
@@ -334,8 +258,7 @@ def test_schedules(options, left, predictors):
         (dict(sites=(2, 3)), r"sites is \(2, 3\); the model has blocks 0..2"),
         (dict(num_kept=(4, 2), sites=(1,)), "num_kept has 2 entries for 1 sites and 3 blocks"),
         (dict(ratio_weight=-1.0), "ratio_weight is -1.0"),
-        (dict(temperature=0.0), "temperature is 0.0"),
-        (dict(rho=0.7), "takes keep_ratio, sites, num_kept, ratio_weight, temperature; got rho"),
+        (dict(rho=0.7), "takes keep_ratio, sites, num_kept, ratio_weight; got rho"),
     ],
 )
 def test_misuse(options, message):
@@ -378,130 +301,3 @@ def test_cost_is_the_blocks_and_the_predictors():
     assert counted.tokens == tuple(n for n in (197, 138, 97, 68) for _ in range(3))
     assert counted.gmac * 1e9 == pytest.approx(196 * 768 * width + blocks + predictors + 1000 * width, rel=1e-9)
     assert counted.gmac == pytest.approx(2.981, abs=0.001)
-
-
-def batch(seed=0):
-    label = np.arange(8, dtype=np.int32) % 5
-    return {"image": np.asarray(images(8, seed)), "label": label}
-
-
-@functools.cache
-def plain():
-    return numpy_model(TINY | dict(depth=2))
-
-
-def step_of(model, loss):
-    """A training step that plain() teaches, and its state, abstract where the model is."""
-    return step_and_state(model, loss, optim.adamw(100, learning_rate=3e-2), teacher=plain())
-
-
-def metrics_of(loss, reducer, **options):
-    """The traced step's metrics: nothing is compiled."""
-    model = nnx.eval_shape(blueprint(TINY | dict(depth=2), reducer=reducer, **options), jax.random.key(0))
-    step, init = step_of(model, loss)
-    return jax.eval_shape(step.func, *step.args, jax.eval_shape(init, params_of(model)), batch())[1]
-
-
-def test_training_with_a_teacher_moves_the_mask_to_the_ratio():
-    def loss(prediction, aux, batch):
-        return losses.distillation(prediction, aux, batch) | {"share": aux["mask"].mean(axis=1)}
-
-    options = dict(keep_ratio=0.25, sites=(0,), ratio_weight=20.0)
-    model = create_model(TINY | dict(depth=1), reducer="dynamic_vit", **options)
-    step, init = step_of(model, loss)
-    state, before = init(params_of(model)), jax.tree.map(np.array, params_of(plain()))
-    told = []
-    for _ in range(20):
-        state, metrics = step(state, batch())
-        told.append(jax.tree.map(float, metrics))
-    shares = np.array([metrics["share"] for metrics in told])
-    assert abs(shares[:3].mean() - 0.5) < 0.12 and abs(shares[-5:].mean() - 0.25) < 0.08
-    assert told[-1]["loss"] < told[0]["loss"]
-    assert {"teacher_kl", "teacher_mse", "top1", "grad_norm"} < set(told[0]) and told[0]["teacher_mse"] > 0
-    jax.tree.map(np.testing.assert_array_equal, before, params_of(plain()))
-
-
-def test_the_teachers_weights_are_arguments_of_the_step():
-    model = nnx.eval_shape(blueprint(TINY | dict(depth=2), reducer="dynamic_vit"), jax.random.key(0))
-    step, init = step_of(model, losses.distillation)
-    program = step.func.lower(*step.args, jax.eval_shape(init, params_of(model)), batch()).as_text()
-    assert 'dense<"0x' not in program  # a large constant
-    assert len(jax.tree.leaves(step.args)) == 1 + len(jax.tree.leaves(params_of(plain())))
-
-
-@pytest.mark.parametrize(
-    ("reducer", "options"),
-    mostly_long(
-        [
-            ("tif", dict(keep_ratio=0.5)),
-            ("evo_vit", dict(keep_ratio=0.5)),
-            ("full", {}),
-            ("random", dict(keep_ratio=0.5)),
-            ("evit", dict(keep_ratio=0.5, fuse=False)),
-        ],
-        short=(0, 1),
-    ),
-)
-def test_distillation_of_other_reducers(reducer, options):
-    assert metrics_of(losses.distillation, reducer, **options)["teacher_mse"].shape == ()
-
-
-def test_tokens_made_of_several_patches_have_no_teacher():
-    with pytest.raises(InputError, match=r"12 patch tokens come out.* distil with tokens_weight=0"):
-        metrics_of(losses.distillation, "tome", num_merged=(4, 0))
-    assert "teacher_cross_entropy" in metrics_of(losses.hard_distillation, "tome", num_merged=(4, 0))
-
-
-def test_a_reduced_model_is_no_teacher():
-    model = nnx.eval_shape(blueprint(TINY, reducer="random"), jax.random.key(0))
-    with pytest.raises(InputError, match="the teacher's reducer is Random"):
-        make_step(
-            model, losses.distillation, optax.identity(), None, where=None, seed=0, stochastic=False, teacher=model
-        )
-
-
-def test_distillation_against_numpy():
-    rng = np.random.default_rng(0)
-    prediction, taught = rng.normal(size=(2, 3, 5)).astype(np.float32)
-    tokens, teachers = jnp.asarray(rng.normal(size=(2, 3, 4, 6)).astype(np.float32))
-    given = {"label": np.array([0, 1, 2]), "teacher/logits": taught, "teacher/tokens": teachers}
-    mask = np.array([[1, 0, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]], np.float32)
-    aux = {"tokens": tokens, "mask": mask, "loss/ratio": jnp.ones(3)}
-    terms = losses.distillation(prediction, aux, given, logits_weight=0.3, tokens_weight=0.7)
-
-    p, q = (np.exp(a) / np.exp(a).sum(1, keepdims=True) for a in (taught, prediction))
-    divergence = (p * np.log(p / q)).sum(1)  # of the student from the teacher
-    square = np.asarray(((tokens - teachers) ** 2).mean(2))
-    difference = np.array([square[0, [0, 2]].mean(), square[1].mean(), 0.0])
-    np.testing.assert_allclose(terms["teacher_kl"], divergence, rtol=1e-4)
-    np.testing.assert_allclose(terms["teacher_mse"], difference, rtol=1e-5)
-    cross_entropy = -np.log(q[np.arange(3), given["label"]])
-    expected = cross_entropy + 1 + 0.3 * divergence + 0.7 * difference
-    np.testing.assert_allclose(terms["loss"], expected, rtol=1e-4)
-
-    kept = np.array([[0, 2], [1, 3], [0, 1]], np.int32)
-    left = np.take_along_axis(tokens, kept[..., None], axis=1)
-    terms = losses.distillation(prediction, {"tokens": left, "kept": jnp.asarray(kept)}, given)
-    expected = np.take_along_axis(square, kept, axis=1).mean(1)
-    np.testing.assert_allclose(terms["teacher_mse"], expected, rtol=1e-5)
-    np.testing.assert_allclose(
-        losses.distillation(prediction, {"tokens": tokens}, given)["teacher_mse"], square.mean(1), rtol=1e-5
-    )
-    assert "teacher_mse" not in losses.distillation(prediction, {}, given, tokens_weight=0.0)
-    with pytest.raises(InputError, match="width 6, the student's 5"):
-        losses.distillation(prediction, {"tokens": tokens[..., :5]}, given)
-
-    terms = losses.hard_distillation(prediction, {}, given, weight=0.25)
-    hard = -np.log(q[np.arange(3), taught.argmax(1)])
-    np.testing.assert_allclose(terms["loss"], 0.75 * cross_entropy + 0.25 * hard, rtol=1e-4)
-    heads = {"logits/distillation": prediction, "logits/main": taught}
-    terms = losses.hard_distillation((prediction + taught) / 2, heads, given)
-    labelled = -np.log(p[np.arange(3), given["label"]])
-    np.testing.assert_allclose(terms["loss"], (labelled + hard) / 2, rtol=1e-4)
-
-
-def test_no_gradient_teaches_the_mask_to_compare_less():
-    tokens = jnp.ones((1, 4, 2))
-    given = {"label": np.array([0]), "teacher/logits": jnp.zeros((1, 3)), "teacher/tokens": jnp.zeros((1, 4, 2))}
-    loss = lambda mask: losses.distillation(jnp.zeros((1, 3)), {"tokens": tokens, "mask": mask}, given)["loss"].sum()  # noqa: E731
-    np.testing.assert_array_equal(jax.grad(loss)(jnp.ones((1, 4))), 0)

@@ -59,7 +59,7 @@ class DynamicVit(nnx.Module):
     keep_ratio: relative to what the site before left, one for all sites or one for each; the floor is of the product with N.
     num_kept: instead, numbers of tokens left, one for each site; or one for each block, and sites are where it falls.
     ratio_weight: of aux['loss/ratio'], the squared deviation of the share of patches kept from the wanted one, mean over
-    the sites. temperature: of the relaxed decision whose gradient the drawn one gets; it does not change what is drawn.
+    the sites.
 
     Without `rngs` patches are gathered: aux has `kept` and `source`. With `rngs` (training) every token stays, and aux
     has `mask`, which patches the last site left, and `loss/ratio`. depth: None makes no predictors (a check of the options).
@@ -71,7 +71,6 @@ class DynamicVit(nnx.Module):
         sites: tuple[int, ...] | None = None,
         num_kept: tuple[int, ...] | None = None,
         ratio_weight: float = 2.0,
-        temperature: float = 1.0,
         *,
         width: int,
         num_patches: int,
@@ -81,9 +80,7 @@ class DynamicVit(nnx.Module):
         schedule.check(keep_ratio, sites, num_kept)
         if not 0 <= ratio_weight < math.inf:
             raise InputError(f"ratio_weight is {ratio_weight}; it multiplies a loss, from 0")
-        if not 0 < temperature < math.inf:
-            raise InputError(f"temperature is {temperature}; it divides logits, above 0")
-        self.ratio_weight, self.temperature = ratio_weight, temperature
+        self.ratio_weight = ratio_weight
         amounts = {} if depth is None else schedule.amounts(keep_ratio, sites, num_kept, depth)
         if num_kept is None:
             amounts = dict(zip(amounts, itertools.accumulate(amounts.values(), operator.mul), strict=True))
@@ -118,7 +115,7 @@ class DynamicVit(nnx.Module):
             if i in sites:
                 log_probs = self._predict(i, split(x, num_special)[1], mask)
                 noise = jax.random.gumbel(rngs.keep_decisions(), log_probs.shape, log_probs.dtype)
-                mask = mask * decide(log_probs, noise, self.temperature)  # what is gone does not come back
+                mask = mask * decide(log_probs, noise)  # what is gone does not come back
                 deviations.append((mask.mean(axis=1) - sites[i].share) ** 2)
                 key_weight = jnp.pad(mask, ((0, 0), (num_special, 0)), constant_values=1)
             x, _ = block.attend(x, key_weight=key_weight, rngs=rngs)
@@ -130,14 +127,14 @@ class DynamicVit(nnx.Module):
         return getattr(self, f"predictor_{site}")(patches, mask)
 
 
-def decide(log_probs: Float[Array, "B N 2"], noise: Float[Array, "B N 2"], temperature: float) -> Float[Array, "B N"]:
+def decide(log_probs: Float[Array, "B N 2"], noise: Float[Array, "B N 2"]) -> Float[Array, "B N"]:
     """1 where a patch is kept, 0 where not: a draw from exp(log_probs) if the noise is Gumbel noise.
 
-    The gradient is that of the relaxed decision, softmax((log_probs + noise) / temperature) (straight-through
-    Gumbel-softmax, Jang et al. 2017).
+    The gradient is that of the relaxed decision, softmax(log_probs + noise) (straight-through Gumbel-softmax, Jang et al.
+    2017, at the authors' temperature, 1).
     """
     keep, drop = jnp.moveaxis(log_probs + noise, 2, 0)
-    soft = jax.nn.sigmoid((keep - drop) / temperature)
+    soft = jax.nn.sigmoid(keep - drop)
     return (keep >= drop).astype(soft.dtype) + (soft - jax.lax.stop_gradient(soft))  # in this order exactly 0 or 1
 
 

@@ -21,6 +21,10 @@ from tif_jax.reducers import _schedule as schedule
 from tif_jax.reducers.full import Full
 from tif_jax.tokens import class_attention, identity_source, join, put, require_class, split, take, top_k
 
+_MOMENTUM = (
+    0.5  # how much of a slow token's global class attention is kept when a block's is averaged into it: the authors'
+)
+
 
 @dataclass(frozen=True)
 class EvoVit:
@@ -30,19 +34,15 @@ class EvoVit:
     keep_ratio, num_kept: ratios or numbers of slow tokens, one for each stage (a ratio: or one for all). With numbers
     for each block instead, a stage begins where the number changes.
     representative: False leaves placeholders as they are during a stage, as the published DeiT code does.
-    momentum: how much of the global class attention of a slow token is kept when a block's is averaged into it.
     """
 
     keep_ratio: float | tuple[float, ...] = 0.5
     stages: tuple[int, ...] | None = None
     num_kept: tuple[int, ...] | None = None
     representative: bool = True
-    momentum: float = 0.5
 
     def __post_init__(self):
         schedule.check(self.keep_ratio, self.stages, self.num_kept, name="stages")
-        if not 0 <= self.momentum <= 1:
-            raise InputError(f"momentum is {self.momentum}; it is a share, in [0, 1]")
         if self.stages is not None and (not self.stages or self.stages[0] < 1):
             raise InputError(f"stages is {self.stages}; it lists block indices from 1 (block 0 is dense)")
 
@@ -60,7 +60,7 @@ class EvoVit:
         for (start, num_slow), stop in zip(stages.items(), (*list(stages)[1:], len(blocks)), strict=True):
             score = jax.lax.stop_gradient(score)
             slow = top_k(score, num_slow)
-            momenta = [self.momentum] * (stop - start)
+            momenta = [_MOMENTUM] * (stop - start)
             x, score = evolve(blocks[start:stop], x, score, slow, num_special, momenta, self.representative, rngs)
         return x, {"kept": take(tokens.index, slow), "source": source}
 
