@@ -3,12 +3,10 @@
 Blocks come in pairs. From the attention logits of the first, which is dense, a selector predicts the attention maps of
 the second; the tokens that get the most attention there go through the second, the others skip it and stay as they are.
 
-Legend: B images, T tokens, N patch tokens, K selected patch tokens, D width, H heads, E channels in, G channels out.
+Legend: B images, T tokens, N patch tokens, K selected patch tokens, S those and the special tokens, D width, H heads.
 """
 
 import math
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -31,65 +29,55 @@ from tif_jax.tokens import (
     top_k,
 )
 
-_SMALL = 64  # entries of a kernel, up to which sums are faster on a CPU than a product of matrices
+_FEW_HEADS = 8  # up to which sums are faster on a CPU than a product of matrices
 _SELECTORS = ("learned", "copy", "oracle", "class", "random")
 
 
-class HeadConv(nnx.Module):
-    """A convolution of attention maps along the keys, with the heads as channels; kernel 1 mixes heads and no more.
+class HeadMix(nnx.Module):
+    """Attention maps, each a weighted sum of the given ones: a convolution of kernel 1 with the heads as channels."""
 
-    With kernel 3 a patch's neighbours are the patches before and after it in raster order, zeros at both ends; special
-    tokens are nobody's neighbours and have none.
-    """
+    def __init__(self, num_heads: int, *, kernel_init: nnx.Initializer, use_bias: bool, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (num_heads, num_heads), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((num_heads,), jnp.float32)) if use_bias else None
 
-    def __init__(self, size_in: int, size_out: int, kernel: int, *, kernel_init, use_bias: bool, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(kernel_init(rngs.params(), (kernel, size_in, size_out), jnp.float32))
-        self.use_bias = use_bias
-        if use_bias:
-            self.bias = nnx.Param(jnp.zeros((size_out,), jnp.float32))
-
-    def __call__(self, maps: Float[Array, "B E T T"], num_special: int, mix: Callable) -> Float[Array, "B G T T"]:
-        taps, size_in, size_out = self.kernel.shape
-        if taps == 3:
-            before = jnp.pad(maps[..., num_special:-1], ((0, 0), (0, 0), (0, 0), (num_special + 1, 0)))
-            after = jnp.pad(maps[..., num_special + 1 :], ((0, 0), (0, 0), (0, 0), (num_special, 1)))
-            maps = jnp.concatenate([before, maps, after], axis=1)
-        y = mix(self.kernel[...].astype(maps.dtype).reshape(taps * size_in, size_out), maps)
-        return y + self.bias[...].astype(maps.dtype)[None, :, None, None] if self.use_bias else y
+    def __call__(self, maps: Float[Array, "B H T T"]) -> Float[Array, "B H T T"]:
+        kernel = self.kernel[...].astype(maps.dtype)
+        if kernel.shape[0] > _FEW_HEADS:
+            y = _product(kernel, maps)
+        else:
+            y = jax.lax.platform_dependent(kernel, maps, cpu=_sums, default=_product)
+        return y if self.bias is None else y + self.bias[...].astype(maps.dtype)[None, :, None, None]
 
 
-def _product(kernel: Float[Array, "E G"], maps: Float[Array, "B E T T"]) -> Float[Array, "B G T T"]:
+def _product(kernel: Float[Array, "H H"], maps: Float[Array, "B H T T"]) -> Float[Array, "B H T T"]:
     return jnp.einsum("eg,beqk->bgqk", kernel, maps)
 
 
-def _sums(kernel: Float[Array, "E G"], maps: Float[Array, "B E T T"]) -> Float[Array, "B G T T"]:
+def _sums(kernel: Float[Array, "H H"], maps: Float[Array, "B H T T"]) -> Float[Array, "B H T T"]:
     """The same without a matrix product, which on a CPU would neither be fused with its surroundings nor use its caches.
 
     With 3 heads a whole selector and the softmax after it took 8 ms instead of 18, with 6 heads 27 instead of 80.
     """
-    size_in, size_out = kernel.shape
-    return jnp.stack([sum(kernel[e, g] * maps[:, e] for e in range(size_in)) for g in range(size_out)], axis=1)
+    heads = range(kernel.shape[0])
+    return jnp.stack([sum(kernel[e, g] * maps[:, e] for e in heads) for g in heads], axis=1)
 
 
 class Selector(nnx.Module):
-    """The next block's attention logits from those of a block: two convolutions with a ReLU between.
+    """The next block's attention logits from those of a block: two mixtures of the heads with a ReLU between, as residual.
 
-    residual: what they give is added to the logits that they read, at first nothing: the next block's are then taken
-    to be this one's.
+    The paper's are two convolutions; everything else about them is our choice, and nothing else was measured. At first
+    the residual is 0: the next block's logits are then taken to be this one's.
     """
 
-    def __init__(self, num_heads: int, hidden: int, kernel: int, residual: bool, *, rngs: nnx.Rngs):
-        init = nnx.initializers.lecun_normal()
-        last = nnx.initializers.zeros_init() if residual else init
-        self.first = HeadConv(num_heads, hidden, kernel, kernel_init=init, use_bias=True, rngs=rngs)
+    def __init__(self, num_heads: int, *, rngs: nnx.Rngs):
+        init, zeros = nnx.initializers.lecun_normal(), nnx.initializers.zeros_init()
+        self.first = HeadMix(num_heads, kernel_init=init, use_bias=True, rngs=rngs)
         # A bias would be the same for all keys of a query: the softmax over keys does not see it.
-        self.second = HeadConv(hidden, num_heads, kernel, kernel_init=last, use_bias=False, rngs=rngs)
-        self.residual = residual
-        self.size = kernel * num_heads * hidden
+        self.second = HeadMix(num_heads, kernel_init=zeros, use_bias=False, rngs=rngs)
 
-    def __call__(self, logits: Float[Array, "B H T T"], num_special: int, mix: Callable) -> Float[Array, "B H T T"]:
-        y = self.second(jax.nn.relu(self.first(logits, num_special, mix)), num_special, mix)
-        return logits + y if self.residual else y
+    def __call__(self, logits: Float[Array, "B H T T"]) -> Float[Array, "B H T T"]:
+        logits = jax.lax.stop_gradient(logits)
+        return logits + self.second(jax.nn.relu(self.first(logits)))
 
 
 class Tosa(nnx.Module):
@@ -102,8 +90,6 @@ class Tosa(nnx.Module):
     selector: whose attention maps are summed over heads and queries to rank the patches: 'learned', the prediction;
         'copy', the dense block's own; 'oracle', those that the next block would have if it were dense. Instead of
         maps, 'class' ranks by the dense block's class attention and 'random' by chance, drawn like `Random`'s.
-    hidden: channels between the convolutions of a learned selector; None is the number of heads. kernel: 1, or 3 along
-        the keys. residual: see `Selector`.
     fitting: every block runs dense and nothing is selected; aux['loss/selector'] is, per image and in nats, the mean
         over layers, heads and queries of KL(attention of the selective block || its prediction). Its gradient reaches
         the selectors alone.
@@ -117,9 +103,6 @@ class Tosa(nnx.Module):
         layers: tuple[int, ...] | None = None,
         num_kept: tuple[int, ...] | None = None,
         selector: str = "learned",
-        hidden: int | None = None,
-        kernel: int = 1,
-        residual: bool = True,
         fitting: bool = False,
         draw_seed: int = 0,
         *,
@@ -130,13 +113,8 @@ class Tosa(nnx.Module):
         schedule.check(keep_ratio, layers, num_kept, name="layers")
         if selector not in _SELECTORS:
             raise InputError(f"selector is {selector!r}; allowed: {', '.join(map(repr, _SELECTORS))}")
-        if kernel not in (1, 3):
-            raise InputError(f"kernel is {kernel!r}; allowed: 1, 3")
-        if hidden is not None and (type(hidden) is not int or hidden < 1):
-            raise InputError(f"hidden is {hidden!r}; it is a number of channels, from 1")
-        for name, value in (("residual", residual), ("fitting", fitting)):
-            if not isinstance(value, bool):
-                raise InputError(f"{name} is {value!r}; allowed: True, False")
+        if not isinstance(fitting, bool):
+            raise InputError(f"fitting is {fitting!r}; allowed: True, False")
         self.num_dense: int | None = None
         if num_kept is not None and schedule.is_per_block(layers, num_kept, depth):
             self.num_dense = num_kept[0]  # block 0 is dense: this must be all patches, which we do not know yet
@@ -156,7 +134,7 @@ class Tosa(nnx.Module):
         self.selector, self.fitting, self.draw_seed = selector, fitting, draw_seed
         if selector == "learned" and num_heads is not None:  # None: a check of the options
             for i in layers:
-                setattr(self, f"selector_{i}", Selector(num_heads, hidden or num_heads, kernel, residual, rngs=rngs))
+                setattr(self, f"selector_{i}", Selector(num_heads, rngs=rngs))
 
     def __call__(self, blocks, x, tokens, rngs=None):
         num_special, num_patches = tokens.num_special, tokens.index.shape[1]
@@ -191,29 +169,19 @@ class Tosa(nnx.Module):
     ) -> Float[Array, "B N"]:
         """How much attention each patch is taken to get in block i, which gets x; qk: of the block before."""
         logits = attention_logits(block.attend(x)[1] if self.selector == "oracle" else qk)
+        if self.selector == "learned":
+            logits = self._selector(i)(logits)
+        return _column_sums(logits)[:, num_special:]
 
-        def score(logits, mix):
-            logits = self._predict(i, logits, num_special, mix) if self.selector == "learned" else logits
-            return _column_sums(logits)[:, num_special:]
-
-        if self.selector != "learned" or getattr(self, f"selector_{i}").size > _SMALL:
-            return score(logits, _product)
-        # The whole of it in each branch: what is inside of one is fused, what goes in and out is not.
-        return jax.lax.platform_dependent(logits, cpu=partial(score, mix=_sums), default=partial(score, mix=_product))
-
-    def _predict(
-        self, i: int, logits: Float[Array, "B H T T"], num_special: int, mix: Callable
-    ) -> Float[Array, "B H T T"]:
-        """The attention logits of block i, predicted from those of the block before."""
-        return getattr(self, f"selector_{i}")(jax.lax.stop_gradient(logits), num_special, mix)
+    def _selector(self, i: int) -> Selector:
+        """What predicts the attention logits of block i from those of the block before."""
+        return getattr(self, f"selector_{i}")
 
     def _fit(self, blocks, x, tokens, rngs):
         qk: Any = None  # of the block before
         divergences = []
         for i, block in enumerate(blocks):
-            predicted = (
-                self._predict(i, attention_logits(qk), tokens.num_special, _product) if i in self.layers else None
-            )
+            predicted = self._selector(i)(attention_logits(qk)) if i in self.layers else None
             x, qk = block(x, rngs=rngs)
             if predicted is not None:
                 divergences.append(_divergence(attention_logits(qk), predicted))
