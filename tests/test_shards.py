@@ -5,14 +5,12 @@ import os
 import threading
 import tracemalloc
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from tif_jax.errors import InputError, WorkError
-from tif_jax.impact.shards import digest, iter_impact, missing_parts, open_manifest, part_rows, read_impact, write_part
+from tif_jax.impact.shards import iter_impact, missing_parts, open_manifest, part_rows, read_impact, write_part
 
 NUM_EXAMPLES, VIEWS, NUM_PARTS, NUM_TOKENS = 10, 2, 3, 5
 
@@ -427,47 +425,3 @@ def test_streaming_holds_one_part_at_a_time(tmp_path):
     tracemalloc.stop()
     assert count == num_rows
     assert peak < num_rows * num_tokens * 4 / 2  # bytes of half of all impacts
-
-
-# Digest
-
-
-def params():
-    key = np.random.default_rng(0)
-    return {
-        "block_0": {"kernel": key.normal(size=(3, 4)).astype(np.float32), "bias": np.zeros(4, np.float32)},
-        "scale": np.float32(2),
-        "reducer": {"kernel": np.ones(3, np.float32)},
-    }
-
-
-def test_the_digest_depends_on_values_alone():
-    numpy = params()
-    on_device = jax.device_put(numpy, jax.devices()[-1])
-    turned = {
-        "scale": numpy["scale"],
-        "block_0": dict(reversed(numpy["block_0"].items())) | {"kernel": np.asfortranarray(numpy["block_0"]["kernel"])},
-    }
-    other_filter = numpy | {"reducer": {"bias": np.zeros(1)}}
-    assert {digest(tree) for tree in (numpy, on_device, turned, other_filter)} == {digest(params())}
-    assert len(digest(numpy)) == 64
-
-
-def test_every_change_of_the_backbone_changes_the_digest():
-    def changed(**block):
-        return params() | {"block_0": params()["block_0"] | block}
-
-    kernel, bias = params()["block_0"].values()
-    trees = [
-        params(),
-        changed(bias=bias + np.float32(1e-30)),
-        changed(bias=bias.astype(np.float16)),
-        changed(bias=jnp.asarray(bias, jnp.bfloat16)),
-        changed(bias=bias[None]),
-        changed(kernel=kernel.reshape(4, 3)),
-        changed(kernel=kernel[:, ::-1]),
-        changed(extra=bias),
-        params() | {"block_1": params()["block_0"]},
-        {"block_1": params()["block_0"], "scale": params()["scale"]},
-    ]
-    assert len({digest(tree) for tree in trees}) == len(trees)

@@ -22,7 +22,7 @@ from tif_jax.impact.labels import keep_labels, position_prior
 from tif_jax.models import Model, blueprint, create_model
 from tif_jax.models.budget import AMOUNTS, SOLVED
 from tif_jax.models.cost import cost
-from tif_jax.models.params import params_of
+from tif_jax.models.params import backbone_digest, params_of
 from tif_jax.runtime import processes, records
 from tif_jax.training import losses, optim
 from tif_jax.training.checkpoints import Checkpoints
@@ -404,7 +404,7 @@ def expected_manifest(config: ConfigDict, model: Model) -> dict[str, Any]:
     """What the manifest of impact shards must say to fit this backbone and these views."""
     options = data.read_options(config.data)
     return {
-        "backbone": shards.digest(params_of(model)),
+        "backbone": backbone_digest(params_of(model)),
         "num_tokens": model.grid[0] * model.grid[1],
         "image_size": list(options.size),
         "preprocessing": {

@@ -60,7 +60,7 @@ class Manifest(TypedDict):
     data: dict[str, Any]  # {"name": ..., "split": ...}
     image_size: int | list[int]
     preprocessing: dict[str, Any]
-    backbone: str  # `digest` of its parameters
+    backbone: str  # `models.params.backbone_digest`
     versions: dict[str, str]
 
 
@@ -215,7 +215,7 @@ def iter_impact(
     """The rows of one part after the other, with one part in memory at a time.
 
     path: a workdir or its impact folder. verify: check digests. expected: entries that the manifest must have, such as
-    {"backbone": digest(params)}. Raises InputError naming what is missing, damaged or does not match.
+    {"backbone": backbone_digest(params)}. Raises InputError naming what is missing, damaged or does not match.
     """
     directory = Path(path) / "impact" if (Path(path) / "impact").is_dir() else Path(path)
     manifest = _read_manifest(directory)
@@ -233,18 +233,6 @@ def read_impact(path: StrPath, *, verify: bool = True, expected: Mapping[str, An
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
     order = np.lexsort((columns[1], columns[0]))
     return ImpactTable(*(column[order] for column in columns))
-
-
-def digest(params: dict[str, Any]) -> str:
-    """Identity of a backbone: sha256 over the paths, shapes, dtypes and bytes of its parameters, without `reducer`."""
-    sha = hashlib.sha256()
-    leaves = flatten_dict({key: value for key, value in params.items() if key != "reducer"}, sep="/")
-    for name, leaf in sorted(leaves.items()):
-        array = np.asarray(leaf)
-        assert array.dtype.kind != "O", f"{name} is not an array"
-        sha.update(f"{name} {array.shape} {array.dtype.name}\n".encode())
-        sha.update(array.tobytes())
-    return sha.hexdigest()
 
 
 def _iter_parts(directory: Path, manifest: Mapping[str, Any], verify: bool) -> Iterator[ImpactTable]:

@@ -6,6 +6,7 @@ from flax import nnx, traverse_util
 
 from tif_jax.layers import WEIGHTS
 from tif_jax.models import Model
+from tif_jax.runtime.digests import digest
 
 Params = dict[str, Any]
 
@@ -13,6 +14,11 @@ Params = dict[str, Any]
 def params_of(model: Model) -> Params:
     """The model's parameters, and running statistics if it has any, as a nested dict of arrays with string keys."""
     return nnx.to_pure_dict(nnx.state(model, WEIGHTS))
+
+
+def backbone_digest(params: Params) -> str:
+    """Identity of a backbone: the digest of its parameters and running statistics, whatever its reducer has."""
+    return digest({name: leaf for name, leaf in params.items() if name != "reducer"})
 
 
 def with_params(graphdef: Any, params: Params) -> Model:

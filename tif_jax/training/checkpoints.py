@@ -1,11 +1,10 @@
 """Checkpoints of a training state.
 
 A checkpoint directory holds one folder per step with the Orbax items `params`, `opt`, `ema` (where there is one), `config`
-and `data`. Orbax notices files that are missing or cut short but not a flipped bit, so `config` also carries a digest of
-the arrays.
+and `data`. Orbax notices files that are missing or cut short but not a flipped bit, so `config` also carries the digest of
+every item of arrays.
 """
 
-import hashlib
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,10 +20,15 @@ from jax.sharding import SingleDeviceSharding
 from tif_jax.errors import InputError, WorkError
 from tif_jax.models.params import Params
 from tif_jax.runtime import processes
+from tif_jax.runtime.digests import digest
 from tif_jax.runtime.mesh import place
 from tif_jax.training.state import State
 
 logger = logging.getLogger(__name__)
+
+
+class _Damaged(Exception):
+    """A checkpoint can not be read, or not as it was written; the message says why, in one line."""
 
 
 class Checkpoints:
@@ -47,66 +51,49 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_exc) -> None:
-        with self._named():
+        with self._writing():
             self.manager.close()
 
     def save(self, state: State, config: Mapping[str, Any], data: Mapping[str, Any]) -> None:
-        """Writes a checkpoint of that step in the background. data: the input iterator's state."""
-        step, params, opt_state, ema = state
-        arrays = {"params": params, "opt": opt_state, "ema": ema}
-        # An imported backbone has no optimiser state, and Orbax refuses empty items.
-        arrays = {name: tree for name, tree in arrays.items() if jax.tree.leaves(tree)}
-        whole = {name: jax.tree.map(_whole, tree) for name, tree in arrays.items()}
-        digests = {name: _digest(tree) for name, tree in whole.items()}
+        """Writes a checkpoint of state.step in the background.
+
+        config: what the checkpoint says of itself. data: the input iterator's state. Raises WorkError if the disk is full;
+        what goes wrong in the background is raised by the next call, `wait` or the end of the context.
+        """
+        arrays = _items(state)
+        on_host = jax.tree.map(_on_host, arrays)
         # From the host: of arrays with a copy on each device, Orbax would cut every device's share with a program of its
         # own. Arrays divided over several processes are written by all of these.
-        items = {name: jax.tree.map(_to_write, tree, whole[name]) for name, tree in arrays.items()}
-        items = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        written = jax.tree.map(lambda leaf, copy: leaf if _is_divided(leaf) else copy, arrays, on_host)
+        items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in written.items()}
+        digests = {name: digest(tree) for name, tree in on_host.items()}
         items["config"] = ocp.args.JsonSave({**config, "digest": digests})
         items["data"] = ocp.args.JsonSave(dict(data))
-        with self._named():
-            self.manager.save(int(jax.device_get(step)), args=ocp.args.Composite(**items))
+        with self._writing():
+            self.manager.save(int(jax.device_get(state.step)), args=ocp.args.Composite(**items))
 
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, whole or not."""
+        """Steps that have a checkpoint, damaged or not."""
         return sorted(self.manager.all_steps())
 
     def wait(self) -> None:
-        """Until everything saved is on disk."""
-        with self._named():
+        """Returns when everything saved is on disk."""
+        with self._writing():
             self.manager.wait_until_finished()
 
-    @contextmanager
-    def _named(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, ValueError) as error:  # on a full disk tensorstore raises a ValueError
-            raise WorkError(
-                f"checkpoint not written to {self.directory}: {error}; make room and run the same command again"
-            ) from None
-
     def restore(self, template: State) -> tuple[State, dict[str, Any]] | None:
-        """The newest checkpoint that is whole and its `data`, on template's devices; None if there is none at all.
+        """The newest undamaged checkpoint, on template's devices, and its `data`; None if there is no checkpoint.
 
-        A damaged one is named in a warning and moved aside, and the one before it is tried. Raises InputError if there
-        are checkpoints but none is whole.
+        A damaged checkpoint is named in a warning and moved aside, and the one before it is tried. Raises InputError if
+        all are damaged. Of several processes all have to call this.
         """
         steps = self.steps()[::-1]
         for step in steps:
-            found, problem = None, "as another process found"
             try:
-                found = self._read(step, template)
-            except Exception as error:  # Orbax raises many kinds for a damaged folder
-                problem = _first_line(error)
-            # Agreed on before anything that all processes have to do together.
-            if processes.all_say(found is not None):
-                assert found is not None
-                try:
-                    return self._verified(found, template, step)
-                except ValueError as error:
-                    problem = _first_line(error)
-            logger.warning("checkpoint %s/%d is damaged (%s)", self.directory, step, problem)
-            self._move_aside(step)
+                return self._restore_step(step, template)
+            except _Damaged as damage:
+                logger.warning("checkpoint %s/%d is damaged (%s)", self.directory, step, damage)
+                self._move_aside(step)
         if steps:
             raise InputError(
                 f"no checkpoint in {self.directory} is whole (tried steps {steps}, now {self.directory.parent}/damaged-*): "
@@ -114,20 +101,21 @@ class Checkpoints:
             )
         return None
 
-    def _read(self, step: int, template: State) -> dict[str, Any]:
-        """The items of a checkpoint, read by this process without the others: what it finds damaged, they may not."""
+    def _restore_step(self, step: int, template: State) -> tuple[State, dict[str, Any]]:
+        folder, damage = self.directory / str(step), None
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), template)
-        arrays = {"params": abstract.params, "opt": abstract.opt_state, "ema": abstract.ema}
-        folder = self.directory / str(step)
-        found = {name: _read_arrays(folder / name, tree) for name, tree in arrays.items() if jax.tree.leaves(tree)}
-        return {**found, "config": _read_json(folder / "config"), "data": _read_json(folder / "data")}
-
-    def _verified(self, found: dict[str, Any], template: State, step: int) -> tuple[State, dict[str, Any]]:
-        config, data = found.pop("config"), found.pop("data")
-        _verify(config, **{name: jax.tree.map(_whole, tree) for name, tree in found.items()})
+        try:
+            arrays = {name: _read_arrays(folder / name, tree) for name, tree in _items(abstract).items()}
+            config, data = _read_json(folder / "config"), _read_json(folder / "data")
+        except Exception as error:  # Orbax raises many kinds for a damaged folder
+            damage = _first_line(error)
+        # Each process has read by itself and may have found something else. Now they have to agree, since from here on
+        # they work together.
+        if not processes.all_say(damage is None):
+            raise _Damaged(damage or "as another process found")
+        _verify(jax.tree.map(_on_host, arrays), config)
         step_array = place(np.int32(step), template.step.sharding)
-        opt_state = found.get("opt", template.opt_state)
-        return State(step_array, found["params"], opt_state, found.get("ema")), data
+        return State(step_array, arrays["params"], arrays.get("opt", template.opt_state), arrays.get("ema")), data
 
     def _move_aside(self, step: int) -> None:
         processes.wait_for_all("checkpoint read")
@@ -140,82 +128,89 @@ class Checkpoints:
         processes.wait_for_all("checkpoint moved")
         self.manager.reload()
 
-
-def _whole(leaf: Any) -> np.ndarray:
-    """The array on this host, fetched from others where it is divided among them."""
-    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
-        return multihost_utils.process_allgather(leaf, tiled=True)
-    return jax.device_get(leaf)
-
-
-def _to_write(leaf: Any, whole: np.ndarray) -> Any:
-    divided = isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated)
-    return leaf if divided else whole
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Errors of writing become one that names the directory."""
+        try:
+            yield
+        except (OSError, ValueError) as error:  # on a full disk tensorstore raises a ValueError
+            raise WorkError(
+                f"checkpoint not written to {self.directory}: {error}; make room and run the same command again"
+            ) from None
 
 
 def load_params(directory: str | Path) -> tuple[Params, dict[str, Any]]:
-    """Parameters and config of the newest whole checkpoint in a checkpoint directory, or of one step's folder.
+    """Parameters and config of the newest undamaged checkpoint in a checkpoint directory, or of one step's folder.
 
-    Where the run kept a moving average of the parameters, that is what it was for: it stands in their place.
-    Raises InputError naming the directory when there is none.
+    Where the run kept a moving average of the parameters, the average is what is loaded. This process reads by itself.
+    Raises InputError naming the directory if there is no undamaged checkpoint.
     """
     directory = Path(directory).absolute()
-    steps = [directory] if (directory / "params").is_dir() else _step_folders(directory)
-    for folder in steps:
+    folders = [directory] if (directory / "params").is_dir() else _step_folders(directory)
+    for folder in folders:
         try:
-            item = "ema" if (folder / "ema").is_dir() else "params"
-            shapes = _reader().metadata(folder / item).item_metadata.tree
-            params = _read_arrays(folder / item, jax.tree.map(_on_one_device, shapes))
-            config = _read_json(folder / "config")
-            _verify(config, **{item: params})
-            return params, config
-        except Exception as error:
+            return _load_step(folder)
+        except Exception as error:  # `_Damaged`, or what Orbax raises for a damaged folder
             logger.warning("checkpoint %s is damaged (%s)", folder, _first_line(error))
-    raise InputError(f"no checkpoint that is whole in {directory}" if steps else f"no checkpoint in {directory}")
+    raise InputError(f"no checkpoint that is whole in {directory}" if folders else f"no checkpoint in {directory}")
 
 
-def _reader() -> ocp.StandardCheckpointer:
-    return ocp.StandardCheckpointer(multiprocessing_options=_alone())
+def _load_step(folder: Path) -> tuple[Params, dict[str, Any]]:
+    item = "ema" if (folder / "ema").is_dir() else "params"
+    # Onto one device, whatever devices the arrays were written from.
+    device = SingleDeviceSharding(jax.local_devices()[0])
+    stored = _array_reader().metadata(folder / item).item_metadata.tree
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), stored)
+    params, config = _read_arrays(folder / item, abstract), _read_json(folder / "config")
+    _verify({item: params}, config)
+    return params, config
+
+
+def _items(state: State) -> dict[str, Any]:
+    """A state's arrays by the name of their Orbax item, which refuses to be empty: an imported backbone has no `opt`."""
+    items = {"params": state.params, "opt": state.opt_state, "ema": state.ema}
+    return {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
+
+
+def _is_divided(leaf: Any) -> bool:
+    """Whether no process has the whole array."""
+    return isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated)
+
+
+def _on_host(leaf: Any) -> np.ndarray:
+    """The whole array on this host; of a divided one, all processes have to ask for it."""
+    return multihost_utils.process_allgather(leaf, tiled=True) if _is_divided(leaf) else jax.device_get(leaf)
+
+
+def _verify(items: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Raises _Damaged unless the items, whole on this host, have the digests that were written with them."""
+    if damaged := [name for name, tree in items.items() if digest(tree) != config["digest"][name]]:
+        raise _Damaged(f"the arrays of {' and '.join(damaged)} do not have the digest that was written with them")
+
+
+def _array_reader() -> ocp.StandardCheckpointer:
+    return ocp.StandardCheckpointer(multiprocessing_options=_by_this_process_only())
 
 
 def _read_arrays(folder: Path, abstract: Any) -> Any:
-    return _reader().restore(folder, abstract)
+    return _array_reader().restore(folder, abstract)
 
 
 def _read_json(folder: Path) -> dict[str, Any]:
-    handler = ocp.JsonCheckpointHandler(multiprocessing_options=_alone())
-    return ocp.Checkpointer(handler, multiprocessing_options=_alone()).restore(folder)
+    handler = ocp.JsonCheckpointHandler(multiprocessing_options=_by_this_process_only())
+    return ocp.Checkpointer(handler, multiprocessing_options=_by_this_process_only()).restore(folder)
 
 
-def _alone() -> ocp.options.MultiprocessingOptions:
-    """For a process that reads by itself, whatever the other processes of its run do."""
+def _by_this_process_only() -> ocp.options.MultiprocessingOptions:
+    """Options to read with, whatever the other processes of the run are doing."""
     own = jax.process_index()
     return ocp.options.MultiprocessingOptions(own, {own}, barrier_sync_key_prefix=f"process_{own}")
 
 
-def _on_one_device(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Where a parameter goes, whatever devices it was written from."""
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=SingleDeviceSharding(jax.local_devices()[0]))
-
-
 def _step_folders(directory: Path) -> list[Path]:
+    """The newest first."""
     numbered = [p for p in directory.iterdir() if p.is_dir() and p.name.isdigit()] if directory.is_dir() else []
     return sorted(numbered, key=lambda p: int(p.name), reverse=True)
-
-
-def _verify(config: Mapping[str, Any], **arrays: Any) -> None:
-    if any(_digest(tree) != config["digest"][item] for item, tree in arrays.items()):
-        raise ValueError("the arrays do not have the digest that was written with them")
-
-
-def _digest(tree: Any) -> str:
-    """sha256 over paths, types, shapes and bytes of the leaves."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.asarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
 
 
 def _first_line(error: Exception) -> str:
