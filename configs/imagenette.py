@@ -3,7 +3,7 @@
     tif run --config configs/imagenette.py --workdir runs/imagenette [--config.quick=true]
     tif run --config configs/imagenette.py:paper --workdir runs/paper    # the paper's filter alone, from the labels' loss
     tif run --config configs/imagenette.py:peers --workdir runs/peers    # all methods at one budget of multiply-adds
-    python tests/benchmark_filters.py --judge "all classes: configs/imagenette.py:photographs" ...    # read there
+    python -m benchmarks.filters --judge "all classes: configs/imagenette.py:photographs" ...    # read there
     tif run --config configs/imagenette.py:scratch --workdir runs/scratch              # no checkpoint: a small ViT, on a CPU
     tif run --config configs/imagenette.py:scratch_deit_tiny --workdir runs/scratch    # the size of DeiT-Ti, on a GPU
 

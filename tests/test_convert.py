@@ -15,11 +15,11 @@ import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordReader
 from cases import lively, numpy_images
 from PIL import Image
-from prepared import write_tfds_folder
 from reference import random_timm_tensors
 from reference_levit import random_levit_tensors
 from test_pretrained import VARIANTS
 
+from benchmarks.tfds_folder import write_tfds_folder
 from tif_jax import load
 from tif_jax.__main__ import main
 from tif_jax.data.tfds import Tfds

@@ -2,8 +2,8 @@
 
 import pytest
 from cases import cost_of, mostly_long
-from published import ROWS
 
+from benchmarks.published import ROWS
 from tif_jax.errors import InputError
 from tif_jax.models import create_model
 from tif_jax.models.cost import cost

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import benchmark_estimators
 import jax
 import numpy as np
 import pytest
@@ -61,9 +60,11 @@ def test_exact_is_brute_force_in_float32(data_root, weights, mask):
 
 def test_order_of_the_ranking_table(data_root):
     """methods/tif.md's table on 48 photographs: the order of its rows, where it is wider than the noise."""
-    command = [sys.executable, str(Path(benchmark_estimators.__file__)), "48"]
+    command = [sys.executable, "-m", "benchmarks.estimators", "48"]
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}  # ours optimise nothing
-    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(
+        command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, check=True
+    ).stdout
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines() if "/" in line]
     rows = {name: (correlation, kept) for name, _, _, correlation, *kept in table[1:]}
 

@@ -14,8 +14,8 @@ from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 from PIL import Image
-from prepared import crc32c, masked, tfrecord, write_tfds_folder
 
+from benchmarks.tfds_folder import crc32c, masked, tfrecord, write_tfds_folder
 from tif_jax.data import open_source
 from tif_jax.data import tfrecord as tfrecord_module
 from tif_jax.data.loader import evaluation_batches

@@ -2,25 +2,27 @@
 
 import importlib.metadata
 import logging
-import random
 import statistics
-import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from tif_jax import reducers
 from tif_jax.commands import _arguments, train
 from tif_jax.errors import InputError
+from tif_jax.models import Model
 from tif_jax.models.budget import AMOUNTS
 from tif_jax.models.cost import cost
 from tif_jax.models.params import params_of, with_params
-from tif_jax.runtime import records
+from tif_jax.runtime import records, timing
 from tif_jax.runtime.mesh import make_mesh, replicate, shard
 from tif_jax.weights.loading import load
 
@@ -39,18 +41,15 @@ def benchmark(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """DIR/benchmark.json: a row per reducer; images/s is the median of rounds in random order, all on the same batch."""
     recipe = config.benchmark
     mesh = make_mesh(recipe.batch_size, processes=1)
-    rows, calls = [], []
+    rows, turns = [], []
     for of_row in [with_reducer(config, entry) for entry in recipe.reducers]:
         name, options = train.reducer_options(of_row)
         fields = config.finetune.get("model", {})
         model = load(workdir / "backbone", reducer=name, dtype=recipe.dtype, **fields, **options)
         images = np.random.default_rng(0).normal(size=(recipe.batch_size, *model.image_size, 3)).astype(np.float32)
-        arguments = replicate(params_of(model), mesh), shard({"image": images}, mesh)["image"]
-        graphdef = nnx.split(model)[0]
-        predict = jax.jit(lambda params, images, graphdef=graphdef: with_params(graphdef, params)(images)[0])
-        compiled = predict.lower(*arguments).compile()
-        jax.block_until_ready(compiled(*arguments))
-        calls.append((compiled, arguments))
+        program, arguments = compile_forward(model, images, mesh)
+        jax.block_until_ready(program(*arguments))
+        turns.append(partial(_images_per_second, program, arguments))
         counted = cost(model)
         rows.append(
             {
@@ -61,11 +60,12 @@ def benchmark(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 "dtype": recipe.dtype,
                 "gmac": counted.gmac,
                 "parameters": counted.parameters,
-                "peak_memory_bytes": _peak_memory(compiled) * mesh.size,
+                "peak_memory_bytes": _peak_memory(program) * mesh.size,
             }
         )
         logger.info("benchmark: %s compiled", rows[-1]["label"])
-    for row, rates in zip(rows, _interleaved(calls, recipe.batch_size), strict=True):
+    for i, rates in timing.in_rounds(dict(enumerate(turns)), _ROUNDS).items():
+        row = rows[i]
         row["images_per_second"] = statistics.median(rates)
         row["images_per_second_range"] = [min(rates), max(rates)]
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "tif_jax")}
@@ -73,6 +73,14 @@ def benchmark(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     result = {"device": device, "versions": versions, "rows": rows}
     records.write(workdir / "benchmark.json", result)
     return result
+
+
+def compile_forward(model: Model, images: Float[np.ndarray, "B Y X 3"], mesh: Mesh) -> tuple[Any, tuple[Any, Array]]:
+    """The plain forward pass, compiled, and its arguments on the mesh's devices: parameters and images. It gives logits."""
+    arguments = replicate(params_of(model), mesh), shard({"image": images}, mesh)["image"]
+    graphdef = nnx.split(model)[0]
+    predict = jax.jit(lambda params, images: with_params(graphdef, params)(images)[0])
+    return predict.lower(*arguments).compile(), arguments
 
 
 def is_measured(config: ConfigDict, workdir: Path) -> bool:
@@ -124,23 +132,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _peak_memory(compiled: Any) -> int:
+def _peak_memory(program: Any) -> int:
     """Bytes on one device while the program runs, as its compiler planned them."""
-    return compiled.memory_analysis().peak_memory_in_bytes
+    return program.memory_analysis().peak_memory_in_bytes
 
 
-def _interleaved(calls: list[tuple[Any, tuple]], batch_size: int) -> list[list[float]]:
-    """Images/s of every call in every round; machines drift, so all are timed in each round, in random order."""
-    rates: list[list[float]] = [[] for _ in calls]
-    order = list(range(len(calls)))
-    rng = random.Random(0)
-    for _ in range(_ROUNDS):
-        rng.shuffle(order)
-        for i in order:
-            call, arguments = calls[i]
-            count, began = 0, time.perf_counter()
-            while (elapsed := time.perf_counter() - began) < _SECONDS_PER_ROUND or count < 2:
-                jax.block_until_ready(call(*arguments))
-                count += 1
-            rates[i].append(count * batch_size / elapsed)
-    return rates
+def _images_per_second(program: Any, arguments: tuple) -> float:
+    return timing.rate(lambda: len(jax.block_until_ready(program(*arguments))), _SECONDS_PER_ROUND)

@@ -1,7 +1,7 @@
 """Images per second from real JPEG files to float32 batches, by source, view and number of threads; where the time goes.
 
-    python tests/benchmark_data.py
-    python tests/benchmark_data.py 500x375
+    python -m benchmarks.data
+    python -m benchmarks.data 500x375
 
 Photographs: Imagenette's validation images under $TIF_DATA or ../shared/data, as they are (shorter side 224) or enlarged to
 COLUMNSxROWS, ImageNet's mean being 500x375. `per core` is images per second of CPU time with one thread, which other
@@ -9,23 +9,25 @@ programs on the machine hardly change; the other columns are medians over rounds
 """
 
 import io
-import os
-import random
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import google_crc32c
 import numpy as np
 from PIL import Image
-from prepared import write_tfds_folder
 
+from benchmarks._common import data_root, median_and_range
+from benchmarks.tfds_folder import write_tfds_folder
 from tif_jax.data.folder import ImageFolder
 from tif_jax.data.loader import evaluation_batches
 from tif_jax.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, normalise, random_crop, read_image
 from tif_jax.data.tfds import Tfds
+from tif_jax.runtime.timing import in_rounds
 
 THREADS = (1, 2, 4, 8, 16)
 ROUNDS = 3
@@ -36,7 +38,7 @@ BICUBIC = Image.Resampling.BICUBIC
 
 
 def main(enlarged: str = "") -> None:
-    data = Path(os.environ.get("TIF_DATA") or Path(__file__).parents[2] / "shared" / "data") / "imagenette" / "val"
+    data = data_root() / "imagenette" / "val"
     files = sorted(data.glob("*/*.JPEG"))[:NUM_IMAGES]
     size = tuple(map(int, enlarged.split("x"))) if enlarged else None
     with tempfile.TemporaryDirectory() as folder:
@@ -80,26 +82,33 @@ def prepare(folder: Path, files: list[Path], size: tuple[int, int] | None) -> di
 
 
 def print_throughput(sources: dict) -> None:
-    cells = [(source, view, threads) for source in sources for view in VIEWS for threads in THREADS]
-    wall: dict = {cell: [] for cell in cells}
-    cpu: dict = {cell: [] for cell in cells}
-    for _ in range(ROUNDS):
-        for source, view, threads in random.sample(cells, len(cells)):
-            records = np.array([(i, VIEWS[view]) for i in range(len(sources[source]))])
-            settings = {"name": "tfds", "image_size": SIZE[0], "augment": "crop_flip", "num_workers": threads}
-            began, spent = time.perf_counter(), time.process_time()
-            batches = evaluation_batches(sources[source], settings, batch_size=64, records=records)
-            for _ in batches:
-                pass
-            batches.close()
-            wall[source, view, threads].append(len(records) / (time.perf_counter() - began))
-            cpu[source, view, threads].append(len(records) / (time.process_time() - spent))
+    turns = {
+        (name, view, threads): partial(_images_per_second, source, view, threads)
+        for name, source in sources.items()
+        for view in VIEWS
+        for threads in THREADS
+    }
+    found = in_rounds(turns, ROUNDS)
     heads = ["source", "view", "per core", *(f"{n} thread{'s' * (n > 1)}" for n in THREADS)]
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
-    for source in sources:
+    for name in sources:
         for view in VIEWS:
-            shown = [_shown(cpu[source, view, 1]), *(_shown(wall[source, view, n]) for n in THREADS)]
-            print(f"| {source} | {view} | {' | '.join(shown)} |")
+            elapsed = [[rates[0] for rates in found[name, view, n]] for n in THREADS]
+            of_a_core = [rates[1] for rates in found[name, view, 1]]
+            cells = [median_and_range(rates, 0) for rates in (of_a_core, *elapsed)]
+            print(f"| {name} | {view} | {' | '.join(cells)} |")
+
+
+def _images_per_second(source, view: str, threads: int) -> tuple[float, float]:
+    """By the clock, and by the CPU time of all threads."""
+    records = np.array([(i, VIEWS[view]) for i in range(len(source))])
+    settings = {"name": "tfds", "image_size": SIZE[0], "augment": "crop_flip", "num_workers": threads}
+    began, spent = time.perf_counter(), time.process_time()
+    batches = evaluation_batches(source, settings, batch_size=64, records=records)
+    for _ in batches:
+        pass
+    batches.close()
+    return len(records) / (time.perf_counter() - began), len(records) / (time.process_time() - spent)
 
 
 def print_stages(jpegs: list[bytes], sources: dict) -> None:
@@ -139,19 +148,21 @@ def print_stages(jpegs: list[bytes], sources: dict) -> None:
         "into a batch": into_a_batch,
         "(decode at reduced scale)": lambda i: _drafted(jpegs[i]),
     }
-    times: dict = {name: [] for name in steps}
-    for _ in range(2 * ROUNDS + 1):
-        for name in random.sample(list(steps), len(steps)):
-            began = time.thread_time()
-            for i in range(len(jpegs)):
-                steps[name](i)
-            times[name].append(1000 * (time.thread_time() - began) / len(jpegs))
+    turns = {name: partial(_milliseconds, step, len(jpegs)) for name, step in steps.items()}
     print("\n| step (in brackets: not what is done) | ms per image |\n|---|---|")
-    for name, values in times.items():
-        print(f"| {name} | {statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f}) |")
+    for name, values in in_rounds(turns, 2 * ROUNDS + 1).items():
+        print(f"| {name} | {median_and_range(values, 2)} |")
     changes = [np.abs(np.asarray(_resized_box(p), np.int16) - np.asarray(_resized(p))) for p in pictures]
     largest, share = max(x.max() for x in changes), np.mean([(x > 0).mean() for x in changes])
     print(f"\nresizing the evaluation's crop alone changes {share:.2%} of the values, by at most {largest} of 255")
+
+
+def _milliseconds(step: Callable[[int], object], num_images: int) -> float:
+    """CPU time of this thread per image."""
+    began = time.thread_time()
+    for i in range(num_images):
+        step(i)
+    return 1000 * (time.thread_time() - began) / num_images
 
 
 def _resized(picture: Image.Image) -> Image.Image:
@@ -185,10 +196,6 @@ def _geometry(picture: Image.Image) -> tuple[int, int, int, int]:
     else:
         width, height = side, height * side // width
     return width, height, round((width - SIZE[1]) / 2), round((height - SIZE[0]) / 2)
-
-
-def _shown(rates: list[float]) -> str:
-    return f"{statistics.median(rates):.0f} ({min(rates):.0f}-{max(rates):.0f})"
 
 
 if __name__ == "__main__":

@@ -1,29 +1,26 @@
 """What each estimator of impact costs and what its ranking is worth: a real DeiT-Ti on real photographs.
 
-    python tests/benchmark_estimators.py [NUM_IMAGES]
+    python -m benchmarks.estimators [NUM_IMAGES]
 
 Needs imagenet_ccby and the DeiT-Ti weights in $TIF_DATA (default: ../shared/data). Prints images/s (compilation excluded),
 the cost of an image in plain forward passes of the same run, the mean per-image Spearman correlation with exact-drop, and
 cross-entropy in nats / top-1 of the model, as it is, when only a ranking's best 137, 98 or 49 of the 196 tokens are kept.
 """
 
-import os
 import sys
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
-from flax import nnx
 
+from benchmarks._common import data_root, plain_forward
 from tif_jax import load
 from tif_jax.__main__ import use_all_cores
 from tif_jax.data import open_source
 from tif_jax.data.loader import evaluation_batches
 from tif_jax.impact import rankings
 from tif_jax.impact.scoring import Scorer
-from tif_jax.models.params import params_of, with_params
-from tif_jax.runtime.mesh import make_mesh, replicate, shard
 
 BATCH_SIZE = 16
 ESTIMATORS = {
@@ -81,24 +78,21 @@ def _measured(root, batches, dtype, **options) -> dict:
 
 def _plain_speed(model, batches) -> float:
     """Images/s of the plain forward pass, the best of three batch sizes."""
-    graphdef, images = nnx.split(model)[0], np.concatenate([batch["image"] for batch in batches])
+    images = np.concatenate([batch["image"] for batch in batches])
     speeds = []
     for size in (16, 32, 64):
-        mesh = make_mesh(size)
-        batch = shard({"image": np.resize(images, (size, *images.shape[1:]))}, mesh)["image"]
-        params = replicate(params_of(model), mesh)
-        forward = jax.jit(lambda params, x: with_params(graphdef, params)(x)[0])
-        jax.block_until_ready(forward(params, batch))
+        forward = plain_forward(model, np.resize(images, (size, *images.shape[1:])))
+        forward()
         start = time.perf_counter()
         for _ in range(256 // size):
-            jax.block_until_ready(forward(params, batch))
+            forward()
         speeds.append(256 / (time.perf_counter() - start))
     return max(speeds)
 
 
 def main() -> None:
     num_images = int(sys.argv[1]) if len(sys.argv) > 1 else 48
-    root = Path(os.environ.get("TIF_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    root = data_root()
     use_all_cores()
     print(f"{len(jax.devices())} x {jax.devices()[0].device_kind}, {num_images} images, float32 where not said\n")
     print("| ranking | images/s | forwards | rho(drop) | " + " | ".join(f"keep {n}" for n in NUM_KEPT) + " |")

@@ -1,12 +1,12 @@
 """Counted costs beside the published ones, as the table of docs/results.md.
 
-python tests/benchmark_cost.py
+python -m benchmarks.cost
 """
 
 import jax
 from flax import nnx
-from published import ROWS
 
+from benchmarks.published import ROWS
 from tif_jax import cost
 from tif_jax.models import blueprint
 

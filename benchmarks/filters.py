@@ -1,6 +1,6 @@
 """Token filters side by side, each a config: what they know of impact, and how the network fares with what they keep.
 
-    python tests/benchmark_filters.py --workdir runs/filters --scored runs/label runs/teacher --seeds 3 \\
+    python -m benchmarks.filters --workdir runs/filters --scored runs/label runs/teacher --seeds 3 \\
         --judge "validation: configs/imagenette.py" "all classes: configs/imagenette.py:photographs" -- \\
         "paper: configs/imagenette.py:paper" "ours: configs/imagenette.py" \\
         "wider: configs/imagenette.py --config.reducer.hidden=(384,192)"

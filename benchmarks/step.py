@@ -1,18 +1,18 @@
 """A training step of ours against one written by hand: seconds, memory, and what a step costs beside its arithmetic.
 
-    python tests/benchmark_step.py [MODEL] [IMAGE_SIZE] [BATCH_SIZE]
+    python -m benchmarks.step [MODEL] [IMAGE_SIZE] [BATCH_SIZE]
 
 By hand: cross-entropy of a jitted forward pass over a nested dict of parameters, optax.adamw, donated, in a plain `for`.
 Ours: `loop.run` with everything that `tif train` has in it: sharded state, table-driven AdamW, check for NaN, log every 50
 steps, transfer guard. Both on one device, in one process, in turns; medians over rounds with their range.
 """
 
-import os
 import statistics
 import sys
 import time
-
-os.environ["JAX_NUM_CPU_DEVICES"] = "1"
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,11 @@ import numpy as np
 import optax
 from flax import nnx
 
-from tif_jax.models import create_model
+from benchmarks._common import median_and_range, random_images
+from tif_jax.models import Model, create_model
 from tif_jax.models.params import params_of
 from tif_jax.runtime.mesh import make_mesh, shard
+from tif_jax.runtime.timing import in_rounds
 from tif_jax.training import losses, optim
 from tif_jax.training.loop import run
 from tif_jax.training.state import init_state, shardings
@@ -31,51 +33,59 @@ from tif_jax.training.step import make_step
 ROUNDS, SECONDS_PER_ROUND = 7, 6.0
 
 
-def main(name="deit_tiny_patch16_224", image_size="224", batch_size="16"):
+class Variant(NamedTuple):
+    """A training step, ready to be taken."""
+
+    compiled: Any
+    dispatch: Callable[[], float]  # one step: seconds until the call of it returns
+    loop: Callable[[int], None]  # so many steps
+
+
+def main(name: str = "deit_tiny_patch16_224", image_size: str = "224", batch_size: str = "16") -> None:
+    jax.config.update("jax_num_cpu_devices", 1)
     model = create_model(name, image_size=int(image_size))
-    rng = np.random.default_rng(0)
-    batch = random_batch(rng, model, int(batch_size))
-    variants = {"by hand": by_hand(model, batch), "ours": ours(model, batch)}
-    # As many arrays, next to nothing to compute.
-    narrow = create_model(name, width=12, num_heads=3, image_size=32)
-    dispatch = {}
-    for name, variant in {"by hand": by_hand, "ours": ours}.items():
-        _, call, _ = variant(narrow, random_batch(rng, narrow, 1))
-        dispatch[name] = sorted(call() for _ in range(200))[100]
-    memory, times = {}, {name: [] for name in variants}
-    for name, (compiled, _, loop) in variants.items():
-        memory[name] = compiled.memory_analysis().peak_memory_in_bytes / 2**20
-        loop(3)
-        began = time.perf_counter()
-        loop(3)
-        num_steps = max(5, round(SECONDS_PER_ROUND / ((time.perf_counter() - began) / 3)))
-    for _ in range(ROUNDS):
-        for name, (_, _, loop) in variants.items():
-            began = time.perf_counter()
-            loop(num_steps)
-            times[name].append((time.perf_counter() - began) / num_steps)
-    print("| step | ms | range | MiB | call returns after, width 12, ms |")
-    print("|---|---|---|---|---|")
-    for name, seconds in times.items():
-        low, middle, high = (1e3 * x for x in (min(seconds), statistics.median(seconds), max(seconds)))
-        print(f"| {name} | {middle:.1f} | {low:.1f} to {high:.1f} | {memory[name]:.1f} | {1e3 * dispatch[name]:.2f} |")
+    narrow = create_model(name, width=12, num_heads=3, image_size=32)  # as many arrays, next to nothing to compute
+    turns, memory, dispatch = {}, {}, {}
+    for row, make in {"by hand": by_hand, "ours": ours}.items():
+        variant, small = make(model, random_batch(model, int(batch_size))), make(narrow, random_batch(narrow, 1))
+        turns[row] = timed(variant.loop)
+        memory[row] = variant.compiled.memory_analysis().peak_memory_in_bytes / 2**20
+        dispatch[row] = statistics.median(small.dispatch() for _ in range(200))
+    times = in_rounds(turns, ROUNDS)
+    print("| step | ms | MiB | call returns after, width 12, ms |\n|---|---|---|---|")
+    for row, seconds in times.items():
+        took = median_and_range([1e3 * x for x in seconds])
+        print(f"| {row} | {took} | {memory[row]:.1f} | {1e3 * dispatch[row]:.2f} |")
     ratios = [a / b for a, b in zip(times["ours"], times["by hand"], strict=True)]
     print(
-        f"\nours / by hand, round by round: time {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}), ",
-        end="",
+        f"\nours / by hand, round by round: time {median_and_range(ratios, 3)}, "
+        f"memory {memory['ours'] / memory['by hand']:.3f}"
     )
-    print(f"memory {memory['ours'] / memory['by hand']:.3f}")
 
 
-def random_batch(rng, model, size):
+def timed(loop: Callable[[int], None]) -> Callable[[], float]:
+    """A turn of about SECONDS_PER_ROUND, which returns seconds per step."""
+    loop(3)
+    num_steps = max(5, round(SECONDS_PER_ROUND / seconds_per_step(loop, 3)))
+    return partial(seconds_per_step, loop, num_steps)
+
+
+def seconds_per_step(loop: Callable[[int], None], num_steps: int) -> float:
+    began = time.perf_counter()
+    loop(num_steps)
+    return (time.perf_counter() - began) / num_steps
+
+
+def random_batch(model: Model, size: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
     return {
-        "image": rng.normal(size=(size, *model.image_size, 3)).astype(np.float32),
+        "image": random_images(model, size),
         "label": rng.integers(1000, size=size).astype(np.int32),
         "index": np.arange(size),
     }
 
 
-def by_hand(model, batch):
+def by_hand(model: Model, batch: dict[str, np.ndarray]) -> Variant:
     graphdef, params = nnx.split(model)
     params = jax.tree.map(jnp.copy, nnx.to_pure_dict(params))
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-5, weight_decay=0.05))
@@ -94,7 +104,7 @@ def by_hand(model, batch):
     compiled = step.lower(params, optimizer.init(params), images, labels).compile()
     held = [params, optimizer.init(params)]
 
-    def call():
+    def dispatch():
         began = time.perf_counter()
         *held[:], value = step(*held, images, labels)
         elapsed = time.perf_counter() - began
@@ -106,10 +116,10 @@ def by_hand(model, batch):
             *held[:], value = step(*held, *jax.device_put((batch["image"], batch["label"])))
         jax.block_until_ready(value)
 
-    return compiled, call, loop
+    return Variant(compiled, dispatch, loop)
 
 
-def ours(model, batch):
+def ours(model: Model, batch: dict[str, np.ndarray]) -> Variant:
     params = jax.device_get(params_of(model))
     optimizer = optim.adamw(10**6, learning_rate=1e-5, weight_decay=0.05, clip_norm=1.0)
     trainable = optim.match((), params, True)
@@ -120,7 +130,7 @@ def ours(model, batch):
     on_device = shard(batch, mesh)
     compiled = step.func.lower(*step.args, held[0], on_device).compile()
 
-    def call():
+    def dispatch():
         began = time.perf_counter()
         held[0], metrics = step(held[0], on_device)
         elapsed = time.perf_counter() - began
@@ -136,7 +146,7 @@ def ours(model, batch):
         nothing = lambda *_: None  # noqa: E731
         held[0] = run(step, held[0], endless(), until=until, log_every=50, save_every=10**9, log=nothing, save=nothing)
 
-    return compiled, call, loop
+    return Variant(compiled, dispatch, loop)
 
 
 if __name__ == "__main__":

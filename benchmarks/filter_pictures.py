@@ -1,8 +1,8 @@
 """Draws what a fitted filter keeps of CC-BY photographs, where it does well and where it fails, and prints whose they are.
 
-    python tests/picture_filters.py runs/filters/ours/filter runs/filters/judge-photographs docs/filter.png
+    python -m benchmarks.filter_pictures runs/filters/ours/filter runs/filters/judge-photographs docs/filter_pictures.png
 
-The first folder holds the filter's checkpoints, the second the photographs' oracle (`tests/benchmark_filters.py`).
+The first folder holds the filter's checkpoints, the second the photographs' oracle (`benchmarks.filters`).
 """
 
 import csv

@@ -1,23 +1,21 @@
 """Accuracy and cost of every reducer off the shelf: a real DeiT-Ti, without fine-tuning, on photographs with ImageNet labels.
 
-    python tests/benchmark_reducers.py [accuracy_cost.png]
+    python -m benchmarks.reducers [accuracy_cost.png]
 
 Needs imagenet_ccby and the DeiT-Ti weights in $TIF_DATA (default: ../shared/data). Speed: `tif benchmark`.
 """
 
-import os
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 
+from benchmarks._common import data_root, plain_forward
 from tif_jax import cost, load
 from tif_jax.__main__ import use_all_cores
 from tif_jax.commands._plots import accuracy_cost
 from tif_jax.data import open_source
 from tif_jax.data.loader import evaluation_batches
-from tif_jax.runtime.mesh import make_mesh, shard
 
 BATCH_SIZE = 32
 RAMP = tuple(round(26 * i / 11) for i in range(12))  # as many merged as with 13 in every block
@@ -35,19 +33,18 @@ ROWS = [
 
 
 def main() -> None:
-    root = Path(os.environ.get("TIF_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    root = data_root()
     use_all_cores()
     data = dict(name="image_table", root=str(root / "imagenet_ccby"), test_split="labels.csv", num_test=0)
     batches = list(evaluation_batches(open_source(data, "test"), data, batch_size=BATCH_SIZE))
     labels, weight = (np.concatenate([batch[key] for batch in batches]) for key in ("label", "weight"))
-    mesh = make_mesh(BATCH_SIZE)
     print("| reducer | options | top-1 % | GMAC |\n|---|---|---|---|")
     rows = []
     for name, options in ROWS:
         model = load(root / "deit_tiny_patch16_224.safetensors", reducer=name, **options)
-        classify = jax.jit(lambda images, model=model: model(images)[0].argmax(axis=-1))
-        predictions = [classify(shard({"image": batch["image"]}, mesh)["image"]) for batch in batches]
-        top1 = np.average(np.concatenate(predictions) == labels, weights=weight)
+        forward = plain_forward(model, batches[0]["image"])
+        predictions = np.concatenate([forward(batch["image"]) for batch in batches]).argmax(axis=-1)
+        top1 = np.average(predictions == labels, weights=weight)
         text = ", ".join(f"{key}={value}" for key, value in options.items())
         gmac = cost(model).gmac
         print(f"| {name} | {text} | {100 * top1:.1f} | {gmac:.3f} |", flush=True)

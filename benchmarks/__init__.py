@@ -1,0 +1,1 @@
+"""Programs that print the tables of docs/results.md: `python -m benchmarks.NAME` from the repository's root."""

@@ -1,0 +1,44 @@
+"""What benchmarks share: the plain forward pass, times as text, and where the real data are."""
+
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from tif_jax.commands.benchmark import compile_forward
+from tif_jax.models import Model
+from tif_jax.runtime.mesh import make_mesh, shard
+
+
+def data_root() -> Path:
+    """Real weights and photographs: $TIF_DATA, or ../shared/data beside the project."""
+    return Path(os.environ.get("TIF_DATA") or Path(__file__).parents[2] / "shared" / "data")
+
+
+def random_images(model: Model, batch_size: int) -> Float[np.ndarray, "B Y X 3"]:
+    return np.random.default_rng(0).normal(size=(batch_size, *model.image_size, 3)).astype(np.float32)
+
+
+def plain_forward(model: Model, images: Float[np.ndarray, "B Y X 3"]) -> Callable[..., Float[Array, "B L"]]:
+    """The compiled forward pass over all devices, which returns when the logits are there.
+
+    Called without images it takes these, which are on the devices already; others have to be as many.
+    """
+    mesh = make_mesh(len(images))
+    program, (params, placed) = compile_forward(model, images, mesh)
+
+    def forward(images=None):
+        given = placed if images is None else shard({"image": images}, mesh)["image"]
+        return jax.block_until_ready(program(params, given))
+
+    return forward
+
+
+def median_and_range(values: Sequence[float], digits: int = 1) -> str:
+    """As in '12.3 (11.9-14.0)'."""
+    median, low, high = (f"{x:.{digits}f}" for x in (statistics.median(values), min(values), max(values)))
+    return f"{median} ({low}-{high})"

@@ -1,0 +1,98 @@
+"""Exact masked forward passes per second beside plain forward passes, and beside captum's, on the same cores.
+
+    python -m benchmarks.masked [--model NAME] [--dtype float32] [--rounds 3] [--captum PYTHON]
+
+Every row has its turn in every round, for a few seconds, in one process; the median over the rounds is printed, and the
+ratio to the best plain row. Weights are random: they do not change the speed. --captum: a Python with torch, timm and
+captum, which runs captum's FeatureAblation over the patches of the same model in a process of its own, idle out of its turn.
+"""
+
+import argparse
+import statistics
+import subprocess
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from benchmarks._common import median_and_range, plain_forward, random_images
+from tif_jax import create_model
+from tif_jax.__main__ import use_all_cores
+from tif_jax.impact.scoring import Scorer
+from tif_jax.models import Model
+from tif_jax.runtime.timing import in_rounds, rate
+
+PLAIN_BATCHES = {"cpu": (8, 16, 32, 64), "gpu": (64, 256, 1024), "tpu": (64, 256, 1024)}
+CHUNKS = {"cpu": (7, 14, 28), "gpu": (196, 392, 784, 1568), "tpu": (196, 392, 784, 1568)}
+CAPTUM_CHUNKS = (8, 16, 32)
+SECONDS_PER_TURN = 4.0
+
+Run = Callable[[], int]  # runs some forward passes and returns how many
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", default="deit_tiny_patch16_224")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--captum", default="", metavar="PYTHON")
+    arguments = parser.parse_args()
+    use_all_cores()
+    devices = jax.devices()
+    print(f"{len(devices)} x {devices[0].device_kind}, jax {jax.__version__}, {arguments.model}, {arguments.dtype}\n")
+    model = create_model(arguments.model, dtype=arguments.dtype)
+    rows = {f"plain, batch {size}": plain(model, size) for size in PLAIN_BATCHES[jax.default_backend()]}
+    for mask in ("zero", "drop"):
+        for chunk in CHUNKS[jax.default_backend()]:
+            rows[f"exact, {mask}, chunk {chunk}"] = exact(model, mask, chunk)
+    for number in CAPTUM_CHUNKS if arguments.captum else ():
+        name = f"captum FeatureAblation, perturbations_per_eval={number}"
+        rows[name] = captum(arguments.captum, arguments.model, number)
+    for run in rows.values():
+        run()
+    turns = {name: partial(rate, run, SECONDS_PER_TURN) for name, run in rows.items()}
+    rates = in_rounds(turns, arguments.rounds)
+    best = max(statistics.median(of_row) for name, of_row in rates.items() if name.startswith("plain"))
+    print("| row | forward passes/s | x plain |\n|---|---|---|")
+    for name, of_row in rates.items():
+        print(f"| {name} | {median_and_range(of_row)} | {statistics.median(of_row) / best:.2f} |")
+
+
+def plain(model: Model, batch_size: int) -> Run:
+    forward = plain_forward(model, random_images(model, batch_size))
+    return lambda: len(forward())
+
+
+def exact(model: Model, mask: str, chunk: int) -> Run:
+    """One image on each device."""
+    images = random_images(model, len(jax.devices()))
+    labels = np.zeros(len(images), np.int32)
+    options = dict(estimator="exact", mask=mask, target="label", num_samples=1, keep_ratio=0.5)
+    scorer = Scorer(model, len(images), chunk=chunk, **options)
+
+    def run() -> int:
+        scorer(images, labels)()
+        return len(images) * scorer.units_per_image
+
+    return run
+
+
+def captum(python: str, model: str, perturbations: int) -> Run:
+    """One image of masked forward passes in the other process, at each call."""
+    command = [python, str(Path(__file__).with_name("_captum_worker.py")), model, str(perturbations)]
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert worker.stdin is not None and worker.stdout is not None
+    pipe_in, pipe_out = worker.stdin, worker.stdout
+
+    def run() -> int:
+        pipe_in.write("go\n")
+        pipe_in.flush()
+        return int(pipe_out.readline())
+
+    return run
+
+
+if __name__ == "__main__":
+    main()
