@@ -96,6 +96,15 @@ def test_stopped_killed_and_finished_it_is_as_one_process(servers, tmp_path):
     np.testing.assert_allclose(*([m["loss"], m["top1"]] for m in (ours, theirs)), atol=1e-5)
 
 
+def test_without_the_first_process_the_other_ends(servers, tmp_path):
+    logs = [tmp_path / "log-0", tmp_path / "log-1"]
+    both = start(servers, ["0.6", tmp_path / "steps", f"--workdir={tmp_path / 'run'}", *DIVIDED], logs)
+    wait_for_step(tmp_path / "steps", 1, both)
+    both[0].kill()
+    assert ends(both) == [-signal.SIGKILL, 1]
+    assert "process 0 of 2 is lost" in logs[1].read_text().splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [

@@ -14,7 +14,7 @@ import jax
 
 from tif_jax import commands, reducers
 from tif_jax.errors import InputError, Preempted, WorkError
-from tif_jax.runtime import processes
+from tif_jax.runtime import watch
 
 _HELP = ("--help", "-h", "help")
 _BAD_WORKDIR = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
@@ -42,10 +42,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         status = _run(name, rest)
     except BaseException:
-        processes.crash()
+        watch.crash()
         raise
     if status:
-        processes.leave(status)
+        watch.leave(status)
     return status
 
 

@@ -1,21 +1,16 @@
-"""Several processes, one per host or accelerator, as one run: how they find each other, agree, and end together.
+"""Several processes, one per host or accelerator, as one run: how they find each other and agree.
 
-With one process everything here is a matter of course and costs nothing.
+How they end together is in `watch`. With one process all of this is a no-op.
 """
 
 import argparse
-import atexit
 import itertools
 import logging
 import os
-import signal
 import socket
-import sys
 import threading
-import time
-import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -23,15 +18,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from tif_jax.errors import InputError
+from tif_jax.runtime import watch
 from tif_jax.runtime.preemption import sigterm_flag
 
 logger = logging.getLogger(__name__)
 
 _A_WEEK = 7 * 24 * 3600
-_SECONDS_TO_CONNECT = 20.0
-_SECONDS_TO_FAIL_ALIKE = 2.0
-_SECONDS_TO_STOP = 30.0
-_GOODBYE, _STOPPED = b".", b"s"
 
 # For `_arguments.parse`. The environment's names are those that launchers of JAX programs commonly set.
 FLAGS: dict[str, dict] = dict(
@@ -85,7 +77,7 @@ def join(arguments: argparse.Namespace) -> None:
         )  # fmt: skip
         if not is_first():
             logging.getLogger("tif_jax").setLevel(logging.WARNING)
-        _watch_each_other(arguments.coordinator.rpartition(":")[0] or socket.gethostname())
+        watch.begin(arguments.coordinator.rpartition(":")[0] or socket.gethostname())
 
 
 def _in_a_cluster() -> bool:
@@ -120,6 +112,9 @@ def wait_for_all(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
+_calls, _agreed = itertools.count(1), threading.Event()  # of `preemption`
+
+
 @contextmanager
 def preemption() -> Iterator[Callable[[], bool]]:
     """A function that tells whether to save and stop: in all processes the same, after SIGTERM has come to any of them.
@@ -139,88 +134,3 @@ def preemption() -> Iterator[Callable[[], bool]]:
         return _agreed.is_set()
 
     yield ask
-
-
-_calls, _agreed = itertools.count(1), threading.Event()  # of `preemption`
-_connections: list[socket.socket] = []  # to the first process, and from the first to all others
-
-
-def leave(status: int) -> None:
-    """Ends this process where it is one of several: the others notice. An orderly end would wait for them.
-
-    After status 75, stopped by SIGTERM, they are asked to stop, too; after others they end at once.
-    """
-    if jax.distributed.is_initialized():
-        if status == 75:
-            _tell(_STOPPED)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-
-def crash() -> None:
-    """To be called where an exception has come that nobody expects: `leave`, after telling it.
-
-    If it came because another process is lost, that is what is told, and not in which collective it was noticed.
-    """
-    if jax.distributed.is_initialized():
-        time.sleep(_SECONDS_TO_FAIL_ALIKE + 1)  # `_watch` may end this process meanwhile
-        traceback.print_exc()
-        leave(1)
-
-
-def _watch_each_other(host: str) -> None:
-    """Ends this process, with one line, as soon as another one is lost.
-
-    JAX would do so some time later, with a stack trace, and until then wait in a collective. Every process keeps a
-    connection to the first; the system closes it when a process dies, however it does. host: the first one's name, as
-    that process knows it.
-    """
-    server = socket.create_server(("", 0), backlog=jax.process_count()) if is_first() else None
-    own = f"{host}:{server.getsockname()[1]}" if server else ""
-    address = np.zeros(300, np.uint8)
-    address[: len(own)] = np.frombuffer(own.encode(), np.uint8)
-    host, _, port = bytes(multihost_utils.broadcast_one_to_all(address)).rstrip(b"\0").decode().rpartition(":")
-    connections = {}
-    try:
-        if server:
-            server.settimeout(_SECONDS_TO_CONNECT)
-            for _ in range(jax.process_count() - 1):
-                connection, _ = server.accept()
-                connections[int.from_bytes(connection.recv(4))] = connection
-        else:
-            connection = socket.create_connection((host, int(port)), timeout=_SECONDS_TO_CONNECT)
-            connection.sendall(jax.process_index().to_bytes(4))
-            connections[0] = connection
-    except OSError as error:  # a firewall, or a host that does not know its own name
-        logger.warning("the processes can not watch each other (%s): a lost one will be noticed late", error)
-    _connections.extend(connections.values())
-    for process, connection in connections.items():
-        connection.settimeout(None)
-        threading.Thread(target=_watch, args=(process, connection), daemon=True).start()
-    atexit.register(_tell, _GOODBYE)  # runs before JAX's own, which waits for the others
-
-
-def _tell(message: bytes) -> None:
-    for connection in _connections:
-        with suppress(OSError):
-            connection.sendall(message)
-
-
-def _watch(process: int, connection: socket.socket) -> None:
-    with suppress(OSError):
-        message = connection.recv(1)
-        if message == _GOODBYE:
-            return
-        if message == _STOPPED:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(_SECONDS_TO_STOP)  # who waits for that process would do so for ever; what is done is saved
-            leave(75)
-    time.sleep(_SECONDS_TO_FAIL_ALIKE)  # what was wrong there may be wrong here, and is then better said here
-    print(
-        f"tif: process {process} of {jax.process_count()} is lost, so process {jax.process_index()} ends too: see what "
-        "that one says, then start all of them again; the run goes on from its last checkpoint",
-        file=sys.stderr,
-        flush=True,
-    )
-    os._exit(1)
