@@ -1,6 +1,6 @@
 """Pure functions on tokens, all with static shapes.
 
-Legend: B images, T tokens, N patch tokens, K kept patch tokens, D width, H heads, C channels of a head.
+Legend: B images, T and S tokens, N patch tokens, K kept patch tokens, D width, H heads, C channels of a head.
 """
 
 from typing import NamedTuple
@@ -81,14 +81,20 @@ def put(
 def keep(
     x: Float[Array, "B T D"], tokens: Tokens, scores: Float[Array, "B N"], keep_ratio: float
 ) -> tuple[Float[Array, "B S D"], Tokens, Int[Array, "B N"]]:
-    """The special tokens and the round(keep_ratio * N) patches with the highest scores, raster order kept.
+    """`keep_rows` of the round(keep_ratio * N) patches with the highest scores."""
+    return keep_rows(x, tokens, top_k(scores, num_kept(keep_ratio, scores.shape[1])))
+
+
+def keep_rows(
+    x: Float[Array, "B T D"], tokens: Tokens, rows: Int[Array, "B K"]
+) -> tuple[Float[Array, "B S D"], Tokens, Int[Array, "B N"]]:
+    """The special tokens and those patch tokens, by their places among all of them, ascending: raster order is kept.
 
     Also the place of each of the N patches among those kept, or -1: aux['source'].
     """
     special, patches = split(x, tokens.num_special)
-    kept = top_k(scores, num_kept(keep_ratio, patches.shape[1]))
-    source = rows_of(kept, patches.shape[1], others=-1)
-    return join(special, take(patches, kept)), tokens._replace(index=take(tokens.index, kept)), source
+    source = rows_of(rows, patches.shape[1], others=-1)
+    return join(special, take(patches, rows)), tokens._replace(index=take(tokens.index, rows)), source
 
 
 def rows_of(kept: Int[Array, "B K"], num_patches: int, others: int) -> Int[Array, "B N"]:
@@ -112,12 +118,12 @@ def num_kept(keep_ratio: float, num_patches: int) -> int:
     return max(1, round(keep_ratio * num_patches))
 
 
-def attention_logits(qk: QueryKey) -> Float[Array, "B H T T"]:
+def attention_logits(query: Float[Array, "B T H C"], key: Float[Array, "B S H C"]) -> Float[Array, "B H T S"]:
     """query key^T / sqrt(C), queries before keys, at least in float32.
 
     The one definition, for attention as for who ranks by it: in one program XLA computes equal terms once.
     """
-    query, key = (rearrange(x, "b t h c -> b h t c") for x in qk)
+    query, key = rearrange(query, "b t h c -> b h t c"), rearrange(key, "b s h c -> b h s c")
     wide = widened(query.dtype)
     return jnp.einsum("bhtc,bhsc->bhts", query, key, preferred_element_type=wide) / query.shape[-1] ** 0.5
 

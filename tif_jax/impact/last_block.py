@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from tif_jax.layers import widened
 from tif_jax.models.vit import Block, ViT
-from tif_jax.tokens import gates_to_log_weight
+from tif_jax.tokens import attention_logits, gates_to_log_weight
 
 
 def logits_after(
@@ -48,11 +48,10 @@ def _last_block(
     if attention.qk_norm:
         asked = attention.query_norm(asked)
         keys = attention.key_norm(jnp.einsum("btd,dhc->bthc", y, key) + bias[1])
-        logits = jnp.einsum("brhc,bthc->bhrt", asked, keys, preferred_element_type=wide)
+        logits = attention_logits(asked, keys)
     else:  # the bias of the keys shifts all logits of a query alike
         folded = jnp.einsum("brhc,dhc->bhrd", asked, key)
-        logits = jnp.einsum("bhrd,btd->bhrt", folded, y, preferred_element_type=wide)
-    logits = logits / asked.shape[-1] ** 0.5
+        logits = jnp.einsum("bhrd,btd->bhrt", folded, y, preferred_element_type=wide) / asked.shape[-1] ** 0.5
     if key_log_weight is not None:
         logits = logits + key_log_weight[:, None, None].astype(logits.dtype)
     pooled = jnp.einsum("bhrt,btd->bhrd", jax.nn.softmax(logits, axis=-1).astype(y.dtype), y)

@@ -16,15 +16,17 @@ heads, C channels of a head, L classes.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from tif_jax.impact.last_block import logits_after
 from tif_jax.layers import widened
-from tif_jax.models.vit import Attention, Block, ViT
+from tif_jax.models.vit import Block, ViT
+from tif_jax.tokens import attention_logits
 
 
 def masked_logits(
@@ -51,91 +53,132 @@ def _stand_in(model: ViT, x: Float[Array, "B T D"], mask: str) -> Float[Array, "
     return jnp.broadcast_to(positions, (x.shape[0], *positions.shape[1:]))
 
 
+class _Projected(NamedTuple):
+    """What tokens bring into the first block's attention."""
+
+    query: Float[Array, "B T H C"]
+    key: Float[Array, "B T H C"]
+    out: Float[Array, "B H T D"]  # value W_out
+
+
+class _Clean(NamedTuple):
+    """The clean attention of all tokens t before it is normalised: what the masks of an image share."""
+
+    weight: Float[Array, "B H T N"]  # A[t, i] of each patch token i
+    out: Float[Array, "B H N D"]  # U[i]
+    total: Float[Array, "B H T D"]  # sum of A[t, j] U[j] over all tokens j
+    total_of_weaker: Float[Array, "B H T D"]  # the same without the j of the largest A[t, j]
+    is_strongest: Bool[Array, "B H T N"]  # whether i is that j
+    denominator: Float[Array, "B H T N"]  # sum of A[t, j] over all j but i
+
+
+class _StandIns(NamedTuple):
+    """What comes in the place of each patch token i."""
+
+    weight: Float[Array, "B H T N"]  # A'[t, i]
+    out: Float[Array, "B H N D"]  # U'[i]
+    token: Float[Array, "B N D"]  # the stand-in itself after the attention
+
+
 def _first_block(
     block: Block, x: Float[Array, "B T D"], num_special: int, stand_in: Float[Array, "B N D"] | None
 ) -> Callable[[Int[Array, " M"]], Float[Array, "B M S D"]]:
     """The block as a function of the patch that is masked."""
-    wide = widened(x.dtype)
-    attention, num_tokens = block.attention, x.shape[1]
-    query, key, value = attention.project(block.attention_norm(x))
-    kernel = rearrange(attention.out.kernel[...], "(h c) d -> h c d", h=attention.num_heads).astype(wide)
-    logits = _logits(query, key)
-    out = jnp.einsum("bthc,hcd->bhtd", value, kernel, preferred_element_type=wide)
-    masked_out = out[:, :, num_special:]
+    tokens = _project(block, x)
+    logits = attention_logits(tokens.query, tokens.key)
     highest = logits.max(axis=-1, keepdims=True)
+    stand_ins = None
     if stand_in is not None:
-        new_query, new_key, new_value = attention.project(block.attention_norm(stand_in))
-        new_logits = _logits(query, new_key)
+        new = _project(block, stand_in)
+        new_logits = attention_logits(tokens.query, new.key)
         highest = jnp.maximum(highest, new_logits.max(axis=-1, keepdims=True))
-        new_weight = jnp.exp(new_logits - highest)
-        new_out = jnp.einsum("bnhc,hcd->bhnd", new_value, kernel, preferred_element_type=wide)
-        own = _own_rows(new_query, key, new_key, out, new_out, num_special) + _bias(attention)[None, None]
-        own = stand_in + block.scale_attention(own.astype(x.dtype))
-    weight = jnp.exp(logits - highest)
-    total = jnp.einsum("bhts,bhsd->bhtd", weight, out)
-    # Where the masked token has nearly all the attention, the clean sum minus its term cancels. So the sum without the
-    # strongest term is at hand too; and the denominators, which are cheap, are summed anew.
-    strongest = weight.argmax(axis=-1)
-    is_strongest = strongest[..., None] == jnp.arange(num_tokens)[None, None, None]
-    total_of_weaker = jnp.einsum("bhts,bhsd->bhtd", jnp.where(is_strongest, 0, weight), out)
-    others = 1 - jnp.eye(num_tokens, dtype=wide)[:, num_special:]
-    denominator = jnp.einsum("bhts,sn->bhtn", weight, others)
-    weight, is_strongest = weight[..., num_special:], is_strongest[..., num_special:]
+        received = _received_by_stand_ins(new, tokens, num_special) + _bias(block)[None, None]
+        token = stand_in + block.scale_attention(received.astype(x.dtype))
+        stand_ins = _StandIns(jnp.exp(new_logits - highest), new.out, token)
+    clean = _clean(jnp.exp(logits - highest), tokens.out, num_special)
 
     def masked(positions: Int[Array, " M"]) -> Float[Array, "B M S D"]:
-        over = denominator[..., positions] + (0 if stand_in is None else new_weight[..., positions])
-        mixed = _bias(attention)[None, None, None].astype(wide)
-        for h in range(attention.num_heads):  # written out, so that it fuses into one loop over the result
-            terms = jnp.where(
-                is_strongest[:, h][..., positions].swapaxes(1, 2)[..., None],
-                total_of_weaker[:, h, None],
-                total[:, h, None] - _outer(weight, masked_out, h, positions),
-            )
-            if stand_in is not None:
-                terms = terms + _outer(new_weight, new_out, h, positions)
-            mixed = mixed + terms / over[:, h].swapaxes(1, 2)[..., None]
+        mixed = _mixed(clean, stand_ins, positions, _bias(block))
         y = x[:, None] + block.scale_attention(mixed.astype(x.dtype))
-        if stand_in is not None:
-            hit = num_special + positions[:, None] == jnp.arange(num_tokens)[None]
-            y = jnp.where(hit[None, :, :, None], own[:, positions, None], y)
-        else:
-            slots = jnp.arange(num_tokens - 1)[None]
-            slots = slots + (slots >= num_special + positions[:, None])  # one token fewer: the masked one is gone
-            y = jnp.take_along_axis(y, slots[None, :, :, None], axis=2)
+        rows = num_special + positions
+        y = _without(y, rows) if stand_ins is None else _with(y, rows, stand_ins.token[:, positions])
         shape = y.shape
         return block.feed_forward(y.reshape(-1, *shape[2:])).reshape(shape)
 
     return masked
 
 
-def _outer(weight, out, h: int, positions) -> Float[Array, "B M T D"]:
-    """What each masked patch gives each token in head h."""
-    return weight[:, h][..., positions].swapaxes(1, 2)[..., None] * out[:, h, positions, None]
+def _project(block: Block, x: Float[Array, "B T D"]) -> _Projected:
+    attention, wide = block.attention, widened(x.dtype)
+    query, key, value = attention.project(block.attention_norm(x))
+    kernel = rearrange(attention.out.kernel[...], "(h c) d -> h c d", h=attention.num_heads).astype(wide)
+    return _Projected(query, key, jnp.einsum("bthc,hcd->bhtd", value, kernel, preferred_element_type=wide))
 
 
-def _own_rows(
-    query: Float[Array, "B N H C"],
-    key: Float[Array, "B T H C"],
-    new_key: Float[Array, "B N H C"],
-    out: Float[Array, "B H T D"],
-    new_out: Float[Array, "B H N D"],
-    num_special: int,
-) -> Float[Array, "B N D"]:
-    """What the stand-ins themselves receive: each sees itself and, of the others, what was there before."""
-    logits = _logits(query, key)
-    own = jnp.einsum("bnhc,bnhc->bhn", query, new_key, preferred_element_type=logits.dtype) / query.shape[-1] ** 0.5
-    here = num_special + jnp.arange(query.shape[1])[:, None] == jnp.arange(key.shape[1])[None]
+def _bias(block: Block) -> Float[Array, " D"]:
+    assert block.attention.out.bias is not None
+    return block.attention.out.bias[...]
+
+
+def _clean(weight: Float[Array, "B H T T"], out: Float[Array, "B H T D"], num_special: int) -> _Clean:
+    num_tokens = weight.shape[-1]
+    # Where the masked token has nearly all the attention, the clean sum minus its term cancels. So the sum without the
+    # strongest term is at hand too; and the denominators, which are cheap, are summed anew.
+    is_strongest = weight.argmax(axis=-1)[..., None] == jnp.arange(num_tokens)[None, None, None]
+    others = 1 - jnp.eye(num_tokens, dtype=weight.dtype)[:, num_special:]
+    return _Clean(
+        weight=weight[..., num_special:],
+        out=out[:, :, num_special:],
+        total=jnp.einsum("bhts,bhsd->bhtd", weight, out),
+        total_of_weaker=jnp.einsum("bhts,bhsd->bhtd", jnp.where(is_strongest, 0, weight), out),
+        is_strongest=is_strongest[..., num_special:],
+        denominator=jnp.einsum("bhts,sn->bhtn", weight, others),
+    )
+
+
+def _received_by_stand_ins(new: _Projected, tokens: _Projected, num_special: int) -> Float[Array, "B N D"]:
+    """What attention gives the stand-ins: each sees itself and, of the others, what was there before."""
+    logits = attention_logits(new.query, tokens.key)
+    scale = new.query.shape[-1] ** 0.5
+    own = jnp.einsum("bnhc,bnhc->bhn", new.query, new.key, preferred_element_type=logits.dtype) / scale
+    here = num_special + jnp.arange(logits.shape[2])[:, None] == jnp.arange(logits.shape[3])[None]
     weight = jax.nn.softmax(jnp.where(here[None, None], own[..., None], logits), axis=-1)
     at_own = jnp.sum(weight * here[None, None], axis=-1)
-    received = jnp.einsum("bhnt,bhtd->bnd", weight * ~here[None, None], out)
-    return received + jnp.einsum("bhn,bhnd->bnd", at_own, new_out)
+    received = jnp.einsum("bhnt,bhtd->bnd", weight * ~here[None, None], tokens.out)
+    return received + jnp.einsum("bhn,bhnd->bnd", at_own, new.out)
 
 
-def _logits(query: Float[Array, "B T H C"], key: Float[Array, "B S H C"]) -> Float[Array, "B H T S"]:
-    wide = widened(query.dtype)
-    return jnp.einsum("bthc,bshc->bhts", query, key, preferred_element_type=wide) / query.shape[-1] ** 0.5
+def _mixed(
+    clean: _Clean, stand_ins: _StandIns | None, positions: Int[Array, " M"], bias: Float[Array, " D"]
+) -> Float[Array, "B M T D"]:
+    """What attention gives all tokens while one patch is masked: the rank-one updates."""
+    over = clean.denominator[..., positions] + (0 if stand_ins is None else stand_ins.weight[..., positions])
+    mixed = bias[None, None, None].astype(over.dtype)
+    for h in range(clean.out.shape[1]):  # written out, so that it fuses into one loop over the result
+        terms = jnp.where(
+            clean.is_strongest[:, h][..., positions].swapaxes(1, 2)[..., None],
+            clean.total_of_weaker[:, h, None],
+            clean.total[:, h, None] - _term(clean, h, positions),
+        )
+        if stand_ins is not None:
+            terms = terms + _term(stand_ins, h, positions)
+        mixed = mixed + terms / over[:, h].swapaxes(1, 2)[..., None]
+    return mixed
 
 
-def _bias(attention: Attention) -> Float[Array, " D"]:
-    assert attention.out.bias is not None
-    return attention.out.bias[...]
+def _term(of: _Clean | _StandIns, h: int, positions: Int[Array, " M"]) -> Float[Array, "B M T D"]:
+    """What each of these patches, or what comes in its place, gives each token in head h."""
+    return of.weight[:, h][..., positions].swapaxes(1, 2)[..., None] * of.out[:, h, positions, None]
+
+
+def _with(y: Float[Array, "B M T D"], rows: Int[Array, " M"], token: Float[Array, "B M D"]) -> Float[Array, "B M T D"]:
+    """y with token[b, m] in row rows[m] of y[b, m]."""
+    hit = rows[:, None] == jnp.arange(y.shape[2])[None]
+    return jnp.where(hit[None, :, :, None], token[:, :, None], y)
+
+
+def _without(y: Float[Array, "B M T D"], rows: Int[Array, " M"]) -> Float[Array, "B M S D"]:
+    """y without row rows[m] of y[b, m]: one token fewer."""
+    slots = jnp.arange(y.shape[2] - 1)[None]
+    slots = slots + (slots >= rows[:, None])
+    return jnp.take_along_axis(y, slots[None, :, :, None], axis=2)

@@ -75,7 +75,7 @@ def _attend(
 
     Heads are made a batch axis first: on a CPU 1.5 times as fast as jax.nn.dot_product_attention, which keeps them third.
     """
-    logits = attention_logits(QueryKey(query, key))
+    logits = attention_logits(query, key)
     value = rearrange(value, "b t h c -> b h t c")
     if key_log_weight is not None:
         logits = logits + key_log_weight[:, None, None, :].astype(logits.dtype)

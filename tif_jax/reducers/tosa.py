@@ -168,7 +168,7 @@ class Tosa(nnx.Module):
         self, i: int, block, x: Float[Array, "B T D"], qk: QueryKey, num_special: int
     ) -> Float[Array, "B N"]:
         """How much attention each patch is taken to get in block i, which gets x; qk: of the block before."""
-        logits = attention_logits(block.attend(x)[1] if self.selector == "oracle" else qk)
+        logits = attention_logits(*(block.attend(x)[1] if self.selector == "oracle" else qk))
         if self.selector == "learned":
             logits = self._selector(i)(logits)
         return _column_sums(logits)[:, num_special:]
@@ -181,10 +181,10 @@ class Tosa(nnx.Module):
         qk: Any = None  # of the block before
         divergences = []
         for i, block in enumerate(blocks):
-            predicted = self._selector(i)(attention_logits(qk)) if i in self.layers else None
+            predicted = self._selector(i)(attention_logits(*qk)) if i in self.layers else None
             x, qk = block(x, rngs=rngs)
             if predicted is not None:
-                divergences.append(_divergence(attention_logits(qk), predicted))
+                divergences.append(_divergence(attention_logits(*qk), predicted))
         loss = sum(divergences) / len(divergences)
         return x, {"kept": tokens.index, "source": identity_source(tokens), "loss/selector": loss}
 
