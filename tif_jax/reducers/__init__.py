@@ -24,6 +24,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
@@ -33,8 +34,8 @@ from tif_jax.reducers.full import Full as Full
 from tif_jax.tokens import Tokens
 
 Aux = dict[str, Array]
-# Given to a reducer by the model it joins, where its constructor asks for them.
-_SHAPE = ("width", "num_patches", "num_heads", "depth", "rngs")
+# Given to a reducer by the model it joins, where its constructor asks for them. build: `build` for the same model.
+_OF_MODEL = ("width", "num_patches", "num_heads", "depth", "rngs", "build")
 
 
 @runtime_checkable
@@ -51,8 +52,8 @@ def known() -> list[str]:
 
 
 def options(name: str) -> dict[str, inspect.Parameter]:
-    """The options a user may give to a reducer, with their defaults."""
-    return {k: p for k, p in _parameters(name).items() if k not in _SHAPE}
+    """The options a user may give to a reducer, with their types and defaults."""
+    return {k: p for k, p in _parameters(name).items() if k not in _OF_MODEL}
 
 
 def build(
@@ -76,15 +77,17 @@ def build(
     if missing := sorted(required - set(given)):
         raise InputError(f"Reducer {name!r} needs {', '.join(missing)}")
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}  # as a stored config has them
-    shape = {"width": width, "num_patches": num_patches, "num_heads": num_heads, "depth": depth, "rngs": rngs}
-    if isinstance(then := given.get("then"), Mapping):
-        if "name" not in then:
-            raise InputError(f"then is {dict(then)}; it names a reducer, as in dict(name='evo_vit', keep_ratio=0.5)")
-        given["then"] = build(**then, **shape)
-    elif "then" in given and then is not None and not callable(then):
-        raise InputError(f"then is {then!r}; it is a dict, as in dict(name='evo_vit', keep_ratio=0.5)")
+    if (then := given.get("then")) is not None:
+        if not isinstance(then, Mapping) or "name" not in then:
+            said = dict(then) if isinstance(then, Mapping) else then
+            raise InputError(
+                f"then is {said!r}; it is a dict that names a reducer, as in dict(name='tome', num_merged=8)"
+            )
+        given["then"] = dict(then)
+    of_model = {"width": width, "num_patches": num_patches, "num_heads": num_heads, "depth": depth, "rngs": rngs}
+    of_model["build"] = partial(build, **of_model)
     try:
-        return _constructor(name)(**given, **{k: v for k, v in shape.items() if k in _parameters(name)})
+        return _constructor(name)(**given, **{k: v for k, v in of_model.items() if k in _parameters(name)})
     except TypeError as error:
         raise InputError(f"Reducer {name!r} can not take {given}: {error}") from error
 

@@ -2,21 +2,22 @@
 
 An MLP looks at the embeddings once, before the first self-attention; the patches it finds least worth keeping are gone.
 
-Legend: B images, T tokens, N patch tokens, D width, H hidden width of the adapter.
+Legend: B images, T tokens left, N patch tokens, K kept ones, D width, H hidden width of the adapter.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from tif_jax.errors import InputError
 from tif_jax.layers import Linear, gelu
 from tif_jax.reducers.full import Full
-from tif_jax.tokens import check_keep_ratio, follow, join, keep, split
+from tif_jax.tokens import check_keep_ratio, follow, join, keep_rows, num_kept, split, take, top_k
 
 _HEADS = 4  # of the adapter
 
@@ -85,9 +86,15 @@ class Adapter(nnx.Module):
         x = x + self.down(gelu(self.up(self.feed_forward_norm(x)), approximate=False))
         return self.hidden_norm(x)
 
-    def residual(self, hidden: Float[Array, "B T H"], num_special: int) -> Float[Array, "B T D"]:
-        special, patches = split(hidden, num_special)
-        return join(self.to_special(special), self.to_patches(patches))
+    def __call__(
+        self, patches: Float[Array, "B N D"], kept: Int[Array, "B K"], num_special: int
+    ) -> Float[Array, "B T D"]:
+        """The residuals of the special tokens, who know the mean, and of the patches in the rows `kept`."""
+        hidden = self.hidden(patches)
+        mean = repeat(hidden.mean(axis=1), "b h -> b s h", s=num_special)
+        # As exact as the tokens that they are added to.
+        special, left = (h.astype(patches.dtype).astype(hidden.dtype) for h in (mean, take(hidden, kept)))
+        return join(self.to_special(special), self.to_patches(left)).astype(patches.dtype)
 
 
 class Tif(nnx.Module):
@@ -96,8 +103,8 @@ class Tif(nnx.Module):
     The selection passes no gradient: the filter learns from impact (`losses.impact`), not from the task.
     adapter: hidden width of an `Adapter`, whose residual is added to the tokens that stay; 0: none. It learns to make the
     frozen network say with these tokens what it says with all (`losses.divergence`), before fine-tuning.
-    then: the reducer that the patches left go through; None: all of them through every block. As an option of a model or
-    in a config it is a dict, dict(name="evo_vit", keep_ratio=0.5), whose parameters are under `reducer/then/`.
+    then: the reducer that the patches left go through, as in dict(name="evo_vit", keep_ratio=0.5); None: all of them go
+    through every block. Its parameters are under `reducer/then/`.
     """
 
     def __init__(
@@ -105,29 +112,26 @@ class Tif(nnx.Module):
         keep_ratio: float = 0.5,
         features: str = "local+global",
         hidden: tuple[int, ...] | None = None,
-        then: Callable | None = None,
+        then: dict[str, Any] | None = None,
         adapter: int = 0,
         *,
         width: int,
+        build: Callable[..., Any],
         rngs: nnx.Rngs,
     ):
         check_keep_ratio(keep_ratio)
         self.keep_ratio = keep_ratio
-        self.then = then or Full()
+        self.then = Full() if then is None else build(**then)
         self.filter = TokenFilter(width, features, hidden, rngs=rngs)
         self.adapter = Adapter(width, adapter, rngs=rngs) if adapter else None
 
     def __call__(self, blocks, x, tokens, rngs=None):
         patches = split(x, tokens.num_special)[1]
         logits = self.filter(patches)
-        if self.adapter is not None:  # hidden channels travel with their tokens; special tokens have the mean
-            hidden = self.adapter.hidden(patches)
-            mean = repeat(hidden.mean(axis=1), "b h -> b s h", s=tokens.num_special)
-            x = jnp.concatenate([x, join(mean, hidden).astype(x.dtype)], axis=-1)
-        x, tokens, source = keep(x, tokens, logits, self.keep_ratio)
+        kept = top_k(logits, num_kept(self.keep_ratio, patches.shape[1]))
+        x, tokens, source = keep_rows(x, tokens, kept)
         if self.adapter is not None:
-            x, hidden = jnp.split(x, [patches.shape[-1]], axis=-1)
-            x = x + self.adapter.residual(hidden.astype(jnp.float32), tokens.num_special).astype(x.dtype)
+            x = x + self.adapter(patches, kept, tokens.num_special)
         x, aux = self.then(blocks, x, tokens, rngs)
         if "source" in aux:
             source = follow(source, aux["source"])
