@@ -3,7 +3,7 @@
 import collections
 import functools
 from types import NoneType, UnionType
-from typing import Any, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,7 @@ def test_parameters_are_the_plain_vits_and_its_own(name):
 
 def test_every_option_has_a_type_and_a_default(name):
     """The types that a text on the command line is read by."""
-    kinds = (bool, int, float, str, dict[str, Any], NoneType, tuple[int, ...], tuple[float, ...])
+    kinds = (bool, int, float, str, dict, NoneType, tuple[int, ...], tuple[float, ...])
     for option in reducers.options(name).values():
         annotation = option.annotation
         assert set(get_args(annotation) if isinstance(annotation, UnionType) else [annotation]) <= set(kinds)

@@ -92,7 +92,7 @@ class Adapter(nnx.Module):
         """The residuals of the special tokens, who know the mean, and of the patches in the rows `kept`."""
         hidden = self.hidden(patches)
         mean = repeat(hidden.mean(axis=1), "b h -> b s h", s=num_special)
-        # As exact as the tokens that they are added to.
+        # Rounded as the tokens are that they are added to.
         special, left = (h.astype(patches.dtype).astype(hidden.dtype) for h in (mean, take(hidden, kept)))
         return join(self.to_special(special), self.to_patches(left)).astype(patches.dtype)
 
@@ -112,7 +112,7 @@ class Tif(nnx.Module):
         keep_ratio: float = 0.5,
         features: str = "local+global",
         hidden: tuple[int, ...] | None = None,
-        then: dict[str, Any] | None = None,
+        then: dict | None = None,
         adapter: int = 0,
         *,
         width: int,
