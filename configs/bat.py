@@ -16,8 +16,7 @@ from 0 (theirs: 1e-6), bfloat16 stands for their float16. Their moving average o
 evaluate without it, and here it would be evaluated in place of the weights.
 """
 
-import os
-
+import _imagenet2012
 from ml_collections import ConfigDict
 
 RAMP = (28.6, 43.3, 54.7, 65.3, 76.7, 91.4)  # epochs
@@ -41,8 +40,7 @@ ROWS = {
     ),
     "30": dict(
         backbone=dict(
-            init_from=os.path.join(os.environ.get("TIF_WEIGHTS", "."), "deit_small_patch16_224.safetensors"),
-            num_heads=0,
+            init_from=_imagenet2012.weights("deit_small_patch16_224"),
         ),
         keep_ratio=0.5,
         finetune=dict(
@@ -62,22 +60,8 @@ def get_config(arg: str = "") -> ConfigDict:
     row = ROWS[arg]
     return ConfigDict(
         dict(
-            seed=0,
-            seeds=1,
-            quick=False,
             dtype="bfloat16",
-            data=dict(
-                name="tfds",
-                tfds_name="imagenet2012",
-                root=os.environ.get("TFDS_DATA_DIR", ""),
-                train_split="train",
-                test_split="validation",
-                num_train=0,
-                num_test=0,
-                image_size=224,
-                augment="crop_flip",
-                num_workers=16,
-            ),
+            data=_imagenet2012.data(),
             backbone=row["backbone"],
             reducer=dict(name="bat", keep_ratio=row["keep_ratio"]),
             finetune=dict(
@@ -89,6 +73,5 @@ def get_config(arg: str = "") -> ConfigDict:
             ),
             evaluate=dict(batch_size=256),
             benchmark=dict(batch_size=256, dtype="bfloat16", reducers=("bat",)),
-            when_quick=dict(),
         )
     )

@@ -11,9 +11,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     return ConfigDict(
         dict(
-            seed=0,
             seeds=3,
-            quick=False,
             dtype="float32",
             data=dict(
                 name="digits",
@@ -63,11 +61,8 @@ def get_config() -> ConfigDict:
                 dtype="",
                 part="",
             ),
-            reducer=dict(name="tif", keep_ratio=0.25, budget=0.0, features="local+global"),
+            reducer=dict(name="tif", keep_ratio=0.25),
             filter=dict(
-                labels="top",
-                rho=0.0,
-                balance=False,
                 num_epochs=16.0,
                 batch_size=128,
                 learning_rate=1e-3,
@@ -86,11 +81,8 @@ def get_config() -> ConfigDict:
                 clip_norm=1.0,
                 label_smoothing=0.0,
                 drop_path=0.0,
-                phases=(),
-                distillation=dict(kind="", logits_weight=0.5, tokens_weight=0.5),
             ),
             evaluate=dict(batch_size=128, num_images=500, num_samples=8),
             benchmark=dict(batch_size=64, dtype="float32", reducers=("full", "random", "norm", "prior", "tif")),
-            when_quick=dict(),
         )
     )

@@ -14,8 +14,7 @@ Needs TFDS's imagenet2012 prepared as array_record under $TFDS_DATA_DIR (or --co
 deit_<size>_patch16_224.safetensors in $TIF_WEIGHTS (default: the current folder; or --config.backbone.init_from).
 """
 
-import os
-
+import _imagenet2012
 from ml_collections import ConfigDict
 
 ROWS = {
@@ -30,25 +29,10 @@ def get_config(arg: str = "") -> ConfigDict:
     row = ROWS[arg]
     return ConfigDict(
         dict(
-            seed=0,
-            seeds=1,
-            quick=False,
             dtype="bfloat16",
-            data=dict(
-                name="tfds",
-                tfds_name="imagenet2012",
-                root=os.environ.get("TFDS_DATA_DIR", ""),
-                train_split="train",
-                test_split="validation",
-                num_train=0,
-                num_test=0,
-                image_size=224,
-                augment="crop_flip",
-                num_workers=16,
-            ),
+            data=_imagenet2012.data(),
             backbone=dict(
-                init_from=os.path.join(os.environ.get("TIF_WEIGHTS", "."), f"deit_{arg}_patch16_224.safetensors"),
-                num_heads=0,
+                init_from=_imagenet2012.weights(f"deit_{arg}_patch16_224"),
             ),
             reducer=dict(name="dynamic_vit", keep_ratio=0.7, ratio_weight=row["ratio_weight"]),
             finetune=dict(
@@ -68,6 +52,5 @@ def get_config(arg: str = "") -> ConfigDict:
             ),
             evaluate=dict(batch_size=256),
             benchmark=dict(batch_size=256, dtype="bfloat16", reducers=("dynamic_vit",)),
-            when_quick=dict(),
         )
     )

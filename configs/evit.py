@@ -16,8 +16,7 @@ from 0 (theirs: 1e-6), bfloat16 stands for their float16. Their moving average o
 evaluate without it, and here it would be evaluated in place of the weights.
 """
 
-import os
-
+import _imagenet2012
 from ml_collections import ConfigDict
 
 KEEP_RATIOS = {"300": 0.7, "300_0.9": 0.9, "300_0.8": 0.8, "300_0.6": 0.6, "300_0.5": 0.5, "30": 0.7}
@@ -30,8 +29,7 @@ def get_config(arg: str = "") -> ConfigDict:
     keep_ratio, batch_size = KEEP_RATIOS[arg], 2048
     if arg == "30":
         backbone = dict(
-            init_from=os.path.join(os.environ.get("TIF_WEIGHTS", "."), "deit_small_patch16_224.safetensors"),
-            num_heads=0,
+            init_from=_imagenet2012.weights("deit_small_patch16_224"),
         )
         schedule = dict(
             num_epochs=30.0,
@@ -54,22 +52,8 @@ def get_config(arg: str = "") -> ConfigDict:
         )
     return ConfigDict(
         dict(
-            seed=0,
-            seeds=1,
-            quick=False,
             dtype="bfloat16",
-            data=dict(
-                name="tfds",
-                tfds_name="imagenet2012",
-                root=os.environ.get("TFDS_DATA_DIR", ""),
-                train_split="train",
-                test_split="validation",
-                num_train=0,
-                num_test=0,
-                image_size=224,
-                augment="crop_flip",
-                num_workers=16,
-            ),
+            data=_imagenet2012.data(),
             backbone=backbone,
             reducer=dict(name="evit", keep_ratio=keep_ratio, fuse=True),
             finetune=dict(
@@ -82,6 +66,5 @@ def get_config(arg: str = "") -> ConfigDict:
             ),
             evaluate=dict(batch_size=256),
             benchmark=dict(batch_size=256, dtype="bfloat16", reducers=("evit",)),
-            when_quick=dict(),
         )
     )

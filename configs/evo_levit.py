@@ -15,8 +15,7 @@ deit_base_distilled_patch16_<image size>.safetensors, in $TIF_WEIGHTS (default: 
 evaluated in place of the weights.
 """
 
-import os
-
+import _imagenet2012
 from ml_collections import ConfigDict
 
 MODELS = {
@@ -34,25 +33,11 @@ def get_config(arg: str = "") -> ConfigDict:
         raise ValueError(f"unknown model {arg!r}; this file takes one of {', '.join(KNOWN)} after a colon")
     size, _, pixels = arg.partition("_")
     image_size, batch_size = (int(pixels), 1024) if pixels else (224, 2048)
-    teacher = f"deit_base_distilled_patch16_{image_size}.safetensors"
+    teacher = f"deit_base_distilled_patch16_{image_size}"
     return ConfigDict(
         dict(
-            seed=0,
-            seeds=1,
-            quick=False,
             dtype="float32",
-            data=dict(
-                name="tfds",
-                tfds_name="imagenet2012",
-                root=os.environ.get("TFDS_DATA_DIR", ""),
-                train_split="train",
-                test_split="validation",
-                num_train=0,
-                num_test=0,
-                image_size=image_size,
-                augment="crop_flip",
-                num_workers=16,
-            ),
+            data=_imagenet2012.data(image_size),
             backbone=dict(
                 init_from="",
                 model=dict(
@@ -81,10 +66,9 @@ def get_config(arg: str = "") -> ConfigDict:
                 phases=(dict(until=200, layer_wise=True),),
                 augmentation=dict(rand_augment="m9-mstd0.5-inc1", erase=0.25, repeats=3),
                 mixing=dict(mixup=0.8, cutmix=1.0),
-                distillation=dict(kind="hard", teacher=os.path.join(os.environ.get("TIF_WEIGHTS", "."), teacher)),
+                distillation=dict(kind="hard", teacher=_imagenet2012.weights(teacher)),
             ),
             evaluate=dict(batch_size=256),
             benchmark=dict(batch_size=256, dtype="float32", reducers=("evo_levit",)),
-            when_quick=dict(),
         )
     )

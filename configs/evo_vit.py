@@ -14,8 +14,7 @@ Needs TFDS's imagenet2012 prepared as array_record under $TFDS_DATA_DIR (or --co
 it, and here it would be evaluated in place of the weights.
 """
 
-import os
-
+import _imagenet2012
 from ml_collections import ConfigDict
 
 ROWS = {
@@ -33,22 +32,8 @@ def get_config(arg: str = "") -> ConfigDict:
     row = ROWS[arg]
     return ConfigDict(
         dict(
-            seed=0,
-            seeds=1,
-            quick=False,
             dtype="bfloat16",
-            data=dict(
-                name="tfds",
-                tfds_name="imagenet2012",
-                root=os.environ.get("TFDS_DATA_DIR", ""),
-                train_split="train",
-                test_split="validation",
-                num_train=0,
-                num_test=0,
-                image_size=row["image_size"],
-                augment="crop_flip",
-                num_workers=16,
-            ),
+            data=_imagenet2012.data(row["image_size"]),
             backbone=dict(
                 init_from="",
                 model=dict(
@@ -79,6 +64,5 @@ def get_config(arg: str = "") -> ConfigDict:
             ),
             evaluate=dict(batch_size=256),
             benchmark=dict(batch_size=256, dtype="bfloat16", reducers=("evo_vit",)),
-            when_quick=dict(),
         )
     )

@@ -1,7 +1,7 @@
 """TIF and its baselines: the DeiT family on ImageNet-1k, for accelerators.
 
     tif run --config configs/imagenet.py:deit_small --workdir runs/imagenet_small    # or deit_tiny, deit_base
-    tif run --config configs/imagenet.py:deit_small_paper --workdir runs/paper_small    # the paper's filter alone
+    tif run --config configs/imagenet.py:deit_small_plain --workdir runs/plain_small    # the filter alone
 
 Impact is scored, the token filter fitted, and every reducer fine-tuned for 30 epochs by the same recipe, at the cost of
 keeping half of the patches. The recipe is ours: nothing is known of the paper's, and no accuracy. Learning rates and
@@ -13,24 +13,23 @@ Needs TFDS's imagenet2012, as array_record or TFRecord, under $TFDS_DATA_DIR (or
 <name>_patch16_224.safetensors in $TIF_WEIGHTS (default: the current folder; or --config.backbone.init_from).
 """
 
-import os
-
+import _imagenet2012
 from ml_collections import ConfigDict
 
 # GMAC with half of the patches and nothing behind the filter; a quarter of the width, with which an adapter costs 0.9 %.
 MODELS = {"deit_tiny": (0.61, 48), "deit_small": (2.29, 96), "deit_base": (8.88, 192)}
-KNOWN = (*MODELS, *(f"{name}_paper" for name in MODELS))
+KNOWN = (*MODELS, *(f"{name}_plain" for name in MODELS))
 
 
 def get_config(arg: str = "") -> ConfigDict:
     if arg not in KNOWN:
         raise ValueError(f"unknown model {arg!r}; this file takes one of {', '.join(KNOWN)} after a colon")
-    name = arg.removesuffix("_paper")
+    name = arg.removesuffix("_plain")
     config = _config(name, *MODELS[name])
-    if arg.endswith("_paper"):
+    if arg.endswith("_plain"):
         config.score.target = "label"
         del config.adapter
-        config.reducer = dict(name="tif", keep_ratio=0.5, budget=0.0, features="local+global")
+        config.reducer = dict(name="tif", keep_ratio=0.5)
     return config
 
 
@@ -38,29 +37,10 @@ def _config(name: str, budget: float, adapter: int) -> ConfigDict:
     batch_size = 1024
     return ConfigDict(
         dict(
-            seed=0,
-            seeds=1,
-            quick=False,
             dtype="bfloat16",
-            data=dict(
-                name="tfds",
-                tfds_name="imagenet2012",
-                root=os.environ.get("TFDS_DATA_DIR", ""),
-                train_split="train",
-                test_split="validation",
-                num_train=0,
-                num_test=0,
-                image_size=224,
-                crop_fraction=0.875,
-                mean=(0.485, 0.456, 0.406),
-                std=(0.229, 0.224, 0.225),
-                augment="crop_flip",
-                on_error="raise",
-                num_workers=16,
-            ),
+            data=_imagenet2012.data(),
             backbone=dict(
-                init_from=os.path.join(os.environ.get("TIF_WEIGHTS", "."), f"{name}_patch16_224.safetensors"),
-                num_heads=0,
+                init_from=_imagenet2012.weights(f"{name}_patch16_224"),
             ),
             score=dict(
                 estimator="sampled", mask="drop", target="teacher", num_samples=16, keep_ratio=0.5, views=1,
@@ -68,16 +48,12 @@ def _config(name: str, budget: float, adapter: int) -> ConfigDict:
             ),
             reducer=dict(
                 name="tif",
-                keep_ratio=0.5,  # what the filter's labels are for: the budget says how many it keeps
                 budget=budget,
-                features="local+global",
                 adapter=adapter,
                 then=dict(name="tome", num_merged=8),
             ),
             filter=dict(
-                labels="top",
-                rho=0.0,
-                balance=False,
+                keep_ratio=0.5,  # of the labels: the budget says how many tokens tif keeps
                 num_epochs=5.0,
                 batch_size=batch_size,
                 learning_rate=1e-3,

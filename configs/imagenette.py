@@ -1,7 +1,7 @@
 """Real photographs and a real DeiT-Ti: ten ImageNet classes (Imagenette) under the checkpoint's 1000-way head.
 
     tif run --config configs/imagenette.py --workdir runs/imagenette [--config.quick=true]
-    tif run --config configs/imagenette.py:paper --workdir runs/paper    # the paper's filter alone, from the labels' loss
+    tif run --config configs/imagenette.py:plain --workdir runs/plain    # the filter alone, from the labels' loss
     tif run --config configs/imagenette.py:peers --workdir runs/peers    # all methods at one budget of multiply-adds
     python -m benchmarks.filters --judge "all classes: configs/imagenette.py:photographs" ...    # read there
     tif run --config configs/imagenette.py:scratch --workdir runs/scratch              # no checkpoint: a small ViT, on a CPU
@@ -41,7 +41,7 @@ SCRATCH = {
         ),
     ),
 }  # fmt: skip
-KNOWN = ("paper", "peers", "photographs", *SCRATCH)
+KNOWN = ("plain", "peers", "photographs", *SCRATCH)
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -50,18 +50,18 @@ def get_config(arg: str = "") -> ConfigDict:
     config = _config()
     if arg in SCRATCH:
         return _from_scratch(config, *SCRATCH[arg])
-    if arg == "paper":
+    if arg == "plain":
         config.score.update(target="label", num_samples=16, views=1)
         config.filter.num_epochs = 20.0
         del config.adapter
-        config.reducer = dict(name="tif", keep_ratio=0.5, budget=0.0, features="local+global")
+        config.reducer = dict(name="tif", keep_ratio=0.5)
         config.benchmark.reducers = ("full", "random", "prior", "tif")
     if arg == "photographs":
         del config.data.class_index
         config.data.update(name="image_table", root=os.path.join(os.path.dirname(config.data.root), "imagenet_ccby"))
         config.data.update(train_split="labels.csv", test_split="labels.csv")
     if arg == "peers":
-        config.reducer = dict(name="tif", keep_ratio=0.65, budget=0.8, features="local+global")
+        config.reducer, config.filter.keep_ratio = dict(name="tif", budget=0.8), 0.65
         config.benchmark.reducers = PEERS
     return config
 
@@ -70,9 +70,6 @@ def _config() -> ConfigDict:
     root = os.environ.get("TIF_DATA", "../shared/data")
     return ConfigDict(
         dict(
-            seed=0,
-            seeds=1,
-            quick=False,
             dtype="float32",
             data=dict(
                 name="image_folder",
@@ -90,7 +87,7 @@ def _config() -> ConfigDict:
                 on_error="raise",
                 num_workers=8,
             ),
-            backbone=dict(init_from=f"{root}/deit_tiny_patch16_224.safetensors", num_heads=0),
+            backbone=dict(init_from=f"{root}/deit_tiny_patch16_224.safetensors"),
             score=dict(
                 estimator="sampled",
                 mask="drop",
@@ -106,16 +103,12 @@ def _config() -> ConfigDict:
             ),
             reducer=dict(
                 name="tif",
-                keep_ratio=0.5,  # what the filter's labels are for: the budget says how many it keeps
                 budget=0.61,  # GMAC, of 1.25: with nothing behind the filter it would keep half
-                features="local+global",
                 adapter=48,
                 then=dict(name="tome", num_merged=8),
             ),
             filter=dict(
-                labels="top",
-                rho=0.0,
-                balance=False,
+                keep_ratio=0.5,  # of the labels: the budget says how many tokens tif keeps
                 num_epochs=6.0,
                 batch_size=64,
                 learning_rate=1e-3,
@@ -143,8 +136,6 @@ def _config() -> ConfigDict:
                 clip_norm=1.0,
                 label_smoothing=0.1,
                 drop_path=0.0,
-                phases=(),
-                distillation=dict(kind="", logits_weight=0.5, tokens_weight=0.5),
             ),
             evaluate=dict(batch_size=32, num_images=0, num_samples=16),
             benchmark=dict(batch_size=32, dtype="float32", reducers=("full", "random", "prior", "evit", "tome", "tif")),
@@ -161,8 +152,6 @@ def _config() -> ConfigDict:
 
 def _from_scratch(config: ConfigDict, model: dict, recipe: dict) -> ConfigDict:
     """Random weights, which the stage that fine-tunes trains, unreduced: nothing is scored and no filter fitted."""
-    for key in ("score", "filter", "adapter"):
-        del config[key]
     del config.data.class_index
     config.data.image_size = 128
     config.backbone = dict(init_from="", model=dict(model, image_size=128, num_classes=10, pool="mean"), num_epochs=0.0)
@@ -171,5 +160,5 @@ def _from_scratch(config: ConfigDict, model: dict, recipe: dict) -> ConfigDict:
         recipe, batch_size=64, final_learning_rate=1e-5, weight_decay=0.05, clip_norm=1.0, label_smoothing=0.1
     )
     config.benchmark.reducers = ("full",)
-    config.when_quick = dict()
+    del config.when_quick
     return config

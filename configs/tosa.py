@@ -12,8 +12,7 @@ Needs TFDS's imagenet2012 prepared as array_record under $TFDS_DATA_DIR (or --co
 deit_<size>_patch16_224.safetensors in $TIF_WEIGHTS (default: the current folder; or --config.backbone.init_from).
 """
 
-import os
-
+import _imagenet2012
 from ml_collections import ConfigDict
 
 KNOWN = ("tiny", "small")
@@ -25,25 +24,10 @@ def get_config(arg: str = "") -> ConfigDict:
     batch_size = 1024
     return ConfigDict(
         dict(
-            seed=0,
-            seeds=1,
-            quick=False,
             dtype="bfloat16",
-            data=dict(
-                name="tfds",
-                tfds_name="imagenet2012",
-                root=os.environ.get("TFDS_DATA_DIR", ""),
-                train_split="train",
-                test_split="validation",
-                num_train=0,
-                num_test=0,
-                image_size=224,
-                augment="crop_flip",
-                num_workers=16,
-            ),
+            data=_imagenet2012.data(),
             backbone=dict(
-                init_from=os.path.join(os.environ.get("TIF_WEIGHTS", "."), f"deit_{arg}_patch16_224.safetensors"),
-                num_heads=0,
+                init_from=_imagenet2012.weights(f"deit_{arg}_patch16_224"),
             ),
             reducer=dict(name="tosa", keep_ratio=0.8),
             filter=dict(num_epochs=5.0, batch_size=batch_size, learning_rate=1e-3),
@@ -60,6 +44,5 @@ def get_config(arg: str = "") -> ConfigDict:
             ),
             evaluate=dict(batch_size=256),
             benchmark=dict(batch_size=256, dtype="bfloat16", reducers=("tosa",)),
-            when_quick=dict(),
         )
     )

@@ -12,8 +12,9 @@ import sys
 
 import jax
 
-from tif_jax import commands, reducers
+from tif_jax import commands, reducers, schema
 from tif_jax.errors import InputError, Preempted, WorkError
+from tif_jax.experiment.sections import Experiment
 from tif_jax.runtime import watch
 
 _HELP = ("--help", "-h", "help")
@@ -25,8 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     names = [module.name for module in pkgutil.iter_modules(commands.__path__) if not module.name.startswith("_")]
-    if argv[1:] == ["reducers"] and argv[0] in _HELP:
-        print("\n\n".join(map(_describe, reducers.known())))
+    if len(argv) == 2 and argv[0] in _HELP and argv[1] in _TOPICS:
+        print(_TOPICS[argv[1]]())
         return 0
     if not argv or argv[0] in _HELP:
         print(_usage(names), file=sys.stdout if argv else sys.stderr)
@@ -65,10 +66,6 @@ def _run(name: str, rest: list[str]) -> int:
         if error.errno in _DISK_FULL:
             full = error.filename or "a file was cut short"
             return _fail(name, f"{error.strerror}: {full}; make room and run the same command again", 1)
-        raise
-    except AttributeError as error:
-        if error.args and isinstance(error.args[0], KeyError):  # so ml_collections says that a config lacks a key
-            return _fail(name, f"the config lacks a key that is needed here: {error.args[0].args[0]}", 2)
         raise
     return 0
 
@@ -109,14 +106,29 @@ def _fail(name: str, error: object, status: int) -> int:
 def _usage(names: list[str]) -> str:
     lines = [f"  {name:<10} {_summary(name)}" for name in names]
     usage = "usage: tif COMMAND --config FILE[:ARG] [--config.KEY=VALUE ...] --workdir DIR"
-    return "\n".join([usage, "", *lines, "", "`tif --help reducers` lists the reducers and their options"])
+    topics = "`tif --help config` lists the keys of a config, `tif --help reducers` the reducers and their options"
+    return "\n".join([usage, "", *lines, "", topics])
 
 
-def _describe(name: str) -> str:
-    """A reducer: what its file says of it in one line, and its options with their defaults."""
-    module = importlib.import_module(f"tif_jax.reducers.{name}")
-    options = [f"  {key} = {option.default!r}" for key, option in reducers.options(name).items()]
-    return "\n".join([f"{name}: {(module.__doc__ or '').splitlines()[0]}", *options])
+def _describe_reducers() -> str:
+    """Each reducer: what its file says of it in one line, and its options with their defaults."""
+    described = []
+    for name in reducers.known():
+        module = importlib.import_module(f"tif_jax.reducers.{name}")
+        options = [f"  {key} = {option.default!r}" for key, option in reducers.options(name).items()]
+        described.append("\n".join([f"{name}: {(module.__doc__ or '').splitlines()[0]}", *options]))
+    return "\n\n".join(described)
+
+
+def _describe_config() -> str:
+    """Each key of a config with its default, what it may be and what it is for."""
+    return "\n".join(
+        f"{key.path} = {key.default!r}\n    {key.help} ({key.allowed})"
+        for key in schema.keys(Experiment)
+    )
+
+
+_TOPICS = {"config": _describe_config, "reducers": _describe_reducers}
 
 
 def _summary(name: str) -> str:

@@ -17,7 +17,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(command: str, description: str, argv: list[str], **flags: dict) -> argparse.Namespace:
-    """Namespace of config (locked ConfigDict), workdir (an existing folder that can be written) and the command's own flags.
+    """Namespace of config (an `Experiment`), workdir (an existing folder that can be written) and the command's own flags.
 
     flags: name -> keyword arguments of argparse's add_argument. Raises InputError for anything amiss.
     """

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from tif_jax.commands import train
 from tif_jax.commands._plots import accuracy_cost, picture_page, training_curves
 from tif_jax.commands.evaluate import KEEP_RATIOS
 from tif_jax.data.loader import evaluation_batches
 from tif_jax.experiment import config as config_file
+from tif_jax.experiment.folders import adapter_folder, filter_folder, finetune_folder
+from tif_jax.experiment.sections import Experiment
+from tif_jax.experiment.sources import open_source
 from tif_jax.impact import shards
 from tif_jax.models import Model
 from tif_jax.models.budget import AMOUNTS
@@ -25,7 +26,7 @@ _NUM_PICTURES = 8
 
 
 def write_report(
-    config: ConfigDict, workdir: Path, runs: Sequence[ConfigDict], of_filter: ConfigDict | None = None
+    config: Experiment, workdir: Path, runs: Sequence[Experiment], of_filter: Experiment | None = None
 ) -> None:
     """DIR/report.json, DIR/report.md, accuracy_cost.png, training.png and, of a token filter, tokens.png.
 
@@ -35,8 +36,8 @@ def write_report(
     per_label = {row["label"]: row for row in speed["rows"]}
     rows = []
     for of_run in runs:
-        directory = train.finetune_directory(of_run, workdir)
-        label = train.label(of_run)
+        directory = finetune_folder(of_run, workdir)
+        label = of_run.reducer.label
         metrics, measured = records.read(directory / "metrics.json"), per_label[label]
         row = {
             "reducer": of_run.reducer.name,
@@ -50,7 +51,7 @@ def write_report(
             "directory": str(directory.relative_to(workdir)),
         }
         rows.append(row | {key: metrics[key] for key in ("top1_among_classes",) if key in metrics})
-    ranking = records.read(train.filter_directory(of_filter, workdir) / "metrics.json") if of_filter else None
+    ranking = records.read(filter_folder(of_filter, workdir) / "metrics.json") if of_filter else None
     candidates = [row for row in rows if row["reducer"] == config.reducer.name]
     result = {
         "config": config_file.to_json(config),
@@ -177,29 +178,29 @@ def _percent(row: dict[str, Any], metric: str) -> str:
 
 
 def _curves(
-    config: ConfigDict, workdir: Path, runs: Sequence[ConfigDict], of_filter: ConfigDict | None
+    config: Experiment, workdir: Path, runs: Sequence[Experiment], of_filter: Experiment | None
 ) -> dict[str, list[dict[str, Any]]]:
-    directories = [workdir / "backbone", *([train.filter_directory(of_filter, workdir)] if of_filter else [])]
+    directories = [workdir / "backbone", *([filter_folder(of_filter, workdir)] if of_filter else [])]
     for of_run in (r for r in runs if r.seed == config.seed):
-        directories += [train.adapter_directory(of_run, workdir)] if train.has_adapter(of_run) else []
-        directories += [train.finetune_directory(of_run, workdir)]
+        directories += [adapter_folder(of_run, workdir)] if of_run.reducer.has_adapter else []
+        directories += [finetune_folder(of_run, workdir)]
     return {directory.name: metrics_log.read(directory) for directory in directories}
 
 
-def _pictures(config: ConfigDict, workdir: Path) -> list[dict[str, np.ndarray]]:
+def _pictures(config: Experiment, workdir: Path) -> list[dict[str, np.ndarray]]:
     """Test images with oracle impact, filter logits and kept mask, each (rows, columns) of the patch raster."""
     table = shards.read_impact(workdir / "heldout-label")
-    amount = {key: value for key, value in train.reducer_options(config)[1].items() if key in AMOUNTS}
-    model = load(train.filter_directory(config, workdir), **amount)
+    amount = {key: value for key, value in config.reducer.arguments.items() if key in AMOUNTS}
+    model = load(filter_folder(config, workdir), **amount)
     return pictures(model, config, table, np.arange(_NUM_PICTURES) * len(table.index) // _NUM_PICTURES)
 
 
 def pictures(
-    model: Model, config: ConfigDict, table: shards.ImpactTable, chosen: np.ndarray
+    model: Model, config: Experiment, table: shards.ImpactTable, chosen: np.ndarray
 ) -> list[dict[str, np.ndarray]]:
     """For `plots.picture_page`: the chosen rows of an oracle's table of test images, and what the filter says of them."""
     rows = np.stack([table.index, table.view], axis=1)[chosen]
-    source = train.open_source(config, "test", model)
+    source = open_source(config, "test", model)
     batches = evaluation_batches(source, config.data, batch_size=len(rows), records=rows)
     images = next(batches)["image"]
     batches.close()
@@ -208,8 +209,7 @@ def pictures(
     passed = top_k(found, num_kept(getattr(model.reducer, "keep_ratio", 1.0), found.shape[1]))
     logits = np.asarray(found)
     kept = (np.arange(logits.shape[1])[None, None] == np.asarray(passed)[..., None]).any(axis=1)
-    options = train.data.read_options(config.data)
-    pixels = np.clip(images * np.asarray(options.std) + np.asarray(options.mean), 0, 1)
+    pixels = np.clip(images * np.asarray(config.data.std) + np.asarray(config.data.mean), 0, 1)
     raster = lambda x: x.reshape(-1, *model.grid)  # noqa: E731
     columns = zip(pixels, raster(table.impact[chosen]), raster(logits), raster(kept), strict=True)
     return [dict(zip(("image", "impact", "logits", "kept"), column, strict=True)) for column in columns]

@@ -3,7 +3,6 @@
 import importlib.metadata
 import logging
 import statistics
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
-from ml_collections import ConfigDict
 
-from tif_jax import reducers
-from tif_jax.commands import _arguments, train
-from tif_jax.errors import InputError
+from tif_jax.commands import _arguments
+from tif_jax.experiment.sections import Experiment
 from tif_jax.models import Model
-from tif_jax.models.budget import AMOUNTS
 from tif_jax.models.cost import cost
 from tif_jax.models.params import params_of, with_params
 from tif_jax.runtime import records, timing
@@ -37,15 +33,14 @@ def main(argv: list[str]) -> None:
     print(table(benchmark(arguments.config, arguments.workdir)["rows"]))
 
 
-def benchmark(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+def benchmark(config: Experiment, workdir: Path) -> dict[str, Any]:
     """DIR/benchmark.json: a row per reducer; images/s is the median of rounds in random order, all on the same batch."""
     recipe = config.benchmark
     mesh = make_mesh(recipe.batch_size, processes=1)
     rows, turns = [], []
-    for of_row in [with_reducer(config, entry) for entry in recipe.reducers]:
-        name, options = train.reducer_options(of_row)
-        fields = config.finetune.get("model", {})
-        model = load(workdir / "backbone", reducer=name, dtype=recipe.dtype, **fields, **options)
+    for entry in recipe.reducers:
+        fields = config.finetune.model
+        model = load(workdir / "backbone", reducer=entry.name, dtype=recipe.dtype, **fields, **entry.arguments)
         images = np.random.default_rng(0).normal(size=(recipe.batch_size, *model.image_size, 3)).astype(np.float32)
         program, arguments = compile_forward(model, images, mesh)
         jax.block_until_ready(program(*arguments))
@@ -53,9 +48,9 @@ def benchmark(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         counted = cost(model)
         rows.append(
             {
-                "reducer": name,
-                "label": train.label(of_row),
-                "options": options,
+                "reducer": entry.name,
+                "label": entry.label,
+                "options": entry.arguments,
                 "batch_size": recipe.batch_size,
                 "dtype": recipe.dtype,
                 "gmac": counted.gmac,
@@ -83,36 +78,12 @@ def compile_forward(model: Model, images: Float[np.ndarray, "B Y X 3"], mesh: Me
     return predict.lower(*arguments).compile(), arguments
 
 
-def is_measured(config: ConfigDict, workdir: Path) -> bool:
+def is_measured(config: Experiment, workdir: Path) -> bool:
     """Whether DIR/benchmark.json is what `benchmark` would measure again."""
     rows = (records.read(workdir / "benchmark.json") or {}).get("rows", [])
     recipe = config.benchmark
-    wanted = [(train.label(with_reducer(config, entry)), recipe.batch_size, recipe.dtype) for entry in recipe.reducers]
+    wanted = [(entry.label, recipe.batch_size, recipe.dtype) for entry in recipe.reducers]
     return wanted == [(row.get("label"), row["batch_size"], row["dtype"]) for row in rows]
-
-
-def with_reducer(config: ConfigDict, entry: str | Mapping[str, Any], seed: int | None = None) -> ConfigDict:
-    """The config with another reducer, and another seed. entry: its name, or dict(name=..., ...) with its own options.
-
-    Of the options in config.reducer another reducer takes over only how much to keep: names of others may mean something
-    else to it. An entry's own amount stands instead of that. Raises InputError for options that the reducer lacks.
-    """
-    own = {"name": entry} if isinstance(entry, str) else dict(entry) if isinstance(entry, Mapping) else {}
-    if "name" not in own:
-        raise InputError(f"benchmark.reducers has {entry!r}; allowed: a name, or dict(name='evit', keep_ratio=0.5)")
-    known = {*reducers.options(own["name"]), "name", "budget"}
-    if unknown := sorted(set(own) - known):
-        raise InputError(
-            f"benchmark.reducers: {own['name']!r} takes {', '.join(sorted(known))}; got {', '.join(unknown)}"
-        )
-    taken_over = config.reducer.to_dict()
-    if own["name"] != config.reducer.name:
-        taken_over = {key: value for key, value in taken_over.items() if key in AMOUNTS}
-    if not own.keys().isdisjoint(AMOUNTS):
-        taken_over = {key: value for key, value in taken_over.items() if key not in AMOUNTS}
-    settings = config.to_dict()
-    settings |= {"reducer": taken_over | own, "seed": config.seed if seed is None else seed}
-    return ConfigDict(settings).lock()
 
 
 def table(rows: list[dict[str, Any]]) -> str:

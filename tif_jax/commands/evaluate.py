@@ -13,11 +13,15 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float
-from ml_collections import ConfigDict
 
-from tif_jax.commands import _arguments, train
+from tif_jax.commands import _arguments
 from tif_jax.data.loader import evaluation_batches
 from tif_jax.errors import InputError
+from tif_jax.experiment.folders import filter_folder, finetune_folder
+from tif_jax.experiment.scoring import expected_manifest, label_options
+from tif_jax.experiment.sections import Experiment
+from tif_jax.experiment.sources import open_source
+from tif_jax.experiment.stages import before_finetuning
 from tif_jax.impact import rankings, shards
 from tif_jax.impact.labels import keep_labels, position_prior
 from tif_jax.impact.oracle import TARGETS
@@ -45,7 +49,7 @@ def main(argv: list[str]) -> None:
         print(json.dumps(metrics, indent=2))
 
 
-def backbone(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+def backbone(config: Experiment, workdir: Path) -> dict[str, Any]:
     """DIR/backbone/metrics.json."""
     directory = workdir / "backbone"
     metrics = _evaluate(config, load(directory, dtype=config.dtype))
@@ -53,24 +57,24 @@ def backbone(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     return metrics
 
 
-def finetuned(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+def finetuned(config: Experiment, workdir: Path) -> dict[str, Any]:
     """DIR/finetune/.../metrics.json of config.reducer and config.seed; under `before`, those before fine-tuning."""
-    directory = train.finetune_directory(config, workdir)
+    directory = finetune_folder(config, workdir)
     model = load(directory, dtype=config.dtype)
     metrics = _evaluate(config, model) | {"keep_ratio": getattr(model.reducer, "keep_ratio", 1.0)}
-    before, _ = train.before_finetuning(config, workdir, train.reducer_options(config)[1])
+    before, _ = before_finetuning(config, workdir)
     metrics["before"] = _evaluate(config, before)
     records.write(directory / "metrics.json", metrics)
     return metrics
 
 
-def _evaluate(config: ConfigDict, model: Model) -> dict[str, Any]:
-    source = train.open_source(config, "test", model)
-    classes = sorted(config.data.get("class_index", {}).values())
+def _evaluate(config: Experiment, model: Model) -> dict[str, Any]:
+    source = open_source(config, "test", model)
+    classes = sorted((config.data.class_index or {}).values())
     return {"num_images": len(source), "gmac": cost(model).gmac, **accuracy(model, source, config, classes)}
 
 
-def accuracy(model: Model, source, config: ConfigDict, classes: list[int]) -> dict[str, float]:
+def accuracy(model: Model, source, config: Experiment, classes: list[int]) -> dict[str, float]:
     """Mean cross-entropy (nats) and top-1 (fraction); with `classes` also top-1 among those classes alone.
 
     The images are divided among all devices of all processes.
@@ -102,11 +106,11 @@ def accuracy(model: Model, source, config: ConfigDict, classes: list[int]) -> di
     return {name: total / images for name, total in sums.items()}
 
 
-def ranking_table(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+def ranking_table(config: Experiment, workdir: Path) -> dict[str, Any]:
     """DIR/filter/metrics.json: `judge_rankings` of the filter on held-out images, by its config's own labels."""
-    directory = train.filter_directory(config, workdir)
+    directory = filter_folder(config, workdir)
     model = load(directory, dtype=config.dtype)
-    expected = train.expected_manifest(config, model)
+    expected = expected_manifest(config, model)
     oracles = read_oracles(workdir, expected)
     if "label" not in oracles:
         raise InputError(f"{workdir}/heldout-label is missing; `tif run` makes it: score held-out images first")
@@ -123,7 +127,7 @@ def read_oracles(workdir: Path, expected: Mapping[str, Any]) -> dict[str, shards
 
 def judge_rankings(
     model: Model,
-    config: ConfigDict,
+    config: Experiment,
     oracles: Mapping[str, shards.ImpactTable],
     trained_on: Float[np.ndarray, "E N"],
     *,
@@ -139,9 +143,9 @@ def judge_rankings(
     the keep_ratio in whose column they stand.
     """
     model = plain_vit(model, "a ranking of patches")
-    source = train.open_source(config, "test", model)
+    source = open_source(config, "test", model)
     table = oracles["label"]
-    labelling = train.labelling(config, trained_on)
+    labelling = label_options(config, trained_on)
     fixed = {}
     if baselines:
         prior = position_prior(keep_labels(trained_on, **labelling))
@@ -165,7 +169,7 @@ def judge_rankings(
 def _follow(
     model: ViT,
     source,
-    config: ConfigDict,
+    config: Experiment,
     rows: np.ndarray,
     fixed: dict[str, np.ndarray],
     baselines: bool,

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
-from tif_jax.commands import _arguments, train
+from tif_jax.commands import _arguments
 from tif_jax.errors import InputError
+from tif_jax.experiment.sections import Experiment
+from tif_jax.experiment.stages import STAGES
 from tif_jax.runtime import processes, records
 from tif_jax.runtime.mesh import shard
 from tif_jax.training import speed
@@ -27,7 +28,7 @@ def main(argv: list[str]) -> None:
         "profile",
         __doc__,
         argv,
-        stage=dict(choices=train.STAGES, default="finetune", help="whose step (default: finetune)"),
+        stage=dict(choices=STAGES, default="finetune", help="whose step (default: finetune)"),
         steps=dict(type=int, default=20, metavar="N", help="how many steps to time (default: 20)"),
         **processes.FLAGS,
     )
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> None:
         print(json.dumps(found, indent=2))
 
 
-def profile(stage: str, config: ConfigDict, workdir: Path, num_steps: int) -> dict[str, Any]:
+def profile(stage: str, config: Experiment, workdir: Path, num_steps: int) -> dict[str, Any]:
     """DIR/profile/STAGE.json, and in DIR/profile/STAGE/ a trace for xprof or Perfetto (of every process its own).
 
     Seconds are means per step: step_seconds of training as it is, device_seconds with the same batch again and again,
@@ -49,7 +50,7 @@ def profile(stage: str, config: ConfigDict, workdir: Path, num_steps: int) -> di
         raise InputError(
             "the backbone is imported (backbone.init_from) and has no training step; choose another --stage"
         )
-    made = train.STAGES[stage](config, workdir)
+    made = STAGES[stage](config, workdir)
     try:
         found = _measure(made, workdir / "profile" / stage, num_steps)
     finally:
@@ -96,7 +97,7 @@ def _measure(stage: Stage, directory: Path, num_steps: int) -> dict[str, Any]:
         jax.block_until_ready(metrics)
     logger.info("%s: a trace of %d steps", directory, _NUM_TRACED)
     images_per_second = stage.recipe.batch_size / step_seconds
-    meter = speed.meter(stage.model if stage.runs_blocks else None, prepared.mesh, stage.config.peak_tflops)
+    meter = speed.meter(stage.model if stage.runs_blocks else None, prepared.mesh, stage.peak_tflops)
     return {
         "device": f"{prepared.mesh.size} x {jax.devices()[0].device_kind}",
         "batch_size": stage.recipe.batch_size,

@@ -3,23 +3,20 @@
 from pathlib import Path
 
 from tif_jax.data import remote
-from tif_jax.data.options import DataOptions, Settings, read_options
-from tif_jax.data.source import Source, Subset
+from tif_jax.data.options import DataOptions as DataOptions
+from tif_jax.data.options import read_options as read_options
+from tif_jax.data.source import Source as Source
+from tif_jax.data.source import Subset
 from tif_jax.errors import InputError
 
-KNOWN = ("digits", "image_folder", "image_table", "tfds")
 
-
-def open_source(data: Settings, split: str) -> Source:
-    """The examples of `split`, 'train' or 'test', of the data set that `data` (see DataOptions) describes.
+def open_source(options: DataOptions, split: str) -> Source:
+    """The examples of `split`, 'train' or 'test', of the data set that the options describe.
 
     InputError, naming file or key, for what is missing or malformed.
     """
-    options = read_options(data)
     if split not in ("train", "test"):
         raise InputError(f"unknown split {split!r}; 'train' or 'test', which data.train_split and data.test_split name")
-    if options.name not in KNOWN:
-        raise InputError(f"unknown data.name {options.name!r}; known: {', '.join(KNOWN)}")
     if options.class_index is not None and options.name != "image_folder":
         raise InputError(f"data.class_index renumbers the folders of an image_folder; data.name is {options.name!r}")
     name, num_examples = (

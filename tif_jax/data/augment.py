@@ -17,7 +17,9 @@ import numpy as np
 from jaxtyping import Float32
 from PIL import Image, ImageEnhance, ImageOps
 
+from tif_jax import schema
 from tif_jax.errors import InputError
+from tif_jax.schema import key
 
 Colour = tuple[int, int, int]
 
@@ -26,19 +28,14 @@ Colour = tuple[int, int, int]
 class Augmentation:
     """Which augmentations there are; by default none. InputError on values that are not allowed."""
 
-    rand_augment: str = ""  # as timm spells it, e.g. 'rand-m9-mstd0.5-inc1', with or without 'rand-'; '': off
-    color_jitter: float = 0.0  # in [0, 1]; as in timm, without effect where there is rand_augment
-    erase: float = 0.0  # probability
+    rand_augment: str = key("", "as timm spells it, e.g. 'rand-m9-mstd0.5-inc1', with or without 'rand-'; '': off")
+    color_jitter: float = key(0.0, "strength; as in timm, without effect beside rand_augment", least=0, most=1)
+    erase: float = key(0.0, "probability of random erasing", least=0, most=1)
 
     def __post_init__(self):
-        if not isinstance(self.rand_augment, str):
-            raise InputError(f"rand_augment is {self.rand_augment!r}; it is a text such as 'm9-mstd0.5-inc1'")
+        schema.check(self)
         if self.rand_augment:
             _policy(self.rand_augment)
-        for name in "color_jitter", "erase":
-            value = getattr(self, name)
-            if not isinstance(value, float | int) or not 0 <= value <= 1:
-                raise InputError(f"{name} is {value!r}; it is a number in [0, 1]")
 
 
 def augment(

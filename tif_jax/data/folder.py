@@ -2,10 +2,9 @@
 
 import csv
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tif_jax.data.options import Settings
 from tif_jax.data.preprocess import read_image
 from tif_jax.data.source import Example
 from tif_jax.errors import InputError
@@ -38,7 +37,7 @@ class ImageFolder(ImageFiles):
     `class_index[folder]` where the classification head was trained with other numbers; extra entries are ignored.
     """
 
-    def __init__(self, root: str | os.PathLike, split: str, class_index: Settings | None = None):
+    def __init__(self, root: str | os.PathLike, split: str, class_index: Mapping[str, int] | None = None):
         root = Path(root)
         if not root.is_dir():
             raise InputError(f"data.root {root} is not a folder; it must hold root/split/class/image.jpg")
@@ -106,8 +105,8 @@ def _images(folder: Path) -> list[str]:
     return [x.name for x in os.scandir(folder) if x.name.lower().endswith(EXTENSIONS) and not x.name.startswith(".")]
 
 
-def _index_of(name: str, class_index: Settings) -> int:
-    if name not in class_index.keys():
+def _index_of(name: str, class_index: Mapping[str, int]) -> int:
+    if name not in class_index:
         raise InputError(f"data.class_index has no entry for class folder {name!r}; add it, or remove the folder")
     index = class_index[name]
     if type(index) is not int or index < 0:

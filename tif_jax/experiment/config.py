@@ -1,56 +1,209 @@
 """Reading an experiment: `--config FILE[:ARG] [--config.KEY=VALUE ...]`.
 
-A config file has one function get_config(arg) that returns an ml_collections.ConfigDict of plain data. With
-`--config.quick=true` the values of its `when_quick` apply, except where the command line says otherwise.
+A config file has one function get_config(arg) that returns an ml_collections.ConfigDict of plain data. It says what
+differs from the defaults in `sections`. With `--config.quick=true` the values of its `when_quick` apply, too. The command
+line has the last word.
 """
 
-import difflib
+import dataclasses
 import importlib.util
 import json
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
+from tif_jax import schema
 from tif_jax.errors import InputError
-from tif_jax.training import recipe
+from tif_jax.experiment import checks
+from tif_jax.experiment.reducer_entry import ReducerEntry, option_kinds, read_entry
+from tif_jax.experiment.sections import Experiment
+from tif_jax.models import FAMILIES, field_kinds
+from tif_jax.models.budget import AMOUNTS
+
+Settings = dict[str, Any]
 
 
-def load(filename: str, overrides: list[str]) -> ConfigDict:
-    """The config in FILE[:ARG] with recipe.py's defaults and `--config.KEY=VALUE` overrides, locked.
+def load(filename: str, overrides: list[str] | tuple[str, ...] = ()) -> Experiment:
+    """The experiment of FILE[:ARG] and `--config.KEY=VALUE` overrides. Raises InputError for anything amiss."""
+    return from_settings(_file_settings(filename), overrides)
 
-    Raises InputError for anything amiss.
+
+def from_settings(settings: Mapping[str, Any], overrides: list[str] | tuple[str, ...] = ()) -> Experiment:
+    """`load`, of what a file's get_config returns."""
+    merged = schema.plain(settings)
+    given = list(_overrides(overrides))
+    quick = merged.get("quick", False)
+    for path, text in given:
+        quick = schema.from_text(bool, text, path) if path == "quick" else quick
+    if changes := merged.get("when_quick"):
+        _read(merged)  # mistakes that are not those of when_quick
+        quickly = _merged(merged, changes)
+        with schema.named("when_quick"):
+            _read(quickly)
+        merged = quickly if quick else merged
+    _override(merged, given)
+    experiment = _read(merged)
+    checks.check(experiment)
+    return experiment
+
+
+def to_json(experiment: Experiment) -> Settings:
+    """The experiment as plain JSON data: what checkpoints and reports carry."""
+    settings = dataclasses.asdict(experiment)
+    settings["reducer"] = experiment.reducer.described
+    settings["benchmark"]["reducers"] = [entry.described for entry in experiment.benchmark.reducers]
+    return json.loads(json.dumps(_finite(settings)))
+
+
+def _read(settings: Settings) -> Experiment:
+    """The experiment with these settings, each of them checked."""
+    settings = dict(settings)
+    reducer = settings["reducer"] = read_entry(settings.get("reducer", "full"), "reducer")
+    benchmark = settings.get("benchmark", {})
+    if isinstance(benchmark, dict):
+        entries = benchmark.get("reducers", (reducer,))
+        if not isinstance(entries, tuple):
+            raise InputError(f"benchmark.reducers is {entries!r}; it is a tuple of names and dicts")
+        read = tuple(_benchmark_entry(entry, i, reducer) for i, entry in enumerate(entries))
+        settings["benchmark"] = {**benchmark, "reducers": read}
+    for where in ("backbone", "finetune"):
+        if isinstance(of_stage := settings.get(where), dict) and of_stage.get("model") is not None:
+            settings[where] = {**of_stage, "model": _model_fields(of_stage["model"], f"{where}.model", settings)}
+    return schema.read(Experiment, settings)
+
+
+def _benchmark_entry(entry: Any, number: int, reducer: ReducerEntry) -> ReducerEntry:
+    """An entry of benchmark.reducers. The config's own reducer hands on its options, to other reducers only the amount."""
+    if isinstance(entry, ReducerEntry):
+        return entry
+    where = f"benchmark.reducers[{number}]"
+    name = entry.get("name") if isinstance(entry, Mapping) else entry
+    handed_on = reducer.arguments
+    if name != reducer.name:
+        handed_on = {key: value for key, value in handed_on.items() if key in AMOUNTS}
+    return read_entry(entry, where, handed_on)
+
+
+def _model_fields(fields: Any, where: str, settings: Settings) -> Settings:
+    """Fields of a model, of the right type and in range."""
+    if not isinstance(fields, dict):
+        raise InputError(f"{where} is {fields!r}; it is a dict of fields of a model")
+    kinds = _kinds_of_model(settings)
+    for name in fields:
+        if name not in kinds:
+            raise schema.unknown_key(f"{where}.{name}", [f"{where}.{known}" for known in kinds])
+    checked = {name: schema.value_of(kinds[name], value, f"{where}.{name}") for name, value in fields.items()}
+    for name, value in checked.items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        least = 0 if name in ("num_registers", "drop_path") else 1
+        for number in numbers:
+            whole = isinstance(number, int) and not isinstance(number, bool)
+            if (whole and number < least) or (isinstance(number, float) and not 0 <= number < float("inf")):
+                raise InputError(f"{where}.{name} is {value!r}; {schema.Range(least=least if whole else 0)}")
+    return checked
+
+
+def _kinds_of_model(settings: Settings) -> dict[str, Any]:
+    model = (settings.get("backbone") or {}).get("model") or {}
+    family = model.get("family", "vit")
+    if family not in FAMILIES:
+        raise InputError(f"backbone.model.family is {family!r}; allowed: {', '.join(map(repr, FAMILIES))}")
+    return {"family": str, **field_kinds(family)}
+
+
+# The command line
+
+
+def _overrides(arguments: list[str] | tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """(key, text) for `--config.KEY=VALUE`, `--config.KEY VALUE` and `--noconfig.KEY`."""
+    waiting = iter(arguments)
+    for argument in waiting:
+        match = re.fullmatch(r"--?(no)?config\.([^=]+)(?:=(.*))?", argument, re.DOTALL)
+        if not match:
+            raise InputError(f"unexpected {argument!r}; a value of the config is given as --config.KEY=VALUE")
+        no, path, text = match.groups()
+        if no:
+            text = "false"
+        elif text is None:
+            text = next(waiting, None)
+            if text is None or text.startswith("-"):
+                raise InputError(f"--config.{path} has no value; a value of the config is given as --config.KEY=VALUE")
+        yield path, text
+
+
+def _override(settings: Settings, given: list[tuple[str, str]]) -> None:
+    """Puts what the command line says into the settings.
+
+    An amount for the reducer stands instead of the file's. Another reducer takes over the file's amount, and no more.
     """
-    config = _get_config(filename)
-    recipe.fill_in(config)
-    _check_keys(overrides, config)
-    values = flags.FlagValues()
-    try:
-        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=overrides)
-        _, *stray = values(["tif", *overrides])
-    except (flags.Error, ValueError, TypeError) as error:
-        raise InputError(_one_line(error)) from None
-    if stray:
-        raise InputError(f"unexpected {stray[0]!r}; a value of the config is given as --config.KEY=VALUE")
-    given = config_flags.get_override_values(values["config"])
-    config = values.config
-    if config.get("quick"):
-        for key, value in _leaves(config.when_quick):
-            if key not in given:
-                _update(config, key, value)
-    recipe.check(config)
-    return config.lock()
+    names = [text for path, text in given if path == "reducer.name"]
+    reducer = settings.get("reducer", "full")
+    reducer = {"name": reducer} if isinstance(reducer, str) else reducer
+    if isinstance(reducer, dict):
+        own = [path.removeprefix("reducer.") for path, _ in given if path.startswith("reducer.")]
+        if names and names[-1] != reducer.get("name"):
+            kinds = option_kinds(names[-1])
+            reducer = {key: value for key, value in reducer.items() if key in AMOUNTS and key in (*kinds, "budget")}
+            reducer |= {"name": names[-1]}
+        if not set(own).isdisjoint(AMOUNTS):
+            reducer = {key: value for key, value in reducer.items() if key not in AMOUNTS}
+        settings["reducer"] = reducer
+    for path, text in given:
+        _put(settings, path, schema.from_text(_kind_at(path, settings), text, path))
 
 
-def to_json(config: ConfigDict) -> dict[str, Any]:
-    """The config as plain JSON data: what checkpoints and reports carry."""
-    return json.loads(config.to_json_best_effort())
+def _put(settings: Settings, path: str, value: Any) -> None:
+    *sections, name = path.split(".")
+    for part in sections:
+        inner = settings.get(part)
+        settings[part] = dict(inner) if isinstance(inner, Mapping) else {}
+        settings = settings[part]
+    settings[name] = value
 
 
-def _get_config(filename: str) -> ConfigDict:
+def _kind_at(path: str, settings: Settings) -> Any:
+    """The annotation of a key. Raises InputError, with the nearest one, for a key that nothing reads."""
+    known = _known_keys(settings)
+    if path not in known:
+        raise schema.unknown_key(path, list(known))
+    return known[path]
+
+
+def _known_keys(settings: Settings) -> dict[str, Any]:
+    """Every key that the command line may set, with its annotation."""
+    known = {entry.path: entry.kind for entry in schema.keys(Experiment)}
+    known |= {"benchmark.reducers": tuple[str | dict, ...], "reducer.name": str}
+    for prefix in ("backbone.model", "finetune.model"):
+        known |= {f"{prefix}.{name}": kind for name, kind in _kinds_of_model(settings).items()}
+    for name in (settings.get("data") or {}).get("class_index") or {}:
+        known[f"data.class_index.{name}"] = int
+    entry, prefix = settings.get("reducer"), "reducer"
+    while isinstance(entry, Mapping):
+        known |= {f"{prefix}.{name}": kind for name, kind in option_kinds(entry.get("name", "full")).items()}
+        known |= {f"{prefix}.name": str, f"{prefix}.budget": float}
+        entry, prefix = entry.get("then"), f"{prefix}.then"
+    return known
+
+
+def _merged(settings: Mapping[str, Any], changes: Any) -> Settings:
+    """The settings with these changes, which may be nested."""
+    if not isinstance(changes, Mapping):
+        raise InputError(f"when_quick is {changes!r}; it is a dict of what --config.quick=true changes")
+    merged = dict(settings)
+    for name, value in changes.items():
+        nested = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
+        merged[name] = _merged(merged[name], value) if nested else value
+    return merged
+
+
+# The file
+
+
+def _file_settings(filename: str) -> Settings:
     path, _, arg = filename.partition(":")
     if not Path(path).is_file():
         raise InputError(f"no config file {path}")
@@ -58,50 +211,26 @@ def _get_config(filename: str) -> ConfigDict:
     if spec is None or spec.loader is None:
         raise InputError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
+    folder = str(Path(path).parent.absolute())
+    sys.path.insert(0, folder)  # configs of one folder may share a file
     try:
         spec.loader.exec_module(module)
         config = module.get_config(arg) if arg else module.get_config()
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{filename}: {_one_line(error)}") from None
+        raise InputError(f"{filename}: {' '.join(str(error).split()) or type(error).__name__}") from None
+    finally:
+        sys.path.remove(folder)
     if not isinstance(config, ConfigDict):
         raise InputError(f"{filename}: get_config returns a {type(config).__name__}; it must be a ConfigDict")
-    return config
+    return schema.plain(config.to_dict())
 
 
-def _update(config: ConfigDict, key: str, value: Any) -> None:
-    try:
-        config.update_from_flattened_dict({key: value})
-    except (KeyError, TypeError) as error:
-        raise InputError(f"when_quick.{key} does not fit the config: {_one_line(error)}") from None
-
-
-def _check_keys(overrides: list[str], config: ConfigDict) -> None:
-    known = [key for key, _ in _leaves(config)]
-    for argument in overrides:
-        if not argument.startswith("-"):  # the value of `--config.KEY VALUE`
-            continue
-        key = re.sub(r"^--?(no)?config\.", "", argument.split("=", 1)[0])
-        if key not in known and not isinstance(_get(config, key), ConfigDict):
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-            raise InputError(f"config has no key {key!r}; the nearest is {nearest[0]!r}")
-
-
-def _get(config: ConfigDict, key: str) -> Any:
-    node: Any = config
-    for part in key.split("."):
-        node = node.get(part) if isinstance(node, ConfigDict) else None
-    return node
-
-
-def _leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, ConfigDict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _finite(value: Any) -> Any:
+    """Infinite numbers, which JSON does not know, as texts."""
+    if isinstance(value, Mapping):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, tuple | list):
+        return [_finite(inner) for inner in value]
+    return "inf" if value == float("inf") else value

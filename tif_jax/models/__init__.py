@@ -43,10 +43,19 @@ _LEVIT_NAME = re.compile(rf"(?P<evo>evo_)?levit_(?P<size>{'|'.join(LEVIT_SIZES)}
 Model = ViT | LeViT
 FAMILIES: dict[str, type[ViT] | type[LeViT]] = {"vit": ViT, "levit": LeViT}
 _FIELDS = {
-    name: frozenset(family.__init__.__annotations__) - {"reducer", "rngs", "return"}
+    name: {
+        field: kind
+        for field, kind in family.__init__.__annotations__.items()
+        if field not in ("reducer", "rngs", "return")
+    }
     for name, family in FAMILIES.items()
 }
 MODEL_FIELDS = frozenset({"family"}).union(*_FIELDS.values())
+
+
+def field_kinds(family: str) -> dict[str, Any]:
+    """The annotation of each field of a family of models, `family` itself left out."""
+    return dict(_FIELDS[family])
 
 
 class Rngs(nnx.Rngs):
@@ -113,7 +122,7 @@ def blueprint(
     family = fields.pop("family", "vit")
     if family not in FAMILIES:
         raise InputError(f"family is {family!r}; allowed: {', '.join(map(repr, FAMILIES))}")
-    if unknown := sorted(set(fields) - _FIELDS[family]):
+    if unknown := sorted(set(fields) - set(_FIELDS[family])):
         raise InputError(f"Unknown model fields {', '.join(unknown)}. Known: {', '.join(sorted(_FIELDS[family]))}")
     rows, columns = grid_of({"family": family, **fields})
     if family == "vit":

@@ -4,34 +4,27 @@ Legend: B images, Y rows, X columns.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32
 
-from tif_jax.errors import InputError
+from tif_jax import schema
+from tif_jax.schema import key
 
 
 @dataclasses.dataclass(frozen=True)
 class Mixing:
     """How batches are mixed; by default not at all. InputError on values that are not allowed."""
 
-    mixup: float = 0.0  # parameter of the beta distribution that mixup's weights are drawn from; 0: no mixup
-    cutmix: float = 0.0  # the same of CutMix
-    switch: float = 0.5  # probability of CutMix where both are on
-    probability: float = 1.0  # that a batch is mixed
+    mixup: float = key(0.0, "parameter of the beta distribution of mixup's weights; 0: no mixup", least=0)
+    cutmix: float = key(0.0, "the same of CutMix", least=0)
+    switch: float = key(0.5, "probability of CutMix where both are on", least=0, most=1)
+    probability: float = key(1.0, "that a batch is mixed", least=0, most=1)
 
     def __post_init__(self):
-        for name in "mixup", "cutmix":
-            value = getattr(self, name)
-            if not isinstance(value, float | int) or not 0 <= value < math.inf:
-                raise InputError(f"{name} is {value!r}; it is a number from 0, which turns it off")
-        for name in "switch", "probability":
-            value = getattr(self, name)
-            if not isinstance(value, float | int) or not 0 <= value <= 1:
-                raise InputError(f"{name} is {value!r}; it is a number in [0, 1]")
+        schema.check(self)
 
 
 def mix(key: Array, batch: Mapping[str, Array], options: Mixing) -> dict[str, Array]:

@@ -1,147 +1,75 @@
-"""The keys that every config has, and what they are where it leaves them out: `--config.KEY=VALUE` can set each."""
+"""The keys of the sections that train, a recipe each, and of `sharding`."""
 
-import difflib
+import dataclasses
 from typing import Any
-
-from ml_collections import ConfigDict
 
 from tif_jax.data.augment import Augmentation
 from tif_jax.errors import InputError
+from tif_jax.schema import key, section
 from tif_jax.training.mixing import Mixing
 
-TOP: dict[str, Any] = dict(
-    peak_tflops=0.0,  # of one device, to tell model FLOP/s utilisation by; 0: known for some devices (speed.py)
-    # Parameters, optimiser state and moving average are divided over `fsdp` devices, as a table of (pattern, axis) says.
-    sharding=dict(fsdp=1, table=()),  # (): state.FSDP
-)
-
-# Of the sections that train.
-TRAINING: dict[str, Any] = dict(
-    learning_rate=1e-3,  # at its peak
-    final_learning_rate=0.0,
-    warmup_epochs=0.0,
-    weight_decay=0.0,
-    clip_norm=float("inf"),
-    adaptive_clip=0.0,
-    layer_decay=1.0,
-    rate_factors=(),  # (pattern, factor), or (pattern, factor, epoch): nothing is learned before that epoch
-    decay_factors=(),  # (pattern, factor)
-    freeze=(),  # patterns of parameters that rest; batch normalisation still normalises by the batch
-    accumulate=1,  # parts that a batch is worked through in
-    save_every=1000,  # steps that a killed run loses at most; a shorter run saves once on the way
-)
-
-# Of those that train the whole network.
-NETWORK: dict[str, Any] = TRAINING | dict(
-    label_smoothing=0.0,
-    drop_path=0.0,
-    ema=0.0,  # decay per step of a moving average of the parameters; 0: none
-    remat=False,  # activations inside blocks are computed again instead of kept
-    augmentation=dict(rand_augment="", color_jitter=0.0, erase=0.0, repeats=1),  # beside data.augment
-    mixing=dict(mixup=0.0, cutmix=0.0, switch=0.5, probability=1.0),
-)
-
-FINETUNE: dict[str, Any] = NETWORK | dict(
-    phases=(),
-    # teacher: a checkpoint or weight file; '': the backbone
-    distillation=dict(kind="", teacher="", logits_weight=0.5, tokens_weight=0.5),
-)
-
-
-# Those that change how long something takes, or where it is, but not what comes out.
+# Keys that change how long something takes, or where it lies, but not what comes out.
 WITHOUT_EFFECT = ("save_every", "remat", "num_workers", "worker_processes")
 
-_OWN = {  # keys without a default here
-    "backbone": ("init_from", "model", "num_heads", "num_classes", "num_epochs", "batch_size"),
-    "filter": ("labels", "rho", "balance", "num_epochs", "batch_size"),
-    "adapter": ("num_epochs", "batch_size"),
-    "finetune": ("model", "num_epochs", "batch_size"),
-}
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What every stage that trains reads. An epoch is as many images as the stage's data have."""
+
+    num_epochs: float = key(0.0, "epochs; 0: nothing is trained", least=0)
+    batch_size: int = key(64, "images of a step, over all devices of all processes", least=1)
+    learning_rate: float = key(1e-3, "at its peak", least=0)
+    final_learning_rate: float = key(0.0, "where the cosine ends", least=0)
+    warmup_epochs: float = key(0.0, "epochs in which the learning rate rises from 0", least=0)
+    weight_decay: float = key(0.0, "AdamW's; none for biases, scales, tokens and position embeddings", least=0)
+    clip_norm: float = key(float("inf"), "bound of the gradient's global norm; inf: none", above=0, infinite=True)
+    adaptive_clip: float = key(0.0, "bound of each unit's gradient norm relative to its weights'; 0: none", least=0)
+    layer_decay: float = key(1.0, "factor of the learning rate from each block to the one before it", above=0, most=1)
+    rate_factors: tuple[Any, ...] = key(
+        (), "(pattern of parameter paths, factor of the learning rate), or with the epoch from which they learn"
+    )
+    decay_factors: tuple[Any, ...] = key((), "(pattern of parameter paths, factor of the weight decay)")
+    freeze: tuple[str, ...] = key((), "patterns of parameters that rest")
+    accumulate: int = key(1, "parts that a batch is worked through in", least=1)
+    save_every: int = key(1000, "steps that a killed run loses at most; a shorter run saves once on the way", least=1)
+
+    def __post_init__(self):
+        if self.batch_size % self.accumulate:
+            raise InputError(f"accumulate is {self.accumulate}; it has to divide the batch_size {self.batch_size}")
+        for name, lengths in (("rate_factors", (2, 3)), ("decay_factors", (2,))):
+            for entry in getattr(self, name):
+                listed = isinstance(entry, tuple) and len(entry) in lengths
+                if not listed or not isinstance(entry[0], str) or not all(map(_is_factor, entry[1:])):
+                    form = "(pattern, factor)" + " or (pattern, factor, epoch)" * (3 in lengths)
+                    raise InputError(f"{name} has the entry {entry!r}; an entry is {form}, as in ('^reducer/', 10.0)")
 
 
-def fill_in(config: ConfigDict) -> None:
-    """Adds the keys that a config leaves out. Raises InputError for keys that nothing reads."""
-    with config.unlocked():
-        _fill(config, TOP, "")
-        if "data" in config and "worker_processes" not in config.data:
-            config.data.worker_processes = 0
-        for name, defaults in dict(backbone=NETWORK, filter=TRAINING, adapter=TRAINING, finetune=FINETUNE).items():
-            section = config.get(name, ConfigDict())
-            known = (*defaults, *_OWN[name])
-            if unknown := sorted(set(section) - set(known)):
-                near = difflib.get_close_matches(unknown[0], known, 1, cutoff=0.0)[0]
-                raise InputError(f"{name} has {', '.join(unknown)}, which nothing reads; did you mean {near!r}?")
-            if "num_epochs" in section:  # an imported backbone is not trained
-                _fill(section, defaults, f"{name}.")
+@dataclasses.dataclass(frozen=True)
+class FreshViews(Augmentation):
+    """What is done to training images beside data.augment."""
+
+    repeats: int = key(1, "views of an image that follow each other (repeated augmentation)", least=1)
 
 
-def _fill(section: ConfigDict, defaults: dict[str, Any], prefix: str) -> None:
-    for key, value in defaults.items():
-        if not isinstance(value, dict):
-            if key not in section:
-                section[key] = value
-            continue
-        given = section.get(key, ConfigDict())
-        if not isinstance(given, ConfigDict):
-            raise InputError(f"{prefix}{key} is {given!r}; it is a dict of {', '.join(value)}")
-        if unknown := sorted(set(given) - set(value)):
-            raise InputError(f"{prefix}{key} has {', '.join(unknown)}; known: {', '.join(value)}")
-        section[key] = ConfigDict(value | given.to_dict())
+@dataclasses.dataclass(frozen=True)
+class NetworkRecipe(Recipe):
+    """What stages read that train the whole network."""
+
+    label_smoothing: float = key(0.0, "share of the target that is spread over all classes", least=0, below=1)
+    drop_path: float = key(0.0, "stochastic depth of the last block; the first has none", least=0, below=1)
+    ema: float = key(0.0, "decay per step of a moving average of the parameters; 0: none", least=0, below=1)
+    remat: bool = key(False, "for the gradient, activations inside blocks are computed again instead of kept")
+    augmentation: FreshViews = section(FreshViews, "augmentation of training images")
+    mixing: Mixing = section(Mixing, "mixup and CutMix")
 
 
-_RANGES = (  # key, least, and what it is below
-    ("learning_rate", 0, float("inf")), ("final_learning_rate", 0, float("inf")), ("weight_decay", 0, float("inf")),
-    ("adaptive_clip", 0, float("inf")), ("label_smoothing", 0, 1), ("drop_path", 0, 1), ("ema", 0, 1),
-)  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+    """How the state is divided over devices; the batch is divided over all of them."""
+
+    fsdp: int = key(1, "devices that parameters, optimiser state and moving average are divided over", least=1)
+    table: tuple[Any, ...] = key((), "(pattern of parameter paths, axis that is divided); (): kernels and embeddings")
 
 
-def check(config: ConfigDict) -> None:
-    """Raises InputError for values of the sections that train, before hours of work come to them."""
-    if config.peak_tflops < 0:
-        raise InputError(
-            f"peak_tflops is {config.peak_tflops}; at least 0, which stands for what is known of the device"
-        )
-    for name in ("backbone", "filter", "adapter", "finetune"):
-        if config.get(name, {}).get("num_epochs"):
-            try:
-                _check(config[name])
-            except InputError as error:
-                raise InputError(f"{name}: {error}") from None
-
-
-def augmentation(section: ConfigDict) -> tuple[Augmentation, int]:
-    """How fresh views are augmented, and how many of an image follow each other."""
-    settings = section.augmentation.to_dict()
-    repeats = settings.pop("repeats")
-    return Augmentation(**settings), repeats
-
-
-def mixing(section: ConfigDict) -> Mixing | None:
-    """How batches are mixed, if they are."""
-    found = Mixing(**section.mixing.to_dict()) if "mixing" in section else Mixing()
-    return found if found.mixup or found.cutmix else None
-
-
-def _check(section: ConfigDict) -> None:
-    mixing(section)
-    if "augmentation" in section and augmentation(section)[1] < 1:
-        raise InputError(f"augmentation.repeats is {section.augmentation.repeats}; at least 1")
-    if section.accumulate < 1 or section.batch_size % section.accumulate:
-        raise InputError(f"accumulate is {section.accumulate}; it has to divide the batch_size {section.batch_size}")
-    for name, least, below in _RANGES:
-        if not least <= section.get(name, least) < below:
-            raise InputError(f"{name} is {section[name]}; allowed: from {least:g}, below {below:g}")
-    if not section.clip_norm > 0:
-        raise InputError(f"clip_norm is {section.clip_norm}; it is above 0, inf for none")
-    if section.save_every < 1:
-        raise InputError(f"save_every is {section.save_every}; it is a number of steps, at least 1")
-    for name, lengths in (("rate_factors", (2, 3)), ("decay_factors", (2,))):
-        for entry in section[name]:
-            listed = isinstance(entry, tuple | list) and len(entry) in lengths
-            if not listed or not isinstance(entry[0], str) or not all(isinstance(x, int | float) for x in entry[1:]):
-                form = "(pattern, factor)" + " or (pattern, factor, epoch)" * (3 in lengths)
-                raise InputError(f"{name} has the entry {entry!r}; an entry is {form}, as in ('^reducer/', 10.0)")
-    if "distillation" in section and (kind := section.distillation.kind) not in ("", "soft", "hard"):
-        raise InputError(f"distillation.kind is {kind!r}; allowed: '', 'soft', 'hard'")
-    if isinstance(section.freeze, str):
-        raise InputError(f"freeze is {section.freeze!r}; it is a tuple of patterns, as in ({section.freeze!r},)")
+def _is_factor(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0

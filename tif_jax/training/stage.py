@@ -9,10 +9,8 @@ from typing import Any
 import jax
 import optax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from tif_jax.data.loader import Batches
-from tif_jax.experiment import config as config_file
 from tif_jax.models import Model
 from tif_jax.models.budget import SOLVED
 from tif_jax.models.params import Params, params_of
@@ -23,7 +21,7 @@ from tif_jax.training import optim, speed
 from tif_jax.training.checkpoints import Checkpoints
 from tif_jax.training.loop import run
 from tif_jax.training.losses import Loss
-from tif_jax.training.recipe import FINETUNE, WITHOUT_EFFECT, mixing
+from tif_jax.training.recipe import WITHOUT_EFFECT, NetworkRecipe, Recipe, Sharding
 from tif_jax.training.state import FSDP, State, init_state, shardings
 from tif_jax.training.step import Step, make_step
 
@@ -35,8 +33,11 @@ class Stage:
     """What is trained, on what, and where its checkpoints go."""
 
     directory: Path
-    config: ConfigDict
-    recipe: ConfigDict  # the config's section: its keys are in recipe.py
+    settings: Mapping[str, Any]  # the whole config as plain data: checkpoints carry it
+    seed: int
+    sharding: Sharding
+    peak_tflops: float  # of one device; 0: what is known of some
+    recipe: Recipe
     model: Model
     fields: Mapping[str, Any]  # that the model was built with
     reducer: Mapping[str, Any]  # its name and options, as a checkpoint tells them
@@ -74,8 +75,8 @@ class Prepared:
 
 def prepare(stage: Stage) -> Prepared:
     """The stage's step and state. Raises InputError where a table of its recipe does not fit its parameters."""
-    recipe, sharding = stage.recipe, stage.config.sharding
-    ema = recipe.get("ema", 0.0)
+    recipe, sharding = stage.recipe, stage.sharding
+    ema = recipe.ema if isinstance(recipe, NetworkRecipe) else 0.0
     params = jax.device_get(params_of(stage.model))
     trainable = (*((pattern, False) for pattern in recipe.freeze), *stage.trainable)
     mask = optim.match(trainable, params, stage.trainable_default)
@@ -93,10 +94,10 @@ def prepare(stage: Stage) -> Prepared:
             stage.loss,
             optimizer,
             mask,
-            seed=stage.config.seed,
+            seed=stage.seed,
             stochastic=stage.stochastic,
             teacher=stage.teacher,
-            mixing=mixing(recipe),
+            mixing=recipe.mixing if isinstance(recipe, NetworkRecipe) else None,
             accumulate=recipe.accumulate,
             ema=ema,
             where=where,
@@ -111,11 +112,11 @@ def fit(stage: Stage) -> None:
 
     Raises Preempted, after saving, where SIGTERM has come; WorkError where the loss is not finite or a disk is full.
     """
-    directory, config, batches, num_steps = stage.directory, stage.config, stage.batches, stage.num_steps
+    directory, batches, num_steps = stage.directory, stage.batches, stage.num_steps
     prepared = prepare(stage)  # before a mistake in the recipe can be noted as what is made here
-    of_config = {key: config_file.to_json(config)[key] for key in ("seed", "dtype", "data")}
-    made = {"model": dict(stage.fields), "reducer": dict(stage.reducer), "recipe": stage.recipe.to_dict()}
-    records.claim(directory, made | of_config, ignored=WITHOUT_EFFECT, defaults={"recipe": FINETUNE})
+    made = {"model": dict(stage.fields), "reducer": dict(stage.reducer), "recipe": dataclasses.asdict(stage.recipe)}
+    made |= {key: stage.settings[key] for key in ("seed", "dtype", "data")}
+    records.claim(directory, made, ignored=WITHOUT_EFFECT)
     processes.wait_for_all(f"{directory.name} claimed")
     state = prepared.fresh()
     with processes.preemption() as stop, Checkpoints(directory / "checkpoints") as checkpoints:
@@ -127,7 +128,7 @@ def fit(stage: Stage) -> None:
                 "%s: steps %d to %d on %d %s devices%s", directory, start, num_steps, prepared.mesh.size,
                 jax.default_backend(), f" of {jax.process_count()} processes" if jax.process_count() > 1 else "",
             )  # fmt: skip
-        description = describe(config, stage.fields, _solved(stage.reducer, stage.model))
+        description = describe(stage.settings, stage.fields, _solved(stage.reducer, stage.model))
         metrics_log = MetricsLog(directory, start) if processes.is_first() else None
 
         def save(state: State) -> None:
@@ -138,7 +139,7 @@ def fit(stage: Stage) -> None:
         for model, until in zip(models, (*ends, num_steps), strict=True):
             if int(jax.device_get(state.step)) >= until:
                 continue
-            meter = speed.meter(model if stage.runs_blocks else None, prepared.mesh, config.peak_tflops)
+            meter = speed.meter(model if stage.runs_blocks else None, prepared.mesh, stage.peak_tflops)
 
             def log(step: int, metrics: dict[str, float], meter=meter) -> None:
                 if metrics_log is not None:
@@ -159,9 +160,9 @@ def fit(stage: Stage) -> None:
     batches.close()
 
 
-def describe(config: ConfigDict, fields: Mapping[str, Any], reducer: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says of itself: enough to build its model again."""
-    return {"model": dict(fields), "reducer": dict(reducer), "config": config_file.to_json(config)}
+def describe(settings: Mapping[str, Any], fields: Mapping[str, Any], reducer: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of itself: enough to build its model again, and the config that it came from."""
+    return {"model": dict(fields), "reducer": dict(reducer), "config": dict(settings)}
 
 
 def _optimizer(stage: Stage) -> optax.GradientTransformation:

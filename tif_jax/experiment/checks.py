@@ -1,0 +1,104 @@
+"""What a config says that does not fit together: found before anything runs, not after hours."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from tif_jax import schema
+from tif_jax.errors import InputError
+from tif_jax.experiment.reducer_entry import ReducerEntry, check_options, default_of, option_kinds, phases_of
+from tif_jax.experiment.sections import Experiment
+from tif_jax.models import blueprint
+from tif_jax.models.cost import cost
+from tif_jax.models.params import params_of
+from tif_jax.training import optim
+
+_LABELLED = ("tif", "prior")  # reducers that learn from labels of tokens
+
+
+def check(experiment: Experiment) -> None:
+    """Raises InputError for reducers that can not be built, fitted or told apart, whatever the model."""
+    entries = experiment.benchmark.reducers
+    if experiment.seed + experiment.seeds > 2**31:
+        raise InputError(f"seed is {experiment.seed}; with seeds {experiment.seeds} it goes beyond 2147483647")
+    labels = [entry.label for entry in entries]
+    if not labels or len(labels) > len(set(labels)):
+        raise InputError(f"benchmark.reducers is {', '.join(labels) or 'empty'}; name at least one, each once")
+    for where, entry in _entries(experiment):
+        check_options(entry, where)
+        _check_then(entry)
+    _check_phases(experiment)
+    _check_shared_parts(experiment)
+    if any(entry.name in _LABELLED for _, entry in _entries(experiment)):
+        label_ratio(experiment)
+
+
+def label_ratio(experiment: Experiment) -> float:
+    """The fraction of an image's tokens that are labelled worth keeping: filter.keep_ratio, or what tif keeps."""
+    if experiment.filter.keep_ratio is not None:
+        return experiment.filter.keep_ratio
+    for name in _LABELLED:
+        for _, entry in _entries(experiment):
+            if entry.name == name and entry.budget is None:
+                return entry.options.get("keep_ratio", default_of(name, "keep_ratio"))
+    raise InputError("filter.keep_ratio is not given, and the reducer's budget does not tell it: give one, as in 0.5")
+
+
+def check_on_backbone(experiment: Experiment, fields: Mapping[str, Any]) -> None:
+    """Raises InputError if the reducer, a phase of it or a table of finetune does not fit a backbone of these fields."""
+    recipe, fields = experiment.finetune, {**fields, **experiment.finetune.model}
+    shapes = []
+    for entry in (experiment.reducer, *(entry for _, entry in phases_of(experiment.reducer, recipe.phases))):
+        model = nnx.eval_shape(blueprint(fields, reducer=entry.name, **entry.arguments), jax.random.key(0))
+        cost(model)  # calls it
+        for table in (recipe.rate_factors, recipe.decay_factors, [(pattern, False) for pattern in recipe.freeze]):
+            optim.match(tuple(row[:2] for row in table), params_of(model), None)
+        shapes.append(jax.tree.map(lambda leaf: leaf.shape, params_of(model)))
+    if any(shape != shapes[0] for shape in shapes):
+        raise InputError(
+            f"finetune.phases change which parameters {experiment.reducer.name!r} has; they can not be trained through that"
+        )
+
+
+def _entries(experiment: Experiment) -> Iterator[tuple[str, ReducerEntry]]:
+    yield "reducer", experiment.reducer
+    for i, entry in enumerate(experiment.benchmark.reducers):
+        yield f"benchmark.reducers[{i}]", entry
+
+
+def _check_then(entry: ReducerEntry) -> None:
+    then = entry.options.get("then")
+    if isinstance(then, Mapping):
+        second = ReducerEntry(then["name"], {key: value for key, value in then.items() if key != "name"})
+        if second.name == "prior" or second.is_fitted_first:
+            raise InputError(
+                f"reducer {second.name!r} needs a stage of its own and can not come `then` in a training run"
+            )
+
+
+def _check_phases(experiment: Experiment) -> None:
+    """Every key of a phase is an option of one of the reducers at least, and every phase can be built."""
+    known: dict[str, Any] = {"until": float, "budget": float}
+    for _, entry in _entries(experiment):
+        known |= option_kinds(entry.name)
+    for i, phase in enumerate(experiment.finetune.phases):
+        where = f"finetune.phases[{i}]"
+        for name in phase:
+            if name not in known:
+                raise schema.unknown_key(f"{where}.{name}", [f"{where}.{other}" for other in known])
+    for _, entry in _entries(experiment):
+        for i, (_, changed) in enumerate(phases_of(entry, experiment.finetune.phases)):
+            check_options(changed, f"finetune.phases[{i}]")
+
+
+def _check_shared_parts(experiment: Experiment) -> None:
+    """A run fits one token filter and one adapter: entries of tif can not ask for different ones."""
+    entries = [(where, entry) for where, entry in _entries(experiment) if entry.name == "tif"]
+    adapters = {entry.options["adapter"] for _, entry in entries if entry.has_adapter}
+    if len(adapters) > 1:
+        raise InputError(
+            f"reducers of this run have adapters of the widths {', '.join(map(str, sorted(adapters)))}; "
+            "one adapter is fitted for all of them: give each width a run of its own"
+        )

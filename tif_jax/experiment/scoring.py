@@ -1,0 +1,136 @@
+"""What an experiment scores, and what it makes of the impacts: manifests, oracles on test images, labels of the filter."""
+
+import importlib.metadata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from tif_jax.data.source import Source
+from tif_jax.errors import InputError
+from tif_jax.experiment.checks import label_ratio
+from tif_jax.experiment.folders import backbone_folder
+from tif_jax.experiment.sections import Experiment
+from tif_jax.experiment.sources import open_source
+from tif_jax.impact import job, shards
+from tif_jax.impact.oracle import TARGETS
+from tif_jax.models import Model
+from tif_jax.models.params import params_of
+from tif_jax.weights.loading import load
+
+_ROWS_PER_PART = 256
+
+
+def score_training(experiment: Experiment, workdir: Path) -> None:
+    """DIR/impact: shards of the training split, with the estimator, mask, target and views of the section `score`."""
+    job.run(_job(experiment, workdir, "impact", "train", experiment.score.target))
+
+
+def score_heldout(experiment: Experiment, workdir: Path) -> None:
+    """DIR/heldout-label and DIR/heldout-teacher: both oracles on evaluate.num_images test images."""
+    for target in TARGETS:
+        if (experiment.score.estimator, target) != ("gradient", "teacher"):  # zero everywhere
+            job.run(_job(experiment, workdir, f"heldout-{target}", "test", target))
+
+
+def expected_manifest(experiment: Experiment, model: Model) -> dict[str, Any]:
+    """What the manifest of impact shards must say to fit this backbone and these views."""
+    options = experiment.data
+    return {
+        "backbone": shards.digest(params_of(model)),
+        "num_tokens": model.grid[0] * model.grid[1],
+        "image_size": list(options.size),
+        "preprocessing": {
+            "crop_fraction": options.crop_fraction, "mean": options.mean, "std": options.std, "augment": options.augment
+        },
+    }  # fmt: skip
+
+
+def label_options(experiment: Experiment, impact: Float[np.ndarray, "E N"]) -> dict[str, Any]:
+    """Arguments of `keep_labels`, as the section `filter` has them. impact: of all training images, for `quantile`."""
+    options = experiment.filter
+    if options.labels == "top":
+        return {"rho": "top", "keep_ratio": label_ratio(experiment)}
+    return {"rho": options.rho if options.labels == "above" else float(np.quantile(impact, options.rho))}
+
+
+def _job(experiment: Experiment, workdir: Path, folder: str, split: str, target: str) -> job.Job:
+    options, judged = experiment.score, experiment.evaluate
+    views, part, num_images, num_samples = options.views, options.part, options.num_images, options.num_samples
+    if split == "test":
+        views, part, num_images, num_samples = 1, "", judged.num_images, judged.num_samples
+    of_oracle = options.oracle_options(target, num_samples)
+    model = load(backbone_folder(workdir), dtype=_dtype(options.dtype, options.estimator))
+    source = open_source(experiment, split, model)
+    rows = _rows(len(source), num_images, views)
+    parts, num_parts = _parts(part, len(rows))
+    return job.Job(
+        directory=workdir / folder,
+        manifest=_manifest(experiment, model, of_oracle, split, source, len(rows), views, num_parts),
+        model=model,
+        source=source,
+        data=experiment.data,
+        rows=rows,
+        parts=parts,
+        batch_size=options.batch_size,
+        seed=experiment.seed,
+        chunk=options.chunk or None,
+        options=of_oracle,
+    )
+
+
+def _rows(num_examples: int, num_images: int, views: int) -> np.ndarray:
+    """(index, view) of what is scored: all examples, or num_images of them evenly spaced; in split order."""
+    count = min(num_images or num_examples, num_examples)
+    index = np.arange(count) * num_examples // count
+    return np.stack([np.repeat(index, views), np.tile(np.arange(views), count)], axis=1)
+
+
+def _parts(part: str, num_rows: int) -> tuple[Sequence[int], int]:
+    """This process's parts and the number of parts of all jobs together.
+
+    part: 'K/N', the K-th of N; or '' for all, of which each process of a multi-process run takes its share.
+    """
+    if not part:
+        num_parts = -(-num_rows // _ROWS_PER_PART)
+        return range(1 + jax.process_index(), num_parts + 1, jax.process_count()), num_parts
+    number, num_parts = map(int, part.split("/"))
+    if num_parts > num_rows:
+        raise InputError(f"score.part is {part!r}, but there are only {num_rows} rows to score; use fewer parts")
+    return [number], num_parts
+
+
+def _dtype(name: str, estimator: str) -> str:
+    """score.dtype, where '' stands for what suits: differences of losses lose in bfloat16 what gradients do not."""
+    fast = estimator != "exact" and jax.default_backend() != "cpu"
+    return name or ("bfloat16" if fast else "float32")
+
+
+def _manifest(
+    experiment: Experiment,
+    model: Model,
+    of_oracle: dict[str, Any],
+    split: str,
+    source: Source,
+    num_rows: int,
+    views: int,
+    num_parts: int,
+) -> shards.Manifest:
+    estimator = {"name": of_oracle["estimator"], "seed": experiment.seed, "dtype": np.dtype(model.dtype).name}
+    if of_oracle["estimator"] == "sampled":
+        estimator |= {key: of_oracle[key] for key in ("num_samples", "keep_ratio")}
+    manifest = {
+        "num_examples": len(source),
+        "num_images": num_rows // views,
+        "views": views,
+        "num_parts": num_parts,
+        "estimator": estimator,
+        "mask": of_oracle["mask"],
+        "target": of_oracle["target"],
+        "data": {"name": experiment.data.name, "split": split},
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "tif_jax")},
+    }
+    return cast(shards.Manifest, manifest | expected_manifest(experiment, model))

@@ -1,0 +1,169 @@
+"""The sections of a config: an `Experiment` is all that a run has to know."""
+
+import dataclasses
+import re
+from typing import Any
+
+from tif_jax.data.options import DataOptions
+from tif_jax.errors import InputError
+from tif_jax.experiment.reducer_entry import ReducerEntry
+from tif_jax.impact.oracle import ESTIMATORS, MASKS, TARGETS, check_options
+from tif_jax.schema import key, section
+from tif_jax.training.recipe import NetworkRecipe, Recipe, Sharding
+
+DTYPES = ("float32", "bfloat16")
+_ANY_SEED = dict(least=0, below=2**31)
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone(NetworkRecipe):
+    """The ViT before reduction: imported, trained from random weights, or (num_epochs 0) random weights."""
+
+    init_from: str = key("", "a weight file or a checkpoint; '': random weights of `model`")
+    model: dict[str, Any] = key({}, "fields of the model that random weights are drawn for")
+    num_heads: int = key(0, "of a weight file that does not tell; 0: what its width suggests", least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """How the impact of the training images' tokens is measured."""
+
+    estimator: str = key("sampled", "see `tif_jax.token_impact`", choices=ESTIMATORS)
+    mask: str = key("drop", "what masks a token; of `exact` alone, the others are 'drop'", choices=MASKS)
+    target: str = key("teacher", "whose loss: the label's, or the unmasked network's own prediction", choices=TARGETS)
+    num_samples: int = key(16, "random masks of an image (`sampled`)", least=1)
+    keep_ratio: float = key(0.5, "expected fraction of tokens in a random mask (`sampled`)", above=0, most=1)
+    views: int = key(1, "views of an image: the evaluation view, then augmented ones", least=1)
+    num_images: int = key(0, "images that are scored, evenly spaced; 0: all", least=0)
+    batch_size: int = key(32, "images at once", least=1)
+    chunk: int = key(0, "masked images at once on a device; 0: what suits and fits into its memory", least=0)
+    dtype: str = key("", "'': float32 for exact and on CPUs, else bfloat16", choices=("", *DTYPES))
+    part: str = key("", "K/N: this job scores the K-th of N parts; '': all of them")
+
+    def __post_init__(self):
+        self.oracle_options(self.target)
+        match = re.fullmatch(r"(\d+)/(\d+)", self.part)
+        if self.part and not (match and 1 <= int(match[1]) <= int(match[2])):
+            raise InputError(f"part is {self.part!r}; it is K/N with 1 <= K <= N, as in 3/64")
+
+    def oracle_options(self, target: str, num_samples: int | None = None) -> dict[str, Any]:
+        """Arguments of the oracle for a target. InputError where they contradict each other."""
+        return check_options(
+            estimator=self.estimator,
+            mask=self.mask if self.estimator == "exact" else "drop",
+            target=target,
+            num_samples=num_samples or self.num_samples,
+            keep_ratio=self.keep_ratio,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Filter(Recipe):
+    """What is fitted before fine-tuning while the backbone rests: tif's token filter to impact, tosa's selectors."""
+
+    num_epochs: float = key(6.0, "epochs", least=0)
+    labels: str = key(
+        "top",
+        "a token is worth keeping if it is among an image's best, above rho nats, or above the data's quantile rho",
+        choices=("top", "above", "quantile"),
+    )
+    keep_ratio: float | None = key(
+        None, "fraction of an image's tokens that `top` labels worth keeping; none: what tif keeps", above=0, most=1
+    )
+    rho: float = key(0.0, "nats with `above`, a fraction in (0, 1) with `quantile`")
+    balance: bool = key(False, "both labels have the same weight in the loss")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.labels == "quantile" and not 0 < self.rho < 1:
+            raise InputError(f"rho is {self.rho}; with labels 'quantile' it is a fraction in (0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter(Recipe):
+    """tif's adapter, fitted behind its filter while the rest of the network rests."""
+
+    num_epochs: float = key(4.0, "epochs", least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """What fine-tuning learns from a teacher."""
+
+    kind: str = key("", "soft: its distribution (DynamicViT); hard: its top class (DeiT)", choices=("", "soft", "hard"))
+    teacher: str = key("", "a checkpoint or weight file; '': the unreduced backbone")
+    logits_weight: float = key(0.5, "weight of what the teacher says", least=0)
+    tokens_weight: float = key(0.5, "soft: weight of the difference to the teacher's tokens", least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Finetune(NetworkRecipe):
+    """The whole network with its reducer."""
+
+    num_epochs: float = key(10.0, "epochs", least=0)
+    model: dict[str, Any] = key({}, "fields of the model that differ from the backbone's")
+    phases: tuple[dict, ...] = key((), "dict(until=EPOCH, OPTION=...): the reducer's options before that epoch")
+    distillation: Distillation = section(Distillation, "learning from a teacher")
+
+    def __post_init__(self):
+        super().__post_init__()
+        ends: list[Any] = [phase.get("until") for phase in self.phases]
+        numbers = all(isinstance(end, int | float) and not isinstance(end, bool) for end in ends)
+        if not numbers or ends != sorted(ends) or not all(0 < end < self.num_epochs for end in ends):
+            raise InputError(
+                f"phases last until the epochs {ends}; give each an `until`, ascending, below num_epochs, "
+                f"{self.num_epochs:g}, as in (dict(until=2, keep_ratio=0.9),)"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """How checkpoints and rankings are judged on test images."""
+
+    batch_size: int = key(64, "images at once, over all devices of all processes", least=1)
+    num_images: int = key(500, "images that both oracles score for the table of rankings; 0: all", least=0)
+    num_samples: int = key(8, "their random masks of an image", least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """Which reducers stand in the report, and how their speed is measured."""
+
+    batch_size: int = key(64, "images at once, over all devices of this process", least=1)
+    dtype: str = key("float32", "of the forward pass", choices=DTYPES)
+    reducers: tuple[ReducerEntry, ...] = key((), "names, or dict(name=..., OPTION=...); (): the config's own")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A config, read and checked. Values of `reducer` that a benchmark's entry lacks are taken over: see `read_entry`."""
+
+    seed: int = key(0, "of weights, order of the data and what is drawn in training", **_ANY_SEED)
+    seeds: int = key(1, "filters and fine-tunings with seed, seed + 1, ...", least=1, most=1000)
+    quick: bool = key(False, "apply when_quick")
+    dtype: str = key("float32", "of the forward pass; parameters are float32", choices=DTYPES)
+    peak_tflops: float = key(
+        0.0, "of one device, for model FLOP/s utilisation; 0: what is known of some devices", least=0
+    )
+    sharding: Sharding = section(Sharding, "parameters over devices")
+    data: DataOptions = section(DataOptions, "images")
+    backbone: Backbone = section(Backbone, "the ViT before reduction")
+    score: Score = section(Score, "impact of the training images' tokens")
+    reducer: ReducerEntry = key(ReducerEntry("full"), "the reducer: its name, and its options (`tif --help reducers`)")
+    filter: Filter = section(Filter, "what is fitted before fine-tuning")
+    adapter: Adapter = section(Adapter, "tif's adapter")
+    finetune: Finetune = section(Finetune, "the network with its reducer")
+    evaluate: Evaluate = section(Evaluate, "test metrics")
+    benchmark: Benchmark = section(Benchmark, "the report's reducers")
+    when_quick: dict[str, Any] = key({}, "values that --config.quick=true sets")
+
+    def __post_init__(self):
+        if self.score.views > 1 and self.data.augment == "none":
+            raise InputError(
+                f"score.views is {self.score.views}, but data.augment 'none' has the evaluation view only: "
+                "set score.views=1"
+            )
+
+    def under(self, reducer: ReducerEntry, seed: int | None = None) -> "Experiment":
+        """The same with another reducer, and another seed."""
+        return dataclasses.replace(self, reducer=reducer, seed=self.seed if seed is None else seed)

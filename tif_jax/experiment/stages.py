@@ -1,0 +1,279 @@
+"""The stages that train, each from an experiment to a `training.stage.Stage`."""
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from tif_jax import data
+from tif_jax.data.loader import Batches, training_batches
+from tif_jax.errors import InputError
+from tif_jax.experiment.checks import label_ratio
+from tif_jax.experiment.config import to_json
+from tif_jax.experiment.folders import adapter_folder, backbone_folder, filter_folder, finetune_folder
+from tif_jax.experiment.reducer_entry import FITTED, ReducerEntry, phases_of
+from tif_jax.experiment.scoring import expected_manifest, label_options
+from tif_jax.experiment.sections import Experiment
+from tif_jax.experiment.sources import open_source
+from tif_jax.impact import shards
+from tif_jax.impact.labels import keep_labels, position_prior
+from tif_jax.models import Model, create_model
+from tif_jax.models.budget import AMOUNTS
+from tif_jax.models.params import params_of
+from tif_jax.runtime import records
+from tif_jax.training import losses
+from tif_jax.training.checkpoints import Checkpoints
+from tif_jax.training.recipe import NetworkRecipe
+from tif_jax.training.stage import Stage, describe, fit
+from tif_jax.training.state import State
+from tif_jax.weights.loading import load, load_with_fields
+
+logger = logging.getLogger(__name__)
+
+REDUCER_RESTS = ((r"^reducer/(?!then/|adapter/)", False),)  # these are trained with the rest
+REDUCER_LEARNS = ((r"^reducer/", True),)
+ADAPTER_LEARNS = ((r"^reducer/adapter/", True),)
+
+
+def train(stage: str, experiment: Experiment, workdir: Path) -> None:
+    """Makes, or goes on with, DIR/backbone, DIR/filter, DIR/adapter or DIR/finetune/LABEL-SEED."""
+    if stage == "backbone" and (experiment.backbone.init_from or not experiment.backbone.num_epochs):
+        _begin_backbone(experiment, backbone_folder(workdir))
+    else:
+        fit(STAGES[stage](experiment, workdir))
+
+
+def backbone(experiment: Experiment, workdir: Path) -> Stage:
+    """The backbone, from random weights."""
+    recipe = experiment.backbone
+    fields = {**recipe.model, "drop_path": recipe.drop_path, "dtype": experiment.dtype, **_remat(recipe)}
+    model = create_model(fields, seed=experiment.seed)
+    source = open_source(experiment, "train", model)
+    return _stage(
+        experiment,
+        directory=backbone_folder(workdir),
+        recipe=recipe,
+        model=model,
+        fields=fields,
+        reducer={"name": "full"},
+        loss=partial(losses.classification, label_smoothing=recipe.label_smoothing),
+        batches=_fresh_views(experiment, recipe, source),
+        num_examples=len(source),
+    )
+
+
+def fitted_part(experiment: Experiment, workdir: Path) -> Stage:
+    """What the reducer has to learn before fine-tuning; the backbone rests."""
+    makers = dict(zip(FITTED, (token_filter, selectors), strict=True))
+    name = experiment.reducer.name
+    if name not in makers:
+        raise InputError(f"reducer {name!r} has no stage 'filter'; it is there for {', '.join(makers)}")
+    return makers[name](experiment, workdir)
+
+
+def token_filter(experiment: Experiment, workdir: Path) -> Stage:
+    """The token filter of tif, fitted to the impact in DIR/impact: for any budget and whatever comes then."""
+    recipe, seed = experiment.filter, experiment.seed
+    entry = _fitted_entry(experiment).without("adapter")  # it comes after the filter
+    model, fields = _load(backbone_folder(workdir), entry, experiment)
+    table = shards.read_impact(workdir, expected=expected_manifest(experiment, model))
+    labelled = label_options(experiment, table.impact)
+    positives = float(np.mean(keep_labels(table.impact, **labelled)))
+    logger.info("%.1f%% of %d tokens are labelled worth keeping (%s)", 100 * positives, table.impact.size, labelled)
+    if not 0 < positives < 1:
+        raise InputError(
+            f"{positives:.0%} of the tokens are worth keeping with filter.rho {recipe.rho}; choose another rho"
+        )
+    batches = training_batches(
+        data.open_source(experiment.data, "train"),
+        experiment.data,
+        batch_size=recipe.batch_size,
+        seed=seed,
+        records=np.stack([table.index, table.view], axis=1),
+        extra={"impact": table.impact.astype(np.float32)},
+    )
+    return _stage(
+        experiment,
+        directory=filter_folder(experiment, workdir),
+        recipe=recipe,
+        model=model,
+        fields=fields,
+        reducer=entry.described,
+        loss=partial(losses.impact, **labelled, positive_weight=(1 / positives - 1) if recipe.balance else 1.0),
+        batches=batches,
+        num_examples=len(table.index),
+        trainable=REDUCER_LEARNS,
+        trainable_default=False,
+        stochastic=False,
+    )
+
+
+def selectors(experiment: Experiment, workdir: Path) -> Stage:
+    """The selectors of tosa, fitted to the attention of the blocks that they choose for; nothing is scored, no label read."""
+    recipe, entry = experiment.filter, experiment.reducer.without(*AMOUNTS)  # all the same while fitting
+    model, fields = _load(backbone_folder(workdir), entry, experiment, fitting=True)
+    source = data.open_source(experiment.data, "train")
+    return _stage(
+        experiment,
+        directory=filter_folder(experiment, workdir),
+        recipe=recipe,
+        model=model,
+        fields=fields,
+        reducer=entry.described,
+        loss=losses.selector,
+        batches=training_batches(source, experiment.data, batch_size=recipe.batch_size, seed=experiment.seed),
+        num_examples=len(source),
+        trainable=REDUCER_LEARNS,
+        trainable_default=False,
+        stochastic=False,
+    )
+
+
+def adapter(experiment: Experiment, workdir: Path) -> Stage:
+    """The adapter of tif, behind its fitted filter; it learns from what the backbone says of all tokens, not from labels."""
+    recipe, entry = experiment.adapter, _fitted_entry(experiment)
+    if not entry.has_adapter:
+        raise InputError("stage 'adapter' is for tif with reducer.adapter above 0")
+    model, fields = _load(filter_folder(experiment, workdir), entry, experiment)
+    source = data.open_source(experiment.data, "train")
+    return _stage(
+        experiment,
+        directory=adapter_folder(experiment, workdir),
+        recipe=recipe,
+        model=model,
+        fields=fields,
+        reducer=entry.described,
+        loss=losses.divergence,
+        batches=training_batches(source, experiment.data, batch_size=recipe.batch_size, seed=experiment.seed),
+        num_examples=len(source),
+        trainable=ADAPTER_LEARNS,
+        trainable_default=False,
+        stochastic=False,
+        teacher=load(backbone_folder(workdir), reducer="full", dtype=experiment.dtype),
+    )
+
+
+def finetune(experiment: Experiment, workdir: Path) -> Stage:
+    """The whole network with its reducer.
+
+    What was fitted before (`is_fitted_first`), or read off the shards, rests; other parameters of reducers are trained here.
+    """
+    recipe, entry = experiment.finetune, experiment.reducer
+    model, fields = before_finetuning(experiment, workdir)
+    source = open_source(experiment, "train", model)
+    loss, teacher = _finetuning_loss(experiment, workdir)
+    rests = (entry.is_fitted_first or entry.name == "prior") and "reducer" in params_of(model)
+    return _stage(
+        experiment,
+        directory=finetune_folder(experiment, workdir),
+        recipe=recipe,
+        model=model,
+        fields=fields,
+        reducer=entry.described,
+        loss=loss,
+        batches=_fresh_views(experiment, recipe, source),
+        num_examples=len(source),
+        trainable=REDUCER_RESTS if rests else (),
+        early=[
+            (end, before_finetuning(experiment.under(changed), workdir)[0])
+            for end, changed in phases_of(entry, recipe.phases)
+        ],
+        teacher=teacher,
+    )
+
+
+STAGES: dict[str, Callable[[Experiment, Path], Stage]] = {
+    "backbone": backbone, "filter": fitted_part, "adapter": adapter, "finetune": finetune,
+}  # fmt: skip
+
+
+def before_finetuning(experiment: Experiment, workdir: Path) -> tuple[Model, dict[str, Any]]:
+    """The model that fine-tuning begins with, under the experiment's reducer, and its fields."""
+    entry, recipe = experiment.reducer, experiment.finetune
+    start = backbone_folder(workdir)
+    if entry.is_fitted_first:
+        start = (adapter_folder if entry.has_adapter else filter_folder)(experiment, workdir)
+    given = {"drop_path": recipe.drop_path, **_remat(recipe), **recipe.model}
+    model, fields = _load(start, entry, experiment, **given)
+    if entry.name == "prior":  # nothing to train: its one parameter is read off the shards
+        table = shards.read_impact(workdir, expected=expected_manifest(experiment, model))
+        labels = keep_labels(table.impact, **label_options(experiment, table.impact))
+        nnx.update(model, {"reducer": {"logits": position_prior(labels)}})
+    return model, fields
+
+
+def _stage(experiment: Experiment, **of_stage: Any) -> Stage:
+    return Stage(
+        settings=to_json(experiment),
+        seed=experiment.seed,
+        sharding=experiment.sharding,
+        peak_tflops=experiment.peak_tflops,
+        **of_stage,
+    )
+
+
+def _load(folder: Path, entry: ReducerEntry, experiment: Experiment, **given: Any) -> tuple[Model, dict[str, Any]]:
+    options: dict[str, Any] = {"seed": experiment.seed, "dtype": experiment.dtype, **given, **entry.arguments}
+    return load_with_fields(folder, reducer=entry.name, **options)
+
+
+def _fitted_entry(experiment: Experiment) -> ReducerEntry:
+    """tif as it is fitted: for the ratio that its labels aim at, whatever its budget and whatever comes then."""
+    alone = experiment.reducer.without("then")
+    return alone.replaced(keep_ratio=label_ratio(experiment))
+
+
+def _fresh_views(experiment: Experiment, recipe: NetworkRecipe, source: data.Source) -> Batches:
+    views = recipe.augmentation
+    if experiment.data.augment == "none" and views != type(views)():
+        raise InputError("augmentation is for views that are drawn anew, of which data.augment 'none' has none")
+    return training_batches(
+        source,
+        experiment.data,
+        batch_size=recipe.batch_size,
+        seed=experiment.seed,
+        augmentation=views,
+        repeats=views.repeats,
+    )
+
+
+def _remat(recipe: NetworkRecipe) -> dict[str, bool]:
+    return {"remat": True} if recipe.remat else {}
+
+
+def _finetuning_loss(experiment: Experiment, workdir: Path) -> tuple[losses.Loss, Model | None]:
+    """The loss that finetune.distillation asks for, and the teacher that it needs: by default the backbone, unreduced."""
+    recipe = experiment.finetune
+    base = partial(losses.classification, label_smoothing=recipe.label_smoothing)
+    given = recipe.distillation
+    if not given.kind:
+        return base, None
+    teacher = load(given.teacher or backbone_folder(workdir), reducer="full", dtype=experiment.dtype)
+    if given.kind == "hard":
+        return partial(losses.hard_distillation, base=base, weight=given.logits_weight), teacher
+    weights = dict(logits_weight=given.logits_weight, tokens_weight=given.tokens_weight)
+    return partial(losses.distillation, base=base, **weights), teacher
+
+
+def _begin_backbone(experiment: Experiment, directory: Path) -> None:
+    """A backbone that is not trained by itself: imported, or random weights that fine-tuning begins with."""
+    recipe = experiment.backbone
+    if recipe.init_from:
+        given: dict[str, Any] = {"num_heads": recipe.num_heads} if recipe.num_heads else {}
+        model, fields = load_with_fields(
+            recipe.init_from, seed=experiment.seed, image_size=experiment.data.image_size, **given
+        )
+    else:
+        fields = {**recipe.model, "dtype": experiment.dtype}
+        model = create_model(fields, seed=experiment.seed)
+    records.claim(directory, {"init_from": str(recipe.init_from), "model": fields})
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        if not checkpoints.steps():
+            state = State(jnp.int32(0), params_of(model), ())
+            checkpoints.save(state, describe(to_json(experiment), fields, {"name": "full"}), {})
+            checkpoints.wait()
