@@ -61,6 +61,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config.data.update(name="image_table", root=os.path.join(os.path.dirname(config.data.root), "imagenet_ccby"))
         config.data.update(train_split="labels.csv", test_split="labels.csv")
     if arg == "peers":
+        del config.adapter
         config.reducer, config.filter.keep_ratio = dict(name="tif", budget=0.8), 0.65
         config.benchmark.reducers = PEERS
     return config
@@ -152,6 +153,8 @@ def _config() -> ConfigDict:
 
 def _from_scratch(config: ConfigDict, model: dict, recipe: dict) -> ConfigDict:
     """Random weights, which the stage that fine-tunes trains, unreduced: nothing is scored and no filter fitted."""
+    for unused in ("score", "filter", "adapter", "when_quick"):
+        del config[unused]
     del config.data.class_index
     config.data.image_size = 128
     config.backbone = dict(init_from="", model=dict(model, image_size=128, num_classes=10, pool="mean"), num_epochs=0.0)
@@ -160,5 +163,4 @@ def _from_scratch(config: ConfigDict, model: dict, recipe: dict) -> ConfigDict:
         recipe, batch_size=64, final_learning_rate=1e-5, weight_decay=0.05, clip_norm=1.0, label_smoothing=0.1
     )
     config.benchmark.reducers = ("full",)
-    del config.when_quick
     return config

@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 from tif_jax.__main__ import main
-from tif_jax.commands import score
 from tif_jax.data.digits import Digits
-from tif_jax.impact import shards
+from tif_jax.experiment import scoring
+from tif_jax.impact import job, shards
 
 ROWS_PER_PART, NUM_PARTS = 8, 10
 
@@ -26,7 +26,7 @@ def run(*flags):
             assert ours
             Path("locked").touch()
             time.sleep(60)
-    write_part, columns = shards.write_part, score._columns
+    write_part, columns = shards.write_part, job._columns
 
     def slow(*arguments):
         time.sleep(0.03)
@@ -38,6 +38,6 @@ def run(*flags):
             print(part, file=file)
 
     # Each batch is kept at once, and takes a moment.
-    score._ROWS_PER_PART, score._SECONDS_BETWEEN_SAVES = ROWS_PER_PART, 0
-    score._columns, shards.write_part = slow, listed
+    scoring._ROWS_PER_PART, job._SECONDS_BETWEEN_SAVES = ROWS_PER_PART, 0
+    job._columns, shards.write_part = slow, listed
     return main(["score", "--config", "config.py", "--workdir", "run", *flags])

@@ -1,5 +1,6 @@
 """The files in configs/: whether they load, fit what reads them, and say what the papers' logs and scripts say."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -9,17 +10,13 @@ from cases import mostly_long
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from tif_jax import data, reducers
-from tif_jax.commands import train
-from tif_jax.commands.benchmark import with_reducer
-from tif_jax.commands.train import reducer_options
-from tif_jax.data.augment import Augmentation
 from tif_jax.errors import InputError
+from tif_jax.experiment import checks
 from tif_jax.experiment import config as config_file
+from tif_jax.experiment.reducer_entry import phases_of
 from tif_jax.models import blueprint, model_fields
 from tif_jax.models.params import params_of
 from tif_jax.training import optim
-from tif_jax.training.mixing import Mixing
 
 FOLDER = Path(__file__).parents[1] / "configs"
 WITH_ARGUMENTS = {
@@ -29,15 +26,15 @@ WITH_ARGUMENTS = {
     "evo_levit.py": ("128s", "128", "192", "256", "384", "256_384", "384_384"),
     "evo_vit.py": ("tiny", "small", "base", "small_384", "base_384"),
     "imagenet.py": tuple(
-        name + variant for variant in ("", "_paper") for name in ("deit_tiny", "deit_small", "deit_base")
+        name + variant for variant in ("", "_plain") for name in ("deit_tiny", "deit_small", "deit_base")
     ),
-    "imagenette.py": ("", "paper", "peers", "photographs", "scratch", "scratch_deit_tiny"),
+    "imagenette.py": ("", "plain", "peers", "photographs", "scratch", "scratch_deit_tiny"),
     "tosa.py": ("tiny", "small"),
 }
 TINY = dict(image_size=16, patch_size=8, width=8, depth=2, num_heads=1, num_classes=2)
 ALL = [
     f"{path.name}:{arg}" if arg else path.name
-    for path in sorted(FOLDER.glob("*.py"))
+    for path in sorted(FOLDER.glob("[!_]*.py"))
     for arg in WITH_ARGUMENTS.get(path.name, ("",))
 ]
 
@@ -51,52 +48,40 @@ def test_every_config_is_found():
     assert {name.partition(":")[0] for name in ALL} == {"digits.py", *WITH_ARGUMENTS}
 
 
-def test_it_loads_with_a_valid_data_section(name):
-    config = config_file.load(name, [])
-    assert config.is_locked
-    data.read_options(config.data)
+def test_it_loads_and_is_plain_data(name):
+    config = config_file.load(name)
     assert config_file.to_json(config)["seed"] == config.seed
+    assert config_file.from_settings(_file(name)) == config
 
 
 def test_its_reducers_take_their_options(name):
-    config = config_file.load(name, [])
-    assert config.reducer.name in config.benchmark.reducers
+    config = config_file.load(name)
+    assert config.reducer.name in [entry.name for entry in config.benchmark.reducers]
     for entry in config.benchmark.reducers:
-        reducer, options = reducer_options(with_reducer(config, entry))
-        options.pop("budget", None)  # solving for it takes seconds, and is tested elsewhere
-        build = blueprint(TINY, reducer=reducer, **options)
+        entry = entry.without("budget")  # solving for it takes seconds, and is tested elsewhere
+        build = blueprint(TINY, reducer=entry.name, **entry.arguments)
         jax.eval_shape(lambda key, build=build: params_of(build(key)), jax.random.key(0))
 
 
-def test_no_key_is_one_that_nothing_reads(name):
-    config, digits = (config_file.load(file, []) for file in (name, str(FOLDER / "digits.py")))
-    # Other tests read these; an unknown key of `adapter` is refused when the config is loaded.
-    elsewhere = ("data.", "reducer.", "backbone.model.", "when_quick", "adapter.")
-    own = {key for key in _leaves(config) if not key.startswith(elsewhere)}
-    assert not own - set(_leaves(digits)) - {"backbone.num_heads"}
-    assert set(config.reducer) <= {"name", "budget", *reducers.options(config.reducer.name)}
-
-
-def test_what_scores_and_fits_has_every_key(name):
-    config, digits = (config_file.load(file, []) for file in (name, str(FOLDER / "digits.py")))
-    uses_impact = {"tif", "prior"} & {with_reducer(config, entry).reducer.name for entry in config.benchmark.reducers}
-    for stage in ("score", "filter", "evaluate") if uses_impact else ():
-        assert set(config[stage].keys()) == set(digits[stage].keys()), stage
+def test_it_says_only_what_it_needs(name):
+    """A section that stands in the file is one that its stages read."""
+    config, given = config_file.load(name), _file(name)
+    names = {entry.name for entry in config.benchmark.reducers}
+    if not names & {"tif", "prior"}:
+        assert "score" not in given
+    if not names & {"tif", "prior", "tosa"}:
+        assert "filter" not in given
+    assert ("adapter" in given) == any(entry.has_adapter for entry in config.benchmark.reducers)
 
 
 def test_its_training_takes_their_values(name):
-    config = config_file.load(name, [])
-    for entry in config.benchmark.reducers:
-        train.check_reducer(with_reducer(config, entry))
-
+    config = config_file.load(name)
     for recipe in (config.backbone, config.finetune):
-        if recipe.get("num_epochs"):
-            Mixing(**recipe.mixing)
-            Augmentation(**{key: value for key, value in recipe.augmentation.items() if key != "repeats"})
+        if recipe.num_epochs:
             assert config.data.augment != "none" or recipe.augmentation.repeats == 1
             assert 0 <= recipe.warmup_epochs < recipe.num_epochs
-    if "model" in config.backbone:
-        assert data.read_options(config.data).size == (config.backbone.model.image_size,) * 2
+    if config.backbone.model:
+        assert config.data.size == (config.backbone.model["image_size"],) * 2
     else:
         assert config.backbone.init_from.endswith(".safetensors")
 
@@ -109,28 +94,28 @@ def test_its_training_takes_their_values(name):
     ),
 )
 def test_every_phase_runs_on_its_model_and_has_the_same_parameters(name):
-    config = config_file.load(str(FOLDER / name), [])
+    config = config_file.load(str(FOLDER / name))
     for entry in config.benchmark.reducers:
-        train.check_on_backbone(with_reducer(config, entry), _fields(config))
+        checks.check_on_backbone(config.under(entry), _fields(config))
 
 
 def _fields(config):
     """Of the model that fine-tuning begins with."""
     init_from = config.backbone.init_from
-    return model_fields(Path(init_from).stem) if init_from else config.backbone.model.to_dict()
+    return model_fields(Path(init_from).stem) if init_from else config.backbone.model
 
 
 def _paths(config, table, default):
     """What a table of the config says of each parameter of the real model."""
-    name, options = reducer_options(config)
-    model = nnx.eval_shape(blueprint(_fields(config), reducer=name, **options), jax.random.key(0))
+    entry = config.reducer
+    model = nnx.eval_shape(blueprint(_fields(config), reducer=entry.name, **entry.arguments), jax.random.key(0))
     found = optim.match(table, params_of(model), default)
     return flatten_dict(found, sep="/")
 
 
 @pytest.mark.parametrize("arg", ["small", "base"])
 def test_dynamic_vit_trains_its_predictors_first(arg):
-    config = config_file.load(f"{FOLDER / 'dynamic_vit.py'}:{arg}", [])
+    config = config_file.load(f"{FOLDER / 'dynamic_vit.py'}:{arg}")
     recipe = config.finetune
     rests = _paths(config, tuple((pattern, True) for pattern in recipe.freeze), False)
     assert {path for path, does in rests.items() if does} == {"class_token", "position_embedding"}
@@ -141,11 +126,11 @@ def test_dynamic_vit_trains_its_predictors_first(arg):
 
 @pytest.mark.parametrize("arg", ["128s", "384_384"])
 def test_theta_rests_while_evo_levit_selects_in_every_layer(arg):
-    config = config_file.load(f"{FOLDER / 'evo_levit.py'}:{arg}", [])
+    config = config_file.load(f"{FOLDER / 'evo_levit.py'}:{arg}")
     factors = _paths(config, tuple((pattern, tuple(factor)) for pattern, *factor in config.finetune.rate_factors), None)
-    ((until, options),) = train.early_phases(config)
+    ((until, entry),) = phases_of(config.reducer, config.finetune.phases)
     assert {path: factor for path, factor in factors.items() if factor} == {"reducer/theta": (1.0, until)}
-    assert options["layer_wise"] and until == 200
+    assert entry.options["layer_wise"] and until == 200
 
 
 # Steps of an epoch (of 1,281,167 images), epochs, peak and last learning rate, drop-path: of the papers' logs and scripts.
@@ -166,7 +151,7 @@ FIGURES = {
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_steps_and_rates_are_the_papers(name):
-    recipe = config_file.load(str(FOLDER / name), []).finetune
+    recipe = config_file.load(str(FOLDER / name)).finetune
     steps, epochs, *others = FIGURES[name]
     assert 1_281_167 * recipe.num_epochs / recipe.batch_size == pytest.approx(steps * epochs, rel=2e-3)
     assert [recipe.learning_rate, recipe.final_learning_rate, recipe.drop_path] == pytest.approx(others)
@@ -174,8 +159,8 @@ def test_steps_and_rates_are_the_papers(name):
 
 @pytest.mark.parametrize("name", ["bat.py:300", "evit.py:300", "evit.py:300_0.5"])
 def test_the_ramp_is_as_near_to_the_cosine_as_six_steps_can_be(name):
-    config = config_file.load(str(FOLDER / name), [])
-    lowest = config.reducer.keep_ratio
+    config = config_file.load(str(FOLDER / name))
+    lowest = config.reducer.options["keep_ratio"]
     phases = [*config.finetune.phases, dict(until=300, keep_ratio=lowest)]
     for epoch in np.arange(0, 300, 0.5):
         on_ramp = min(max(epoch - 10, 0), 100) / 100
@@ -186,14 +171,13 @@ def test_the_ramp_is_as_near_to_the_cosine_as_six_steps_can_be(name):
 
 
 def test_quick_applies_what_when_quick_says(name):
-    config, quick = config_file.load(name, []), config_file.load(name, ["--config.quick=true"])
-    expected = _leaves(config) | _leaves(config.when_quick) | {"quick": True}
-    assert _leaves(quick) == expected
+    config, quick = config_file.load(name), config_file.load(name, ["--config.quick=true"])
+    assert _leaves(quick) == _leaves(config) | flatten_dict(config.when_quick, sep=".") | {"quick": True}
 
 
 def test_an_override_wins_over_quick(name):
-    config = config_file.load(name, [])
-    for key, value in _leaves(config.when_quick).items():
+    config = config_file.load(name)
+    for key, value in flatten_dict(config.when_quick, sep=".").items():
         given = value + 1
         quick = config_file.load(name, ["--config.quick=true", f"--config.{key}={given}"])
         assert _leaves(quick)[key] == given
@@ -205,17 +189,22 @@ def test_an_unknown_argument_is_told_the_known_ones(file, arg):
     if "" in WITH_ARGUMENTS[file] and arg != ":30_epochs":
         return
     with pytest.raises(InputError, match=", ".join(filter(None, WITH_ARGUMENTS[file])) + " after a colon"):
-        config_file.load(f"{FOLDER / file}{arg}", [])
+        config_file.load(f"{FOLDER / file}{arg}")
 
 
 def test_imagenet_follows_the_environment(monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", "/data/tfds")
     monkeypatch.setenv("TIF_WEIGHTS", "/data/weights")
-    config = config_file.load(f"{FOLDER / 'imagenet.py'}:deit_small", [])
+    config = config_file.load(f"{FOLDER / 'imagenet.py'}:deit_small")
     assert config.data.root == "/data/tfds"
     assert config.backbone.init_from == "/data/weights/deit_small_patch16_224.safetensors"
 
 
 def _leaves(config):
     """Values by dotted key."""
-    return flatten_dict(config.to_dict(), sep=".", keep_empty_nodes=True)
+    return flatten_dict(dataclasses.asdict(config), sep=".", keep_empty_nodes=True)
+
+
+def _file(name):
+    """What the file itself says."""
+    return config_file._file_settings(name)

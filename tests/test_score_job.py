@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from forks import Server
-from ml_collections import ConfigDict
 from scorer import NUM_PARTS, ROWS_PER_PART
 
-from tif_jax.commands import score, train
 from tif_jax.errors import Preempted, WorkError
+from tif_jax.experiment import config as config_file
+from tif_jax.experiment import scoring
+from tif_jax.experiment.sections import Experiment
+from tif_jax.impact import job as scoring_job
 from tif_jax.impact import shards
 from tif_jax.impact.shards import read_impact
 from tif_jax.models import create_model
@@ -51,8 +53,8 @@ def finished(tmp_path_factory):
     (folder / "config.py").write_text(CONFIG)
     _write_backbone(folder / "run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(score, "_ROWS_PER_PART", ROWS_PER_PART)
-        score.score(_config(), folder / "run")
+        patch.setattr(scoring, "_ROWS_PER_PART", ROWS_PER_PART)
+        scoring.score_training(_config(), folder / "run")
     return folder
 
 
@@ -74,7 +76,7 @@ def place(finished, tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "backbone").symlink_to(finished / "run" / "backbone")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(score, "_ROWS_PER_PART", ROWS_PER_PART)
+    monkeypatch.setattr(scoring, "_ROWS_PER_PART", ROWS_PER_PART)
     return tmp_path
 
 
@@ -86,10 +88,16 @@ def _write_backbone(workdir):
         )
 
 
-def _config() -> ConfigDict:
+def _config(*overrides) -> Experiment:
     namespace: dict = {}
     exec(CONFIG, namespace)
-    return namespace["get_config"]()
+    return config_file.from_settings(namespace["get_config"]().to_dict(), overrides)
+
+
+def _noting(scored):
+    """What makes the columns of a batch, and notes in `scored` which examples they are of."""
+    whole = scoring_job._columns
+    return lambda batch, *rest: scored.append(batch["index"]) or whole(batch, *rest)
 
 
 def written(place) -> list[int]:
@@ -141,10 +149,10 @@ def test_killed_at_many_moments(start, place, finished, seed):
 
 
 def test_what_a_killed_job_left_beside_a_finished_part_goes(place, finished):
-    score.score(_config(), place / "run")
+    scoring.score_training(_config(), place / "run")
     for name in (".part-00004-of-00010.lock", ".part-00004-of-00010.begun"):
         (place / "run" / "impact" / name).touch()
-    score.score(_config(), place / "run")
+    scoring.score_training(_config(), place / "run")
     assert_all_scored(place, finished)
 
 
@@ -162,8 +170,10 @@ def test_sigterm_finishes_the_chunk_keeps_it_and_exits_75(start, place, finished
     assert rows is not None and len(rows["index"]) in (4, 8)
     scored = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(score, "_columns", lambda *a, whole=score._columns: scored.append(a[0]["index"]) or whole(*a))
-        score.score(_config(), place / "run")
+        patch.setattr(
+            scoring_job, "_columns", _noting(scored)
+        )
+        scoring.score_training(_config(), place / "run")
     assert not set(np.concatenate([*scored, []])) & set(rows["index"])
     assert_all_scored(place, finished)
 
@@ -193,9 +203,7 @@ def test_a_job_waits_for_parts_that_another_has_locked(start, place, finished):
 
 def test_parts_of_an_array_job_need_no_order(place, finished):
     for k in (2, 3, 1):
-        config = _config()
-        config.score.part = f"{k}/3"
-        score.score(config, place / "run")
+        scoring.score_training(_config(f"--config.score.part={k}/3"), place / "run")
     assert_all_scored(place, finished)
 
 
@@ -219,13 +227,13 @@ def test_processes_take_parts_in_turn(monkeypatch):
     shares = []
     for k in range(3):
         monkeypatch.setattr("jax.process_index", lambda k=k: k)
-        shares.append(list(score._parts("", 10 * score._ROWS_PER_PART)[0]))
+        shares.append(list(scoring._parts("", 10 * scoring._ROWS_PER_PART)[0]))
     assert shares == [[1, 4, 7, 10], [2, 5, 8], [3, 6, 9]]
 
 
 @pytest.mark.parametrize("damage", ["removed", "removed json", "flipped byte", "truncated"])
 def test_a_damaged_part_alone_is_scored_again(place, finished, damage, monkeypatch, caplog):
-    score.score(_config(), place / "run")
+    scoring.score_training(_config(), place / "run")
     path = place / "run" / "impact" / f"part-00003-of-{NUM_PARTS:05}.parquet"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -235,7 +243,7 @@ def test_a_damaged_part_alone_is_scored_again(place, finished, damage, monkeypat
         path.write_bytes(data if damage == "flipped byte" else data[:-5])
     again = []
     monkeypatch.setattr(shards, "write_part", lambda *a, whole=shards.write_part: again.append(a[1]) or whole(*a))
-    score.score(_config(), place / "run")
+    scoring.score_training(_config(), place / "run")
     assert again == [3]
     assert ("part-00003" in caplog.text and "is damaged" in caplog.text) == (not damage.startswith("removed"))
     assert_all_scored(place, finished)
@@ -251,7 +259,7 @@ def test_damaged_rows_of_a_begun_part_are_scored_again(place, finished, caplog):
     shards.write_begun(directory, 1, NUM_PARTS, columns)
     path = directory / ".part-00001-of-00010.begun"
     path.write_bytes(path.read_bytes()[:-1])
-    score.score(_config(), place / "run")
+    scoring.score_training(_config(), place / "run")
     assert "its rows are scored again" in caplog.text
     assert_all_scored(place, finished)
 
@@ -268,37 +276,39 @@ def test_a_full_disk_loses_nothing_that_is_finished(place, finished, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(shards, "_write", full)
         with pytest.raises(WorkError, match="No space left"):
-            score.score(_config(), place / "run")
+            scoring.score_training(_config(), place / "run")
     left = shards.missing_parts(place / "run" / "impact", NUM_PARTS)
     assert 0 < len(left) < NUM_PARTS
-    score.score(_config(), place / "run")
+    scoring.score_training(_config(), place / "run")
     assert_all_scored(place, finished)
 
 
 def test_a_finished_job_needs_no_device_and_no_right_to_write(place, monkeypatch):
-    score.score(_config(), place / "run")
-    monkeypatch.setattr(score, "Scorer", None)
+    scoring.score_training(_config(), place / "run")
+    monkeypatch.setattr(scoring_job, "Scorer", None)
     monkeypatch.setattr(shards, "_write", None)
-    score.score(_config(), place / "run")
+    scoring.score_training(_config(), place / "run")
 
 
 def test_a_kept_minute(place, finished, monkeypatch):
     """The rows of each batch are kept once the time has come; an error afterwards costs the next batch alone."""
-    monkeypatch.setattr(score, "_SECONDS_BETWEEN_SAVES", 0)
+    monkeypatch.setattr(scoring_job, "_SECONDS_BETWEEN_SAVES", 0)
     batches = []
 
-    def fails(*arguments, whole=score._columns):
+    def fails(*arguments, whole=scoring_job._columns):
         if len(batches) == 5:
             raise WorkError("the machine is gone")
         batches.append(arguments[0]["index"])
         return whole(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(score, "_columns", fails)
+        patch.setattr(scoring_job, "_columns", fails)
         with pytest.raises(WorkError, match="gone"):
-            score.score(_config(), place / "run")
-    monkeypatch.setattr(score, "_columns", lambda *a, whole=score._columns: batches.append(a[0]["index"]) or whole(*a))
-    score.score(_config(), place / "run")
+            scoring.score_training(_config(), place / "run")
+    monkeypatch.setattr(
+        scoring_job, "_columns", _noting(batches)
+    )
+    scoring.score_training(_config(), place / "run")
     seen = np.concatenate(batches)
     assert len(np.unique(seen)) == len(seen) == NUM_IMAGES
     assert_all_scored(place, finished)
@@ -311,14 +321,14 @@ def test_sigterm_in_process(place, monkeypatch):
         shards, "write_part", lambda *a, whole=shards.write_part: (whole(*a), os.kill(os.getpid(), signal.SIGTERM))
     )
     with pytest.raises(Preempted):
-        score.score(_config(), place / "run")
+        scoring.score_training(_config(), place / "run")
     assert len(shards.missing_parts(place / "run" / "impact", NUM_PARTS)) == NUM_PARTS - 1
     assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_progress_says_speed_and_wait(place, caplog):
     caplog.set_level("INFO")
-    score.score(_config(), place / "run")
+    scoring.score_training(_config(), place / "run")
     for text in (
         "images_per_second",
         "masked_forwards_per_second",
@@ -330,18 +340,17 @@ def test_progress_says_speed_and_wait(place, caplog):
 
 
 def test_another_number_of_images_is_another_job(place):
-    score.score(_config(), place / "run")
-    config = _config()
-    config.score.num_images = NUM_IMAGES - 1
+    scoring.score_training(_config(), place / "run")
+    config = _config(f"--config.score.num_images={NUM_IMAGES - 1}")
     with pytest.raises(ValueError, match="num_images is 80 there, 79 here"):
-        score.score(config, place / "run")
+        scoring.score_training(config, place / "run")
 
 
 def test_the_dtype_follows_the_device_and_the_estimator(monkeypatch):
-    assert score._dtype("", "sampled") == "float32" and score._dtype("bfloat16", "exact") == "bfloat16"
+    assert scoring._dtype("", "sampled") == "float32" and scoring._dtype("bfloat16", "exact") == "bfloat16"
     monkeypatch.setattr("jax.default_backend", lambda: "tpu")
-    assert score._dtype("", "sampled") == score._dtype("", "gradient") == "bfloat16"
-    assert score._dtype("", "exact") == "float32"
+    assert scoring._dtype("", "sampled") == scoring._dtype("", "gradient") == "bfloat16"
+    assert scoring._dtype("", "exact") == "float32"
 
 
 def test_impacts_fit_the_filter(finished):
@@ -350,4 +359,4 @@ def test_impacts_fit_the_filter(finished):
 
     config = _config()
     model = load(finished / "run" / "backbone")
-    assert read_impact(finished / "run", expected=train.expected_manifest(config, model)).impact.shape == (80, 16)
+    assert read_impact(finished / "run", expected=scoring.expected_manifest(config, model)).impact.shape == (80, 16)

@@ -20,6 +20,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
+from ml_collections import ConfigDict
+
 from tif_jax.errors import InputError
 
 Section = TypeVar("Section")
@@ -98,7 +100,8 @@ def read(kind: type[Section], settings: Any, where: str = "") -> Section:
     Raises InputError for a key that is unknown, with the nearest known one, and for a value of another type or out of
     range. A section may check more in `__post_init__`; what it raises is told with the section's name.
     """
-    if not isinstance(settings, Mapping):
+    settings = plain(settings)
+    if not isinstance(settings, dict):
         raise InputError(f"{where} is {settings!r}; it is a dict of {', '.join(kinds_of(kind))}")
     kinds = kinds_of(kind)
     for name in settings:
@@ -228,7 +231,7 @@ def _as(kind: Any, value: Any) -> Any:
     if kind is Any:
         return value
     if origin in (dict, Mapping) or kind in (dict, Mapping):
-        return plain(value) if isinstance(value, Mapping) else _UNFIT
+        return plain(value) if isinstance(value, Mapping | ConfigDict) else _UNFIT
     if isinstance(value, bool):
         return value if kind is bool else _UNFIT
     if kind is float and isinstance(value, int):
@@ -237,8 +240,8 @@ def _as(kind: Any, value: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Mappings as dicts, lists as tuples, all the way down."""
-    if isinstance(value, Mapping):
+    """Mappings and ConfigDicts as dicts, lists as tuples, all the way down."""
+    if isinstance(value, Mapping | ConfigDict):
         return {name: plain(inner) for name, inner in value.items()}
     return tuple(map(plain, value)) if isinstance(value, tuple | list) else value
 

@@ -4,17 +4,19 @@ from pathlib import Path
 
 from tif_jax.data import remote
 from tif_jax.data.options import DataOptions as DataOptions
+from tif_jax.data.options import Settings
 from tif_jax.data.options import read_options as read_options
 from tif_jax.data.source import Source as Source
 from tif_jax.data.source import Subset
 from tif_jax.errors import InputError
 
 
-def open_source(options: DataOptions, split: str) -> Source:
-    """The examples of `split`, 'train' or 'test', of the data set that the options describe.
+def open_source(data: Settings, split: str) -> Source:
+    """The examples of `split`, 'train' or 'test', of the data set that `data`, options or settings of them, describes.
 
     InputError, naming file or key, for what is missing or malformed.
     """
+    options = read_options(data)
     if split not in ("train", "test"):
         raise InputError(f"unknown split {split!r}; 'train' or 'test', which data.train_split and data.test_split name")
     if options.class_index is not None and options.name != "image_folder":

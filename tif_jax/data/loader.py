@@ -26,7 +26,7 @@ from jaxtyping import Float32, Int, Shaped, UInt8
 from PIL import Image
 
 from tif_jax.data.augment import Augmentation
-from tif_jax.data.options import DataOptions
+from tif_jax.data.options import DataOptions, Settings, read_options
 from tif_jax.data.preprocess import NONE, augmented_view, evaluation_view, normalise
 from tif_jax.data.source import Example, Source, UnreadableImage
 from tif_jax.errors import InputError
@@ -137,7 +137,7 @@ def _in_order(position: int) -> int:
 
 def training_batches(
     source: Source,
-    options: DataOptions,
+    data: Settings,
     *,
     batch_size: int,
     seed: int,
@@ -159,6 +159,7 @@ def training_batches(
 
     if not 0 <= seed < 2**32:
         raise InputError(f"seed is {seed}; it must lie between 0 and 2**32 - 1")
+    options = read_options(data)
     if records is None:
         records = _all_records(source, 0 if options.augment == "none" else FRESH)
     else:
@@ -176,7 +177,7 @@ def training_batches(
 
 def evaluation_batches(
     source: Source,
-    options: DataOptions,
+    data: Settings,
     *,
     batch_size: int,
     records: Int[np.ndarray, "R 2"] | None = None,
@@ -188,6 +189,7 @@ def evaluation_batches(
     last image that fill the last batch and for the black pictures in place of unreadable ones (data.on_error='skip').
     shared: divided among the processes of a run; otherwise each of them reads everything.
     """
+    options = read_options(data)
     if records is None:
         records = _all_records(source, 0)
     else:

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from tif_jax import schema
 from tif_jax.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from tif_jax.schema import key
@@ -48,6 +50,9 @@ class DataOptions:
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
 
-def read_options(data: Mapping[str, Any] | DataOptions) -> DataOptions:
+Settings = Mapping[str, Any] | ConfigDict | DataOptions
+
+
+def read_options(data: Settings) -> DataOptions:
     """The options of these settings, defaults filled in. InputError on what is unknown or not allowed."""
     return data if isinstance(data, DataOptions) else schema.read(DataOptions, data, "data")

@@ -6,8 +6,7 @@ of the reducer's constructor, and `budget` (GMAC) instead of an amount.
 
 import dataclasses
 import difflib
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
@@ -151,7 +150,7 @@ def _option(kind: Any, value: Any, where: str) -> Any:
     return schema.value_of(kind, value, where)
 
 
-def _unknown_option(where: str, name: str, key: str, kinds: typing.Iterable[str]) -> InputError:
+def _unknown_option(where: str, name: str, key: str, kinds: Iterable[str]) -> InputError:
     known = [*kinds, "budget"]
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
     return InputError(
