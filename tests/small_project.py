@@ -25,14 +25,14 @@ def get_config():
             crop_fraction=1.0, augment="none", on_error="raise", num_workers=2,
         ),
         backbone=dict(
-            recipe, init_from="", num_classes=0, num_heads=0, num_epochs=10.0, label_smoothing=0.0, drop_path=0.0,
+            recipe, init_from="", num_heads=0, num_epochs=10.0, label_smoothing=0.0, drop_path=0.0,
             model=dict(image_size=16, patch_size=8, width=16, depth=1, num_heads=2, num_classes=2, pool="class"),
         ),
         score=dict(
             estimator="sampled", mask="drop", target="label", num_samples=2, keep_ratio=0.5, views=1, num_images=0,
             batch_size=8, chunk=0, dtype="", part="",
         ),
-        reducer=dict(name="tif", keep_ratio=0.5, features="local+global"),
+        reducer=dict(name="tif", keep_ratio=0.5),
         filter=dict(recipe, labels="top", rho=0.0, balance=False, num_epochs=2.0),
         finetune=dict(recipe, num_epochs=2.0, label_smoothing=0.0, drop_path=0.0),
         evaluate=dict(batch_size=8, num_images=0, num_samples=2),

@@ -8,8 +8,8 @@ from cases import numpy_model
 from flax import nnx
 
 from tif_jax import cost
-from tif_jax.commands import benchmark, run, train
 from tif_jax.errors import InputError
+from tif_jax.experiment import checks, stages
 from tif_jax.experiment import config as config_file
 from tif_jax.models import blueprint
 from tif_jax.models.params import params_of
@@ -21,12 +21,16 @@ TINY = dict(image_size=32, patch_size=8, width=16, depth=4, num_heads=2, num_cla
 
 
 def config(*overrides, **changes):
-    loaded = config_file.load(CONFIG, list(overrides))
-    with loaded.unlocked():
-        for key, value in changes.items():
-            section, _, name = key.partition("__")
-            loaded[section][name] = value
-    return loaded
+    """The digits config with other values, by section__key."""
+    settings = config_file._file_settings(CONFIG)
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        settings.setdefault(section, {})[name] = value
+    return config_file.from_settings(settings, overrides)
+
+
+def entry_of(entry, **changes):
+    return config(benchmark__reducers=(entry,), **changes).benchmark.reducers[0]
 
 
 @pytest.mark.parametrize(
@@ -44,29 +48,65 @@ def config(*overrides, **changes):
     ],
 )
 def test_labels(entry, label):
-    assert train.label(benchmark.with_reducer(config(), entry)) == label
+    assert entry_of(entry).label == label
 
 
 def test_an_entry_takes_over_how_much_to_keep_and_nothing_else():
-    """`features` is an option of tif and one of bat, and not the same."""
-    base = config(reducer__features="local", reducer__budget=0.5)
-    assert train.reducer_options(benchmark.with_reducer(base, "bat")) == ("bat", {"budget": 0.5})
-    own = benchmark.with_reducer(base, dict(name="bat", keep_ratio=0.3))
-    assert train.reducer_options(own) == ("bat", {"keep_ratio": 0.3})
-    assert train.reducer_options(benchmark.with_reducer(base, "tif")) == ("tif", {"features": "local", "budget": 0.5})
+    """`adapter` is an option of tif; to another reducer it might mean something else."""
+    given = dict(reducer__adapter=8, filter__keep_ratio=0.5)
+    budget = config("--config.reducer.budget=0.5", "--config.benchmark.reducers=bat,tif", **given)
+    bat, tif = budget.benchmark.reducers
+    assert (bat.name, bat.arguments) == ("bat", {"budget": 0.5})
+    assert (tif.name, tif.arguments) == ("tif", {"adapter": 8, "budget": 0.5})
+    entry = entry_of(dict(name="bat", keep_ratio=0.3), **given)
+    assert (entry.name, entry.arguments) == ("bat", {"keep_ratio": 0.3})
+
+
+def test_an_amount_on_the_command_line_stands_instead_of_the_files():
+    given = config("--config.reducer.budget=0.5", "--config.filter.keep_ratio=0.5").reducer
+    assert given.arguments == {"budget": 0.5}
+    assert config("--config.reducer.keep_ratio=0.75").reducer.arguments == {"keep_ratio": 0.75}
+    with pytest.raises(InputError, match="reducer has a budget and keep_ratio; a budget stands instead"):
+        config(reducer__budget=0.5)
+
+
+def test_another_reducer_on_the_command_line_takes_over_the_amount_alone():
+    assert config("--config.reducer.name=evit", reducer__adapter=8).reducer.described == dict(
+        name="evit", keep_ratio=0.25
+    )
+    each = ["--config.reducer.name=evit", "--config.reducer.keep_ratio=0.9,0.7,0.5"]
+    assert config(*each, "--config.benchmark.reducers=evit").reducer.options["keep_ratio"] == (0.9, 0.7, 0.5)
+    with pytest.raises(InputError, match=r"benchmark.reducers\[1\].keep_ratio is \(0.9, 0.7, 0.5\); it is a number"):
+        config(*each)  # random has one site
+
+
+def test_labels_aim_at_what_tif_keeps_unless_the_filter_says_otherwise():
+    assert checks.label_ratio(config()) == 0.25
+    assert checks.label_ratio(config(filter__keep_ratio=0.4)) == 0.4
+    assert checks.label_ratio(config("--config.reducer.keep_ratio=0.5")) == 0.5
+    with pytest.raises(InputError, match=r"filter\.keep_ratio is not given, and the reducer's budget does not tell it"):
+        config("--config.reducer.budget=0.01")
 
 
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        (dict(name="evit", fuze=False), "'evit' takes .*; got fuze"),
-        (dict(keep_ratio=0.5), "allowed: a name, or dict"),
+        (
+            dict(name="evit", fuze=False),
+            r"no key 'benchmark.reducers\[0\].fuze'; the nearest is .*\.fuse' \('evit' takes",
+        ),
+        (dict(keep_ratio=0.5), "it is a name, or a dict"),
         ("evvit", "Unknown reducer 'evvit'"),
+        (
+            dict(name="tif", then=dict(name="evit", keep_ration=0.5)),
+            r"then\.keep_ration'; the nearest is .*then\.keep_ratio'",
+        ),
+        (dict(name="full", budget=0.5), "'full' has no amount to solve for"),
     ],
 )
 def test_entries_that_mean_nothing(entry, message):
     with pytest.raises(InputError, match=message):
-        benchmark.with_reducer(config(), entry)
+        entry_of(entry)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +115,7 @@ def test_entries_that_mean_nothing(entry, message):
         (dict(benchmark__reducers=("full", "tif", "tif")), "full-1, tif-0.25, tif-0.25; name at least one, each once"),
         (dict(benchmark__reducers=()), "benchmark.reducers is empty"),
         (dict(finetune__phases=(dict(until=0.2, keep_ratio=7.0),)), "keep_ratio is 7.0"),
+        (dict(finetune__phases=(dict(until=0.2, keep_ration=0.5),)), "keep_ration'; the nearest is .*keep_ratio'"),
         (dict(finetune__phases=(dict(until=9.0),)), "last until the epochs \\[9.0\\]; give each an `until`, ascending"),
         (dict(finetune__phases=(1, 2)), "finetune.phases is \\(1, 2\\); it is a tuple of dicts"),
         (
@@ -82,45 +123,35 @@ def test_entries_that_mean_nothing(entry, message):
             "reducer 'prior' needs a stage of its own",
         ),
         (dict(benchmark__reducers=("tif", dict(name="tif", then="tome"))), "then is 'tome'; it is a dict"),
+        (
+            dict(benchmark__reducers=(dict(name="tif", adapter=8), dict(name="tif", adapter=16))),
+            "adapters of the widths 8, 16; one adapter is fitted for all of them",
+        ),
+        (dict(benchmark__reducers=(dict(name="tif", adapter=6),)), "adapter is 6; it is a width, a multiple of 4"),
     ],
 )
-def test_a_run_refuses_them_at_once(changes, message, tmp_path):
+def test_a_config_with_them_is_refused_at_once(changes, message):
     with pytest.raises(InputError, match=message):
-        run.run(config(**changes), tmp_path)
-    assert not any(tmp_path.iterdir())
+        config(**changes)
 
 
-def test_a_run_needs_a_section_for_what_is_fitted(tmp_path):
-    base = config(reducer__name="full", benchmark__reducers=("full", "tosa"))
-    with base.unlocked():
-        del base["filter"]
-    with pytest.raises(InputError, match="'tosa' is fitted before fine-tuning; the config has no section `filter`"):
-        run.run(base, tmp_path)
-
-
-def test_a_run_needs_a_section_for_an_adapter(tmp_path):
-    base = config(benchmark__reducers=("full", dict(name="tif", adapter=8)))
-    with pytest.raises(InputError, match="is trained before fine-tuning; the config has no section `adapter`"):
-        run.run(base, tmp_path)
+def test_the_adapters_stage_is_for_a_reducer_that_has_one(tmp_path):
     with pytest.raises(InputError, match="stage 'adapter' is for tif with"):
-        train.adapter(base, tmp_path)
-    with base.unlocked():
-        base.adapter = {}
-    with pytest.raises(InputError, match="adapter is 6; it is a width, a multiple of 4, or 0 for none"):
-        train.check_reducer(benchmark.with_reducer(base, dict(name="tif", adapter=6)))
+        stages.adapter(config(), tmp_path)
 
 
 def test_a_phase_may_not_change_which_parameters_there_are():
-    base = config(finetune__phases=(dict(until=0.1, sites=(1,)),))
-    entry = benchmark.with_reducer(base, dict(name="dynamic_vit", sites=(1, 2)))
+    base = config(
+        finetune__phases=(dict(until=0.1, sites=(1,)),), benchmark__reducers=(dict(name="dynamic_vit", sites=(1, 2)),)
+    )
     with pytest.raises(InputError, match=r"finetune\.phases change which parameters 'dynamic_vit' has"):
-        train.check_on_backbone(entry, TINY)
+        checks.check_on_backbone(base.under(base.benchmark.reducers[0]), TINY)
 
 
 @pytest.mark.parametrize("then", [dict(name="dynamic_vit"), dict(name="evit")])
 def test_what_comes_after_the_filter_is_trained(then):
     params = params_of(nnx.eval_shape(blueprint(TINY, reducer="tif", then=then), jax.random.key(0)))
-    trainable = optim.match(train.FROZEN_REDUCER, params, True)["reducer"]
+    trainable = optim.match(stages.REDUCER_RESTS, params, True)["reducer"]
     assert not any(jax.tree.leaves(trainable["filter"]))
     assert all(jax.tree.leaves(trainable.get("then", {})))
 

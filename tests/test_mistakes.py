@@ -35,14 +35,6 @@ def place(finished, tmp_path, monkeypatch):
 # Preparations: what the user, or somebody before, did to the folder
 
 
-def config_without(line: str) -> Callable[[Path], None]:
-    def prepare(place):
-        assert line in CONFIG
-        (place / "config.py").write_text(CONFIG.replace(line, ""))
-
-    return prepare
-
-
 def text(name: str, content: str) -> Callable[[Path], None]:
     return lambda place: (place / name).write_text(content)
 
@@ -126,15 +118,9 @@ MISTAKES = {
     "get_config returns a dict": Mistake(
         "score", ("config.py", "dict", "ConfigDict"), text("config.py", "def get_config():\n    return dict(seed=0)")
     ),
-    "config without a section": Mistake(
-        "score --config.quick=true", ("the config lacks a key", "when_quick"), config_without("when_quick=dict(),")
-    ),
-    "config without a key": Mistake(
-        "train --stage=filter", ("the config lacks a key", "balance"), config_without("balance=False, ")
-    ),
     "when_quick with a key misspelt": Mistake(
-        "score --config.quick=true",
-        ("when_quick.score.num_sample ", "config"),
+        "score",
+        ("when_quick: ", "'score.num_sample'", "'score.num_samples'"),
         text("config.py", CONFIG.replace("when_quick=dict()", "when_quick=dict(score=dict(num_sample=1))")),
     ),
     "unknown argument of a config": Mistake("score --config=config.py:huge", ("config.py:huge", "argument")),
@@ -142,34 +128,35 @@ MISTAKES = {
     "value of another type": Mistake("score --config.seed=abc", ("seed", "abc")),
     "value of another type after a space": Mistake("score --config.seed abc", ("seed", "abc")),
     "unknown kind of distillation": Mistake(
-        "train --stage=finetune --config.finetune.distillation.kind=warm", ("finetune", "kind is 'warm'", "'soft', 'hard'")
+        "train --stage=finetune --config.finetune.distillation.kind=warm",
+        ("finetune.distillation.kind is 'warm'", "'soft', 'hard'"),
     ),
     "dict in a recipe with a key misspelt": Mistake(
         "train --stage=backbone",
-        ("finetune.mixing has cutmx", "known: mixup, cutmix, switch, probability"),
+        ("'finetune.mixing.cutmx'", "'finetune.mixing.cutmix'"),
         text("config.py", CONFIG.replace("finetune=dict(recipe, ", "finetune=dict(recipe, mixing=dict(cutmx=1.0), ")),
     ),
     "mixing that is none": Mistake(
-        "score --config.finetune.mixing.switch=2.0", ("finetune", "switch is 2.0", "[0, 1]")
+        "score --config.finetune.mixing.switch=2.0", ("finetune.mixing.switch is 2.0", "at least 0, at most 1")
     ),
     "unknown RandAugment": Mistake(
         "score --config.backbone.augmentation.rand_augment=m9-foo", ("backbone", "rand_augment", "m9-foo")
     ),
     "batch in parts that do not divide it": Mistake(
-        "train --stage=backbone --config.backbone.accumulate=3", ("backbone: accumulate is 3", "batch_size 8")
+        "train --stage=backbone --config.backbone.accumulate=3", ("backbone.accumulate is 3", "batch_size 8")
     ),
-    "no steps between checkpoints": Mistake("score --config.filter.save_every=0", ("filter: save_every is 0",)),
-    "average that forgets nothing": Mistake("score --config.finetune.ema=1.0", ("finetune: ema is 1.0", "below 1")),
+    "no steps between checkpoints": Mistake("score --config.filter.save_every=0", ("filter.save_every is 0",)),
+    "average that forgets nothing": Mistake("score --config.finetune.ema=1.0", ("finetune.ema is 1.0", "below 1")),
     "pattern for a tuple of them": Mistake(
-        "score", ("finetune: freeze is '^norm'", "('^norm',)"),
+        "score", ("finetune.freeze is '^norm'", "('^norm',)"),
         text("config.py", CONFIG.replace("finetune=dict(recipe, ", "finetune=dict(recipe, freeze='^norm', ")),
     ),
     "factor without a pattern": Mistake(
-        "score", ("finetune: rate_factors has the entry 0.1", "(pattern, factor, epoch)"),
+        "score", ("finetune.rate_factors has the entry 0.1", "(pattern, factor, epoch)"),
         text("config.py", CONFIG.replace("finetune=dict(recipe, ", "finetune=dict(recipe, rate_factors=(0.1,), ")),
     ),
     "pattern that matches nothing": Mistake(
-        "train --stage=backbone --workdir=new --config.backbone.freeze='(\"^hed\",)'", ("no parameter path matches", "hed"),
+        "train --stage=backbone --workdir=new --config.backbone.freeze=('^hed',)", ("no parameter path matches", "hed"),
     ),
     "devices that do not divide the batch": Mistake(
         "train --stage=backbone --workdir=new --config.sharding.fsdp=3", ("a batch of 8", "sharding.fsdp 3"),

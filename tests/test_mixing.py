@@ -192,5 +192,5 @@ def test_losses_that_build_on_it_take_mixed_labels_too():
 def test_bad_options(wrong, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # outside tests nothing else looks at types
     ((name, value),) = wrong.items()
-    with pytest.raises(InputError, match=f"^{name} is {value!r}; it is a number [^\n]*$"):
+    with pytest.raises(InputError, match=f"^{name} is {value!r}; it is a number[^\n]*$"):
         Mixing(**wrong)

@@ -170,9 +170,7 @@ def test_sigterm_finishes_the_chunk_keeps_it_and_exits_75(start, place, finished
     assert rows is not None and len(rows["index"]) in (4, 8)
     scored = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            scoring_job, "_columns", _noting(scored)
-        )
+        patch.setattr(scoring_job, "_columns", _noting(scored))
         scoring.score_training(_config(), place / "run")
     assert not set(np.concatenate([*scored, []])) & set(rows["index"])
     assert_all_scored(place, finished)
@@ -305,9 +303,7 @@ def test_a_kept_minute(place, finished, monkeypatch):
         patch.setattr(scoring_job, "_columns", fails)
         with pytest.raises(WorkError, match="gone"):
             scoring.score_training(_config(), place / "run")
-    monkeypatch.setattr(
-        scoring_job, "_columns", _noting(batches)
-    )
+    monkeypatch.setattr(scoring_job, "_columns", _noting(batches))
     scoring.score_training(_config(), place / "run")
     seen = np.concatenate(batches)
     assert len(np.unique(seen)) == len(seen) == NUM_IMAGES

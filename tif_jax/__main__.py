@@ -122,10 +122,7 @@ def _describe_reducers() -> str:
 
 def _describe_config() -> str:
     """Each key of a config with its default, what it may be and what it is for."""
-    return "\n".join(
-        f"{key.path} = {key.default!r}\n    {key.help} ({key.allowed})"
-        for key in schema.keys(Experiment)
-    )
+    return "\n".join(f"{key.path} = {key.default!r}\n    {key.help} ({key.allowed})" for key in schema.keys(Experiment))
 
 
 _TOPICS = {"config": _describe_config, "reducers": _describe_reducers}

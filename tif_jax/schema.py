@@ -58,8 +58,8 @@ class Range(NamedTuple):
         if self.choices:
             return f"allowed: {', '.join(map(repr, self.choices))}"
         bounds = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
-        said = [f"{name} {bound:g}" for name, bound in bounds.items() if bound is not None]
-        return ", ".join(said or ["a finite number"]) + ", or inf" * self.infinite
+        said = [f"{name} {bound:.10g}" for name, bound in bounds.items() if bound is not None]
+        return ", ".join(said + ["or inf"] * self.infinite)
 
 
 _ANY = Range()
@@ -77,8 +77,7 @@ class Key(NamedTuple):
     @property
     def allowed(self) -> str:
         """Kind and range in words."""
-        bounds = "" if self.range == _ANY else f", {self.range}"
-        return str(self.range) if self.range.choices else f"{kind_text(self.kind)}{bounds}"
+        return _described(self.kind, self.range).removeprefix("it is ")
 
 
 def key(default: Any, help: str, **bounds: Any) -> Any:
@@ -139,9 +138,10 @@ def value_of(kind: Any, value: Any, where: str, allowed: Range = _ANY) -> Any:
     fitting = [found for each in _alternatives(kind) if (found := _as(each, value)) is not _UNFIT]
     if not fitting:
         example = f", as in ({value!r},)" if kind == tuple[str, ...] and isinstance(value, str) else ""
-        raise InputError(f"{where} is {value!r}; it is {kind_text(kind)}{example}")
+        raise InputError(f"{where} is {value!r}; {_described(kind, allowed)}{example}")
     if not allowed.has(fitting[0]):
-        raise InputError(f"{where} is {value!r}; {allowed}")
+        unlike = isinstance(value, float) and not math.isfinite(value) and not allowed.infinite
+        raise InputError(f"{where} is {value!r}; {_described(kind, allowed)}{', and finite' * unlike}")
     return fitting[0]
 
 
@@ -206,6 +206,10 @@ def kind_text(kind: Any) -> str:
     return " or ".join(dict.fromkeys(_one_kind_text(each) for each in _alternatives(kind)))
 
 
+def _described(kind: Any, allowed: Range) -> str:
+    return str(allowed) if allowed.choices else f"it is {', '.join(filter(None, [kind_text(kind), str(allowed)]))}"
+
+
 _UNFIT = object()
 _PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "none"}
 
@@ -246,13 +250,24 @@ def plain(value: Any) -> Any:
     return tuple(map(plain, value)) if isinstance(value, tuple | list) else value
 
 
+def to_json(value: Any) -> Any:
+    """A section, or what is in one, as JSON has it: dicts and lists; infinite numbers, which JSON lacks, as texts."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {name: to_json(inner) for name, inner in value.items()}
+    if isinstance(value, tuple | list):
+        return [to_json(inner) for inner in value]
+    return str(value) if isinstance(value, float) and math.isinf(value) else value
+
+
 def _one_kind_text(kind: Any) -> str:
     inside = typing.get_args(kind)
     if typing.get_origin(kind) in (tuple, Sequence):
-        plural = {"a whole number": "whole numbers", "a number": "numbers", "a text": "texts"}
         what = kind_text(inside[0])
+        what = f"{what.removeprefix('a ')}s" if what.startswith("a ") and " or " not in what else what
         number = f"{len(inside)} " if len(inside) > 1 and inside[-1] is not Ellipsis else ""
-        return f"a tuple of {number}{plural.get(what, what)}"
+        return f"a tuple of {number}{what}"
     if dataclasses.is_dataclass(kind) or typing.get_origin(kind) in (dict, Mapping) or kind in (dict, Mapping):
         return "a dict"
     return _PLAIN.get(kind, str(kind))

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict
 
@@ -50,7 +50,7 @@ class DataOptions:
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
 
-Settings = Mapping[str, Any] | ConfigDict | DataOptions
+Settings: TypeAlias = Mapping[str, Any] | ConfigDict | DataOptions
 
 
 def read_options(data: Settings) -> DataOptions:

@@ -5,9 +5,7 @@ differs from the defaults in `sections`. With `--config.quick=true` the values o
 line has the last word.
 """
 
-import dataclasses
 import importlib.util
-import json
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -25,6 +23,14 @@ from tif_jax.models import FAMILIES, field_kinds
 from tif_jax.models.budget import AMOUNTS
 
 Settings = dict[str, Any]
+
+# Of the model's fields; the numbers of all others begin with 1.
+_RANGES_OF_MODEL = {
+    "num_registers": schema.Range(least=0),
+    "drop_path": schema.Range(least=0, below=1),
+    "layer_scale": schema.Range(above=0),
+    "norm_eps": schema.Range(above=0),
+}
 
 
 def load(filename: str, overrides: list[str] | tuple[str, ...] = ()) -> Experiment:
@@ -53,10 +59,10 @@ def from_settings(settings: Mapping[str, Any], overrides: list[str] | tuple[str,
 
 def to_json(experiment: Experiment) -> Settings:
     """The experiment as plain JSON data: what checkpoints and reports carry."""
-    settings = dataclasses.asdict(experiment)
-    settings["reducer"] = experiment.reducer.described
-    settings["benchmark"]["reducers"] = [entry.described for entry in experiment.benchmark.reducers]
-    return json.loads(json.dumps(_finite(settings)))
+    settings = schema.to_json(experiment)
+    settings["reducer"] = schema.to_json(experiment.reducer.described)
+    settings["benchmark"]["reducers"] = [schema.to_json(entry.described) for entry in experiment.benchmark.reducers]
+    return settings
 
 
 def _read(settings: Settings) -> Experiment:
@@ -96,15 +102,8 @@ def _model_fields(fields: Any, where: str, settings: Settings) -> Settings:
     for name in fields:
         if name not in kinds:
             raise schema.unknown_key(f"{where}.{name}", [f"{where}.{known}" for known in kinds])
-    checked = {name: schema.value_of(kinds[name], value, f"{where}.{name}") for name, value in fields.items()}
-    for name, value in checked.items():
-        numbers = value if isinstance(value, tuple) else (value,)
-        least = 0 if name in ("num_registers", "drop_path") else 1
-        for number in numbers:
-            whole = isinstance(number, int) and not isinstance(number, bool)
-            if (whole and number < least) or (isinstance(number, float) and not 0 <= number < float("inf")):
-                raise InputError(f"{where}.{name} is {value!r}; {schema.Range(least=least if whole else 0)}")
-    return checked
+    ranges = {name: _RANGES_OF_MODEL.get(name, schema.Range(least=1)) for name in fields}
+    return {name: schema.value_of(kinds[name], v, f"{where}.{name}", ranges[name]) for name, v in fields.items()}
 
 
 def _kinds_of_model(settings: Settings) -> dict[str, Any]:
@@ -225,12 +224,3 @@ def _file_settings(filename: str) -> Settings:
     if not isinstance(config, ConfigDict):
         raise InputError(f"{filename}: get_config returns a {type(config).__name__}; it must be a ConfigDict")
     return schema.plain(config.to_dict())
-
-
-def _finite(value: Any) -> Any:
-    """Infinite numbers, which JSON does not know, as texts."""
-    if isinstance(value, Mapping):
-        return {name: _finite(inner) for name, inner in value.items()}
-    if isinstance(value, tuple | list):
-        return [_finite(inner) for inner in value]
-    return "inf" if value == float("inf") else value
