@@ -8,9 +8,10 @@ import pytest
 
 import tif_jax
 from tif_jax.__main__ import main
-from tif_jax.commands import benchmark, train
+from tif_jax.commands import benchmark
 from tif_jax.commands._report import pictures
 from tif_jax.experiment import config as config_file
+from tif_jax.experiment import stages
 from tif_jax.impact import shards
 from tif_jax.impact.labels import keep_labels, position_prior
 from tif_jax.models.params import params_of
@@ -124,11 +125,10 @@ def test_an_adapter_learns_behind_the_filter_and_is_fine_tuned(finished, tmp_pat
     for params in (learned, jax.tree.map(np.subtract, tuned_adapter, learned)):
         assert np.abs(params["to_patches"]["kernel"]).max() > 0
     assert {"teacher_kl", "agreement"} <= set(metrics_log.read(tmp_path / "run" / "adapter")[0])
-    followed = config_file.load(str(tmp_path / "adapter.py"), [])
-    with followed.unlocked():
-        followed.reducer.update(budget=0.002, then=dict(name="tome", num_merged=2))
+    then = ["--config.reducer.then={'name': 'tome', 'num_merged': 2}", "--config.reducer.budget=0.002"]
+    followed = config_file.load(str(tmp_path / "adapter.py"), [*then, "--config.filter.keep_ratio=0.25"])
     for stage in ("filter", "adapter"):  # the same, whatever comes then
-        train.train(stage, followed, tmp_path / "run")
+        stages.train(stage, followed, tmp_path / "run")
 
 
 def test_pictures_show_what_the_filter_lets_through_whatever_comes_then(finished):
@@ -142,10 +142,10 @@ def test_pictures_show_what_the_filter_lets_through_whatever_comes_then(finished
 
 def test_the_prior_is_read_off_the_shards_and_rests(finished):
     config, workdir = finished
-    stage = train.finetune(config_file.load(str(config), PRIOR), workdir)
+    stage = stages.finetune(config_file.load(str(config), PRIOR), workdir)
     labels = keep_labels(shards.read_impact(workdir).impact, "top", 0.25)
     np.testing.assert_array_equal(params_of(stage.model)["reducer"]["logits"], position_prior(labels))
-    assert stage.directory == workdir / "finetune" / "prior-0.25-0" and stage.trainable == train.FROZEN_REDUCER
+    assert stage.directory == workdir / "finetune" / "prior-0.25-0" and stage.trainable == stages.REDUCER_RESTS
 
 
 @pytest.mark.long
