@@ -18,7 +18,7 @@ from tif_jax.experiment.sources import open_source
 from tif_jax.impact import job, shards
 from tif_jax.impact.oracle import TARGETS
 from tif_jax.models import Model
-from tif_jax.models.params import params_of
+from tif_jax.models.params import backbone_digest, params_of
 from tif_jax.weights.loading import load
 
 _ROWS_PER_PART = 256
@@ -40,7 +40,7 @@ def expected_manifest(experiment: Experiment, model: Model) -> dict[str, Any]:
     """What the manifest of impact shards must say to fit this backbone and these views."""
     options = experiment.data
     return {
-        "backbone": shards.digest(params_of(model)),
+        "backbone": backbone_digest(params_of(model)),
         "num_tokens": model.grid[0] * model.grid[1],
         "image_size": list(options.size),
         "preprocessing": {
