@@ -3,7 +3,7 @@
     python -m benchmarks.filters --workdir runs/filters --scored runs/label runs/teacher --seeds 3 \\
         --judge "validation: configs/imagenette.py" "all classes: configs/imagenette.py:photographs" -- \\
         "paper: configs/imagenette.py:paper" "ours: configs/imagenette.py" \\
-        "wider: configs/imagenette.py --config.reducer.hidden=(384,192)"
+        "longer: configs/imagenette.py --config.filter.num_epochs=12"
 
 NAME: CONFIG [--config.KEY=VALUE ...] is fitted to the impacts of the first of the workdirs --scored (`tif score`) whose
 target, num_samples and views are those of its section `score`. There is a table for each config of --judge, on whose
@@ -23,17 +23,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from tif_jax import cost, load
 from tif_jax.__main__ import use_all_cores
-from tif_jax.commands import evaluate, score, train
-from tif_jax.commands.benchmark import with_reducer
+from tif_jax.commands import evaluate
 from tif_jax.commands.evaluate import KEEP_RATIOS
 from tif_jax.errors import InputError
 from tif_jax.experiment import config as config_file
-from tif_jax.impact import shards
-from tif_jax.models import Model
+from tif_jax.experiment.folders import adapter_folder, filter_folder, finetune_folder
+from tif_jax.experiment.reducer_entry import read_entry
+from tif_jax.experiment.scoring import score_heldout
+from tif_jax.experiment.sections import Experiment
+from tif_jax.experiment.stages import train
+from tif_jax.impact import judge, shards
+from tif_jax.impact.rankings import filter_ranking, untrained_rankings
+from tif_jax.models import Model, ViT, plain_vit
 from tif_jax.runtime import records
 
 BASELINES: dict[str, str | dict[str, Any]] = {
@@ -64,17 +68,17 @@ def main() -> None:
         print(finetuned(filters, arguments), flush=True)
 
 
-def read_filter(text: str) -> tuple[str, ConfigDict]:
+def read_filter(text: str) -> tuple[str, Experiment]:
     name, _, rest = text.partition(": ")
     config, *overrides = rest.split()
     return name, config_file.load(config, overrides)
 
 
-def of_seed(config: ConfigDict, seed: int) -> ConfigDict:
-    return with_reducer(config, "tif", config.seed + seed)
+def of_seed(config: Experiment, seed: int) -> Experiment:
+    return config.under(config.reducer, config.seed + seed)
 
 
-def folder_of(name: str, config: ConfigDict, arguments: argparse.Namespace) -> Path:
+def folder_of(name: str, config: Experiment, arguments: argparse.Namespace) -> Path:
     """Of one filter's seeds: a workdir with links to backbone and impacts."""
     folder = arguments.workdir / re.sub(r"\W+", "-", name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,14 +89,14 @@ def folder_of(name: str, config: ConfigDict, arguments: argparse.Namespace) -> P
     return folder
 
 
-def parts_of(config: ConfigDict) -> str:
+def parts_of(config: Experiment) -> str:
     """What the filter does not do alone."""
-    then = config.reducer.get("then")
-    adapter = f" with adapter {config.reducer.adapter}" if train.has_adapter(config) else ""
-    return adapter + (f" then {then.name} {then.get('num_merged', '')} at equal GMAC" if then else "")
+    then = config.reducer.options.get("then")
+    adapter = f" with adapter {config.reducer.options['adapter']}" if config.reducer.has_adapter else ""
+    return adapter + (f" then {then['name']} {then.get('num_merged', '')} at equal GMAC" if then else "")
 
 
-def fits(scored: Path, config: ConfigDict) -> bool:
+def fits(scored: Path, config: Experiment) -> bool:
     manifest = records.read(scored / "impact" / "manifest.json")
     recipe = config.score
     same = {"target": recipe.target, "views": recipe.views}
@@ -101,26 +105,30 @@ def fits(scored: Path, config: ConfigDict) -> bool:
     )
 
 
-def judged(name: str, config: ConfigDict, filters: dict[str, ConfigDict], arguments: argparse.Namespace) -> str:
+def judged(name: str, config: Experiment, filters: dict[str, Experiment], arguments: argparse.Namespace) -> str:
+    """The table of one config of --judge."""
     folder = arguments.workdir / ("judge-" + re.sub(r"\W+", "-", name))
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "backbone").exists():
         (folder / "backbone").symlink_to((arguments.scored[0] / "backbone").absolute())
-    score.score_heldout(config, folder)
-    rows: dict[str, list[dict[str, Any]]] = {}
+    score_heldout(config, folder)
+    found = with_baselines(filters, config, folder, arguments)
+    rows = {label: [row] for label, row in found["rankings"].items()}
     added: dict[str, float] = {}
     for label, of_filter in filters.items():
         whole = label + parts_of(of_filter)
         added |= {label: added_gmac(of_filter, adapter=0), whole: added_gmac(of_filter)}
-        for seed in range(arguments.seeds):
-            found = rankings(label, of_seed(of_filter, seed), config, folder, baselines=not rows, arguments=arguments)
-            metrics = found["rankings"]
-            if "random" in metrics:
-                rows |= {other: [row] for other, row in metrics.items() if other not in ("filter", WHOLE)}
-                unreduced, number = found["unreduced"], found["num_images"]
-            rows.setdefault(label, []).append(metrics["filter"])
-            if WHOLE in metrics:
-                rows.setdefault(whole, []).append(metrics[WHOLE])
+        workdir = folder_of(label, of_filter, arguments)
+        of_seeds = [filter_rows(of_seed(of_filter, i), config, folder, workdir) for i in range(arguments.seeds)]
+        rows[label] = [row["filter"] for row in of_seeds]
+        if WHOLE in of_seeds[0]:
+            rows[whole] = [row[WHOLE] for row in of_seeds]
+    return as_table(name, found, rows, added)
+
+
+def as_table(name: str, found: dict[str, Any], rows: dict[str, list[dict[str, Any]]], added: dict[str, float]) -> str:
+    """rows: those of a row's seeds. added: MMAC in front of the first block."""
+    number, unreduced, middle = found["num_images"], found["unreduced"], str(KEEP_RATIOS[1])
     lines = [
         f"{number} images of {name}; unreduced: cross-entropy {unreduced['cross_entropy']:.3f}, top-1 "
         f"{unreduced['top1']:.3f}. Each keep: cross-entropy / top-1 / agreement ± standard deviation over the seeds; one "
@@ -129,8 +137,11 @@ def judged(name: str, config: ConfigDict, filters: dict[str, ConfigDict], argume
         "| ranking | MMAC | AUC | rho(label) | rho(teacher) | " + " | ".join(f"keep {k:g}" for k in KEEP_RATIOS) + " |",
         "|---" * (5 + len(KEEP_RATIOS)) + "|",
     ]
-    middle = str(KEEP_RATIOS[1])
-    for label, of_seeds in sorted(rows.items(), key=lambda item: mean(item[1], "keep", middle, "agreement")):
+
+    def agreement(item) -> float:
+        return mean(item[1], "keep", middle, "agreement") if middle in item[1][0]["keep"] else 0.0
+
+    for label, of_seeds in sorted(rows.items(), key=agreement):
         cells = [label, f"{1e3 * added[label]:.1f}" if label in added else ""]
         known = "auc" in of_seeds[0]
         for keys in (("auc",), ("spearman", "label"), ("spearman", "teacher")):
@@ -146,45 +157,76 @@ def judged(name: str, config: ConfigDict, filters: dict[str, ConfigDict], argume
     return "\n".join([*lines, ""])
 
 
-def rankings(
-    label: str,
-    of_filter: ConfigDict,
-    judge: ConfigDict,
-    folder: Path,
-    *,
-    baselines: bool,
-    arguments: argparse.Namespace,
+def with_baselines(
+    filters: dict[str, Experiment], judging: Experiment, folder: Path, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """`evaluate.judge_rankings` of one filter and seed, fitted if need be."""
-    workdir = folder_of(label, of_filter, arguments)
-    train.train("filter", of_filter, workdir)
-    directory = train.filter_directory(of_filter, workdir)
-    file = directory / f"{folder.name}{'-with-baselines' * baselines}.json"
+    """`evaluate.judged` of the rankings that no filter learnt, and of merging at the GMAC of the first filter alone."""
+    file = folder / "baselines.json"
     if (stored := records.read(file)) is not None:
         return stored
-    budgets = {ratio: gmac_alone(directory, ratio) for ratio in KEEP_RATIOS}
-    others = {}
-    for name in MERGERS if baselines else ():
-        reduced = {k: within_budget(workdir, name, budget=gmac) for k, gmac in budgets.items()}
-        others |= {(f"{name} at equal GMAC", k): model for k, model in reduced.items() if model is not None}
-    whole = directory
-    if train.has_adapter(of_filter):
-        train.train("adapter", of_filter, workdir)
-        whole = train.adapter_directory(of_filter, workdir)
-    if then := of_filter.reducer.get("then"):
-        others |= {(WHOLE, k): load(whole, budget=gmac, then=then.to_dict()) for k, gmac in budgets.items()}
-    elif whole != directory:
-        others |= {(WHOLE, k): load(whole, keep_ratio=k) for k in KEEP_RATIOS}
-    model = load(directory, keep_ratio=KEEP_RATIOS[0], then=None)
-    expected = train.expected_manifest(judge, model)
-    trained_on = shards.read_impact(workdir).impact
-    oracles = evaluate.read_oracles(folder, expected)
-    metrics = evaluate.judge_rankings(model, judge, oracles, trained_on, baselines=baselines, others=others)
+    first, config = next(iter(filters.items()))
+    workdir = folder_of(first, config, arguments)
+    fitted = fit_filter(of_seed(config, 0), workdir)
+    model, test = model_and_images(fitted, judging, folder, workdir)
+
+    def rank(models, images, _):
+        return untrained_rankings(models[0], images, judging.seed)
+
+    found, _ = judge.over_batches(rank, [model], test.batches("rankings"), test.mesh)
+    metrics = evaluate.judged(model, test, found | test.fixed_rankings)
+    reduced = {
+        (name, k): within_budget(workdir, name, budget=gmac_alone(fitted, k)) for name in MERGERS for k in KEEP_RATIOS
+    }
+    possible = {key: other for key, other in reduced.items() if other is not None}
+    for (name, k), outcome in judge.judge_models(model, test.batches("mergers"), test.mesh, possible).items():
+        row = metrics["rankings"].setdefault(f"{name} at equal GMAC", {"keep": {}})
+        row["keep"][str(k)] = outcome
     records.write(file, metrics)
     return metrics
 
 
-def finetuned(filters: dict[str, ConfigDict], arguments: argparse.Namespace) -> str:
+def filter_rows(of_filter: Experiment, judging: Experiment, folder: Path, workdir: Path) -> dict[str, Any]:
+    """The rows of one filter and seed, fitted if need be: 'filter' for its ranking, and WHOLE if there is more to it."""
+    fitted = fit_filter(of_filter, workdir)
+    file = fitted / f"{folder.name}.json"
+    if (stored := records.read(file)) is not None:
+        return stored
+    model, test = model_and_images(fitted, judging, folder, workdir)
+
+    def rank(models, images, _):
+        return {"filter": filter_ranking(models[0], images)}
+
+    found, _ = judge.over_batches(rank, [model], test.batches("rankings"), test.mesh)
+    rows = evaluate.judged(model, test, found)["rankings"]
+    if whole := whole_models(of_filter, fitted, workdir):
+        outcomes = judge.judge_models(model, test.batches("whole"), test.mesh, whole)
+        rows[WHOLE] = {"keep": {str(k): outcome for k, outcome in outcomes.items()}}
+    records.write(file, rows)
+    return rows
+
+
+def fit_filter(of_filter: Experiment, workdir: Path) -> Path:
+    train("filter", of_filter, workdir)
+    return filter_folder(of_filter, workdir)
+
+
+def model_and_images(fitted: Path, judging: Experiment, folder: Path, workdir: Path) -> tuple[ViT, evaluate.Heldout]:
+    model = plain_vit(load(fitted, keep_ratio=KEEP_RATIOS[0], then=None), "a ranking of patches")
+    return model, evaluate.heldout(judging, folder, model, shards.read_impact(workdir).impact)
+
+
+def whole_models(of_filter: Experiment, fitted: Path, workdir: Path) -> dict[float, Model]:
+    """By keep ratio: the filter with its adapter and what comes then; none if it stands alone."""
+    whole = fitted
+    if of_filter.reducer.has_adapter:
+        train("adapter", of_filter, workdir)
+        whole = adapter_folder(of_filter, workdir)
+    if then := of_filter.reducer.options.get("then"):
+        return {k: load(whole, budget=gmac_alone(fitted, k), then=then) for k in KEEP_RATIOS}
+    return {k: load(whole, keep_ratio=k) for k in KEEP_RATIOS} if whole != fitted else {}
+
+
+def finetuned(filters: dict[str, Experiment], arguments: argparse.Namespace) -> str:
     """All at the GMAC of tif alone with each ratio; the baselines by the first filter's recipe."""
     lines = [
         "Each keep: top-1; cross-entropy (nats); GMAC; top-1 before fine-tuning. ± standard deviation over the seeds.",
@@ -197,14 +239,14 @@ def finetuned(filters: dict[str, ConfigDict], arguments: argparse.Namespace) -> 
     for name, (entry, label) in entries.items():
         config = filters[label]
         workdir = folder_of(label, config, arguments)
-        fitted = train.filter_directory(of_seed(config, 0), workdir)
+        fitted = filter_folder(of_seed(config, 0), workdir)
         cells = [name]
         for ratio in [1.0] if name == "full" else arguments.finetune:
-            at_cost = ConfigDict(config.to_dict())  # its keep_ratio still says what labels are for
-            at_cost.reducer.budget = gmac_alone(fitted, ratio)
-            runs = [with_reducer(at_cost, entry, config.seed + seed) for seed in range(arguments.seeds)]
-            reducer, options = train.reducer_options(runs[0])
-            possible = within_budget(workdir, reducer, **options) is not None
+            at_cost = config.reducer.replaced(budget=gmac_alone(fitted, ratio))
+            if entry != "tif":
+                at_cost = read_entry(entry, name, {"budget": at_cost.budget})
+            runs = [config.under(at_cost, config.seed + seed) for seed in range(arguments.seeds)]
+            possible = within_budget(workdir, at_cost.name, **at_cost.arguments) is not None
             cells.append(outcome([finetuned_once(run, workdir) for run in runs]) if possible else "not possible")
         lines.append(f"| {' | '.join(cells)} |")
         logging.info(lines[-1])
@@ -226,11 +268,11 @@ def within_budget(workdir: Path, reducer: str, **options: Any) -> Model | None:
         return None
 
 
-def finetuned_once(run: ConfigDict, workdir: Path) -> dict[str, Any]:
-    stages = ["filter"] * train.is_fitted(run) + ["adapter"] * train.has_adapter(run) + ["finetune"]
+def finetuned_once(run: Experiment, workdir: Path) -> dict[str, Any]:
+    stages = ["filter"] * run.reducer.is_fitted_first + ["adapter"] * run.reducer.has_adapter + ["finetune"]
     for stage in stages:
-        train.train(stage, run, workdir)
-    return records.read(train.finetune_directory(run, workdir) / "metrics.json") or evaluate.finetuned(run, workdir)
+        train(stage, run, workdir)
+    return records.read(finetune_folder(run, workdir) / "metrics.json") or evaluate.finetuned(run, workdir)
 
 
 def outcome(found: Sequence[dict[str, Any]]) -> str:
@@ -239,10 +281,10 @@ def outcome(found: Sequence[dict[str, Any]]) -> str:
     return f"{top1}; {loss}; {mean(found, 'gmac'):.3f}; {mean(found, 'before', 'top1'):.3f}"
 
 
-def added_gmac(config: ConfigDict, **changed: Any) -> float:
+def added_gmac(config: Experiment, **changed: Any) -> float:
     """Multiply-adds in front of the first block: of filter and adapter."""
-    given = config.reducer.to_dict() | changed
-    options = {key: given[key] for key in ("features", "hidden", "adapter") if key in given}
+    given = {**config.reducer.options, **changed}
+    options = {key: given[key] for key in ("adapter",) if key in given}
     model = load(config.backbone.init_from, reducer="tif", keep_ratio=1.0, **options)
     return cost(model).gmac - cost(load(config.backbone.init_from, reducer="full")).gmac
 
