@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
                 image_size=64,
                 num_train=30_000,
                 num_test=5_000,
+                num_validation=1_000,
                 crop_fraction=1.0,
                 mean=(0.5, 0.5, 0.5),
                 std=(0.5, 0.5, 0.5),

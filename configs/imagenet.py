@@ -38,7 +38,7 @@ def _config(name: str, budget: float, adapter: int) -> ConfigDict:
     return ConfigDict(
         dict(
             dtype="bfloat16",
-            data=_imagenet2012.data(),
+            data=dict(_imagenet2012.data(), num_validation=10_000),
             backbone=dict(
                 init_from=_imagenet2012.weights(f"{name}_patch16_224"),
             ),
@@ -87,7 +87,7 @@ def _config(name: str, budget: float, adapter: int) -> ConfigDict:
             evaluate=dict(batch_size=256, num_images=10_000, num_samples=16),
             benchmark=dict(batch_size=256, dtype="bfloat16", reducers=("full", "random", "prior", "evit", "tome", "tif")),
             when_quick=dict(
-                data=dict(num_train=10_000, num_test=2_000),
+                data=dict(num_train=10_000, num_test=2_000, num_validation=1_000),
                 score=dict(num_samples=4),
                 evaluate=dict(num_images=500, num_samples=4),
                 finetune=dict(num_epochs=1.0, warmup_epochs=0.2),

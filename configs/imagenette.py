@@ -77,8 +77,7 @@ def _config() -> ConfigDict:
                 root=f"{root}/imagenette",
                 train_split="train",
                 test_split="val",
-                num_train=0,
-                num_test=0,
+                num_validation=300,
                 image_size=224,
                 class_index=FOLDERS,
                 crop_fraction=0.875,
@@ -141,7 +140,7 @@ def _config() -> ConfigDict:
             evaluate=dict(batch_size=32, num_images=0, num_samples=16),
             benchmark=dict(batch_size=32, dtype="float32", reducers=("full", "random", "prior", "evit", "tome", "tif")),
             when_quick=dict(
-                data=dict(num_train=500, num_test=500),
+                data=dict(num_train=500, num_test=500, num_validation=100),
                 score=dict(num_samples=4),
                 evaluate=dict(num_images=200, num_samples=4),
                 filter=dict(num_epochs=10.0),

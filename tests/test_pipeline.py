@@ -27,7 +27,7 @@ spec.loader.exec_module(digits)
 def get_config():
     config = digits.get_config()
     config.seeds = 2
-    config.data.update(num_train=64, num_test=16, num_workers=2)
+    config.data.update(num_train=72, num_test=16, num_validation=8, num_workers=2)
     config.backbone.model.update(width=16, depth=1, num_heads=2)
     config.backbone.update(num_epochs=2.0, batch_size=16)
     config.score.update(num_samples=1, num_images=32, batch_size=16)
@@ -88,7 +88,12 @@ def test_a_workdir_loads_as_its_best_model(finished):
     _, workdir = finished
     report = records.read(workdir / "report.json")
     model, best = tif_jax.load(workdir), tif_jax.load(workdir / report["best"])
-    assert report["best"].startswith("finetune/tif-0.25")
+    assert report["best"].startswith("finetune/tif-0.25") and report["best_chosen_on"] == "validation"
+    rows = [row for row in report["rows"] if row["reducer"] == "tif"]
+    best = next(row for row in rows if row["directory"] == report["best"])
+    assert best["validation_top1"] == max(row["validation_top1"] for row in rows)
+    chosen = records.read(workdir / report["best"] / "metrics.json")
+    assert (chosen["validation"]["num_images"], chosen["num_images"]) == (8, 16)
     images = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
     np.testing.assert_array_equal(model(images)[0], best(images)[0])
     assert model(images)[1]["kept"].shape == (2, 16)

@@ -12,7 +12,7 @@ from PIL import Image
 from tif_jax.data import open_source
 from tif_jax.data.folder import ImageFolder, ImageTable
 from tif_jax.data.options import read_options
-from tif_jax.data.source import Subset
+from tif_jax.data.source import Subset, evenly_spaced
 from tif_jax.data.tfds import Tfds
 from tif_jax.errors import InputError
 
@@ -105,10 +105,13 @@ def test_bad_tables(folder):
 
 
 def test_subset_is_evenly_spaced():
-    assert [Subset(Numbers(), 4)[i]["label"] for i in range(4)] == [0, 2, 5, 7]
-    assert len(Subset(Numbers(), 99)) == 10 and Subset(Numbers(), 99)[9]["label"] == 9
+    assert [Subset(Numbers(), evenly_spaced(4, 10))[i]["label"] for i in range(4)] == [0, 2, 5, 7]
+    assert (
+        len(Subset(Numbers(), evenly_spaced(99, 10))) == 10
+        and Subset(Numbers(), evenly_spaced(99, 10))[9]["label"] == 9
+    )
     with pytest.raises(IndexError):
-        Subset(Numbers(), 4)[4]
+        Subset(Numbers(), evenly_spaced(4, 10))[4]
 
 
 def test_num_train_and_num_test_limit_the_images(folder):
@@ -198,18 +201,21 @@ def test_options_come_from_a_config_dict(folder):
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"name": "image_foldr"}, r"unknown data.name 'image_foldr'; known: digits, image_folder, image_table, tfds"),
-        ({"crop_fracton": 0.9}, r"unknown key data.crop_fracton; did you mean 'crop_fraction'\?"),
+        (
+            {"name": "image_foldr"},
+            r"data.name is 'image_foldr'; allowed: 'digits', 'image_folder', 'image_table', 'tfds'",
+        ),
+        ({"crop_fracton": 0.9}, r"no key 'data.crop_fracton'; the nearest is 'data.crop_fraction'"),
         ({"on_error": "ignore"}, r"data.on_error is 'ignore'; allowed: 'raise', 'skip'"),
         ({"augment": "flip"}, r"data.augment is 'flip'; allowed"),
         ({"num_train": -1}, r"data.num_train is -1"),
-        ({"num_workers": "four"}, r"data.num_workers is 'four'; it must be of type int"),
+        ({"num_workers": "four"}, r"data.num_workers is 'four'; it is a whole number"),
         ({"root": ""}, r"data.root is empty"),
         ({"root": None}, r"data.root is None"),
         ({"image_size": 0}, r"image_size is 0"),
         ({"image_size": (1, 2, 3)}, r"image_size is \(1, 2, 3\)"),
         ({"crop_fraction": 0.0}, r"crop_fraction is 0.0"),
-        ({"std": (1.0, 1.0, 0.0)}, r"std above 0"),
+        ({"std": (1.0, 1.0, 0.0)}, r"data.std is .* numbers, above 0"),
         ({"name": "image_table", "class_index": {"a": 1}}, r"data.class_index renumbers the folders"),
         ({"name": "digits"}, r"data.num_train is 0"),
         ({"name": "digits", "num_train": 9, "image_size": (32, 64)}, r"the canvas of digits is square"),
@@ -219,6 +225,21 @@ def test_bad_options(folder, wrong, message):
     with pytest.raises(InputError, match=message) as error:
         open_source(settings(folder) | wrong, "train")
     assert one_line(error)
+
+
+def test_validation_images_are_training_images_that_training_does_not_see(folder):
+    data = settings(folder, num_validation=4)
+    every, train, validation = (
+        [source[i]["id"] for i in range(len(source))]
+        for source in (
+            open_source(settings(folder), "train"), open_source(data, "train"), open_source(data, "validation")
+        )
+    )  # fmt: skip
+    assert len(validation) == 4 and sorted(train + validation) == sorted(every) and train == sorted(train)
+    assert [every.index(name) for name in validation] == [0, 2, 5, 8]  # of 11: evenly spaced
+    for number, split in ((0, "validation"), (11, "train"), (11, "validation")):
+        with pytest.raises(InputError, match=f"data.num_validation is {number} of 11 training images"):
+            open_source(settings(folder, num_validation=number), split)
 
 
 def test_bad_split(folder):

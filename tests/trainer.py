@@ -16,7 +16,8 @@ from tif_jax.training import stage as training
 CONFIG = str(Path(__file__).parents[1] / "configs" / "digits.py")
 TINY = [
     f"--config={CONFIG}",
-    "--config.data.num_train=64", "--config.data.num_test=20", "--config.data.num_workers=2",
+    "--config.data.num_train=64", "--config.data.num_test=20", "--config.data.num_validation=0",
+    "--config.data.num_workers=2",
     "--config.backbone.model.width=16", "--config.backbone.model.depth=1", "--config.backbone.model.num_heads=2",
     "--config.backbone.batch_size=16", "--config.evaluate.batch_size=16", "--config.backbone.save_every=5",
     "--config.backbone.ema=0.9", "--config.backbone.num_epochs=10.0",

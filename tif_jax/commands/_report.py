@@ -50,9 +50,12 @@ def write_report(
             "images_per_second": measured["images_per_second"],
             "directory": str(directory.relative_to(workdir)),
         }
+        if "validation" in metrics:
+            row["validation_top1"] = metrics["validation"]["top1"]
+            row["validation_loss"] = metrics["validation"]["loss"]
         rows.append(row | {key: metrics[key] for key in ("top1_among_classes",) if key in metrics})
     ranking = records.read(filter_folder(of_filter, workdir) / "metrics.json") if of_filter else None
-    candidates = [row for row in rows if row["reducer"] == config.reducer.name]
+    best, chosen_on = _best([row for row in rows if row["reducer"] == config.reducer.name])
     result = {
         "config": config_file.to_json(config),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "tif_jax")},
@@ -61,7 +64,8 @@ def write_report(
         "rows": rows,
         "filter": _short(ranking["rankings"]) if ranking else None,
         "rankings": ranking,
-        "best": max(candidates, key=lambda row: row["top1"])["directory"] if candidates else None,
+        "best": best,
+        "best_chosen_on": chosen_on,
     }
     records.write(workdir / "report.json", result)
     summary = summarise(rows)
@@ -70,6 +74,19 @@ def write_report(
     if of_filter:
         picture_page(_pictures(of_filter, workdir), workdir / "tokens.png")
     (workdir / "report.md").write_text(_markdown(result, summary))
+
+
+def _best(rows: Sequence[dict[str, Any]]) -> tuple[str | None, str | None]:
+    """The folder of the best of these fine-tunings, and on what it was chosen: never on the test split.
+
+    Without validation images nothing is chosen: it is the first, that of the first seed.
+    """
+    if not rows:
+        return None, None
+    if "validation_top1" not in rows[0]:
+        return rows[0]["directory"], None
+    best = max(rows, key=lambda row: (row["validation_top1"], -row["validation_loss"]))
+    return best["directory"], "validation"
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -57,18 +57,23 @@ def backbone(config: Experiment, workdir: Path) -> dict[str, Any]:
 
 
 def finetuned(config: Experiment, workdir: Path) -> dict[str, Any]:
-    """DIR/finetune/.../metrics.json of config.reducer and config.seed; under `before`, those before fine-tuning."""
+    """DIR/finetune/.../metrics.json of config.reducer and config.seed, on test images.
+
+    Under `before` those before fine-tuning; under `validation` those that `best` is chosen by, where images are kept for it.
+    """
     directory = finetune_folder(config, workdir)
     model = load(directory, dtype=config.dtype)
     metrics = _evaluate(config, model) | {"keep_ratio": getattr(model.reducer, "keep_ratio", 1.0)}
+    if config.data.num_validation:
+        metrics["validation"] = _evaluate(config, model, "validation")
     before, _ = before_finetuning(config, workdir)
     metrics["before"] = _evaluate(config, before)
     records.write(directory / "metrics.json", metrics)
     return metrics
 
 
-def _evaluate(config: Experiment, model: Model) -> dict[str, Any]:
-    source = open_source(config, "test", model)
+def _evaluate(config: Experiment, model: Model, split: str = "test") -> dict[str, Any]:
+    source = open_source(config, split, model)
     classes = sorted((config.data.class_index or {}).values())
     return {"num_images": len(source), "gmac": cost(model).gmac, **accuracy(model, source, config, classes)}
 

@@ -2,28 +2,49 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from tif_jax.data import remote
 from tif_jax.data.options import DataOptions as DataOptions
 from tif_jax.data.options import Settings
 from tif_jax.data.options import read_options as read_options
 from tif_jax.data.source import Source as Source
-from tif_jax.data.source import Subset
+from tif_jax.data.source import Subset, evenly_spaced
 from tif_jax.errors import InputError
+
+SPLITS = ("train", "validation", "test")
 
 
 def open_source(data: Settings, split: str) -> Source:
-    """The examples of `split`, 'train' or 'test', of the data set that `data`, options or settings of them, describes.
+    """The examples of a split of the data set that `data`, options or settings of them, describes.
 
-    InputError, naming file or key, for what is missing or malformed.
+    'train' and 'test' are what data.train_split and data.test_split name. data.num_validation examples of the first are
+    kept out of 'train' and are 'validation'. InputError, naming file or key, for what is missing or malformed.
     """
     options = read_options(data)
-    if split not in ("train", "test"):
-        raise InputError(f"unknown split {split!r}; 'train' or 'test', which data.train_split and data.test_split name")
+    if split not in SPLITS:
+        raise InputError(
+            f"unknown split {split!r}; 'train' or 'test', which data.train_split and data.test_split name, "
+            "or 'validation'"
+        )
     if options.class_index is not None and options.name != "image_folder":
         raise InputError(f"data.class_index renumbers the folders of an image_folder; data.name is {options.name!r}")
-    name, num_examples = (
-        (options.train_split, options.num_train) if split == "train" else (options.test_split, options.num_test)
-    )
+    if split == "test":
+        return _open_split(options, split, options.test_split, options.num_test)
+    source = _open_split(options, "train", options.train_split, options.num_train)
+    if not options.num_validation and split == "train":
+        return source
+    if not 0 < options.num_validation < len(source):
+        raise InputError(
+            f"data.num_validation is {options.num_validation} of {len(source)} training images; some have to be kept, "
+            "and some have to stay to train on"
+        )
+    kept = evenly_spaced(options.num_validation, len(source))
+    return Subset(source, kept if split == "validation" else np.setdiff1d(np.arange(len(source)), kept))
+
+
+def _open_split(options: DataOptions, split: str, name: str, num_examples: int) -> Source:
+    """All of a split, or num_examples of it; name: the data set's for it."""
     if options.name == "digits":
         return _open_digits(options, split, num_examples)
     if not options.root:
@@ -42,7 +63,7 @@ def open_source(data: Settings, split: str) -> Source:
         from tif_jax.data.tfds import Tfds
 
         source = Tfds(options.tfds_name, options.root, name)
-    return Subset(source, num_examples) if num_examples else source
+    return Subset(source, evenly_spaced(num_examples, len(source))) if num_examples else source
 
 
 def _open_digits(options: DataOptions, split: str, num_examples: int) -> Source:

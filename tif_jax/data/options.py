@@ -24,6 +24,9 @@ class DataOptions:
     test_split: str = key("test", "the same for the test images")
     num_train: int = key(0, "at most so many images, evenly spaced; 0: all. digits: so many canvases", least=0)
     num_test: int = key(0, "the same of the test images", least=0)
+    num_validation: int = key(
+        0, "training images, evenly spaced, that are kept out of training to choose models on; 0: none", least=0
+    )
     class_index: dict[str, int] | None = key(None, "image_folder only: folder name -> output of the head")
     image_size: int | tuple[int, int] = key(224, "(rows, columns), or one number for both", least=1)
     crop_fraction: float = key(0.875, "share of the resized image that the evaluation view shows", above=0, most=1)

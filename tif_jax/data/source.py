@@ -3,7 +3,7 @@
 from typing import Protocol, TypedDict, runtime_checkable
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from PIL import Image
 
 from tif_jax.errors import InputError
@@ -34,16 +34,22 @@ class Source(Protocol):
 
 
 class Subset:
-    """At most `num_examples` examples, evenly spaced over the source: sorted by class, every class keeps its share."""
+    """The examples at some positions of a source."""
 
-    def __init__(self, source: Source, num_examples: int):
+    def __init__(self, source: Source, positions: Int[np.ndarray, " n"]):
         self.source = source
         self.num_classes = source.num_classes
         self.class_names = source.class_names
-        self._num_examples = min(num_examples, len(source))
+        self._positions = positions
 
     def __len__(self) -> int:
-        return self._num_examples
+        return len(self._positions)
 
     def __getitem__(self, index: int) -> Example:
-        return self.source[range(len(self))[index] * len(self.source) // len(self)]
+        return self.source[int(self._positions[index])]
+
+
+def evenly_spaced(num: int, num_examples: int) -> Int[np.ndarray, " n"]:
+    """At most `num` positions among so many examples: sorted by class, every class keeps its share."""
+    num = min(num, num_examples)
+    return np.arange(num) * num_examples // max(1, num)

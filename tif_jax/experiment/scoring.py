@@ -42,6 +42,8 @@ def expected_manifest(experiment: Experiment, model: Model) -> dict[str, Any]:
     return {
         "backbone": backbone_digest(params_of(model)),
         "num_tokens": model.grid[0] * model.grid[1],
+        # These decide which image an index is.
+        "data": {key: getattr(options, key) for key in ("name", "num_train", "num_validation", "num_test")},
         "image_size": list(options.size),
         "preprocessing": {
             "crop_fraction": options.crop_fraction, "mean": options.mean, "std": options.std, "augment": options.augment
@@ -122,6 +124,7 @@ def _manifest(
     estimator = {"name": of_oracle["estimator"], "seed": experiment.seed, "dtype": np.dtype(model.dtype).name}
     if of_oracle["estimator"] == "sampled":
         estimator |= {key: of_oracle[key] for key in ("num_samples", "keep_ratio")}
+    expected = expected_manifest(experiment, model)
     manifest = {
         "num_examples": len(source),
         "num_images": num_rows // views,
@@ -130,7 +133,6 @@ def _manifest(
         "estimator": estimator,
         "mask": of_oracle["mask"],
         "target": of_oracle["target"],
-        "data": {"name": experiment.data.name, "split": split},
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "tif_jax")},
     }
-    return cast(shards.Manifest, manifest | expected_manifest(experiment, model))
+    return cast(shards.Manifest, manifest | expected | {"data": expected["data"] | {"split": split}})
