@@ -1,4 +1,4 @@
-"""One training stage: from a recipe to checkpoints, on all devices of all processes."""
+"""One training stage: from a section of the config to checkpoints, on all devices of all processes."""
 
 import dataclasses
 import logging
@@ -23,7 +23,7 @@ from tif_jax.training import optim, speed
 from tif_jax.training.checkpoints import Checkpoints
 from tif_jax.training.loop import run
 from tif_jax.training.losses import Loss
-from tif_jax.training.recipe import FINETUNE, WITHOUT_EFFECT, mixing
+from tif_jax.training.recipe import WITHOUT_EFFECT, mixing
 from tif_jax.training.state import FSDP, State, init_state, shardings
 from tif_jax.training.step import Step, make_step
 
@@ -32,22 +32,38 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """What is trained, on what, and where its checkpoints go."""
+    """What is trained, on what, and where its checkpoints go.
+
+    directory: gets checkpoints, metrics and the note of what was made there.
+    config: the run's whole config.
+    recipe: the section of the config that this stage is trained by (keys: recipe.py).
+    model: what the last step trains, with the weights of step 0.
+    fields: what the model was built with; written into its checkpoints.
+    reducer: the reducer's name and options; written into the checkpoints, too.
+    loss: what is descended.
+    batches: the training data, with a position that is saved with every checkpoint.
+    num_examples: how many examples are an epoch.
+    trainable: table (pattern of parameter paths, whether these are trained), see `optim.match`. recipe.freeze comes first.
+    trainable_default: whether parameters that no pattern matches are trained.
+    stochastic: whether the model draws: drop-path, random reducers.
+    early: (epoch, model): until that epoch this model takes the place of `model`, with the parameters as trained so far.
+    teacher: the model whose outputs the loss reads; None if it reads none.
+    """
 
     directory: Path
     config: ConfigDict
-    recipe: ConfigDict  # the config's section: its keys are in recipe.py
+    recipe: ConfigDict
     model: Model
-    fields: Mapping[str, Any]  # that the model was built with
-    reducer: Mapping[str, Any]  # its name and options, as a checkpoint tells them
+    fields: Mapping[str, Any]
+    reducer: Mapping[str, Any]
     loss: Loss
     batches: Batches
-    num_examples: int  # of an epoch
-    trainable: optim.Table = ()  # (pattern of parameter paths, whether it is trained)
+    num_examples: int
+    trainable: optim.Table = ()
     trainable_default: bool = True
     stochastic: bool = True
-    early: Sequence[tuple[float, Model]] = ()  # until which epochs other reducers stand in the model's place
-    teacher: Model | None = None  # whose outputs the loss reads, if it does
+    early: Sequence[tuple[float, Model]] = ()
+    teacher: Model | None = None
 
     @property
     def steps_per_epoch(self) -> float:
@@ -58,8 +74,8 @@ class Stage:
         return max(1, round(self.recipe.num_epochs * self.steps_per_epoch))
 
     @property
-    def runs_blocks(self) -> bool:
-        """Whether its steps compute the network forwards and backwards, as training all of it does."""
+    def trains_network(self) -> bool:
+        """Whether the whole network is trained, so that a step computes all of it forwards and backwards."""
         return self.trainable_default
 
 
@@ -115,7 +131,7 @@ def fit(stage: Stage) -> None:
     prepared = prepare(stage)  # before a mistake in the recipe can be noted as what is made here
     of_config = {key: config_file.to_json(config)[key] for key in ("seed", "dtype", "data")}
     made = {"model": dict(stage.fields), "reducer": dict(stage.reducer), "recipe": stage.recipe.to_dict()}
-    records.claim(directory, made | of_config, ignored=WITHOUT_EFFECT, defaults={"recipe": FINETUNE})
+    records.claim(directory, made | of_config, ignored=WITHOUT_EFFECT)
     processes.wait_for_all(f"{directory.name} claimed")
     state = prepared.fresh()
     with processes.preemption() as stop, Checkpoints(directory / "checkpoints") as checkpoints:
@@ -138,7 +154,7 @@ def fit(stage: Stage) -> None:
         for model, until in zip(models, (*ends, num_steps), strict=True):
             if int(jax.device_get(state.step)) >= until:
                 continue
-            meter = speed.meter(model if stage.runs_blocks else None, prepared.mesh, config.peak_tflops)
+            meter = speed.meter(model if stage.trains_network else None, prepared.mesh, config.peak_tflops)
 
             def log(step: int, metrics: dict[str, float], meter=meter) -> None:
                 if metrics_log is not None:
@@ -154,7 +170,7 @@ def fit(stage: Stage) -> None:
                 log=log,
                 save=save,
                 stop=stop,
-                label=directory.name,
+                title=directory.name,
             )
     batches.close()
 
