@@ -20,6 +20,7 @@ from tif_jax.data.loader import Batch, evaluation_batches
 from tif_jax.data.source import Source
 from tif_jax.errors import InputError, Preempted
 from tif_jax.impact import oracle, shards
+from tif_jax.impact.manifest import Manifest, open_manifest
 from tif_jax.impact.scoring import Scorer
 from tif_jax.models import Model
 from tif_jax.runtime import processes
@@ -62,7 +63,7 @@ def _score(config: ConfigDict, workdir: Path, directory: Path, split: str, targe
     source = train.open_source(config, split, model)
     rows = _rows(len(source), num_images, views)
     chosen, num_parts = _parts(part, len(rows))
-    shards.open_manifest(directory, _manifest(config, model, settings, split, source, len(rows), num_parts))
+    open_manifest(directory, _manifest(config, model, settings, split, source, len(rows), num_parts))
     todo = [k for k in shards.missing_parts(directory, num_parts) if k in chosen]
     for k in set(chosen).difference(todo):
         shards.tidy(directory, k, num_parts)
@@ -248,7 +249,7 @@ def _dtype(name: str, estimator: str) -> str:
 
 def _manifest(
     config: ConfigDict, model: Model, settings: dict, split: str, source: Source, num_rows: int, num_parts: int
-) -> shards.Manifest:
+) -> Manifest:
     estimator = {"name": settings["estimator"], "seed": config.seed, "dtype": np.dtype(model.dtype).name}
     if settings["estimator"] == "sampled":
         estimator |= {key: settings[key] for key in ("num_samples", "keep_ratio")}
@@ -264,4 +265,4 @@ def _manifest(
         "data": {"name": config.data.name, "split": split},
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "tif_jax")},
     }
-    return cast(shards.Manifest, manifest | train.expected_manifest(config, model))
+    return cast(Manifest, manifest | train.expected_manifest(config, model))
