@@ -19,8 +19,11 @@ from tif_jax import load
 from tif_jax.__main__ import use_all_cores
 from tif_jax.data import open_source
 from tif_jax.data.loader import evaluation_batches
-from tif_jax.impact import rankings
+from tif_jax.impact import judge
+from tif_jax.impact.rankings import class_attention_ranking, mean_spearman
 from tif_jax.impact.scoring import Scorer
+from tif_jax.models import plain_vit
+from tif_jax.runtime.mesh import make_mesh
 
 BATCH_SIZE = 16
 ESTIMATORS = {
@@ -39,31 +42,24 @@ WEIGHTS = "deit_tiny_patch16_224.safetensors"
 
 def table(root: Path, num_images: int) -> dict[str, dict]:
     """Row name -> images_per_second, spearman, and cross_entropy and top1 by number of tokens kept."""
-    model = load(root / WEIGHTS)
+    model = plain_vit(load(root / WEIGHTS), "a ranking of patches")
     data = dict(name="image_table", root=str(root / "imagenet_ccby"), test_split="labels.csv", num_test=num_images)
     batches = list(evaluation_batches(open_source(data, "test"), data, batch_size=BATCH_SIZE))
-    images, labels = (np.concatenate([batch[key] for batch in batches]) for key in ("image", "label"))
-    real = np.concatenate([batch["weight"] for batch in batches]) > 0
+    mesh = make_mesh(BATCH_SIZE)
     rows = {name: _measured(root, batches, **DEFAULTS | options) for name, options in ESTIMATORS.items()}
     rows["exact, zero, absolute value"] = {"impact": np.abs(rows["exact, zero"]["impact"])}
-    attention = jax.jit(lambda x: rankings.class_attention_ranking(model, x))
-    rows["class attention"] = {"impact": np.concatenate([attention(batch["image"]) for batch in batches])}
-    rows["random"] = {"impact": np.random.default_rng(0).random(rows["gradient"]["impact"].shape)}
-    rows["all 196 tokens"] = {"impact": rows["random"]["impact"], "images_per_second": _plain_speed(model, batches)}
+    attention, _ = judge.over_batches(
+        lambda models, x, _: class_attention_ranking(models[0], x), [model], batches, mesh
+    )
+    rows["class attention"] = {"impact": attention}
+    rows["random"] = {"impact": np.random.default_rng(0).random(attention.shape)}
 
-    def kept_logits(ranking, num_kept):
-        follow = jax.jit(lambda x, r: rankings.logits_of_best(model, x, r, num_kept / 196))
-        parts = range(0, len(images), BATCH_SIZE)
-        return np.concatenate([follow(images[i : i + BATCH_SIZE], ranking[i : i + BATCH_SIZE]) for i in parts])[real]
-
-    exact_drop = rows["exact, drop"]["impact"][real]
+    found = {name: row.pop("impact").astype(np.float32) for name, row in rows.items()}
+    unreduced, outcomes = judge.judge_rankings(model, batches, mesh, found, [n / 196 for n in NUM_KEPT])
     for name, row in rows.items():
-        ranking = row.pop("impact").astype(np.float32)
-        row["spearman"] = rankings.mean_spearman(ranking[real], exact_drop)
-        for num_kept in (196,) if name == "all 196 tokens" else NUM_KEPT:
-            logits = kept_logits(ranking, num_kept)
-            loss = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(logits)), labels[real]]
-            row[num_kept] = {"cross_entropy": loss.mean(), "top1": (logits.argmax(axis=1) == labels[real]).mean()}
+        row["spearman"] = mean_spearman(found[name], found["exact, drop"])
+        row |= dict(zip(NUM_KEPT, outcomes[name].values(), strict=True))
+    rows["all 196 tokens"] = {"images_per_second": _plain_speed(model, batches), 196: unreduced}
     return rows
 
 
@@ -71,7 +67,7 @@ def _measured(root, batches, dtype, **options) -> dict:
     scorer = Scorer(load(root / WEIGHTS, dtype=dtype), BATCH_SIZE, **options)
     scorer(batches[0]["image"], batches[0]["label"])()
     start = time.perf_counter()
-    impact = [scorer(batch["image"], batch["label"])().impact for batch in batches]
+    impact = [scorer(batch["image"], batch["label"])().impact[batch["weight"] > 0] for batch in batches]
     speed = len(batches) * BATCH_SIZE / (time.perf_counter() - start)
     return {"impact": np.concatenate(impact), "images_per_second": speed}
 
@@ -104,7 +100,7 @@ def main() -> None:
         if speed := row.get("images_per_second"):
             cost = [f"{speed:.2f}", f"{plain / speed:.1f}"]
         kept = [f"{row[n]['cross_entropy']:.3f} / {row[n]['top1']:.3f}" for n in (*NUM_KEPT, 196) if n in row]
-        print("| " + " | ".join([name, *cost, f"{row['spearman']:.2f}", *kept]) + " |")
+        print("| " + " | ".join([name, *cost, f"{row['spearman']:.2f}" if "spearman" in row else "", *kept]) + " |")
 
 
 if __name__ == "__main__":

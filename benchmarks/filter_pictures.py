@@ -19,7 +19,8 @@ from tif_jax.commands._report import pictures
 from tif_jax.data.loader import evaluation_batches
 from tif_jax.experiment import config as config_file
 from tif_jax.impact import shards
-from tif_jax.impact.rankings import mean_spearman, unreduced_logits
+from tif_jax.impact.judge import unreduced_logits
+from tif_jax.impact.rankings import mean_spearman
 
 NUM_PICTURES = 3  # of each kind
 

@@ -32,8 +32,9 @@ from tif_jax.commands.benchmark import with_reducer
 from tif_jax.commands.evaluate import KEEP_RATIOS
 from tif_jax.errors import InputError
 from tif_jax.experiment import config as config_file
-from tif_jax.impact import shards
-from tif_jax.models import Model
+from tif_jax.impact import judge, shards
+from tif_jax.impact.rankings import filter_ranking, untrained_rankings
+from tif_jax.models import Model, ViT, plain_vit
 from tif_jax.runtime import records
 
 BASELINES: dict[str, str | dict[str, Any]] = {
@@ -102,25 +103,29 @@ def fits(scored: Path, config: ConfigDict) -> bool:
 
 
 def judged(name: str, config: ConfigDict, filters: dict[str, ConfigDict], arguments: argparse.Namespace) -> str:
+    """The table of one config of --judge."""
     folder = arguments.workdir / ("judge-" + re.sub(r"\W+", "-", name))
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "backbone").exists():
         (folder / "backbone").symlink_to((arguments.scored[0] / "backbone").absolute())
     score.score_heldout(config, folder)
-    rows: dict[str, list[dict[str, Any]]] = {}
+    found = with_baselines(filters, config, folder, arguments)
+    rows = {label: [row] for label, row in found["rankings"].items()}
     added: dict[str, float] = {}
     for label, of_filter in filters.items():
         whole = label + parts_of(of_filter)
         added |= {label: added_gmac(of_filter, adapter=0), whole: added_gmac(of_filter)}
-        for seed in range(arguments.seeds):
-            found = rankings(label, of_seed(of_filter, seed), config, folder, baselines=not rows, arguments=arguments)
-            metrics = found["rankings"]
-            if "random" in metrics:
-                rows |= {other: [row] for other, row in metrics.items() if other not in ("filter", WHOLE)}
-                unreduced, number = found["unreduced"], found["num_images"]
-            rows.setdefault(label, []).append(metrics["filter"])
-            if WHOLE in metrics:
-                rows.setdefault(whole, []).append(metrics[WHOLE])
+        workdir = folder_of(label, of_filter, arguments)
+        of_seeds = [filter_rows(of_seed(of_filter, i), config, folder, workdir) for i in range(arguments.seeds)]
+        rows[label] = [row["filter"] for row in of_seeds]
+        if WHOLE in of_seeds[0]:
+            rows[whole] = [row[WHOLE] for row in of_seeds]
+    return as_table(name, found, rows, added)
+
+
+def as_table(name: str, found: dict[str, Any], rows: dict[str, list[dict[str, Any]]], added: dict[str, float]) -> str:
+    """rows: those of a row's seeds. added: MMAC in front of the first block."""
+    number, unreduced, middle = found["num_images"], found["unreduced"], str(KEEP_RATIOS[1])
     lines = [
         f"{number} images of {name}; unreduced: cross-entropy {unreduced['cross_entropy']:.3f}, top-1 "
         f"{unreduced['top1']:.3f}. Each keep: cross-entropy / top-1 / agreement ± standard deviation over the seeds; one "
@@ -129,8 +134,11 @@ def judged(name: str, config: ConfigDict, filters: dict[str, ConfigDict], argume
         "| ranking | MMAC | AUC | rho(label) | rho(teacher) | " + " | ".join(f"keep {k:g}" for k in KEEP_RATIOS) + " |",
         "|---" * (5 + len(KEEP_RATIOS)) + "|",
     ]
-    middle = str(KEEP_RATIOS[1])
-    for label, of_seeds in sorted(rows.items(), key=lambda item: mean(item[1], "keep", middle, "agreement")):
+
+    def agreement(item) -> float:
+        return mean(item[1], "keep", middle, "agreement") if middle in item[1][0]["keep"] else 0.0
+
+    for label, of_seeds in sorted(rows.items(), key=agreement):
         cells = [label, f"{1e3 * added[label]:.1f}" if label in added else ""]
         known = "auc" in of_seeds[0]
         for keys in (("auc",), ("spearman", "label"), ("spearman", "teacher")):
@@ -146,42 +154,73 @@ def judged(name: str, config: ConfigDict, filters: dict[str, ConfigDict], argume
     return "\n".join([*lines, ""])
 
 
-def rankings(
-    label: str,
-    of_filter: ConfigDict,
-    judge: ConfigDict,
-    folder: Path,
-    *,
-    baselines: bool,
-    arguments: argparse.Namespace,
+def with_baselines(
+    filters: dict[str, ConfigDict], judging: ConfigDict, folder: Path, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """`evaluate.judge_rankings` of one filter and seed, fitted if need be."""
-    workdir = folder_of(label, of_filter, arguments)
-    train.train("filter", of_filter, workdir)
-    directory = train.filter_directory(of_filter, workdir)
-    file = directory / f"{folder.name}{'-with-baselines' * baselines}.json"
+    """`evaluate.judged` of the rankings that no filter learnt, and of merging at the GMAC of the first filter alone."""
+    file = folder / "baselines.json"
     if (stored := records.read(file)) is not None:
         return stored
-    budgets = {ratio: gmac_alone(directory, ratio) for ratio in KEEP_RATIOS}
-    others = {}
-    for name in MERGERS if baselines else ():
-        reduced = {k: within_budget(workdir, name, budget=gmac) for k, gmac in budgets.items()}
-        others |= {(f"{name} at equal GMAC", k): model for k, model in reduced.items() if model is not None}
-    whole = directory
+    first, config = next(iter(filters.items()))
+    workdir = folder_of(first, config, arguments)
+    fitted = fit_filter(of_seed(config, 0), workdir)
+    model, test = model_and_images(fitted, judging, folder, workdir)
+
+    def rank(models, images, _):
+        return untrained_rankings(models[0], images, judging.seed)
+
+    found, _ = judge.over_batches(rank, [model], test.batches("rankings"), test.mesh)
+    metrics = evaluate.judged(model, test, found | test.fixed_rankings)
+    reduced = {
+        (name, k): within_budget(workdir, name, budget=gmac_alone(fitted, k)) for name in MERGERS for k in KEEP_RATIOS
+    }
+    possible = {key: other for key, other in reduced.items() if other is not None}
+    for (name, k), outcome in judge.judge_models(model, test.batches("mergers"), test.mesh, possible).items():
+        row = metrics["rankings"].setdefault(f"{name} at equal GMAC", {"keep": {}})
+        row["keep"][str(k)] = outcome
+    records.write(file, metrics)
+    return metrics
+
+
+def filter_rows(of_filter: ConfigDict, judging: ConfigDict, folder: Path, workdir: Path) -> dict[str, Any]:
+    """The rows of one filter and seed, fitted if need be: 'filter' for its ranking, and WHOLE if there is more to it."""
+    fitted = fit_filter(of_filter, workdir)
+    file = fitted / f"{folder.name}.json"
+    if (stored := records.read(file)) is not None:
+        return stored
+    model, test = model_and_images(fitted, judging, folder, workdir)
+
+    def rank(models, images, _):
+        return {"filter": filter_ranking(models[0], images)}
+
+    found, _ = judge.over_batches(rank, [model], test.batches("rankings"), test.mesh)
+    rows = evaluate.judged(model, test, found)["rankings"]
+    if whole := whole_models(of_filter, fitted, workdir):
+        outcomes = judge.judge_models(model, test.batches("whole"), test.mesh, whole)
+        rows[WHOLE] = {"keep": {str(k): outcome for k, outcome in outcomes.items()}}
+    records.write(file, rows)
+    return rows
+
+
+def fit_filter(of_filter: ConfigDict, workdir: Path) -> Path:
+    train.train("filter", of_filter, workdir)
+    return train.filter_directory(of_filter, workdir)
+
+
+def model_and_images(fitted: Path, judging: ConfigDict, folder: Path, workdir: Path) -> tuple[ViT, evaluate.Heldout]:
+    model = plain_vit(load(fitted, keep_ratio=KEEP_RATIOS[0], then=None), "a ranking of patches")
+    return model, evaluate.heldout(judging, folder, model, shards.read_impact(workdir).impact)
+
+
+def whole_models(of_filter: ConfigDict, fitted: Path, workdir: Path) -> dict[float, Model]:
+    """By keep ratio: the filter with its adapter and what comes then; none if it stands alone."""
+    whole = fitted
     if train.has_adapter(of_filter):
         train.train("adapter", of_filter, workdir)
         whole = train.adapter_directory(of_filter, workdir)
     if then := of_filter.reducer.get("then"):
-        others |= {(WHOLE, k): load(whole, budget=gmac, then=then.to_dict()) for k, gmac in budgets.items()}
-    elif whole != directory:
-        others |= {(WHOLE, k): load(whole, keep_ratio=k) for k in KEEP_RATIOS}
-    model = load(directory, keep_ratio=KEEP_RATIOS[0], then=None)
-    expected = train.expected_manifest(judge, model)
-    trained_on = shards.read_impact(workdir).impact
-    oracles = evaluate.read_oracles(folder, expected)
-    metrics = evaluate.judge_rankings(model, judge, oracles, trained_on, baselines=baselines, others=others)
-    records.write(file, metrics)
-    return metrics
+        return {k: load(whole, budget=gmac_alone(fitted, k), then=then.to_dict()) for k in KEEP_RATIOS}
+    return {k: load(whole, keep_ratio=k) for k in KEEP_RATIOS} if whole != fitted else {}
 
 
 def finetuned(filters: dict[str, ConfigDict], arguments: argparse.Namespace) -> str:

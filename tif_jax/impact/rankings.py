@@ -1,8 +1,12 @@
-"""Rankings of patch tokens: where they come from, what the frozen model makes of their best tokens, how they agree.
+"""Rankings of patch tokens: where they come from, how two agree, and what one knows of impact.
 
-Legend: B images, N patch tokens, D width, L classes.
+Legend: B images of a batch, E images in all, N patch tokens.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
@@ -10,8 +14,27 @@ from scipy.stats import rankdata
 from sklearn.metrics import roc_auc_score
 
 from tif_jax.models.vit import ViT
-from tif_jax.reducers.full import Full
-from tif_jax.tokens import class_attention, keep
+from tif_jax.tokens import class_attention, image_keys, split
+
+
+def filter_ranking(model: ViT, images: Float[Array, "B Y X 3"]) -> Float[Array, "B N"]:
+    """The logits of the model's token filter."""
+    return model(images)[1]["filter_logits"]
+
+
+def untrained_rankings(
+    model: ViT, images: Float[Array, "B Y X 3"], seed: int | Array
+) -> dict[str, Float[Array, "B N"]]:
+    """What a filter has to beat: 'random', 'token norm' and, where the class token is what is pooled, 'class attention'."""
+    patches = split(model.embed(images), model.num_special)[1]
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, patches.shape[1:2]))
+    found = {
+        "random": uniform(image_keys(seed, images)),
+        "token norm": jnp.linalg.norm(patches.astype(jnp.float32), axis=-1),
+    }
+    if model.pool == "class":  # otherwise nothing has taught a class token where to look
+        found["class attention"] = class_attention_ranking(model, images)
+    return found
 
 
 def class_attention_ranking(model: ViT, images: Float[Array, "B Y X 3"]) -> Float[Array, "B N"]:
@@ -23,20 +46,17 @@ def class_attention_ranking(model: ViT, images: Float[Array, "B Y X 3"]) -> Floa
     return jnp.stack(attention).sum(axis=0)
 
 
-def logits_of_best(
-    model: ViT, images: Float[Array, "B Y X 3"], ranking: Float[Array, "B N"], keep_ratio: float
-) -> Float[Array, "B L"]:
-    """Logits of the frozen model when only the round(keep_ratio * N) highest-ranked patches enter its first block."""
-    x, tokens, _ = keep(model.embed(images), model.tokens(images.shape[0]), ranking, keep_ratio)
-    return model.predict(*Full()(model.blocks, x, tokens))[0]
+def knowledge(
+    ranking: Float[np.ndarray, "E N"], impacts: Mapping[str, Float[np.ndarray, "E N"]], labels: Bool[np.ndarray, "E N"]
+) -> dict[str, Any]:
+    """What a ranking knows: `roc_auc` for the labels, and `mean_spearman` with each oracle's impact."""
+    return {
+        "auc": roc_auc(ranking, labels),
+        "spearman": {target: mean_spearman(ranking, impact) for target, impact in impacts.items()},
+    }
 
 
-def unreduced_logits(model: ViT, images: Float[Array, "B Y X 3"]) -> Float[Array, "B L"]:
-    """Logits of the model when all patches go all the way, whatever its own reducer does."""
-    return model.predict(*Full()(model.blocks, model.embed(images), model.tokens(images.shape[0])))[0]
-
-
-def mean_spearman(a: Float[np.ndarray, "B N"], b: Float[np.ndarray, "B N"]) -> float:
+def mean_spearman(a: Float[np.ndarray, "E N"], b: Float[np.ndarray, "E N"]) -> float:
     """Spearman's rank correlation of each image's two rankings, averaged over the images where neither is constant."""
     ranks = [rankdata(x, axis=1) for x in (a, b)]
     ranks = [x - x.mean(axis=1, keepdims=True) for x in ranks]
@@ -47,6 +67,6 @@ def mean_spearman(a: Float[np.ndarray, "B N"], b: Float[np.ndarray, "B N"]) -> f
     )
 
 
-def roc_auc(scores: Float[np.ndarray, "B N"], labels: Bool[np.ndarray, "B N"]) -> float:
+def roc_auc(scores: Float[np.ndarray, "E N"], labels: Bool[np.ndarray, "E N"]) -> float:
     """Area under the ROC curve over all tokens of all images; NaN if only one label occurs."""
     return float(roc_auc_score(labels.ravel(), scores.ravel())) if 0 < labels.mean() < 1 else float("nan")
