@@ -26,6 +26,7 @@ from benchmarks._common import plain_forward, random_images
 from tif_jax import create_model
 from tif_jax.__main__ import use_all_cores
 from tif_jax.impact import shards
+from tif_jax.impact.manifest import Manifest, open_manifest
 from tif_jax.impact.scoring import Scorer
 from tif_jax.models import Model
 
@@ -140,12 +141,12 @@ def memory_of_shards(num_rows: int) -> None:
 def write_rows(directory: Path, num_rows: int, rows_per_part: int) -> None:
     """Impact shards of random numbers."""
     num_parts = -(-num_rows // rows_per_part)
-    manifest = shards.Manifest(
+    manifest = Manifest(
         num_examples=num_rows, num_images=num_rows, num_tokens=196, views=1, num_parts=num_parts,
         estimator={"name": "exact"}, mask="drop", target="label", data={}, image_size=224, preprocessing={}, backbone="",
         versions={},
     )  # fmt: skip
-    shards.open_manifest(directory, manifest)
+    open_manifest(directory, manifest)
     rng = np.random.default_rng(0)
     for part in range(1, num_parts + 1):
         index = np.array(shards.part_rows(num_rows, part, num_parts))

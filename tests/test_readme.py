@@ -17,6 +17,7 @@ from reference import random_timm_tensors
 
 import tif_jax
 from tif_jax.impact import shards
+from tif_jax.impact.manifest import Manifest, open_manifest
 from tif_jax.models import SIZES
 from tif_jax.models.params import params_of
 from tif_jax.runtime.mesh import make_mesh, replicate
@@ -129,11 +130,11 @@ def _write_checkpoint(directory: Path, model, reducer: dict) -> None:
 
 
 def _write_impact(directory: Path) -> None:
-    manifest = shards.Manifest(
+    manifest = Manifest(
         num_examples=6, num_images=6, num_tokens=16, views=1, num_parts=1, estimator={"name": "exact"}, mask="drop",
         target="label", data={"name": "digits", "split": "train"}, image_size=16, preprocessing={}, backbone="", versions={},
     )  # fmt: skip
-    shards.open_manifest(directory, manifest)
+    open_manifest(directory, manifest)
     index = np.arange(6)
     columns = dict(index=index, view=0 * index, id=[str(i) for i in index], label=index, prediction=index)
     columns |= dict(loss=np.ones(6, np.float32), impact=np.ones((6, 16), np.float32))

@@ -22,6 +22,7 @@ from tif_jax.impact import shards
 from tif_jax.impact.shards import read_impact
 from tif_jax.models import create_model
 from tif_jax.models.params import params_of
+from tif_jax.runtime import files
 from tif_jax.training.checkpoints import Checkpoints
 from tif_jax.training.state import State
 
@@ -263,7 +264,7 @@ def test_damaged_rows_of_a_begun_part_are_scored_again(place, finished, caplog):
 
 
 def test_a_full_disk_loses_nothing_that_is_finished(place, finished, monkeypatch):
-    write, count = shards._write, []
+    write, count = files.write, []
 
     def full(path, data, **options):
         count.append(path.name)
@@ -272,7 +273,7 @@ def test_a_full_disk_loses_nothing_that_is_finished(place, finished, monkeypatch
         write(path, data, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "_write", full)
+        patch.setattr(files, "write", full)
         with pytest.raises(WorkError, match="No space left"):
             scoring.score_training(_config(), place / "run")
     left = shards.missing_parts(place / "run" / "impact", NUM_PARTS)
@@ -284,7 +285,7 @@ def test_a_full_disk_loses_nothing_that_is_finished(place, finished, monkeypatch
 def test_a_finished_job_needs_no_device_and_no_right_to_write(place, monkeypatch):
     scoring.score_training(_config(), place / "run")
     monkeypatch.setattr(scoring_job, "Scorer", None)
-    monkeypatch.setattr(shards, "_write", None)
+    monkeypatch.setattr(files, "write", None)
     scoring.score_training(_config(), place / "run")
 
 

@@ -1,81 +1,36 @@
+"""Parts of impact shards: what is written is read, and what was interrupted, damaged or contradictory is told."""
+
 import errno
 import json
 import logging
 import os
-import threading
 import tracemalloc
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from small_shards import (
+    NUM_EXAMPLES,
+    NUM_PARTS,
+    NUM_TOKENS,
+    VIEWS,
+    error_numbered,
+    manifest,
+    one_line,
+    part_columns,
+    rows_of,
+    write_all,
+)  # fmt: skip
 
 from tif_jax.errors import InputError, WorkError
-from tif_jax.impact.shards import iter_impact, missing_parts, open_manifest, part_rows, read_impact, write_part
-
-NUM_EXAMPLES, VIEWS, NUM_PARTS, NUM_TOKENS = 10, 2, 3, 5
-
-
-def manifest(**changes):
-    return {
-        "num_examples": NUM_EXAMPLES,
-        "num_images": NUM_EXAMPLES,
-        "num_tokens": NUM_TOKENS,
-        "views": VIEWS,
-        "num_parts": NUM_PARTS,
-        "estimator": {"name": "sampled", "num_samples": 16},
-        "mask": "drop",
-        "target": "label",
-        "data": {"name": "digits", "split": "train"},
-        "image_size": (64, 64),
-        "preprocessing": {"crop": "centre"},
-        "backbone": "b" * 64,
-        "versions": {"jax": "0.10.0"},
-    } | changes
-
-
-def rows_of(index, view, num_tokens=NUM_TOKENS, dtype=np.float32):
-    """Columns in which every number is a function of (index, view)."""
-    index, view = np.asarray(index), np.asarray(view)
-    impact = (index[:, None] + 100 * view[:, None] + 0.1 * np.arange(num_tokens)).astype(dtype)
-    return {
-        "index": index,
-        "view": view,
-        "id": [f"train/ß {i}.jpg" for i in index],
-        "label": index % 3 - 1,
-        "prediction": index % 4,
-        "loss": np.asarray(index / 7, np.float32),
-        "impact": impact,
-    }
-
-
-def part_columns(part, dtype=np.float32):
-    rows = np.array(part_rows(NUM_EXAMPLES * VIEWS, part, NUM_PARTS))
-    return rows_of(rows // VIEWS, rows % VIEWS, dtype=dtype)
+from tif_jax.impact.manifest import open_manifest
+from tif_jax.impact.shards import iter_impact, missing_parts, part_rows, read_impact, write_part
 
 
 @pytest.fixture
 def workdir(tmp_path):
     write_all(tmp_path)
     return tmp_path
-
-
-def write_all(workdir, dtype=np.float32):
-    open_manifest(workdir / "impact", manifest())
-    for part in range(1, NUM_PARTS + 1):
-        write_part(workdir / "impact", part, NUM_PARTS, part_columns(part, dtype))
-
-
-def one_line(error):
-    text = str(error.value)
-    assert "\n" not in text
-    return text
-
-
-def error_numbered(number):
-    def fail(*args, **kwargs):
-        raise OSError(number, os.strerror(number))
-
-    return fail
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
@@ -273,100 +228,6 @@ def test_impacts_that_are_not_finite_are_not_read(workdir, monkeypatch):
         write_part(workdir / "impact", 2, NUM_PARTS, columns)
     with pytest.raises(InputError, match=r"part-00002-of-00003.parquet needs 5 finite impacts"):
         read_impact(workdir)
-
-
-# Manifest
-
-
-def test_the_manifest_is_written_once_and_then_verified(workdir):
-    path = workdir / "impact" / "manifest.json"
-    before = path.stat()
-    open_manifest(workdir / "impact", manifest())
-    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    stored = json.loads(path.read_text())
-    assert stored.pop("format_version") == 1
-    assert stored == manifest(image_size=[64, 64])
-
-
-def test_another_manifest_is_refused_by_the_keys_that_differ(workdir):
-    before = (workdir / "impact" / "manifest.json").read_bytes()
-    other = manifest(estimator={"name": "sampled", "num_samples": 32}, mask="zero", versions={"jax": "0.12.0"})
-    with pytest.raises(InputError) as error:
-        open_manifest(workdir / "impact", other)
-    text = one_line(error)
-    assert "estimator.num_samples is 16 there, 32 here" in text and "mask is 'drop' there, 'zero' here" in text
-    assert "--workdir" in text and "delete" in text
-    assert "estimator.name" not in text and "backbone" not in text
-    assert (workdir / "impact" / "manifest.json").read_bytes() == before
-
-
-def test_other_versions_alone_are_a_warning(workdir, caplog):
-    with caplog.at_level(logging.WARNING):
-        open_manifest(workdir / "impact", manifest(versions={"jax": "0.12.0"}))
-    assert "versions.jax is '0.10.0' there, '0.12.0' here" in caplog.text
-
-
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format_version": 1}', '{"format_version": 2, "'])
-def test_a_damaged_manifest(workdir, content):
-    (workdir / "impact" / "manifest.json").write_text(content)
-    for use in (lambda: read_impact(workdir), lambda: open_manifest(workdir / "impact", manifest())):
-        with pytest.raises(InputError) as error:
-            use()
-        assert "manifest.json is damaged or not of format_version 1" in one_line(error)
-
-
-def test_another_format_version(workdir):
-    path = workdir / "impact" / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 2}))
-    with pytest.raises(InputError, match="format_version 1"):
-        read_impact(workdir)
-
-
-def test_parts_without_a_manifest_are_not_adopted(workdir):
-    (workdir / "impact" / "manifest.json").unlink()
-    with pytest.raises(InputError, match="unknown origin"):
-        open_manifest(workdir / "impact", manifest(backbone="c" * 64))
-
-
-def test_what_is_expected_of_the_manifest(workdir):
-    read_impact(workdir, expected={"backbone": "b" * 64, "image_size": (64, 64), "estimator": {"name": "sampled"}})
-    with pytest.raises(InputError) as error:
-        read_impact(workdir, expected={"backbone": "c" * 64, "views": 4, "target": "label", "data": {"split": "test"}})
-    text = one_line(error)
-    assert f"backbone is {'b' * 64!r} there, {'c' * 64!r} here" in text
-    assert "views is 2 there, 4 here" in text and "data.split is 'train' there, 'test' here" in text
-    assert "target" not in text and "data.name" not in text
-
-
-def test_of_starters_at_once_one_writes_the_manifest(tmp_path):
-    """Every starter that gets through finds its own manifest in the end; the others are told."""
-    for attempt in range(20):
-        directory, outcomes, barrier = tmp_path / str(attempt), {}, threading.Barrier(8)
-
-        def start(k, directory=directory, outcomes=outcomes, barrier=barrier):
-            barrier.wait()
-            try:
-                open_manifest(directory, manifest(backbone=str(k % 2)))
-                outcomes[k] = "accepted"
-            except InputError:
-                outcomes[k] = "refused"
-
-        threads = [threading.Thread(target=start, args=(k,)) for k in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        winner = int(json.loads((directory / "manifest.json").read_text())["backbone"])
-        assert outcomes == {k: "accepted" if k % 2 == winner else "refused" for k in range(8)}
-        assert [path.name for path in directory.iterdir()] == ["manifest.json"]
-
-
-def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "link", error_numbered(errno.EPERM))
-    open_manifest(tmp_path, manifest())
-    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
-    with pytest.raises(InputError, match="mask is"):
-        open_manifest(tmp_path, manifest(mask="zero"))
 
 
 # Folders that can not be written to

@@ -274,20 +274,20 @@ def test_a_checkpoint_with_an_average_is_loaded_as_that(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params_of(load(tmp_path)), average)
 
 
-def test_a_folder_knows_what_was_noted_before_there_were_such_keys(tmp_path):
-    noted = {"recipe": {"rate": 0.1, "distillation": {"kind": "soft"}}, "model": {"width": 8, "remat": True}}
-    records.claim(tmp_path, noted)
-    defaults = {"recipe": {"ema": 0.0, "save_every": 1000, "distillation": {"kind": "", "teacher": ""}}}
-    now = {
-        "recipe": {"rate": 0.1, "ema": 0.0, "save_every": 5, "distillation": {"kind": "soft", "teacher": ""}},
-        "model": {"width": 8},
-    }
-    options = dict(ignored=("save_every", "remat"), defaults=defaults)
-    records.claim(tmp_path, now, **options)
-    with pytest.raises(InputError, match=r"recipe\.ema 0\.0, not 0\.9"):
-        records.claim(tmp_path, now | {"recipe": now["recipe"] | {"ema": 0.9}}, **options)
-    with pytest.raises(InputError, match=r"recipe\.rate 0\.1, not 0\.2"):
-        records.claim(tmp_path, now | {"recipe": now["recipe"] | {"rate": 0.2}}, **options)
+def test_a_folder_knows_what_it_was_claimed_for(tmp_path):
+    recipe = {"rate": 0.1, "ema": 0.0, "save_every": 1000, "distillation": {"kind": "soft"}}
+    records.claim(tmp_path, {"recipe": recipe, "model": {"width": 8, "sizes": (1, 2), "remat": True}})
+    now = {"recipe": recipe | {"save_every": 5}, "model": {"width": 8, "sizes": (1, 2)}}
+    ignored = ("save_every", "remat")
+    records.claim(tmp_path, now, ignored=ignored)
+    for key, value, told in [
+        ("ema", 0.9, r"recipe\.ema 0\.0, not 0\.9"),
+        ("rate", 0.2, r"recipe\.rate 0\.1, not 0\.2"),
+        ("distillation", {"kind": "hard"}, r"recipe\.distillation\.kind 'soft', not 'hard'"),
+        ("warmup", 5, r"recipe\.warmup None, not 5"),
+    ]:
+        with pytest.raises(InputError, match=told):
+            records.claim(tmp_path, now | {"recipe": recipe | {key: value}}, ignored=ignored)
 
 
 def test_frozen_statistics_rest():

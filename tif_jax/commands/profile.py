@@ -97,7 +97,7 @@ def _measure(stage: Stage, directory: Path, num_steps: int) -> dict[str, Any]:
         jax.block_until_ready(metrics)
     logger.info("%s: a trace of %d steps", directory, _NUM_TRACED)
     images_per_second = stage.recipe.batch_size / step_seconds
-    meter = speed.meter(stage.model if stage.runs_blocks else None, prepared.mesh, stage.peak_tflops)
+    meter = speed.meter(stage.model if stage.trains_network else None, prepared.mesh, stage.peak_tflops)
     return {
         "device": f"{prepared.mesh.size} x {jax.devices()[0].device_kind}",
         "batch_size": stage.recipe.batch_size,

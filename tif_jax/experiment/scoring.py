@@ -15,7 +15,8 @@ from tif_jax.experiment.checks import label_ratio
 from tif_jax.experiment.folders import backbone_folder
 from tif_jax.experiment.sections import Experiment
 from tif_jax.experiment.sources import open_source
-from tif_jax.impact import job, shards
+from tif_jax.impact import job
+from tif_jax.impact.manifest import Manifest
 from tif_jax.impact.oracle import TARGETS
 from tif_jax.models import Model
 from tif_jax.models.params import backbone_digest, params_of
@@ -120,7 +121,7 @@ def _manifest(
     num_rows: int,
     views: int,
     num_parts: int,
-) -> shards.Manifest:
+) -> Manifest:
     estimator = {"name": of_oracle["estimator"], "seed": experiment.seed, "dtype": np.dtype(model.dtype).name}
     if of_oracle["estimator"] == "sampled":
         estimator |= {key: of_oracle[key] for key in ("num_samples", "keep_ratio")}
@@ -135,4 +136,4 @@ def _manifest(
         "target": of_oracle["target"],
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "tif_jax")},
     }
-    return cast(shards.Manifest, manifest | expected | {"data": expected["data"] | {"split": split}})
+    return cast(Manifest, manifest | expected | {"data": expected["data"] | {"split": split}})

@@ -22,6 +22,7 @@ from tif_jax.data.options import DataOptions
 from tif_jax.data.source import Source
 from tif_jax.errors import InputError, Preempted
 from tif_jax.impact import shards
+from tif_jax.impact.manifest import Manifest, open_manifest
 from tif_jax.impact.oracle import Scores
 from tif_jax.impact.scoring import Scorer
 from tif_jax.models import Model
@@ -41,7 +42,7 @@ class Job:
     """What is scored, how, and where the rows go."""
 
     directory: Path
-    manifest: shards.Manifest
+    manifest: Manifest
     model: Model
     source: Source
     data: DataOptions
@@ -64,7 +65,7 @@ class Job:
 def run(job: Job) -> None:
     """Scores the job's parts that are missing or damaged. Raises Preempted, with everything saved, after SIGTERM."""
     directory, num_parts = job.directory, job.num_parts
-    shards.open_manifest(directory, job.manifest)
+    open_manifest(directory, job.manifest)
     todo = [part for part in shards.missing_parts(directory, num_parts) if part in job.parts]
     for part in set(job.parts).difference(todo):
         shards.tidy(directory, part, num_parts)

@@ -1,6 +1,6 @@
 """Impact shards: the files between scoring and filter training, one parquet file per part of a data split.
 
-    impact/manifest.json                    what was scored and how: written once, never changed
+    impact/manifest.json                    what was scored and how (`manifest`): written once, never changed
     impact/part-00017-of-00064.parquet      one row per example and view, in split order
     impact/part-00017-of-00064.json         its rows and sha256, renamed into place after it: now the part is complete
     impact/.part-00017-of-00064.begun       the rows so far of a part that is being scored, behind their sha256
@@ -17,15 +17,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from flax.traverse_util import flatten_dict
 from jaxtyping import Float, Int, Shaped
 
 from tif_jax.errors import InputError, WorkError
+from tif_jax.impact.manifest import read_manifest
 from tif_jax.runtime import files
 
 try:
@@ -35,33 +35,12 @@ except ImportError:  # Windows
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
 StrPath = str | os.PathLike[str]
 
-_MANIFEST = "manifest.json"
 _RESUME = "run `tif score` again with the same config: it scores only the parts that are missing or damaged"
-_RESTART = "choose another --workdir, or delete that folder and run `tif score`"
 _TYPES = dict(  # of every column but impact
     index=pa.int64(), view=pa.int32(), id=pa.string(), label=pa.int32(), prediction=pa.int32(), loss=pa.float32()
 )
-
-
-class Manifest(TypedDict):
-    """What makes the parts of one folder belong together. Plain JSON data."""
-
-    num_examples: int
-    num_images: int  # how many of the examples are scored, evenly spaced
-    num_tokens: int  # patch tokens of an image
-    views: int  # views of each example; view 0 is the evaluation view
-    num_parts: int
-    estimator: dict[str, Any]  # {"name": ..., and its options}
-    mask: str
-    target: str
-    data: dict[str, Any]  # {"name": ..., "split": ...}
-    image_size: int | list[int]
-    preprocessing: dict[str, Any]
-    backbone: str  # `models.params.backbone_digest`
-    versions: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -75,27 +54,6 @@ class ImpactTable:
     prediction: Int[np.ndarray, " R"]
     loss: Float[np.ndarray, " R"]  # nats, all tokens present
     impact: Float[np.ndarray, "R N"]  # nats, raster order, positive: the token helps; float32 or float16, as stored
-
-
-def open_manifest(directory: StrPath, manifest: Manifest) -> None:
-    """Claims `directory` for the job that `manifest` describes, or verifies that it is this job's already.
-
-    Of several starters one writes the manifest and the others verify it. Raises InputError if the folder belongs to
-    another job; other versions of the software are only warned about.
-    """
-    directory = Path(directory)
-    ours = json.loads(json.dumps({"format_version": FORMAT_VERSION, **manifest}))
-    has_parts = any(directory.glob("part-*"))  # looked for before the manifest, which is older than its parts
-    if not (directory / _MANIFEST).exists():
-        if has_parts:
-            raise InputError(f"{directory} holds parts of unknown origin: it has no {_MANIFEST}; {_RESTART}")
-        files.write(directory / _MANIFEST, json.dumps(ours, indent=2).encode(), once=True)
-    different = _differences(_read_manifest(directory), ours)
-    versions = [text for key, text in different.items() if key.startswith("versions.")]
-    if len(different) > len(versions):
-        raise InputError(f"{directory} holds other impacts: {'; '.join(different.values())}; {_RESTART}")
-    if versions:
-        logger.warning("%s was begun with other versions: %s", directory, "; ".join(versions))
 
 
 def part_rows(num_rows: int, part: int, num_parts: int) -> range:
@@ -132,7 +90,7 @@ def read_begun(directory: StrPath, part: int, num_parts: int) -> dict[str, np.nd
     path = _hidden(_part_path(directory, part, num_parts), "begun")
     if not path.exists():
         return None
-    content = _read(path)
+    content = files.read(path)
     digest, data = content[:64], content[64:]
     if hashlib.sha256(data).hexdigest().encode() != digest:
         logger.warning("%s is damaged: its rows are scored again", path)
@@ -180,20 +138,6 @@ def tidy(directory: StrPath, part: int, num_parts: int) -> None:
             left.unlink(missing_ok=True)
 
 
-def _table_bytes(columns: Mapping[str, Any]) -> bytes:
-    impact = np.asarray(columns["impact"])
-    assert impact.dtype in (np.float32, np.float16) and columns.keys() == {*_TYPES, "impact"}
-    if (bad := ~np.isfinite(impact).all(axis=1)).any():
-        raise WorkError(
-            f"impact of {columns['id'][int(bad.argmax())]} is not finite: do the backbone's weights overflow?"
-        )
-    arrays = {name: pa.array(np.asarray(columns[name], kind.to_pandas_dtype()), kind) for name, kind in _TYPES.items()}
-    arrays["impact"] = pa.FixedSizeListArray.from_arrays(pa.array(impact.reshape(-1)), impact.shape[1])
-    buffer = pa.BufferOutputStream()
-    pq.write_table(pa.table(arrays), buffer, compression="zstd", use_dictionary=False)
-    return buffer.getvalue().to_pybytes()
-
-
 def missing_parts(directory: StrPath, num_parts: int, verify: bool = True) -> list[int]:
     """The parts, counted from 1, that are still to be scored: absent or (with `verify`) damaged, which is logged."""
     return [part for part in range(1, num_parts + 1) if is_missing(directory, part, num_parts, verify)]
@@ -204,7 +148,7 @@ def is_missing(directory: StrPath, part: int, num_parts: int, verify: bool = Tru
     path = _part_path(directory, part, num_parts)
     if not (path.exists() and path.with_suffix(".json").exists()):
         return True
-    if damaged := verify and not _is_whole(path, _read(path)):
+    if damaged := verify and not _is_whole(path, files.read(path)):
         logger.warning("%s is damaged (its sha256 is not that of its .json) and counts as missing", path)
     return damaged
 
@@ -218,9 +162,7 @@ def iter_impact(
     {"backbone": backbone_digest(params)}. Raises InputError naming what is missing, damaged or does not match.
     """
     directory = Path(path) / "impact" if (Path(path) / "impact").is_dir() else Path(path)
-    manifest = _read_manifest(directory)
-    if different := _differences(manifest, json.loads(json.dumps(expected or {})), partial=True):
-        raise InputError(f"impact in {directory} does not match: {'; '.join(different.values())}; {_RESTART}")
+    manifest = read_manifest(directory, expected)
     if missing := missing_parts(directory, manifest["num_parts"], verify=False):
         parts = ", ".join(map(str, missing[:10])) + ", ..." * (len(missing) > 10)
         raise InputError(f"{directory} lacks {len(missing)} of {manifest['num_parts']} parts: {parts}; {_RESUME}")
@@ -240,7 +182,7 @@ def _iter_parts(directory: Path, manifest: Mapping[str, Any], verify: bool) -> I
     seen = np.zeros(num_examples * views, bool)
     for part in range(1, manifest["num_parts"] + 1):
         path = _part_path(directory, part, manifest["num_parts"])
-        data = _read(path)
+        data = files.read(path)
         if verify and not _is_whole(path, data):
             raise InputError(f"{path} is damaged (its sha256 is not that of its .json); {_RESUME}")
         table = _parse(path, data)
@@ -255,6 +197,20 @@ def _iter_parts(directory: Path, manifest: Mapping[str, Any], verify: bool) -> I
             raise InputError(f"{path} needs {num_tokens} finite impacts a row; delete it, then {_RESUME}")
         seen[rows] = True
         yield table
+
+
+def _table_bytes(columns: Mapping[str, Any]) -> bytes:
+    impact = np.asarray(columns["impact"])
+    assert impact.dtype in (np.float32, np.float16) and columns.keys() == {*_TYPES, "impact"}
+    if (bad := ~np.isfinite(impact).all(axis=1)).any():
+        raise WorkError(
+            f"impact of {columns['id'][int(bad.argmax())]} is not finite: do the backbone's weights overflow?"
+        )
+    arrays = {name: pa.array(np.asarray(columns[name], kind.to_pandas_dtype()), kind) for name, kind in _TYPES.items()}
+    arrays["impact"] = pa.FixedSizeListArray.from_arrays(pa.array(impact.reshape(-1)), impact.shape[1])
+    buffer = pa.BufferOutputStream()
+    pq.write_table(pa.table(arrays), buffer, compression="zstd", use_dictionary=False)
+    return buffer.getvalue().to_pybytes()
 
 
 def _parse(path: Path, data: bytes) -> ImpactTable:
@@ -277,36 +233,6 @@ def _hidden(path: Path, suffix: str) -> Path:
 
 def _is_whole(path: Path, data: bytes) -> bool:
     try:
-        return json.loads(_read(path.with_suffix(".json")))["sha256"] == hashlib.sha256(data).hexdigest()
+        return json.loads(files.read(path.with_suffix(".json")))["sha256"] == hashlib.sha256(data).hexdigest()
     except (ValueError, KeyError, TypeError):  # the .json itself is damaged
         return False
-
-
-def _read_manifest(directory: Path) -> dict[str, Any]:
-    path = directory / _MANIFEST
-    if not path.is_file():
-        raise InputError(f"{directory} holds no impact shards: it has no {_MANIFEST}; run `tif score` first")
-    text = _read(path)
-    try:
-        manifest = json.loads(text)
-        known = manifest["format_version"] == FORMAT_VERSION and manifest.keys() >= Manifest.__annotations__.keys()
-    except (ValueError, KeyError, TypeError):
-        known = False
-    if not known:
-        raise InputError(f"{path} is damaged or not of format_version {FORMAT_VERSION}; {_RESTART}")
-    return manifest
-
-
-def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], partial: bool = False) -> dict[str, str]:
-    """Dotted key -> how it differs; with `partial`, among the keys of `ours` alone."""
-    theirs, ours = flatten_dict(theirs, sep="."), flatten_dict(ours, sep=".")
-    keys = sorted(ours.keys() if partial else theirs.keys() | ours.keys())
-    pairs = {key: (theirs.get(key), ours.get(key)) for key in keys}
-    return {key: f"{key} is {a!r} there, {b!r} here" for key, (a, b) in pairs.items() if a != b}
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error

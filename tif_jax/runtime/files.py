@@ -38,6 +38,14 @@ def write(path: Path, data: bytes, *, once: bool = False) -> None:
             temporary.unlink()
 
 
+def read(path: Path) -> bytes:
+    """The file's content. Raises InputError if it can not be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"can not read {path}: {error.strerror}") from error
+
+
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
     """A name to write a file or folder to, which becomes `path` when the block ends; after an error nothing is left.

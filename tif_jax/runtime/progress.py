@@ -14,11 +14,11 @@ _SECONDS_BETWEEN_LINES = 10.0
 class Progress:
     """Counts `total` units of work, `start` of which an earlier run did. Use as a context manager."""
 
-    def __init__(self, label: str, total: int, unit: str, start: int = 0):
-        self.label, self.total, self.unit, self.start = label, total, unit, start
+    def __init__(self, title: str, total: int, unit: str, start: int = 0):
+        self.title, self.total, self.unit, self.start = title, total, unit, start
         self.done = start
         self.began = self.spoke = time.monotonic()
-        self.bar = tqdm(total=total, initial=start, desc=label, unit=unit, disable=not sys.stderr.isatty())
+        self.bar = tqdm(total=total, initial=start, desc=title, unit=unit, disable=not sys.stderr.isatty())
 
     def __enter__(self) -> "Progress":
         return self
@@ -45,7 +45,7 @@ class Progress:
             extra = "".join(f", {name} {value}" for name, value in figures.items())
             logger.info(
                 "%s: %d of %d %s%s, %s left",
-                self.label,
+                self.title,
                 self.done,
                 self.total,
                 self.unit,

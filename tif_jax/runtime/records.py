@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flax.traverse_util import flatten_dict
+
 from tif_jax.errors import InputError
 from tif_jax.runtime import files, processes
 
@@ -28,47 +30,28 @@ def read(path: Path) -> Any:
         raise InputError(f"{path} is damaged ({error}); delete it and run the same command again") from None
 
 
-def claim(
-    directory: Path, record: dict[str, Any], *, ignored: Sequence[str] = (), defaults: Mapping[str, Any] | None = None
-) -> None:
+def claim(directory: Path, record: Mapping[str, Any], *, ignored: Sequence[str] = ()) -> None:
     """Notes in DIRECTORY/config.json what is made there, or checks that it is the same as noted before.
 
     Raises InputError that names the first difference, before anything is overwritten. Of the processes of one run the
-    first one does so. ignored: keys, at any depth, that may differ. defaults: what keys stood for before there were such.
+    first one does so. ignored: keys, at any depth, that may differ.
     """
     if not processes.is_first():
         return
-    ours = json.loads(json.dumps(record))
-    noted = read(directory / "config.json")
+    path = directory / "config.json"
+    noted = read(path)
     if noted is None:
-        write(directory / "config.json", ours)
+        write(path, record)
         return
-    noted = _with_defaults(_without(noted, ignored), _without(defaults or {}, ignored), ours)
-    ours = _without(ours, ignored)
-    for key in sorted({*noted, *ours}):
-        if noted.get(key) != ours.get(key):
+    for key, (there, here) in sorted(differences(noted, record).items()):
+        if not {*key.split(".")} & {*ignored}:
             raise InputError(
-                f"{directory} was made with {_difference(key, noted.get(key), ours.get(key))}; "
-                "choose another --workdir or delete that folder"
+                f"{directory} was made with {key} {there!r}, not {here!r}; choose another --workdir or delete that folder"
             )
 
 
-def _without(record: Mapping[str, Any], ignored: Sequence[str]) -> dict[str, Any]:
-    kept = {key: value for key, value in record.items() if key not in ignored}
-    return {key: _without(value, ignored) if isinstance(value, Mapping) else value for key, value in kept.items()}
-
-
-def _with_defaults(noted: dict[str, Any], defaults: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
-    """What was noted, and the defaults of those of our keys that were not."""
-    filled = {key: json.loads(json.dumps(value)) for key, value in defaults.items() if key in ours} | noted
-    for key, value in defaults.items():
-        if isinstance(value, Mapping) and isinstance(noted.get(key), dict) and isinstance(ours.get(key), Mapping):
-            filled[key] = _with_defaults(noted[key], value, ours[key])
-    return filled
-
-
-def _difference(key: str, there: Any, here: Any) -> str:
-    if isinstance(there, dict) and isinstance(here, dict):
-        inner = next(k for k in sorted({*there, *here}) if there.get(k) != here.get(k))
-        return _difference(f"{key}.{inner}", there.get(inner), here.get(inner))
-    return f"{key} {there!r}, not {here!r}"
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Where two nested records differ as JSON: dotted key -> (value there, value here); None stands for no value."""
+    there, here = (flatten_dict(json.loads(json.dumps(record)), sep=".") for record in (there, here))
+    keys = dict.fromkeys((*there, *here))
+    return {key: (there.get(key), here.get(key)) for key in keys if there.get(key) != here.get(key)}

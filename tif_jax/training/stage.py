@@ -1,4 +1,4 @@
-"""One training stage: from a recipe to checkpoints, on all devices of all processes."""
+"""One training stage: from a section of the config to checkpoints, on all devices of all processes."""
 
 import dataclasses
 import logging
@@ -31,25 +31,44 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """What is trained, on what, and where its checkpoints go."""
+    """What is trained, on what, and where its checkpoints go.
+
+    directory: gets checkpoints, metrics and the note of what was made there.
+    settings: the run's whole config as plain data; written into the checkpoints.
+    seed: of the order of the data and of what is drawn in training.
+    sharding: how the state is divided over devices.
+    peak_tflops: of one device, for the utilisation in the log; 0: what is known of some.
+    recipe: the section of the config that this stage is trained by (keys: recipe.py).
+    model: what the last step trains, with the weights of step 0.
+    fields: what the model was built with; written into its checkpoints.
+    reducer: the reducer's name and options; written into the checkpoints, too.
+    loss: what is descended.
+    batches: the training data, with a position that is saved with every checkpoint.
+    num_examples: how many examples are an epoch.
+    trainable: table (pattern of parameter paths, whether these are trained), see `optim.match`. recipe.freeze comes first.
+    trainable_default: whether parameters that no pattern matches are trained.
+    stochastic: whether the model draws: drop-path, random reducers.
+    early: (epoch, model): until that epoch this model takes the place of `model`, with the parameters as trained so far.
+    teacher: the model whose outputs the loss reads; None if it reads none.
+    """
 
     directory: Path
-    settings: Mapping[str, Any]  # the whole config as plain data: checkpoints carry it
+    settings: Mapping[str, Any]
     seed: int
     sharding: Sharding
-    peak_tflops: float  # of one device; 0: what is known of some
+    peak_tflops: float
     recipe: Recipe
     model: Model
-    fields: Mapping[str, Any]  # that the model was built with
-    reducer: Mapping[str, Any]  # its name and options, as a checkpoint tells them
+    fields: Mapping[str, Any]
+    reducer: Mapping[str, Any]
     loss: Loss
     batches: Batches
-    num_examples: int  # of an epoch
-    trainable: optim.Table = ()  # (pattern of parameter paths, whether it is trained)
+    num_examples: int
+    trainable: optim.Table = ()
     trainable_default: bool = True
     stochastic: bool = True
-    early: Sequence[tuple[float, Model]] = ()  # until which epochs other reducers stand in the model's place
-    teacher: Model | None = None  # whose outputs the loss reads, if it does
+    early: Sequence[tuple[float, Model]] = ()
+    teacher: Model | None = None
 
     @property
     def steps_per_epoch(self) -> float:
@@ -60,8 +79,8 @@ class Stage:
         return max(1, round(self.recipe.num_epochs * self.steps_per_epoch))
 
     @property
-    def runs_blocks(self) -> bool:
-        """Whether its steps compute the network forwards and backwards, as training all of it does."""
+    def trains_network(self) -> bool:
+        """Whether the whole network is trained, so that a step computes all of it forwards and backwards."""
         return self.trainable_default
 
 
@@ -156,7 +175,7 @@ def fit(stage: Stage) -> None:
                 log=log,
                 save=save,
                 stop=stop,
-                label=directory.name,
+                title=directory.name,
             )
     batches.close()
 

@@ -1,0 +1,80 @@
+"""The manifest of a folder of impact shards: what was scored and how. It makes the parts of the folder belong together."""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypedDict
+
+from tif_jax.errors import InputError
+from tif_jax.runtime import files, records
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+
+_NAME = "manifest.json"
+_RESTART = "choose another --workdir, or delete that folder and run `tif score`"
+
+
+class Manifest(TypedDict):
+    """What makes the parts of one folder belong together. Plain JSON data."""
+
+    num_examples: int
+    num_images: int  # how many of the examples are scored, evenly spaced
+    num_tokens: int  # patch tokens of an image
+    views: int  # views of each example; view 0 is the evaluation view
+    num_parts: int
+    estimator: dict[str, Any]  # {"name": ..., and its options}
+    mask: str
+    target: str
+    data: dict[str, Any]  # {"name": ..., "split": ...}
+    image_size: int | list[int]
+    preprocessing: dict[str, Any]
+    backbone: str  # `models.params.backbone_digest`
+    versions: dict[str, str]
+
+
+def open_manifest(directory: str | os.PathLike[str], manifest: Manifest) -> None:
+    """Claims `directory` for the job that `manifest` describes, or verifies that it is this job's already.
+
+    Of several starters one writes the manifest and the others verify it. Raises InputError if the folder belongs to
+    another job; other versions of the software are only warned about.
+    """
+    directory = Path(directory)
+    ours = {"format_version": FORMAT_VERSION, **manifest}
+    has_parts = any(directory.glob("part-*"))  # looked for before the manifest, which is older than its parts
+    if not (directory / _NAME).exists():
+        if has_parts:
+            raise InputError(f"{directory} holds parts of unknown origin: it has no {_NAME}; {_RESTART}")
+        files.write(directory / _NAME, json.dumps(ours, indent=2).encode(), once=True)
+    different = records.differences(read_manifest(directory), ours)
+    versions = {key: values for key, values in different.items() if key.startswith("versions.")}
+    if len(different) > len(versions):
+        raise InputError(f"{directory} holds other impacts: {_listed(different)}; {_RESTART}")
+    if versions:
+        logger.warning("%s was begun with other versions: %s", directory, _listed(versions))
+
+
+def read_manifest(directory: Path, expected: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The folder's manifest. Raises InputError if there is none, if it is damaged, or if it lacks the `expected` entries."""
+    path = directory / _NAME
+    if not path.is_file():
+        raise InputError(f"{directory} holds no impact shards: it has no {_NAME}; run `tif score` first")
+    text = files.read(path)
+    try:
+        manifest = json.loads(text)
+        known = manifest["format_version"] == FORMAT_VERSION and manifest.keys() >= Manifest.__annotations__.keys()
+    except (ValueError, KeyError, TypeError):
+        known = False
+    if not known:
+        raise InputError(f"{path} is damaged or not of format_version {FORMAT_VERSION}; {_RESTART}")
+    different = records.differences(manifest, expected or {})
+    if different := {key: (there, here) for key, (there, here) in different.items() if here is not None}:
+        raise InputError(f"impact in {directory} does not match: {_listed(different)}; {_RESTART}")
+    return manifest
+
+
+def _listed(different: Mapping[str, tuple[Any, Any]]) -> str:
+    return "; ".join(f"{key} is {there!r} there, {here!r} here" for key, (there, here) in sorted(different.items()))
