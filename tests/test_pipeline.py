@@ -90,10 +90,10 @@ def test_a_workdir_loads_as_its_best_model(finished):
     model, best = tif_jax.load(workdir), tif_jax.load(workdir / report["best"])
     assert report["best"].startswith("finetune/tif-0.25") and report["best_chosen_on"] == "validation"
     rows = [row for row in report["rows"] if row["reducer"] == "tif"]
-    best = next(row for row in rows if row["directory"] == report["best"])
-    assert best["validation_top1"] == max(row["validation_top1"] for row in rows)
-    chosen = records.read(workdir / report["best"] / "metrics.json")
-    assert (chosen["validation"]["num_images"], chosen["num_images"]) == (8, 16)
+    chosen = next(row for row in rows if row["directory"] == report["best"])
+    assert chosen["validation_top1"] == max(row["validation_top1"] for row in rows)
+    metrics = records.read(workdir / report["best"] / "metrics.json")
+    assert (metrics["validation"]["num_images"], metrics["num_images"]) == (8, 16)
     images = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
     np.testing.assert_array_equal(model(images)[0], best(images)[0])
     assert model(images)[1]["kept"].shape == (2, 16)

@@ -159,7 +159,7 @@ def fit(stage: Stage) -> None:
         for model, until in zip(models, (*ends, num_steps), strict=True):
             if int(jax.device_get(state.step)) >= until:
                 continue
-            meter = speed.meter(model if stage.runs_blocks else None, prepared.mesh, stage.peak_tflops)
+            meter = speed.meter(model if stage.trains_network else None, prepared.mesh, stage.peak_tflops)
 
             def log(step: int, metrics: dict[str, float], meter=meter) -> None:
                 if metrics_log is not None:
