@@ -56,14 +56,14 @@ def load_with_fields(
         fields, params = pretrained.read_weights(path, **given)
         own, may_be_fresh = {"name": "full"}, ["reducer/", *TRAINING_HEADS, *HEADS]
     fields["dtype"] = dtype
-    name = own["name"] if reducer is None else reducer
-    if name == own["name"]:
+    reducer_name = own["name"] if reducer is None else reducer
+    if reducer_name == own["name"]:
         options = _with_own_options(own, options)
-    build = blueprint(fields, reducer=name, **options)
+    build = blueprint(fields, reducer=reducer_name, **options)
     model = nnx.eval_shape(build, jax.random.key(0))
     wanted, found = (_flat(tree) for tree in (params_of(model), params))
     # Of another reducer's parameters none are wanted; of the same one's, all.
-    may_go = [*TRAINING_HEADS] if name == own["name"] else ["reducer/", *TRAINING_HEADS]
+    may_go = [*TRAINING_HEADS] if reducer_name == own["name"] else ["reducer/", *TRAINING_HEADS]
     _check_fit(path, wanted, found, may_be_fresh, may_go)
     if fresh := sorted(set(wanted) - set(found)):
         logger.info("%s: freshly initialised: %s", path, ", ".join(fresh))
