@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
 def benchmark(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """DIR/benchmark.json: a row per reducer; images/s is the median of rounds in random order, all on the same batch."""
     recipe = config.benchmark
-    mesh = make_mesh(recipe.batch_size, processes=1)
+    mesh = make_mesh(recipe.batch_size, this_process_only=True)
     rows, turns = [], []
     for of_row in [with_reducer(config, entry) for entry in recipe.reducers]:
         name, options = train.reducer_options(of_row)
