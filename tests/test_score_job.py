@@ -17,7 +17,6 @@ from scorer import NUM_PARTS, ROWS_PER_PART
 from tif_jax.commands import score, train
 from tif_jax.errors import Preempted, WorkError
 from tif_jax.impact import shards
-from tif_jax.impact.shards import read_impact
 from tif_jax.models import create_model
 from tif_jax.models.params import params_of
 from tif_jax.runtime import files
@@ -105,7 +104,7 @@ def wait_for(condition, process):
 
 
 def assert_all_scored(place, finished):
-    table, expected = read_impact(place / "run"), read_impact(finished / "run")
+    table, expected = shards.read_impact(place / "run"), shards.read_impact(finished / "run")
     for name, column in vars(expected).items():
         if name in ("loss", "impact"):  # batches and devices differ
             np.testing.assert_allclose(getattr(table, name), column, atol=1e-6)
@@ -245,7 +244,7 @@ def test_a_damaged_part_alone_is_scored_again(place, finished, damage, monkeypat
 
 def test_damaged_rows_of_a_begun_part_are_scored_again(place, finished, caplog):
     directory = place / "run" / "impact"
-    table = read_impact(finished / "run")
+    table = shards.read_impact(finished / "run")
     columns = {name: column[:3] for name, column in vars(table).items()}
     directory.mkdir()
     (directory / ".part-00001-of-00010.parquet.0123.tmp").touch()  # of a job that was killed while it wrote
@@ -348,4 +347,4 @@ def test_the_dtype_follows_the_device_and_the_estimator(monkeypatch):
 def test_impacts_fit_the_filter(finished):
     """What `read_impact` is asked for by `tif train` matches what `tif score` writes."""
     expected = train.expected_manifest(_config(), load(finished / "run" / "backbone"))
-    assert read_impact(finished / "run", expected=expected).impact.shape == (80, 16)
+    assert shards.read_impact(finished / "run", expected=expected).impact.shape == (80, 16)
