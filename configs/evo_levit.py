@@ -18,14 +18,9 @@ evaluated in place of the weights.
 import _imagenet2012
 from ml_collections import ConfigDict
 
-MODELS = {
-    "128s": dict(widths=(128, 256, 384), depths=(2, 3, 4), num_heads=(4, 6, 8), key_dim=16),
-    "128": dict(widths=(128, 256, 384), depths=(4, 4, 4), num_heads=(4, 8, 12), key_dim=16),
-    "192": dict(widths=(192, 288, 384), depths=(4, 4, 4), num_heads=(3, 5, 6), key_dim=32),
-    "256": dict(widths=(256, 384, 512), depths=(4, 4, 4), num_heads=(4, 6, 8), key_dim=32),
-    "384": dict(widths=(384, 512, 768), depths=(4, 4, 4), num_heads=(6, 9, 12), key_dim=32),
-}
-KNOWN = (*MODELS, "256_384", "384_384")
+from tif_jax.models.names import LEVIT_SIZES, model_fields
+
+KNOWN = (*LEVIT_SIZES, "256_384", "384_384")
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -33,6 +28,8 @@ def get_config(arg: str = "") -> ConfigDict:
         raise ValueError(f"unknown model {arg!r}; this file takes one of {', '.join(KNOWN)} after a colon")
     size, _, pixels = arg.partition("_")
     image_size, batch_size = (int(pixels), 1024) if pixels else (224, 2048)
+    fields = model_fields(f"evo_levit_{size}")
+    drop_path = fields.pop("drop_path", 0.0)  # of fine-tuning, not of the model
     teacher = f"deit_base_distilled_patch16_{image_size}"
     return ConfigDict(
         dict(
@@ -40,15 +37,7 @@ def get_config(arg: str = "") -> ConfigDict:
             data=_imagenet2012.data(image_size),
             backbone=dict(
                 init_from="",
-                model=dict(
-                    MODELS[size],
-                    family="levit",
-                    image_size=image_size,
-                    num_classes=1000,
-                    positions="absolute",
-                    class_token=True,
-                    class_head=True,
-                ),
+                model=dict(fields, image_size=image_size, num_classes=1000, class_head=True),
                 num_epochs=0.0,  # random weights
             ),
             reducer=dict(name="evo_levit", keep_ratio=0.5),
@@ -62,7 +51,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 adaptive_clip=0.01,
                 rate_factors=((r"^reducer/theta$", 1.0, 200),),
                 label_smoothing=0.1,
-                drop_path=0.1 if size == "384" else 0.0,
+                drop_path=drop_path,
                 phases=(dict(until=200, layer_wise=True),),
                 augmentation=dict(rand_augment="m9-mstd0.5-inc1", erase=0.25, repeats=3),
                 mixing=dict(mixup=0.8, cutmix=1.0),

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax import nnx
 
 from tif_jax.models import blueprint
@@ -68,6 +69,12 @@ def cost_of(name, **options):
 def numpy_images(num, size=(32, 32), seed=0):
     """Random numbers in the shape of images."""
     return jnp.asarray(np.random.default_rng(seed).standard_normal((num, *size, 3)), jnp.float32)
+
+
+def write_safetensors(path, tensors):
+    """The path, at which the tensors are now."""
+    safetensors.numpy.save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, path)
+    return path
 
 
 # A model and its steps as one program each, for walks written by hand; models and blocks of equal shape share one.

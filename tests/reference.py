@@ -61,6 +61,22 @@ def vit_forward(
     return (logits + _linear(w, "head_dist", x[:, 1])) / 2 if "dist_token" in w else logits
 
 
+# Of the tensors below: one for each kind of checkpoint that is read.
+VARIANTS = {
+    "deit": dict(depth=2),
+    "deit_distilled": dict(distilled=True),
+    "deit3": dict(no_embed_class=True, layer_scale=True),
+    "dinov2": dict(layer_scale=True, patch_size=2),
+    "registers": dict(no_embed_class=True, layer_scale=True, num_registers=4),
+    "registers_class_position": dict(num_registers=4),
+    "qk_norm": dict(qk_norm=True),
+    "no_qkv_bias": dict(qkv_bias=False),
+    "mean": dict(pool="mean"),
+    "mean_registers_no_class": dict(pool="mean", class_token=False, num_registers=1),
+    "wide_mlp_four_heads": dict(mlp_dim=80, num_heads=4),
+}
+
+
 def random_timm_tensors(
     rng,
     *,

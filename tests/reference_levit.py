@@ -51,58 +51,65 @@ def random_levit_tensors(
     evo=False,
 ):
     """Random float32 weights by timm's names; every kind of parameter matters to the logits."""
-    tensors = {}
-
-    def draw(name, *shape, scale=0.5, around=0.0):
-        tensors[name] = (around + scale * rng.normal(size=shape)).astype(np.float32)
-
-    def norm(name, width):
-        draw(f"{name}.weight", width, around=1.0)
-        draw(f"{name}.bias", width)
-        draw(f"{name}.running_mean", width)
-        tensors[f"{name}.running_var"] = rng.uniform(0.5, 2.0, width).astype(np.float32)
-        tensors[f"{name}.num_batches_tracked"] = np.asarray(7)
-
-    def linear_norm(name, outputs, inputs):
-        draw(f"{name}.linear.weight", outputs, inputs, *(1, 1) * convolutional, scale=inputs**-0.5)
-        norm(f"{name}.bn", outputs)
-
-    def mlp(name, width):
-        linear_norm(f"{name}.mlp.ln1", 2 * width, width)
-        linear_norm(f"{name}.mlp.ln2", width, 2 * width)
-
+    tensors = _Tensors(rng, convolutional)
     stem = (3, widths[0] // 8, widths[0] // 4, widths[0] // 2, widths[0])
     for i in (1, 2, 3, 4):
-        draw(f"stem.conv{i}.linear.weight", stem[i], stem[i - 1], 3, 3, scale=(9 * stem[i - 1]) ** -0.5)
-        norm(f"stem.conv{i}.bn", stem[i])
+        tensors.draw(f"stem.conv{i}.linear.weight", stem[i], stem[i - 1], 3, 3, scale=(9 * stem[i - 1]) ** -0.5)
+        tensors.norm(f"stem.conv{i}.bn", stem[i])
     if evo:
-        draw("cls_token", 1, 1, widths[0])
-        draw("pos_embed", 1, 1 + grid[0] * grid[1], widths[0])
+        tensors.draw("cls_token", 1, 1, widths[0])
+        tensors.draw("pos_embed", 1, 1 + grid[0] * grid[1], widths[0])
     for stage, width in enumerate(widths):
         if stage:
             before, heads = widths[stage - 1], widths[stage - 1] // key_dim
             name = f"stages.{stage}.downsample.attn_downsample"
             if evo:
-                draw(f"stages.{stage}.downsample.pos_embed", 1, 1 + grid[0] * grid[1], before)
+                tensors.draw(f"stages.{stage}.downsample.pos_embed", 1, 1 + grid[0] * grid[1], before)
             else:
-                draw(f"{name}.attention_biases", heads, grid[0] * grid[1])
-            linear_norm(f"{name}.kv", 5 * key_dim * heads, before)
-            linear_norm(f"{name}.q.ln", key_dim * heads, before)
-            linear_norm(f"{name}.proj.ln", width, 4 * key_dim * heads)
-            mlp(f"stages.{stage}.downsample", width)
+                tensors.draw(f"{name}.attention_biases", heads, grid[0] * grid[1])
+            tensors.linear_norm(f"{name}.kv", 5 * key_dim * heads, before)
+            tensors.linear_norm(f"{name}.q.ln", key_dim * heads, before)
+            tensors.linear_norm(f"{name}.proj.ln", width, 4 * key_dim * heads)
+            tensors.mlp(f"stages.{stage}.downsample", width)
             grid = ((grid[0] + 1) // 2, (grid[1] + 1) // 2)
         for i in range(depths[stage]):
             name = f"stages.{stage}.blocks.{i}"
             if not evo:
-                draw(f"{name}.attn.attention_biases", num_heads[stage], grid[0] * grid[1])
-            linear_norm(f"{name}.attn.qkv", 4 * key_dim * num_heads[stage], width)
-            linear_norm(f"{name}.attn.proj.ln", width, 2 * key_dim * num_heads[stage])
-            mlp(name, width)
+                tensors.draw(f"{name}.attn.attention_biases", num_heads[stage], grid[0] * grid[1])
+            tensors.linear_norm(f"{name}.attn.qkv", 4 * key_dim * num_heads[stage], width)
+            tensors.linear_norm(f"{name}.attn.proj.ln", width, 2 * key_dim * num_heads[stage])
+            tensors.mlp(name, width)
     for head in ("head", "head_dist")[: 1 + distilled]:
-        norm(f"{head}.bn", widths[-1])
-        draw(f"{head}.linear.weight", num_classes, widths[-1], scale=widths[-1] ** -0.5)
-        draw(f"{head}.linear.bias", num_classes)
-    return tensors
+        tensors.norm(f"{head}.bn", widths[-1])
+        tensors.draw(f"{head}.linear.weight", num_classes, widths[-1], scale=widths[-1] ** -0.5)
+        tensors.draw(f"{head}.linear.bias", num_classes)
+    return dict(tensors)
+
+
+class _Tensors(dict):
+    """Tensors drawn by name."""
+
+    def __init__(self, rng, convolutional):
+        super().__init__()
+        self.rng, self.convolutional = rng, convolutional
+
+    def draw(self, name, *shape, scale=0.5, around=0.0):
+        self[name] = (around + scale * self.rng.normal(size=shape)).astype(np.float32)
+
+    def norm(self, name, width):
+        self.draw(f"{name}.weight", width, around=1.0)
+        self.draw(f"{name}.bias", width)
+        self.draw(f"{name}.running_mean", width)
+        self[f"{name}.running_var"] = self.rng.uniform(0.5, 2.0, width).astype(np.float32)
+        self[f"{name}.num_batches_tracked"] = np.asarray(7)
+
+    def linear_norm(self, name, outputs, inputs):
+        self.draw(f"{name}.linear.weight", outputs, inputs, *(1, 1) * self.convolutional, scale=inputs**-0.5)
+        self.norm(f"{name}.bn", outputs)
+
+    def mlp(self, name, width):
+        self.linear_norm(f"{name}.mlp.ln1", 2 * width, width)
+        self.linear_norm(f"{name}.mlp.ln2", width, 2 * width)
 
 
 def _attention(w, name, x, rows, columns):

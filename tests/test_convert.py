@@ -11,13 +11,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordReader
-from cases import lively, numpy_images
+from cases import lively, numpy_images, write_safetensors
 from PIL import Image
-from reference import random_timm_tensors
+from reference import VARIANTS, random_timm_tensors
 from reference_levit import random_levit_tensors
-from test_pretrained import VARIANTS
 
 from benchmarks.tfds_folder import write_tfds_folder
 from tif_jax import load
@@ -58,11 +56,6 @@ def levit(**variant):
     return random_levit_tensors(np.random.default_rng(0), **variant)
 
 
-def write(path, tensors):
-    safetensors.numpy.save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, path)
-    return path
-
-
 def logits(model):
     return jax.jit(lambda x: model(x)[0])(numpy_images(2, model.image_size))
 
@@ -81,7 +74,7 @@ def test_layout_and_back(place, name):
     variant = VARIANTS[name]
     tensors = vit(**variant)
     given = {} if "qk_norm" in variant else {"num_heads": variant.get("num_heads", 2)}
-    fields, params = pretrained.read_weights(write(place / "w.safetensors", tensors), **given)
+    fields, params = pretrained.read_weights(write_safetensors(place / "w.safetensors", tensors), **given)
     back, needed = pretrained.to_tensors(params, fields)
     assert back.keys() == tensors.keys() and needed == given
     for key, tensor in tensors.items():
@@ -90,7 +83,7 @@ def test_layout_and_back(place, name):
 
 @pytest.mark.parametrize("variant", [{}, dict(distilled=False), dict(convolutional=True)], ids=str)
 def test_levit_layout_and_back(place, variant):
-    path = write(place / "w.safetensors", levit(**variant))
+    path = write_safetensors(place / "w.safetensors", levit(**variant))
     fields, params = pretrained.read_weights(path)
     back, needed = pretrained.to_tensors(params, fields)
     theirs = {name: t for name, t in levit(**variant).items() if not name.endswith("num_batches_tracked")}
@@ -102,7 +95,7 @@ def test_levit_layout_and_back(place, variant):
 
 @pytest.mark.parametrize("tensors", [vit(**WIDE), levit(depths=(1, 1))], ids=["vit", "levit"])
 def test_to_orbax_and_back(place, tensors):
-    path = write(place / "w.safetensors", tensors)
+    path = write_safetensors(place / "w.safetensors", tensors)
     assert convert(path, "runs/imported") == 0
     assert convert("runs/imported", "back.safetensors") == 0
     assert not list(place.rglob(".*partial"))
@@ -272,7 +265,7 @@ def test_full_disk_leaves_no_weights(place, capsys, monkeypatch):
     def full(self, *_):
         raise OSError(errno.ENOSPC, "No space left on device", str(self))
 
-    path = write(place / "w.npz", {})
+    path = write_safetensors(place / "w.npz", {})
     np.savez(path, **vit(**WIDE))
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", full)
@@ -285,7 +278,7 @@ def test_full_disk_leaves_no_weights(place, capsys, monkeypatch):
 
 @pytest.fixture
 def sources(place):
-    write(place / "w.safetensors", vit(**WIDE))
+    write_safetensors(place / "w.safetensors", vit(**WIDE))
     write_tiny(place / "data" / "tiny" / "1.0.0")
     (place / "folder").mkdir()
     (place / "notes.txt").write_text("")

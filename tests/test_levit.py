@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
-from cases import cost_of, lively, mostly_long
+from cases import cost_of, lively, mostly_long, write_safetensors
 from flax import nnx, traverse_util
 from reference_levit import levit_forward, random_levit_tensors
 from steps import step_and_state
@@ -19,10 +18,12 @@ from tif_jax.models.params import params_of
 from tif_jax.training import losses, optim
 from tif_jax.training.checkpoints import Checkpoints
 from tif_jax.training.state import State
-from tif_jax.weights import timm_levit as levit_layout
+from tif_jax.weights import timm_levit
+from tif_jax.weights.layout import SAME, Rule
 from tif_jax.weights.loading import load
+from tif_jax.weights.positions import resize_positions
 from tif_jax.weights.pretrained import read_weights
-from tif_jax.weights.timm_levit import infer_fields, resize_positions, to_params
+from tif_jax.weights.timm_levit import infer_fields, to_params
 
 TINY = dict(family="levit", image_size=48, widths=(16, 24), depths=(1, 2), num_heads=(2, 3), key_dim=8, num_classes=5)
 THREE = dict(widths=(16, 24, 32), depths=(1, 2, 1), num_heads=(2, 3, 4))
@@ -43,11 +44,6 @@ def images(height=48, width=48, num=2):
     return np.random.default_rng(1).normal(size=(num, height, width, 3)).astype(np.float32)
 
 
-def write(path, tensors):
-    safetensors.numpy.save_file({name: np.ascontiguousarray(t) for name, t in tensors.items()}, path)
-    return path
-
-
 def predict(model, x):
     return jax.jit(lambda x: model(x)[0])(x)
 
@@ -65,7 +61,7 @@ def with_flat(model, flat):
 )
 def test_same_logits_as_the_reference(tmp_path, variant, size):
     tensors = tiny(**variant)
-    path, x = write(tmp_path / "w.safetensors", tensors), images(*size or (48, 48))
+    path, x = write_safetensors(tmp_path / "w.safetensors", tensors), images(*size or (48, 48))
     model = load(path, **{"image_size": size} if size else {})
     np.testing.assert_allclose(predict(model, x), levit_forward(tensors, x), atol=1e-4)
     aux = jax.eval_shape(model, x)[1]
@@ -74,10 +70,11 @@ def test_same_logits_as_the_reference(tmp_path, variant, size):
 
 def test_same_logits_as_the_reference_with_class_token_and_absolute_positions():
     tensors = tiny(evo=True)
-    rules = levit_layout._rules((1, 2))
-    rules |= {"cls_token": ("class_token", np.asarray), "pos_embed": ("position_embedding", np.asarray)}
-    rules |= {"stages.1.downsample.pos_embed": ("block_1/position_embedding", np.asarray)}
-    flat = {rules[n][0]: rules[n][1](t) for n, t in tensors.items() if not n.endswith("num_batches_tracked")}
+    rules = timm_levit._rules((1, 2))
+    rules |= {"cls_token": Rule("class_token", SAME), "pos_embed": Rule("position_embedding", SAME)}
+    rules |= {"stages.1.downsample.pos_embed": Rule("block_1/position_embedding", SAME)}
+    read = {rules[name]: tensor for name, tensor in tensors.items() if not name.endswith("num_batches_tracked")}
+    flat = {path: transform.read(tensor) for (path, transform), tensor in read.items()}
     model = nnx.eval_shape(blueprint(EVO), jax.random.key(0))
     assert set(flat) == set(traverse_util.flatten_dict(params_of(model), sep="/"))
     np.testing.assert_allclose(predict(with_flat(model, flat), images()), levit_forward(tensors, images()), atol=1e-4)
@@ -92,7 +89,7 @@ def test_same_logits_as_timm(tmp_path):
     theirs.load_state_dict(tensors)
     with torch.no_grad():
         expected = theirs.eval()(torch.from_numpy(images().transpose(0, 3, 1, 2)))
-    model = load(write(tmp_path / "w.safetensors", tiny()))
+    model = load(write_safetensors(tmp_path / "w.safetensors", tiny()))
     np.testing.assert_allclose(predict(model, images()), expected.numpy(), atol=1e-4)
 
 
@@ -247,7 +244,7 @@ def test_what_needs_a_vit():
 
 
 def test_read_weights(tmp_path):
-    fields, params = read_weights(write(tmp_path / "w.safetensors", tiny(convolutional=True)))
+    fields, params = read_weights(write_safetensors(tmp_path / "w.safetensors", tiny(convolutional=True)))
     assert fields == TINY | dict(positions="relative", class_token=False, distillation_head=True)
     shapes = params_of(nnx.eval_shape(blueprint(fields), jax.random.key(0)))
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
@@ -255,13 +252,13 @@ def test_read_weights(tmp_path):
 
 
 def test_fresh_heads(tmp_path):
-    path = write(tmp_path / "w.safetensors", tiny())
+    path = write_safetensors(tmp_path / "w.safetensors", tiny())
     fields, params = read_weights(path, num_classes=7)
     assert fields["num_classes"] == 7 and not {"head", "distillation_head"} & params.keys()
 
 
 def test_checkpoint_keeps_the_statistics(tmp_path):
-    model = load(write(tmp_path / "w.safetensors", tiny()))
+    model = load(write_safetensors(tmp_path / "w.safetensors", tiny()))
     config = {"model": TINY, "reducer": {"name": "full"}}
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(State(jnp.int32(0), params_of(model), ()), config, {})
@@ -277,7 +274,7 @@ def test_absolute_positions_are_resized():
         params_of(nnx.eval_shape(blueprint(EVO | THREE | dict(image_size=s)), jax.random.key(0))) for s in (64, 112)
     )
     ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), old)
-    resized = resize_positions(ones, (4, 4), (7, 7), 1)
+    resized = resize_positions(ones, (4, 4), (7, 7))
     assert jax.tree.map(jnp.shape, resized) == jax.tree.map(jnp.shape, new)
     for tree in (resized, resized["block_1"], resized["block_4"]):
         np.testing.assert_allclose(tree["position_embedding"], 1, rtol=1e-5)
@@ -307,7 +304,7 @@ QKV = "stages__1__blocks__0__attn__qkv__linear__weight"
     ],
 )  # fmt: skip
 def test_layout_that_does_not_fit(tensors, message):
-    assert levit_layout.is_levit(tensors)
+    assert timm_levit.is_levit(tensors)
     with pytest.raises(InputError, match=message) as error:
         to_params(tensors, infer_fields(tensors))
     assert "\n" not in str(error.value)
@@ -322,4 +319,4 @@ def test_layout_that_does_not_fit(tensors, message):
 )
 def test_given_fields_that_do_not_fit(tmp_path, given, message):
     with pytest.raises(InputError, match=message):
-        read_weights(write(tmp_path / "w.safetensors", tiny()), **given)
+        read_weights(write_safetensors(tmp_path / "w.safetensors", tiny()), **given)

@@ -7,7 +7,8 @@ from flax import nnx
 
 from tif_jax import cost
 from tif_jax.errors import InputError
-from tif_jax.models import Rngs, blueprint, create_model
+from tif_jax.models import blueprint, create_model
+from tif_jax.models.build import Rngs
 from tif_jax.models.params import params_of
 from tif_jax.training.losses import classification
 

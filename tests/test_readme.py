@@ -18,7 +18,7 @@ from reference import random_timm_tensors
 import tif_jax
 from tif_jax.impact import shards
 from tif_jax.impact.manifest import Manifest, open_manifest
-from tif_jax.models import SIZES
+from tif_jax.models.names import SIZES
 from tif_jax.models.params import params_of
 from tif_jax.runtime.mesh import make_mesh, replicate
 from tif_jax.training.checkpoints import Checkpoints

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
 def benchmark(config: Experiment, workdir: Path) -> dict[str, Any]:
     """DIR/benchmark.json: a row per reducer; images/s is the median of rounds in random order, all on the same batch."""
     recipe = config.benchmark
-    mesh = make_mesh(recipe.batch_size, processes=1)
+    mesh = make_mesh(recipe.batch_size, this_process_only=True)
     rows, turns = [], []
     for entry in recipe.reducers:
         fields = config.finetune.model

@@ -18,8 +18,8 @@ from tif_jax.runtime.progress import Progress
 from tif_jax.training.checkpoints import Checkpoints, load_params
 from tif_jax.training.state import State
 from tif_jax.weights import pretrained
+from tif_jax.weights.layout import shortened
 from tif_jax.weights.loading import TRAINING_HEADS, checkpoint_directory, load_with_fields
-from tif_jax.weights.timm_vit import shortened
 
 logger = logging.getLogger(__name__)
 

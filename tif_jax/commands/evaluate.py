@@ -157,7 +157,7 @@ def heldout(config: Experiment, workdir: Path, model: ViT, trained_on: Float[np.
     fixed["position prior"] = np.broadcast_to(prior, table.impact.shape)
     return Heldout(
         batches=partial(_batches, config, open_source(config, "test", model), table),
-        mesh=make_mesh(config.evaluate.batch_size, processes=1),
+        mesh=make_mesh(config.evaluate.batch_size, this_process_only=True),
         impacts=impacts,
         labels=np.asarray(keep_labels(table.impact, **labelling)),
         fixed_rankings=fixed,

@@ -14,7 +14,8 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from tif_jax.layers import widened
-from tif_jax.models.vit import Block, ViT
+from tif_jax.models.vit import ViT
+from tif_jax.models.vit_blocks import Block
 from tif_jax.tokens import attention_logits, gates_to_log_weight
 
 

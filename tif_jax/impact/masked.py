@@ -25,7 +25,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tif_jax.impact.last_block import logits_after
 from tif_jax.layers import widened
-from tif_jax.models.vit import Block, ViT
+from tif_jax.models.vit import ViT
+from tif_jax.models.vit_blocks import Block
 from tif_jax.tokens import attention_logits
 
 

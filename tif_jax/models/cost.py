@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from tif_jax.models.model import height_and_width
+
 
 class Cost(NamedTuple):
     gmac: float  # 1e9 multiply-adds of matrix products and convolutions, per image
@@ -23,8 +25,7 @@ def cost(model: Any, image_size: int | tuple[int, int] | None = None) -> Cost:
     model: one of `tif_jax.models`, also an abstract one (`nnx.eval_shape`).
     image_size: a check, not a choice: a model takes the size that it was built for (InputError otherwise).
     """
-    size = model.image_size if image_size is None else image_size
-    height, columns = (size, size) if isinstance(size, int) else size
+    height, columns = height_and_width(model.image_size if image_size is None else image_size)
     images = jax.ShapeDtypeStruct((1, height, columns, 3), jnp.float32)
     graphdef, params = nnx.split(model)
     program = jax.make_jaxpr(lambda params, images: nnx.merge(graphdef, params)(images)[0])(params, images)

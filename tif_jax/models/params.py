@@ -5,7 +5,7 @@ from typing import Any
 from flax import nnx, traverse_util
 
 from tif_jax.layers import WEIGHTS
-from tif_jax.models import Model
+from tif_jax.models.model import Model
 from tif_jax.runtime.digests import digest
 
 Params = dict[str, Any]

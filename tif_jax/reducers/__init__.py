@@ -6,7 +6,7 @@ A reducer is an nnx.Module (if it has parameters) or a frozen dataclass, called 
 
     reducer(blocks, x, tokens, rngs) -> (x, aux)
 
-A pyramid's shrink blocks (`models/levit.py`) have `stride` 2 and need the complete raster. A reducer that leads
+A pyramid's shrink blocks (`models/levit_blocks.py`) have `stride` 2 and need the complete raster. A reducer that leads
 tokens through them says so by an attribute `walks_pyramids = True`; the others are refused by such models.
 
 `aux` is the whole side channel. Reserved names:

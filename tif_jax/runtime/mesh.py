@@ -16,16 +16,15 @@ logger = logging.getLogger(__name__)
 AXES = ("data", "fsdp")
 
 
-def make_mesh(batch_size: int, fsdp: int = 1, processes: int | None = None) -> Mesh:
+def make_mesh(batch_size: int, fsdp: int = 1, *, this_process_only: bool = False) -> Mesh:
     """A mesh with axes 'data' and 'fsdp' over as many devices of every process as divide the batch evenly.
 
     The batch is divided over all of them, parameters and what belongs to them over fsdp (see `shardings`).
-    processes: 1 stands for this process and its devices alone; default: all there are.
+    this_process_only: the other processes' devices are left out.
     Devices follow each other by process: so do the rows of a batch, and neighbours along fsdp share a host.
     Raises InputError if nothing fits.
     """
-    own = processes == 1 or jax.process_count() == 1
-    owners = [jax.process_index()] if own else list(range(jax.process_count()))
+    owners = [jax.process_index()] if this_process_only else list(range(jax.process_count()))
     local = jax.local_device_count()
     if fsdp < 1:
         raise InputError(f"sharding.fsdp is {fsdp}; it is a number of devices, at least 1")

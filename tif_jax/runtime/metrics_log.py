@@ -6,14 +6,15 @@ from typing import Any
 
 from tif_jax.runtime import files
 
+_NAME = "metrics.jsonl"
+
 
 class MetricsLog:
     """Appends to DIRECTORY/metrics.jsonl. What an interrupted run wrote after step `start` will come again and is dropped."""
 
     def __init__(self, directory: Path, start: int):
-        self.path = directory / "metrics.jsonl"
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in map(_whole, lines) if line is not None and line["step"] <= start]
+        self.path = directory / _NAME
+        kept = [line for line in read(directory) if line["step"] <= start]
         files.write(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self.events = _tensorboard(directory, start)
 
@@ -28,12 +29,12 @@ class MetricsLog:
 
 def read(directory: Path) -> list[dict[str, Any]]:
     """The lines of DIRECTORY/metrics.jsonl; empty if there is none."""
-    path = directory / "metrics.jsonl"
+    path = directory / _NAME
     lines = path.read_text().splitlines() if path.exists() else []
-    return [line for line in map(_whole, lines) if line is not None]
+    return [line for line in map(_parsed, lines) if line is not None]
 
 
-def _whole(line: str) -> dict[str, Any] | None:
+def _parsed(line: str) -> dict[str, Any] | None:
     try:
         return json.loads(line)
     except json.JSONDecodeError:  # the last line of a run that was killed

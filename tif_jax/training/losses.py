@@ -137,7 +137,7 @@ def selector(prediction, aux, batch) -> dict[str, Float[Array, " B"]]:
 def divergence(prediction, aux, batch) -> dict[str, Float[Array, " B"]]:
     """log(0.1 + KL(teacher || student)) of the class distributions, KL in nats; needs a step with a `teacher`.
 
-    The logarithm, so that the few images far from their teacher do not have all the say.
+    With the logarithm, the few images far from their teacher do not dominate the loss.
     """
     kl = _teacher_kl(prediction, batch)
     agreement = (prediction.argmax(axis=-1) == batch["teacher/logits"].argmax(axis=-1)).astype(jnp.float32)

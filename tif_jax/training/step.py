@@ -18,7 +18,7 @@ from tif_jax.models import Model
 from tif_jax.models.params import Params, params_of, statistics_of, with_params, with_statistics
 from tif_jax.models.vit import ViT
 from tif_jax.reducers import Aux, Full
-from tif_jax.runtime.mesh import place
+from tif_jax.runtime.mesh import replicate
 from tif_jax.training import optim
 from tif_jax.training.losses import Loss
 from tif_jax.training.mixing import Mixing, mix
@@ -88,8 +88,7 @@ def make_step(
     # Arguments, though they never change: runs that differ in their seed alone share one compiled program, and the
     # teacher's weights are not compiled into it. Lying where the step needs them, they are not copied at every call.
     key = jax.jit(lambda: jax.random.key(seed), out_shardings=where.step)()
-    teacher_params = None if teacher is None else params_of(teacher)
-    teacher_params = place(teacher_params, jax.tree.map(lambda _: where.step, teacher_params))
+    teacher_params = None if teacher is None else replicate(params_of(teacher), where.step.mesh)
     return partial(jax.jit(step, donate_argnums=1, out_shardings=(where, where.step)), (key, teacher_params))
 
 

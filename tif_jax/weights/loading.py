@@ -1,12 +1,14 @@
 """`tif_jax.load`: a model from a weight file, a checkpoint or a workdir, under any reducer."""
 
 import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
+from jaxtyping import Array, Key
 
 from tif_jax.errors import InputError
 from tif_jax.models import MODEL_FIELDS, Model, blueprint, grid_of
@@ -15,13 +17,14 @@ from tif_jax.models.params import params_of
 from tif_jax.runtime import records
 from tif_jax.training.checkpoints import load_params
 from tif_jax.weights import pretrained
-from tif_jax.weights import timm_levit as levit_layout
-from tif_jax.weights.timm_vit import resize_position_embedding, shortened
+from tif_jax.weights.layout import shortened
+from tif_jax.weights.positions import resize_positions
 
 logger = logging.getLogger(__name__)
 
 # Heads that only training has: a source may have them or not, whatever the model that it is loaded into.
 TRAINING_HEADS = ("class_head/", "class_norm/", "class_distillation_head/")
+HEADS = ("head/", "distillation_head/")  # read_weights leaves them out where num_classes is another
 
 
 def load(
@@ -43,47 +46,63 @@ def load_with_fields(
 ) -> tuple[Model, dict[str, Any]]:
     """`load`, and the fields that the model was built with: what a checkpoint of it has to say."""
     path = Path(source)
-    given = {key: options.pop(key) for key in list(options) if key in MODEL_FIELDS}
+    given = {key: options.pop(key) for key in MODEL_FIELDS & options.keys()}
     given = {key: value for key, value in given.items() if value is not None}
-    same_reducer = False
     if _is_checkpoint(path):
         params, stored = load_params(checkpoint_directory(path))
-        fields = {**stored["model"], **given}
-        params = _resized(params, stored["model"], fields)
-        same_reducer = reducer in (None, stored["reducer"]["name"])
-        if same_reducer:
-            reducer, own = stored["reducer"]["name"], dict(stored["reducer"])
-            if any(options.get(key) is not None for key in AMOUNTS):  # it stands in place of the checkpoint's
-                own = {key: value for key, value in own.items() if key not in AMOUNTS}
-            options = {**own, **options}
-            options.pop("name")
+        fields, own = {**stored["model"], **given}, stored["reducer"]
+        params, may_be_fresh = _resized(params, stored["model"], fields), ["reducer/", *TRAINING_HEADS]
     else:
         fields, params = pretrained.read_weights(path, **given)
+        own, may_be_fresh = {"name": "full"}, ["reducer/", *TRAINING_HEADS, *HEADS]
     fields["dtype"] = dtype
-    build = blueprint(fields, reducer=reducer or "full", **options)
+    reducer_name = own["name"] if reducer is None else reducer
+    if reducer_name == own["name"]:
+        options = _with_own_options(own, options)
+    build = blueprint(fields, reducer=reducer_name, **options)
     model = nnx.eval_shape(build, jax.random.key(0))
     wanted, found = (_flat(tree) for tree in (params_of(model), params))
-    fresh = sorted(set(wanted) - set(found))
     # Of another reducer's parameters none are wanted; of the same one's, all.
-    may_be_fresh = ("reducer/", *TRAINING_HEADS)
-    may_go = TRAINING_HEADS if same_reducer else may_be_fresh
-    surplus = [name for name in set(found) - set(wanted) if not name.startswith(may_go)]
-    wrong = [name for name in set(found) & set(wanted) if found[name].shape != wanted[name].shape]
-    lacking = [name for name in fresh if not name.startswith(may_be_fresh) and _is_checkpoint(path)]
-    if problems := sorted({*surplus, *wrong, *lacking}):
-        raise InputError(f"{path} does not fit this model: missing, surplus or of another shape: {shortened(problems)}")
-    if fresh:
+    may_go = [*TRAINING_HEADS] if reducer_name == own["name"] else ["reducer/", *TRAINING_HEADS]
+    _check_fit(path, wanted, found, may_be_fresh, may_go)
+    if fresh := sorted(set(wanted) - set(found)):
         logger.info("%s: freshly initialised: %s", path, ", ".join(fresh))
-
-        @jax.jit
-        def draw(key):
-            drawn = _flat(params_of(build(key)))
-            return {name: drawn[name] for name in fresh}
-
-        found = {**found, **draw(jax.random.key(seed))}
+        found |= _drawn(build, fresh, seed)
     found = {name: jnp.asarray(found[name]) for name in wanted}
     nnx.update(model, traverse_util.unflatten_dict(found, sep="/"))
     return model, fields
+
+
+def _with_own_options(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a checkpoint's reducer, with those given in their place; an amount given stands for any of its own."""
+    other_amount = any(given.get(key) is not None for key in AMOUNTS)
+    kept = {key: value for key, value in own.items() if key != "name" and not (other_amount and key in AMOUNTS)}
+    return {**kept, **given}
+
+
+def _check_fit(
+    path: Path, wanted: Mapping[str, Any], found: Mapping[str, Any], may_be_fresh: list[str], may_go: list[str]
+) -> None:
+    """Raises InputError with all parameters that are missing, surplus or of another shape.
+
+    may_be_fresh, may_go: how the names begin of those that may be missing, and of those that may be surplus.
+    """
+    missing = {name for name in wanted.keys() - found.keys() if not name.startswith(tuple(may_be_fresh))}
+    surplus = {name for name in found.keys() - wanted.keys() if not name.startswith(tuple(may_go))}
+    wrong = {name for name in found.keys() & wanted.keys() if found[name].shape != wanted[name].shape}
+    if problems := sorted(missing | surplus | wrong):
+        raise InputError(f"{path} does not fit this model: missing, surplus or of another shape: {shortened(problems)}")
+
+
+def _drawn(build: Callable[[Key[Array, ""]], Model], names: Sequence[str], seed: int) -> dict[str, Array]:
+    """The parameters of these names of the model that `build` draws from the seed."""
+
+    @jax.jit
+    def draw(key):
+        drawn = _flat(params_of(build(key)))
+        return {name: drawn[name] for name in names}
+
+    return draw(jax.random.key(seed))
 
 
 def checkpoint_directory(path: Path) -> Path:
@@ -110,13 +129,7 @@ def _is_checkpoint(path: Path) -> bool:
 def _resized(params: dict[str, Any], old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """The parameters for the patch raster of other fields."""
     old_grid, new_grid = grid_of(old), grid_of(new)
-    if old_grid == new_grid:
-        return params
-    if old.get("family") == "levit":
-        return levit_layout.resize_positions(params, old_grid, new_grid, int(old.get("class_token", False)))
-    embedding = params["position_embedding"]
-    num_special = embedding.shape[1] - old_grid[0] * old_grid[1]
-    return {**params, "position_embedding": resize_position_embedding(embedding, old_grid, new_grid, num_special)}
+    return params if old_grid == new_grid else resize_positions(params, old_grid, new_grid)
 
 
 def _flat(params: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Pretrained weights: reads the files of other programs as parameters of our models."""
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +11,9 @@ import numpy as np
 import safetensors
 
 from tif_jax.errors import InputError
-from tif_jax.models import FAMILIES, LeViT
-from tif_jax.weights import timm_levit as levit_layout
-from tif_jax.weights import timm_vit as timm_layout
-from tif_jax.weights.timm_vit import shortened
+from tif_jax.models import with_defaults
+from tif_jax.weights import timm_levit, timm_vit
+from tif_jax.weights.layout import shortened
 from tif_jax.weights.torch_file import read_torch
 
 _SAFETENSORS_FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
@@ -29,11 +27,11 @@ def read_weights(path: str | Path, **given: Any) -> tuple[dict[str, Any], dict[s
     """Fields of the model and the backbone's float32 parameters (nested dict) of a file in timm's layout.
 
     The architecture is read off the file; given: fields that a file cannot tell or that are to differ (`infer_fields` of
-    timm_layout and levit_layout). The position embedding is resized to image_size; heads for another num_classes are
+    timm_vit and timm_levit). The position embedding is resized to image_size; heads for another num_classes are
     left out.
     """
     tensors = read_tensors(path)
-    layout = levit_layout if levit_layout.is_levit(tensors) else timm_layout
+    layout = timm_levit if timm_levit.is_levit(tensors) else timm_vit
     with _naming(path):
         fields = layout.infer_fields(tensors, **given)
         return fields, layout.to_params(tensors, fields)
@@ -44,24 +42,21 @@ def to_tensors(params: dict[str, Any], fields: dict[str, Any]) -> tuple[dict[str
 
     Raises InputError for a model that `read_weights` would not make of these tensors again.
     """
-    family = FAMILIES[fields.get("family", "vit")]
-    layout = levit_layout if family is LeViT else timm_layout
-    fields = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()
-    }  # as JSON has them
+    layout = timm_levit if with_defaults(fields)["family"] == "levit" else timm_vit
+    # JSON has lists for tuples.
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
     tensors = layout.to_tensors(params, fields)
     free = {key: fields[key] for key in layout.FREE if key in fields}
     again = layout.to_params(tensors, layout.infer_fields(tensors, **free))
     if not jax.tree.all(jax.tree.map(np.array_equal, again, params)):
         raise InputError("timm's layout can not tell this model from another; keep its Orbax checkpoint")
-    defaults = {name: parameter.default for name, parameter in inspect.signature(family.__init__).parameters.items()}
 
     def is_needed(key: str) -> bool:
         try:
             found = layout.infer_fields(tensors, **{other: free[other] for other in free if other != key})
         except InputError:
             return True
-        return {**defaults, **found}[key] != free[key]
+        return with_defaults(found)[key] != free[key]
 
     return tensors, {key: value for key, value in free.items() if is_needed(key)}
 

@@ -5,7 +5,7 @@ Both of timm's forms are read: linear layers ('levit_128s') and 1x1 convolutions
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,40 +13,33 @@ from flax import nnx, traverse_util
 
 from tif_jax.errors import InputError
 from tif_jax.layers import WEIGHTS
-from tif_jax.models.levit import PATCH_SIZE, LeViT, smaller
-from tif_jax.weights.timm_vit import Rules, Tensors, resize_position_embedding, shortened, translate, translate_back
+from tif_jax.models.levit import PATCH_SIZE, LeViT
+from tif_jax.weights.layout import SAME, Rule, Rules, Tensors, Transform, modules, shortened, translate, translate_back
+from tif_jax.weights.positions import other_size
 
 
-def _linear(weight: np.ndarray) -> np.ndarray:
+def _read_linear(weight: np.ndarray) -> np.ndarray:
     """(out, in) or, as a convolution, (out, in, 1, 1)."""
     return weight.reshape(weight.shape[:2]).T if weight.shape[2:] in ((), (1, 1)) else weight
 
 
-def _convolution(weight: np.ndarray) -> np.ndarray:
+def _read_convolution(weight: np.ndarray) -> np.ndarray:
     return weight.transpose(2, 3, 1, 0) if weight.ndim == 4 else weight
 
 
-def _transposed(kernel: np.ndarray) -> np.ndarray:
-    return kernel.T
-
-
-def _convolution_back(kernel: np.ndarray) -> np.ndarray:
-    return kernel.transpose(3, 2, 0, 1)
-
-
-def _same(weight: np.ndarray) -> np.ndarray:
-    return weight
-
-
-_LEAVES = {
-    "linear.weight": ("linear/kernel", _linear),
-    "linear.bias": ("linear/bias", _same),
-    "bn.weight": ("norm/scale", _same),
-    "bn.bias": ("norm/bias", _same),
-    "bn.running_mean": ("norm/mean", _same),
-    "bn.running_var": ("norm/var", _same),
+_NORM = {
+    "bn.weight": Rule("norm/scale", SAME),
+    "bn.bias": Rule("norm/bias", SAME),
+    "bn.running_mean": Rule("norm/mean", SAME),
+    "bn.running_var": Rule("norm/var", SAME),
 }
-_STEM_LEAVES = _LEAVES | {"linear.weight": ("conv/kernel", _convolution)}
+_LINEAR = _NORM | {
+    "linear.weight": Rule("linear/kernel", Transform(_read_linear, np.transpose)),
+    "linear.bias": Rule("linear/bias", SAME),
+}
+_CONVOLUTION = _NORM | {
+    "linear.weight": Rule("conv/kernel", Transform(_read_convolution, lambda kernel: kernel.transpose(3, 2, 0, 1)))
+}
 _MLP = {"mlp.ln1": "mlp/up", "mlp.ln2": "mlp/down"}
 _BLOCK = {"attn.qkv": "attention/qkv", "attn.proj.ln": "attention/out"} | _MLP
 _SHRINK = {
@@ -96,7 +89,7 @@ def infer_fields(tensors: Tensors, **given: Any) -> dict[str, Any]:
     if side * side == num_patches:
         fields["image_size"] = side * PATCH_SIZE
         if image_size is not None and image_size not in (fields["image_size"], (fields["image_size"],) * 2):
-            raise _other_size((side, side))
+            raise other_size((side, side))
     elif image_size is None or isinstance(image_size, int) or math.prod(image_size) != num_patches * PATCH_SIZE**2:
         raise InputError(
             f"attention biases for {num_patches} patches, no square raster; give the image_size=(height, width) that "
@@ -136,31 +129,7 @@ def to_tensors(params: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str
 
     Raises InputError for parameters that timm's LeViTs do not have.
     """
-    inverse = {_linear: _transposed, _convolution: _convolution_back, _same: _same}
-    return translate_back(params, _rules(fields["depths"]), inverse)
-
-
-def resize_positions(
-    params: dict[str, Any], old_grid: tuple[int, int], new_grid: tuple[int, int], num_special: int
-) -> dict[str, Any]:
-    """The parameters for another patch raster. Raises InputError if the model has attention biases."""
-    flat = traverse_util.flatten_dict(params, sep="/")
-    if any(path.endswith("attention/biases") for path in flat):
-        raise _other_size(old_grid)
-    shrinks = [re.fullmatch(r"block_(\d+)/position_embedding", path) for path in flat]
-    inner = sorted((int(match[1]), match[0]) for match in shrinks if match)
-    for path in ["position_embedding", *(path for _, path in inner)]:
-        flat[path] = resize_position_embedding(flat[path], old_grid, new_grid, num_special)
-        if path != "position_embedding":
-            old_grid, new_grid = smaller(old_grid), smaller(new_grid)
-    return traverse_util.unflatten_dict(flat, sep="/")
-
-
-def _other_size(grid: Sequence[int]) -> InputError:
-    return InputError(
-        f"the attention biases are for {grid[0]}x{grid[1]} patches and are not resized; leave image_size at "
-        f"{grid[0] * PATCH_SIZE}x{grid[1] * PATCH_SIZE}"
-    )
+    return translate_back(params, _rules(fields["depths"]))
 
 
 def _stages(tensors: Tensors) -> list[str]:
@@ -188,18 +157,14 @@ def _depth(tensors: Tensors, stage: str) -> int:
 
 
 def _rules(depths: Sequence[int]) -> Rules:
-    modules = {f"stem.conv{i + 1}": (f"stem/layer_{i}", _STEM_LEAVES) for i in range(4)}
-    modules |= {name: (path, _LEAVES) for name, path in _HEADS.items()}
-    rules: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {}
+    linears, biases = dict(_HEADS), {}
     number = 0
     for stage, depth in enumerate(depths):
-        for name, parts in [(f"stages.{stage}.downsample", _SHRINK)] * (stage > 0) + [
-            (f"stages.{stage}.blocks.{i}", _BLOCK) for i in range(depth)
-        ]:
-            biases = f"{name}.attn{'_downsample' * (parts is _SHRINK)}.attention_biases"
-            rules[biases] = (f"block_{number}/attention/biases", _same)
-            modules |= {f"{name}.{theirs}": (f"block_{number}/{ours}", _LEAVES) for theirs, ours in parts.items()}
+        shrinks = [(f"stages.{stage}.downsample", "attn_downsample", _SHRINK)] * (stage > 0)
+        blocks = [(f"stages.{stage}.blocks.{i}", "attn", _BLOCK) for i in range(depth)]
+        for name, attention, parts in shrinks + blocks:
+            biases[f"{name}.{attention}.attention_biases"] = Rule(f"block_{number}/attention/biases", SAME)
+            linears |= {f"{name}.{theirs}": f"block_{number}/{ours}" for theirs, ours in parts.items()}
             number += 1
-    for name, (path, leaves) in modules.items():
-        rules |= {f"{name}.{leaf}": (f"{path}/{ours}", transform) for leaf, (ours, transform) in leaves.items()}
-    return rules
+    stem = {f"stem.conv{i + 1}": f"stem/layer_{i}" for i in range(4)}
+    return biases | modules(stem, _CONVOLUTION) | modules(linears, _LINEAR)

@@ -1,66 +1,53 @@
-"""timm's (and so DeiT's and DINOv2's) names and layouts of ViT weights, translated to those of `tif_jax.models.ViT`.
-
-Legend: T and S tokens, D width.
-"""
+"""timm's (and so DeiT's and DINOv2's) names and layouts of ViT weights, translated to those of `tif_jax.models.ViT`."""
 
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
-from jaxtyping import Array, Float
 
 from tif_jax.errors import InputError
 from tif_jax.models import ViT
+from tif_jax.weights.layout import SAME, Rule, Rules, Tensors, Transform, modules, shortened, translate, translate_back
+from tif_jax.weights.positions import resize_position_embedding
 
 logger = logging.getLogger(__name__)
 
-Tensors = Mapping[str, np.ndarray]
-Rules = dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]]  # timm's name -> our path, transform
 
-
-def _transposed(weight: np.ndarray) -> np.ndarray:
-    return weight.T
-
-
-def _unfolded(weight: np.ndarray) -> np.ndarray:
+def _unfold(weight: np.ndarray) -> np.ndarray:
     """A convolution (D, 3, P, P) without overlap as a linear layer on patches flattened as (P, P, 3)."""
     return weight.transpose(2, 3, 1, 0).reshape(-1, weight.shape[0]) if weight.ndim == 4 else weight
 
 
-def _folded(kernel: np.ndarray) -> np.ndarray:
+def _fold(kernel: np.ndarray) -> np.ndarray:
     """The convolution (D, 3, P, P) of a linear layer on patches."""
     side = math.isqrt(kernel.shape[0] // 3)
     return kernel.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)
 
 
-def _same(weight: np.ndarray) -> np.ndarray:
-    return weight
+_LINEAR = {"weight": Rule("kernel", Transform(np.transpose, np.transpose)), "bias": Rule("bias", SAME)}
+_PATCHES = {"weight": Rule("kernel", Transform(_unfold, _fold)), "bias": Rule("bias", SAME)}
+_NORM = {"weight": Rule("scale", SAME), "bias": Rule("bias", SAME)}
 
-
-_LINEAR = {"weight": ("kernel", _transposed), "bias": ("bias", _same)}
-_CONVOLUTION = {"weight": ("kernel", _unfolded), "bias": ("bias", _same)}
-_NORM = {"weight": ("scale", _same), "bias": ("bias", _same)}
-
-_MODULES = {
-    "patch_embed.proj": ("patch_embedding", _CONVOLUTION),
-    "blocks.{i}.norm1": ("block_{i}/attention_norm", _NORM),
-    "blocks.{i}.attn.qkv": ("block_{i}/attention/qkv", _LINEAR),
-    "blocks.{i}.attn.q_norm": ("block_{i}/attention/query_norm", _NORM),
-    "blocks.{i}.attn.k_norm": ("block_{i}/attention/key_norm", _NORM),
-    "blocks.{i}.attn.proj": ("block_{i}/attention/out", _LINEAR),
-    "blocks.{i}.norm2": ("block_{i}/feed_forward_norm", _NORM),
-    "blocks.{i}.mlp.fc1": ("block_{i}/mlp/up", _LINEAR),
-    "blocks.{i}.mlp.fc2": ("block_{i}/mlp/down", _LINEAR),
-    "norm": ("norm", _NORM),
-    "fc_norm": ("norm", _NORM),  # instead of `norm`, with mean pooling
-    "head": ("head", _LINEAR),
-    "head_dist": ("distillation_head", _LINEAR),
+# timm's names -> our paths, of modules by what kind of layer they are, and of single parameters. {i} is a block's number.
+_LINEARS = {
+    "blocks.{i}.attn.qkv": "block_{i}/attention/qkv",
+    "blocks.{i}.attn.proj": "block_{i}/attention/out",
+    "blocks.{i}.mlp.fc1": "block_{i}/mlp/up",
+    "blocks.{i}.mlp.fc2": "block_{i}/mlp/down",
+    "head": "head",
+    "head_dist": "distillation_head",
+}
+_NORMS = {
+    "blocks.{i}.norm1": "block_{i}/attention_norm",
+    "blocks.{i}.attn.q_norm": "block_{i}/attention/query_norm",
+    "blocks.{i}.attn.k_norm": "block_{i}/attention/key_norm",
+    "blocks.{i}.norm2": "block_{i}/feed_forward_norm",
+    "norm": "norm",
+    "fc_norm": "norm",  # instead of `norm`, with mean pooling
 }
 _PARAMETERS = {
     "cls_token": "class_token",
@@ -182,7 +169,7 @@ def to_params(tensors: Tensors, fields: Mapping[str, Any]) -> dict[str, Any]:
         resized = resize_position_embedding(tensors["pos_embed"], grid, model.grid, num_special)
         tensors = {**tensors, "pos_embed": resized}
 
-    return translate(tensors, _rules(fields["depth"]), wanted)
+    return translate(tensors, _rules(fields["depth"]), wanted, _IGNORED)
 
 
 def to_tensors(params: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -196,78 +183,16 @@ def to_tensors(params: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str
         for name, rule in _rules(sum(name.startswith("block_") for name in params)).items()
         if not name.startswith(other_norm) and name != "register_tokens"
     }
-    return translate_back(params, rules, {_transposed: _transposed, _unfolded: _folded, _same: _same})
-
-
-def translate_back(
-    params: Mapping[str, Any], rules: Rules, inverse: Mapping[Callable, Callable[[np.ndarray], np.ndarray]]
-) -> dict[str, np.ndarray]:
-    """The parameters as float32 tensors by name. rules: name -> (our path, transform); inverse: of each transform.
-
-    Raises InputError with all parameters that no rule leads to.
-    """
-    flat = traverse_util.flatten_dict(dict(params), sep="/")
-    if other := sorted(set(flat) - {path for path, _ in rules.values()}):
-        raise InputError(f"timm's layout has no place for {shortened(other)}")
-    found = {
-        name: inverse[transform](np.asarray(flat[path])) for name, (path, transform) in rules.items() if path in flat
-    }
-    return {name: np.ascontiguousarray(tensor, np.float32) for name, tensor in found.items()}
-
-
-def translate(tensors: Tensors, rules: Rules, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors as a nested dict of parameters. rules: name -> (our path, transform); wanted: our path -> its shape.
-
-    Raises InputError with all missing, surplus and misshapen tensors in one line.
-    """
-    found, surplus, wrong = {}, [], []
-    for name, tensor in tensors.items():
-        path, transform = rules.get(name, ("", _same))
-        if path in wanted and path not in found:
-            found[path] = transform(tensor)
-            if tensor.dtype.kind != "f":
-                wrong.append(f"{name} has dtype {tensor.dtype}, not a float")
-            elif found[path].shape != wanted[path].shape:
-                wrong.append(
-                    f"{name} has shape {tensor.shape}, which gives {found[path].shape}, not {wanted[path].shape}"
-                )
-        elif name not in _IGNORED:
-            surplus.append(name)
-    missing = {path: name for name, (path, _) in reversed(rules.items()) if path in wanted and path not in found}
-    complaints = {"missing": sorted(missing.values()), "surplus": sorted(surplus), "wrong": wrong}
-    if any(complaints.values()):
-        raise InputError(
-            "the weights do not fit the model: "
-            + "; ".join(f"{kind}: {shortened(names)}" for kind, names in complaints.items() if names)
-        )
-    return traverse_util.unflatten_dict(found, sep="/")
-
-
-def resize_position_embedding(
-    embedding: Float[np.ndarray | Array, "1 T D"], old_grid: Sequence[int], new_grid: Sequence[int], num_special: int
-) -> Float[np.ndarray, "1 S D"]:
-    """The position embedding of another patch raster (rows, columns); the first num_special rows stay.
-
-    Bicubic with antialiasing, as timm's `resample_abs_pos_embed` does it.
-    """
-    special, patches = embedding[:, :num_special], embedding[0, num_special:]
-    width = embedding.shape[-1]
-    resized = jax.image.resize(jnp.asarray(patches).reshape(*old_grid, width), (*new_grid, width), "bicubic")
-    return np.concatenate([special, np.asarray(resized).reshape(1, -1, width)], axis=1)
-
-
-def shortened(names: Sequence[str], limit: int = 8) -> str:
-    """The names separated by commas, those beyond the limit only counted."""
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    return translate_back(params, rules)
 
 
 def _rules(depth: int) -> Rules:
-    templates = {name: (path, _same) for name, path in _PARAMETERS.items()}
-    for name, (path, leaves) in _MODULES.items():
-        templates |= {f"{name}.{leaf}": (f"{path}/{ours}", transform) for leaf, (ours, transform) in leaves.items()}
+    templates = modules({"patch_embed.proj": "patch_embedding"}, _PATCHES)
+    templates |= modules(_LINEARS, _LINEAR) | modules(_NORMS, _NORM)
+    templates |= {name: Rule(path, SAME) for name, path in _PARAMETERS.items()}
     return {
-        name.format(i=i): (path.format(i=i), transform)
-        for name, (path, transform) in templates.items()
+        name.format(i=i): Rule(rule.path.format(i=i), rule.transform)
+        for name, rule in templates.items()
         for i in (range(depth) if "{i}" in name else [0])
     }
 

@@ -1,0 +1,123 @@
+"""From a description of a model, by name or by fields, to the model with random weights."""
+
+import functools
+import inspect
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Key
+
+from tif_jax import reducers
+from tif_jax.errors import InputError
+from tif_jax.models.budget import within_budget
+from tif_jax.models.levit import PATCH_SIZE, LeViT
+from tif_jax.models.model import Model, height_and_width
+from tif_jax.models.names import model_fields
+from tif_jax.models.vit import ViT
+
+FAMILIES: dict[str, type[ViT] | type[LeViT]] = {"vit": ViT, "levit": LeViT}
+_DEFAULTS = {
+    name: {
+        field: parameter.default
+        for field, parameter in inspect.signature(family.__init__).parameters.items()
+        if field not in ("self", "reducer", "rngs")
+    }
+    for name, family in FAMILIES.items()
+}
+MODEL_FIELDS = frozenset({"family"}).union(*_DEFAULTS.values())
+
+
+def field_kinds(family: str) -> dict[str, Any]:
+    """The annotation of each field of a family of models, `family` itself left out."""
+    return {name: FAMILIES[family].__init__.__annotations__[name] for name in _DEFAULTS[family]}
+
+
+class Rngs(nnx.Rngs):
+    """nnx.Rngs with one stream and the same keys, counted in Python: nnx's count is half of the time to trace a model."""
+
+    def __init__(self, key: Key[Array, ""]):
+        super().__init__(key)
+        self.num_drawn = 0
+
+    def params(self) -> Key[Array, ""]:
+        self.num_drawn += 1
+        return jax.random.fold_in(self.default.key[...], self.num_drawn - 1)
+
+
+def create_model(name: str | dict[str, Any], *, reducer: str = "full", seed: int = 0, **options: Any) -> Model:
+    """A model with random weights.
+
+    name: timm's name, or a dict of fields. options: fields of the model (num_classes, image_size, dtype, ...) and
+    of the reducer (keep_ratio, ...); budget=GMAC instead of keep_ratio or num_merged keeps as many tokens as that allows.
+    Raises InputError for anything unknown.
+    """
+    build = blueprint(name, reducer=reducer, **options)
+    graphdef: Any = None
+
+    @jax.jit  # one program draws all the weights: drawn one by one they would take seconds
+    def draw(key):
+        nonlocal graphdef
+        graphdef, params = nnx.split(build(key))
+        return params
+
+    params = draw(jax.random.key(seed))
+    return nnx.merge(graphdef, params)
+
+
+def blueprint(
+    name: str | dict[str, Any], *, reducer: str = "full", **options: Any
+) -> Callable[[Key[Array, ""]], Model]:
+    """`create_model` up to the drawing of weights: a function of the random key, for `nnx.eval_shape` or `jax.jit`."""
+    fields = model_fields(name) if isinstance(name, str) else name
+    fields = with_defaults({**fields, **{key: options.pop(key) for key in MODEL_FIELDS & options.keys()}})
+    if (budget := options.pop("budget", None)) is not None:
+        options |= _solved(json.dumps([fields, reducer, options], default=dict), budget)
+    own = {key: value for key, value in fields.items() if key != "family"}
+
+    def build(key: Key[Array, ""]) -> Model:
+        rngs = Rngs(key)
+        built = reducers.build(reducer, **_shape(fields), rngs=rngs, **options)
+        return FAMILIES[fields["family"]](**own, reducer=built, rngs=rngs)
+
+    return build
+
+
+@functools.cache  # a run asks for the same solution several times
+def _solved(described: str, budget: float) -> dict[str, float | int]:
+    fields, reducer, options = json.loads(described)
+
+    def build(key: Key[Array, ""], **given: Any) -> Model:
+        return blueprint(fields, reducer=reducer, **given)(key)
+
+    return within_budget(budget, build, reducers.options(reducer), options)
+
+
+def with_defaults(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """All fields of the family. Raises InputError for a family or fields that there are not."""
+    family = fields.get("family", "vit")
+    if family not in FAMILIES:
+        raise InputError(f"family is {family!r}; allowed: {', '.join(map(repr, FAMILIES))}")
+    if unknown := sorted(set(fields) - {"family", *_DEFAULTS[family]}):
+        raise InputError(f"Unknown model fields {', '.join(unknown)}. Known: {', '.join(sorted(_DEFAULTS[family]))}")
+    return {"family": family, **_DEFAULTS[family], **fields}
+
+
+def grid_of(fields: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and columns of the patch raster (before the first block) of a model with these fields."""
+    fields = with_defaults(fields)
+    height, columns = height_and_width(fields["image_size"])
+    patch_size = fields.get("patch_size", PATCH_SIZE)  # a LeViT has no choice
+    return height // patch_size, columns // patch_size
+
+
+def _shape(fields: Mapping[str, Any]) -> dict[str, int]:
+    """What `reducers.build` has to know of the model."""
+    num_patches = math.prod(grid_of(fields))
+    if fields["family"] == "levit":
+        widths, depths = fields["widths"], fields["depths"]
+        return dict(num_patches=num_patches, width=widths[0], depth=sum(depths) + len(depths) - 1)
+    return dict(num_patches=num_patches, **{name: fields[name] for name in ("width", "num_heads", "depth")})
