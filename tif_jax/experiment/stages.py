@@ -1,5 +1,6 @@
 """The stages that train, each from an experiment to a `training.stage.Stage`."""
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -78,7 +79,8 @@ def fitted_part(experiment: Experiment, workdir: Path) -> Stage:
 
 def token_filter(experiment: Experiment, workdir: Path) -> Stage:
     """The token filter of tif, fitted to the impact in DIR/impact: for any budget and whatever comes then."""
-    recipe, seed = experiment.filter, experiment.seed
+    seed = experiment.seed
+    recipe = dataclasses.replace(experiment.filter, keep_ratio=label_ratio(experiment))  # whatever says it
     entry = _fitted_entry(experiment).without("adapter")  # it comes after the filter
     model, fields = _load(backbone_folder(workdir), entry, experiment)
     table = shards.read_impact(workdir, expected=expected_manifest(experiment, model))
