@@ -49,7 +49,7 @@ def main() -> None:
         gmac = cost(model).gmac
         print(f"| {name} | {text} | {100 * top1:.1f} | {gmac:.3f} |", flush=True)
         error = (top1 * (1 - top1) / weight.sum()) ** 0.5
-        rows.append({"label": f"{name} {text}", "gmac": gmac, "top1": top1, "top1_spread": error})
+        rows.append({"label": f"{name} {text}", "gmac": gmac, "top1": (top1, error)})
     if len(sys.argv) > 1:
         accuracy_cost(rows, Path(sys.argv[1]))
 

@@ -1,5 +1,6 @@
 """The figures of a report."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,12 @@ import numpy as np
 
 
 def accuracy_cost(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Top-1 against GMAC, one point with its spread per reducer."""
+    """Top-1 (mean, standard deviation) against GMAC, one point per reducer."""
     figure, axes = _figure(9, 4)
     for i, row in enumerate(rows):
         marker = "os^Dv"[i // 10 % 5]  # there are ten colours
-        axes.errorbar(
-            row["gmac"], 100 * row["top1"], 100 * row["top1_spread"], fmt=marker, capsize=3, label=row["label"]
-        )
+        top1, spread = (100 * x for x in row["top1"])
+        axes.errorbar(row["gmac"], top1, spread, fmt=marker, capsize=3, label=_narrow(row["label"]))
     axes.set(xlabel="GMAC per image", ylabel="top-1 (%)", xlim=(0, None))
     figure.legend(loc="outside right upper", fontsize=7)
     axes.grid(alpha=0.3)
@@ -24,12 +24,14 @@ def accuracy_cost(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 def training_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     """Training loss of each run against the fraction of its steps."""
     figure, axes = _figure(6, 4)
-    for name, lines in curves.items():
-        if lines:
-            axes.plot(
-                [line["step"] / lines[-1]["step"] for line in lines], [line["loss"] for line in lines], label=name
-            )
-    axes.set(xlabel="fraction of the run's steps", ylabel="training loss (nats)", yscale="log")
+    drawn = {name: lines for name, lines in curves.items() if lines}
+    for name, lines in drawn.items():
+        steps = [line["step"] / lines[-1]["step"] for line in lines]
+        axes.plot(steps, [line["loss"] for line in lines], label=_narrow(name))
+    positive = all(line["loss"] > 0 for lines in drawn.values() for line in lines)
+    axes.set(
+        xlabel="fraction of the run's steps", ylabel="training loss (nats)", yscale="log" if positive else "linear"
+    )
     axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
@@ -53,6 +55,11 @@ def picture_page(pictures: Sequence[Mapping[str, np.ndarray]], path: Path) -> No
     for panel, title in zip(grid[0], titles, strict=True):
         panel.set_title(title, fontsize=10)
     figure.savefig(path, dpi=100)
+
+
+def _narrow(label: str) -> str:
+    """Broken into lines that leave the axes some room: labels of reducers with many options are long."""
+    return "\n".join(textwrap.wrap(label, 28, break_on_hyphens=False))
 
 
 def _figure(width: int, height: int, rows: int = 1, columns: int = 1):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from tif_jax.commands._plots import accuracy_cost, picture_page, training_curves
+from tif_jax.commands._tables import Column, fixed, markdown, percent
 from tif_jax.commands.evaluate import KEEP_RATIOS
 from tif_jax.data.loader import evaluation_batches
 from tif_jax.experiment import config as config_file
@@ -23,6 +24,15 @@ from tif_jax.tokens import num_kept, top_k
 from tif_jax.weights.loading import load
 
 _NUM_PICTURES = 8
+_SUMMARY = (
+    Column("reducer", ("label",)),
+    Column("before %", ("top1_before",), percent),
+    Column("top-1 %", ("top1",), percent),
+    Column("among classes %", ("top1_among_classes",), percent),  # where the data set has fewer classes than the model
+    Column("GMAC", ("gmac",), fixed(4)),
+    Column("images/s", ("images_per_second",), fixed(1)),
+    Column("x full", ("speed_up",), fixed(2)),
+)
 
 
 def write_report(
@@ -62,7 +72,7 @@ def write_report(
         "device": speed["device"],
         "backbone": records.read(workdir / "backbone" / "metrics.json"),
         "rows": rows,
-        "filter": _short(ranking["rankings"]) if ranking else None,
+        "filter": _filter_summary(ranking["rankings"]) if ranking else None,
         "rankings": ranking,
         "best": best,
         "best_chosen_on": chosen_on,
@@ -90,7 +100,7 @@ def _best(rows: Sequence[dict[str, Any]]) -> tuple[str | None, str | None]:
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per reducer: mean and sample standard deviation of top-1 over the seeds."""
+    """One row per reducer: of each top-1, mean and sample standard deviation over the seeds; speed beside the full model."""
     summary = []
     for label in dict.fromkeys(row["label"] for row in rows):
         of_label = [row for row in rows if row["label"] == label]
@@ -98,18 +108,15 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for metric in ("top1", "top1_before", "top1_among_classes"):
             if metric in of_label[0]:
                 values = [r[metric] for r in of_label]
-                row[metric] = statistics.mean(values)
-                row[f"{metric}_spread"] = statistics.stdev(values) if len(values) > 1 else 0.0
+                row[metric] = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
         summary.append(row | {"num_seeds": len(of_label)})
-    return summary
+    full = next((row for row in summary if row["reducer"] == "full"), summary[0])
+    return [row | {"speed_up": row["images_per_second"] / full["images_per_second"]} for row in summary]
 
 
 def _markdown(result: dict[str, Any], summary: list[dict[str, Any]]) -> str:
-    among = "top1_among_classes" in summary[0]
     seeds = summary[0]["num_seeds"]
-    full = next((row for row in summary if row["reducer"] == "full"), summary[0])
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    head = ["reducer", "before %", "top-1 %", *(["among classes %"] if among else []), "GMAC", "images/s", "x full"]
     lines = [
         "# Report",
         "",
@@ -121,21 +128,7 @@ def _markdown(result: dict[str, Any], summary: list[dict[str, Any]]) -> str:
         f"seed{'s' * (seeds > 1)}. Before: top-1 of the same weights under the reducer, not yet fine-tuned. Images/s: "
         "interleaved in one process.",
         "",
-        *_table(
-            head,
-            [
-                [
-                    row["label"],
-                    _percent(row, "top1_before"),
-                    _percent(row, "top1"),
-                    *([_percent(row, "top1_among_classes")] if among else []),
-                    f"{row['gmac']:.4f}",
-                    f"{row['images_per_second']:.1f}",
-                    f"{row['images_per_second'] / full['images_per_second']:.2f}",
-                ]
-                for row in summary
-            ],
-        ),
+        *markdown([column for column in _SUMMARY if column.key[0] in summary[0]], summary),
         "",
         "![accuracy against cost](accuracy_cost.png)",
         "",
@@ -167,31 +160,27 @@ def _of_filter(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def _short(rankings: dict[str, Any]) -> dict[str, Any]:
+def _filter_summary(rankings: dict[str, Any]) -> dict[str, Any]:
     """AUC and Spearman correlation of the filter and of the two rankings it has to beat."""
-    short = {name: {"auc": row["auc"], "spearman": row["spearman"]["label"]} for name, row in rankings.items()}
-    return {**short["filter"], "position_prior": short["position prior"], "random": short["random"]}
+    known = {name: {"auc": row["auc"], "spearman": row["spearman"]["label"]} for name, row in rankings.items()}
+    return {**known["filter"], "position_prior": known["position prior"], "random": known["random"]}
 
 
-def _ranking_table(rows: dict[str, Any]) -> list[str]:
-    targets = list(next(iter(rows.values()))["spearman"])
-    head = ["ranking", "AUC", *(f"rho({target})" for target in targets), *(f"keep {ratio:g}" for ratio in KEEP_RATIOS)]
-    body = []
-    for name, row in sorted(rows.items(), key=lambda item: item[1]["keep"][str(KEEP_RATIOS[1])]["agreement"]):
-        outcomes = [row["keep"][str(ratio)] for ratio in KEEP_RATIOS]
-        body.append(
-            [name, f"{row['auc']:.3f}", *(f"{row['spearman'][target]:.3f}" for target in targets)]
-            + [f"{o['cross_entropy']:.3f} / {o['top1']:.3f} / {o['agreement']:.3f}" for o in outcomes]
-        )
-    return _table(head, body)
+def _ranking_table(rankings: dict[str, Any]) -> list[str]:
+    """The rankings by their agreement at the middle keep ratio, the worst first."""
+    middle = str(KEEP_RATIOS[1])
+    rows = [row | {"name": name} for name, row in rankings.items()]
+    columns = [
+        Column("ranking", ("name",)),
+        Column("AUC", ("auc",), fixed(3)),
+        *(Column(f"rho({target})", ("spearman", target), fixed(3)) for target in rows[0]["spearman"]),
+        *(Column(f"keep {ratio:g}", ("keep", str(ratio)), _outcome) for ratio in KEEP_RATIOS),
+    ]
+    return markdown(columns, sorted(rows, key=lambda row: row["keep"][middle]["agreement"]))
 
 
-def _table(head: list[str], body: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body)]
-
-
-def _percent(row: dict[str, Any], metric: str) -> str:
-    return f"{100 * row[metric]:.2f} ± {100 * row[f'{metric}_spread']:.2f}"
+def _outcome(outcome: dict[str, float]) -> str:
+    return " / ".join(f"{outcome[key]:.3f}" for key in ("cross_entropy", "top1", "agreement"))
 
 
 def _curves(

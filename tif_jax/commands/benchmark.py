@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import logging
+import math
 import statistics
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from tif_jax.commands import _arguments
+from tif_jax.commands._tables import Column, aligned, fixed
 from tif_jax.experiment.sections import Experiment
 from tif_jax.models import Model
 from tif_jax.models.cost import cost
@@ -26,6 +28,15 @@ logger = logging.getLogger(__name__)
 
 _ROUNDS = 7
 _SECONDS_PER_ROUND = 0.4
+_COLUMNS = (
+    Column("reducer", ("label",)),
+    Column("GMAC", ("gmac",), fixed(4)),
+    Column("params M", ("parameters",), fixed(3, 1e-6)),
+    Column("images/s", ("images_per_second",), fixed(1)),
+    Column("x full", ("speed_up",), fixed(2)),
+    Column("of GMAC", ("of_gmac",), fixed(2)),
+    Column("peak MiB", ("peak_memory_bytes",), fixed(1, 2**-20)),
+)
 
 
 def main(argv: list[str]) -> None:
@@ -88,19 +99,15 @@ def is_measured(config: Experiment, workdir: Path) -> bool:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as text. of GMAC: the share of the speed-up that the multiply-adds promise which is there."""
-    width = max(len(row["label"]) for row in rows)
-    lines = [
-        f"{'reducer':<{width}} {'GMAC':>8} {'params M':>9} {'images/s':>9} {'x full':>7} {'of GMAC':>8} {'peak MiB':>9}"
-    ]
     full = next((row for row in rows if row["reducer"] == "full"), None)
-    for row in rows:
-        faster = row["images_per_second"] / full["images_per_second"] if full else float("nan")
-        cheaper = full["gmac"] / row["gmac"] if full else float("nan")
-        lines.append(
-            f"{row['label']:<{width}} {row['gmac']:>8.4f} {row['parameters'] / 1e6:>9.3f} {row['images_per_second']:>9.1f} "
-            f"{faster:>7.2f} {faster / cheaper:>8.2f} {row['peak_memory_bytes'] / 2**20:>9.1f}"
-        )
-    return "\n".join(lines)
+
+    def beside_full(row: dict[str, Any]) -> dict[str, float]:
+        if full is None:
+            return {"speed_up": math.nan, "of_gmac": math.nan}
+        speed_up = row["images_per_second"] / full["images_per_second"]
+        return {"speed_up": speed_up, "of_gmac": speed_up * row["gmac"] / full["gmac"]}
+
+    return "\n".join(aligned(_COLUMNS, [row | beside_full(row) for row in rows]))
 
 
 def _peak_memory(program: Any) -> int:

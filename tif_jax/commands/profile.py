@@ -1,10 +1,12 @@
 """Where the time of a training step goes: figures, and a trace of some steps; nothing is trained."""
 
+import itertools
 import json
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -16,6 +18,8 @@ from tif_jax.runtime import processes, records
 from tif_jax.runtime.mesh import shard
 from tif_jax.training import speed
 from tif_jax.training.stage import Stage, prepare
+from tif_jax.training.state import State
+from tif_jax.training.step import Batch, Step
 
 logger = logging.getLogger(__name__)
 
@@ -61,53 +65,60 @@ def profile(stage: str, config: Experiment, workdir: Path, num_steps: int) -> di
 
 def _measure(stage: Stage, directory: Path, num_steps: int) -> dict[str, Any]:
     prepared = prepare(stage)
-    state, step = prepared.fresh(), prepared.step(stage.model)
-    batches = (shard(batch, prepared.mesh) for batch in stage.batches)
-    batch = next(batches)
+    step, batches = prepared.step(stage.model), (shard(batch, prepared.mesh) for batch in stage.batches)
+    state, batch = prepared.fresh(), next(batches)
     began = time.perf_counter()
     lowered = step.func.lower(*step.args, state, batch)  # type: ignore[attr-defined]
     memory = lowered.compile().memory_analysis()
     compile_seconds = time.perf_counter() - began
-    for _ in range(_NUM_WARM):
-        state, metrics = step(state, batch)
-    jax.block_until_ready(metrics)
-
-    waited = called = 0.0
-    began = time.perf_counter()
-    for _ in range(num_steps):
-        before = time.perf_counter()
-        batch = next(batches)
-        waited += time.perf_counter() - before
-        before = time.perf_counter()
-        state, metrics = step(state, batch)
-        called += time.perf_counter() - before
-    jax.block_until_ready(metrics)
-    step_seconds = (time.perf_counter() - began) / num_steps
-
-    began = time.perf_counter()
-    for _ in range(num_steps):
-        state, metrics = step(state, batch)
-    jax.block_until_ready(metrics)
-    device_seconds = (time.perf_counter() - began) / num_steps
-
-    with jax.profiler.trace(str(directory)):
-        for number in range(_NUM_TRACED):
-            with jax.profiler.StepTraceAnnotation("train", step_num=number):
-                state, metrics = step(state, next(batches))
-        jax.block_until_ready(metrics)
-    logger.info("%s: a trace of %d steps", directory, _NUM_TRACED)
-    images_per_second = stage.recipe.batch_size / step_seconds
+    state, _ = _timed(step, state, itertools.repeat(batch), _NUM_WARM)
+    state, training = _timed(step, state, batches, num_steps)
+    state, device = _timed(step, state, itertools.repeat(batch), num_steps)
+    _trace(step, state, batches, directory)
+    images_per_second = stage.recipe.batch_size / training.step
     meter = speed.meter(stage.model if stage.trains_network else None, prepared.mesh, stage.peak_tflops)
     return {
         "device": f"{prepared.mesh.size} x {jax.devices()[0].device_kind}",
         "batch_size": stage.recipe.batch_size,
         "num_steps": num_steps,
         "compile_seconds": compile_seconds,
-        "step_seconds": step_seconds,
-        "device_seconds": device_seconds,
-        "dispatch_seconds": called / num_steps,
-        "data_seconds": waited / num_steps,
+        "step_seconds": training.step,
+        "device_seconds": device.step,
+        "dispatch_seconds": training.dispatch,
+        "data_seconds": training.data,
         "images_per_second": images_per_second,
         "planned_memory_bytes": None if memory is None else memory.peak_memory_in_bytes,  # on one device
         **meter(images_per_second),
     }
+
+
+class _Seconds(NamedTuple):
+    """Means per step."""
+
+    step: float
+    dispatch: float  # until the call of the step returns
+    data: float  # until the batch is there
+
+
+def _timed(step: Step, state: State, batches: Iterator[Batch], num_steps: int) -> tuple[State, _Seconds]:
+    data = dispatch = 0.0
+    began = time.perf_counter()
+    for _ in range(num_steps):
+        before = time.perf_counter()
+        batch = next(batches)
+        there = time.perf_counter()
+        state, metrics = step(state, batch)
+        data += there - before
+        dispatch += time.perf_counter() - there
+    jax.block_until_ready(metrics)
+    total = time.perf_counter() - began
+    return state, _Seconds(step=total / num_steps, dispatch=dispatch / num_steps, data=data / num_steps)
+
+
+def _trace(step: Step, state: State, batches: Iterator[Batch], directory: Path) -> None:
+    with jax.profiler.trace(str(directory)):
+        for number in range(_NUM_TRACED):
+            with jax.profiler.StepTraceAnnotation("train", step_num=number):
+                state, metrics = step(state, next(batches))
+        jax.block_until_ready(metrics)
+    logger.info("%s: a trace of %d steps", directory, _NUM_TRACED)
