@@ -2,8 +2,8 @@
 
     python -m benchmarks.filters --workdir runs/filters --scored runs/label runs/teacher --seeds 3 \\
         --judge "validation: configs/imagenette.py" "all classes: configs/imagenette.py:photographs" -- \\
-        "paper: configs/imagenette.py:paper" "ours: configs/imagenette.py" \\
-        "longer: configs/imagenette.py --config.filter.num_epochs=12"
+        "plain: configs/imagenette.py:plain" "ours: configs/imagenette.py" \\
+        "wider: configs/imagenette.py --config.reducer.adapter=96"
 
 NAME: CONFIG [--config.KEY=VALUE ...] is fitted to the impacts of the first of the workdirs --scored (`tif score`) whose
 target, num_samples and views are those of its section `score`. There is a table for each config of --judge, on whose
@@ -283,9 +283,8 @@ def outcome(found: Sequence[dict[str, Any]]) -> str:
 
 def added_gmac(config: Experiment, **changed: Any) -> float:
     """Multiply-adds in front of the first block: of filter and adapter."""
-    given = {**config.reducer.options, **changed}
-    options = {key: given[key] for key in ("adapter",) if key in given}
-    model = load(config.backbone.init_from, reducer="tif", keep_ratio=1.0, **options)
+    adapter = {**config.reducer.options, **changed}.get("adapter", 0)
+    model = load(config.backbone.init_from, reducer="tif", keep_ratio=1.0, adapter=adapter)
     return cost(model).gmac - cost(load(config.backbone.init_from, reducer="full")).gmac
 
 

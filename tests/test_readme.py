@@ -30,7 +30,7 @@ BLOCKS = {page: re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTIL
 FLAX_ALONE = BLOCKS["docs/python.md"][-1]
 WEIGHTS = "deit_tiny_patch16_224.safetensors"
 RUN = dict(image_size=16, patch_size=4, width=16, depth=1, num_heads=2, num_classes=10, pool="mean", class_token=False)
-TIF = dict(name="tif", keep_ratio=0.25, features="local")
+TIF = dict(name="tif", keep_ratio=0.25)
 COMPARISON = """
 import jax, numpy as np
 

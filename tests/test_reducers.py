@@ -253,10 +253,9 @@ def test_registers_are_no_class_token(reducer):
     ("reducer", "options", "message"),
     [
         ("baat", {}, "Unknown reducer 'baat'. Known: "),
-        ("tif", {"keep_rate": 0.5}, "takes keep_ratio, features, hidden, then, adapter; got keep_rate"),
+        ("tif", {"keep_rate": 0.5}, "takes keep_ratio, then, adapter; got keep_rate"),
         ("tif", {"keep_ratio": 0.0}, "keep_ratio is 0.0"),
         ("random", {"keep_ratio": 1.5}, "keep_ratio is 1.5"),
-        ("tif", {"features": "all"}, "features is 'all'; allowed"),
         ("full", {"keep_ratio": 0.5}, "takes no options; got keep_ratio"),
         ("full", {"budget": 0.5}, "neither keep_ratio nor num_merged"),
         ("evit", {"budget": 0.5, "keep_ratio": 0.5}, "budget and keep_ratio are given"),

@@ -23,35 +23,24 @@ _HEADS = 4  # of the adapter
 
 
 class TokenFilter(nnx.Module):
-    """Logit that a patch token is worth keeping, from its embedding and ('local+global') the image's mean.
+    """Logit that a patch token is worth keeping, from its embedding and the image's mean.
 
-    The paper says "multi-layer perceptron" and no more: LayerNorm, hidden layers D and D/2, GELU and the global feature
-    are our choice. The global half of the first layer is computed once per image.
+    The paper says "multi-layer perceptron" and no more: LayerNorm, hidden layers D and D/2, GELU and the image's mean are
+    our choice. The mean's half of the first layer is computed once per image.
     """
 
-    def __init__(
-        self, width: int, features: str = "local+global", hidden: tuple[int, ...] | None = None, *, rngs: nnx.Rngs
-    ):
-        if features not in ("local", "local+global"):
-            raise InputError(f"features is {features!r}; allowed: 'local', 'local+global'")
-        sizes = (width, width // 2) if hidden is None else tuple(hidden)
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
         self.norm = nnx.LayerNorm(width, use_fast_variance=False, rngs=rngs)
-        self.local_in = Linear(width, sizes[0], rngs=rngs)
-        if features == "local+global":
-            self.global_in = Linear(width, sizes[0], use_bias=False, rngs=rngs)
-        for i, (size_in, size_out) in enumerate(zip(sizes, (*sizes[1:], 1), strict=True)):
-            setattr(self, f"layer_{i}", Linear(size_in, size_out, rngs=rngs))
-        self.features = features
-        self.depth = len(sizes)
+        self.local_in = Linear(width, width, rngs=rngs)
+        self.global_in = Linear(width, width, use_bias=False, rngs=rngs)
+        self.layer_0 = Linear(width, width // 2, rngs=rngs)
+        self.layer_1 = Linear(width // 2, 1, rngs=rngs)
 
     def __call__(self, patches: Float[Array, "B N D"]) -> Float[Array, "B N"]:
         local = self.norm(patches.astype(jnp.float32))
-        y = self.local_in(local)
-        if self.features == "local+global":
-            y = y + self.global_in(local.mean(axis=1, keepdims=True))
-        for i in range(self.depth):
-            y = getattr(self, f"layer_{i}")(gelu(y, approximate=False))
-        return y[..., 0]
+        y = self.local_in(local) + self.global_in(local.mean(axis=1, keepdims=True))
+        y = self.layer_0(gelu(y, approximate=False))
+        return self.layer_1(gelu(y, approximate=False))[..., 0]
 
 
 class Adapter(nnx.Module):
@@ -110,8 +99,6 @@ class Tif(nnx.Module):
     def __init__(
         self,
         keep_ratio: float = 0.5,
-        features: str = "local+global",
-        hidden: tuple[int, ...] | None = None,
         then: dict | None = None,
         adapter: int = 0,
         *,
@@ -122,7 +109,7 @@ class Tif(nnx.Module):
         check_keep_ratio(keep_ratio)
         self.keep_ratio = keep_ratio
         self.then = Full() if then is None else build(**then)
-        self.filter = TokenFilter(width, features, hidden, rngs=rngs)
+        self.filter = TokenFilter(width, rngs=rngs)
         self.adapter = Adapter(width, adapter, rngs=rngs) if adapter else None
 
     def __call__(self, blocks, x, tokens, rngs=None):
