@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tif_jax import reducers
+from tif_jax import reducers, schema
+from tif_jax.experiment.sections import Experiment
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -31,12 +32,17 @@ def test_every_option_of_a_reducer_is_explained(name):
         block["body"]
         for page in (ROOT / "docs" / "methods").glob("*.md")
         for block in generate.BLOCK.finditer(page.read_text())
-        if block["name"] == name
+        if (block["kind"], block["name"]) == ("options", name)
     ]
     assert len(found) == 1
     for option in reducers.options(name):
         row = next(line for line in found[0].splitlines() if line.startswith(f"| `{option}` |"))
         assert row.split("|")[-2].strip(), f"say in docs/methods what {option} of {name} is"
+
+
+def test_every_section_of_a_config_has_a_table():
+    found = [block["name"] for block in generate.BLOCK.finditer((ROOT / "docs" / "config.md").read_text())]
+    assert sorted(found) == sorted({generate.section_of(key) for key in schema.keys(Experiment)})
 
 
 @pytest.mark.parametrize("page", PAGES)
