@@ -33,16 +33,11 @@ from ml_collections import ConfigDict
 
 def get_config():
     return ConfigDict(dict(
-        seed=0, seeds=1, quick=False, dtype="float32", when_quick=dict(),
         data=dict(
-            name="digits", root="", image_size=32, num_train={NUM_IMAGES}, num_test=10, crop_fraction=1.0,
-            augment="none", on_error="raise", num_workers=2,
+            name="digits", image_size=32, num_train={NUM_IMAGES}, num_test=10, crop_fraction=1.0, num_workers=2
         ),
-        backbone=dict(init_from="", model={MODEL}),
-        score=dict(
-            estimator="exact", mask="zero", target="label", num_samples=2, keep_ratio=0.5, views=1, num_images=0,
-            batch_size=4, chunk=0, dtype="", part="",
-        ),
+        backbone=dict(model={MODEL}),
+        score=dict(estimator="exact", mask="zero", target="label", batch_size=4),
     ))
 """
 
