@@ -264,6 +264,8 @@ def to_json(value: Any) -> Any:
 def _one_kind_text(kind: Any) -> str:
     inside = typing.get_args(kind)
     if typing.get_origin(kind) in (tuple, Sequence):
+        if inside[0] is Any:
+            return "a tuple"
         what = kind_text(inside[0])
         what = f"{what.removeprefix('a ')}s" if what.startswith("a ") and " or " not in what else what
         number = f"{len(inside)} " if len(inside) > 1 and inside[-1] is not Ellipsis else ""

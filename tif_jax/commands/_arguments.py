@@ -23,7 +23,10 @@ def parse(command: str, description: str, argv: list[str], **flags: dict) -> arg
     """
     parser = Parser(prog=f"tif {command}", description=description, allow_abbrev=False)
     parser.add_argument(
-        "--config", required=True, metavar="FILE[:ARG]", help="--config.KEY=VALUE overrides a value of it"
+        "--config",
+        required=True,
+        metavar="FILE[:ARG]",
+        help="--config.KEY=VALUE overrides a value of it; `tif --help config` lists the keys",
     )
     parser.add_argument(
         "--workdir", required=True, type=Path, metavar="DIR", help="where results go and earlier ones are"

@@ -19,7 +19,7 @@ from tif_jax.experiment.sources import open_source
 from tif_jax.impact import shards
 from tif_jax.models import Model
 from tif_jax.models.budget import AMOUNTS
-from tif_jax.runtime import metrics_log, records
+from tif_jax.runtime import files, metrics_log, records
 from tif_jax.tokens import num_kept, top_k
 from tif_jax.weights.loading import load
 
@@ -83,7 +83,7 @@ def write_report(
     training_curves(_curves(config, workdir, runs, of_filter), workdir / "training.png")
     if of_filter:
         picture_page(_pictures(of_filter, workdir), workdir / "tokens.png")
-    (workdir / "report.md").write_text(_markdown(result, summary))
+    files.write(workdir / "report.md", _markdown(result, summary).encode())
 
 
 def _best(rows: Sequence[dict[str, Any]]) -> tuple[str | None, str | None]:

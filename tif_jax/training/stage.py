@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ def fit(stage: Stage) -> None:
     records.claim(directory, made, ignored=WITHOUT_EFFECT)
     processes.wait_for_all(f"{directory.name} claimed")
     state = prepared.fresh()
-    with processes.preemption() as stop, Checkpoints(directory / "checkpoints") as checkpoints:
+    with processes.preemption() as stop, closing(batches), Checkpoints(directory / "checkpoints") as checkpoints:
         if restored := checkpoints.restore(state):
             state, position = restored
             batches.set_state(position)
@@ -177,7 +178,6 @@ def fit(stage: Stage) -> None:
                 stop=stop,
                 title=directory.name,
             )
-    batches.close()
 
 
 def describe(settings: Mapping[str, Any], fields: Mapping[str, Any], reducer: Mapping[str, Any]) -> dict[str, Any]:
