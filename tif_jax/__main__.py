@@ -122,7 +122,11 @@ def _describe_reducers() -> str:
 
 def _describe_config() -> str:
     """Each key of a config with its default, what it may be and what it is for."""
-    return "\n".join(f"{key.path} = {key.default!r}\n    {key.help} ({key.allowed})" for key in schema.keys(Experiment))
+    lines = []
+    for key in schema.keys(Experiment):
+        default = getattr(key.default, "described", key.default)
+        lines += [f"{key.path} = {default!r}", f"    {key.help} ({key.allowed})"]
+    return "\n".join(lines)
 
 
 _TOPICS = {"config": _describe_config, "reducers": _describe_reducers}

@@ -14,6 +14,7 @@ import ast
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -88,9 +89,9 @@ def key(default: Any, help: str, **bounds: Any) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def section(kind: type, help: str) -> Any:
+def section(kind: type) -> Any:
     """A field that is a section of its own, by default with all of its defaults."""
-    return dataclasses.field(default_factory=kind, metadata={"help": help})
+    return dataclasses.field(default_factory=kind)
 
 
 def read(kind: type[Section], settings: Any, where: str = "") -> Section:
@@ -156,10 +157,12 @@ def from_text(kind: Any, text: str, where: str) -> Any:
     try:
         candidates.append(ast.literal_eval(text))
     except (ValueError, SyntaxError, MemoryError, RecursionError):
-        if text.strip("+-").lower() in ("inf", "nan"):
+        if re.fullmatch("[+-]?(inf|nan)", text.lower()):
             candidates.append(float(text))
     candidates += [text, tuple(part.strip() for part in text.split(",") if part.strip())]
-    if str in alternatives:  # '08' and 'true' are texts where a text is wanted
+    if str in alternatives and not (
+        dict in alternatives and text.startswith("{")
+    ):  # '08' is a text where one is wanted
         candidates.insert(0, text)
     for candidate in candidates:
         if any(_as(each, candidate) is not _UNFIT for each in alternatives):
@@ -235,7 +238,10 @@ def _as(kind: Any, value: Any) -> Any:
     if kind is Any:
         return value
     if origin in (dict, Mapping) or kind in (dict, Mapping):
-        return plain(value) if isinstance(value, Mapping | ConfigDict) else _UNFIT
+        if not isinstance(value, Mapping | ConfigDict):
+            return _UNFIT
+        values = {name: _as(inside[1], inner) if inside else inner for name, inner in plain(value).items()}
+        return _UNFIT if any(inner is _UNFIT for inner in values.values()) else values
     if isinstance(value, bool):
         return value if kind is bool else _UNFIT
     if kind is float and isinstance(value, int):

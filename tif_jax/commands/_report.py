@@ -1,6 +1,5 @@
 """report.json, report.md and the figures of a finished run: what was gained, from the files its stages left."""
 
-import importlib.metadata
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +12,9 @@ from tif_jax.commands._tables import Column, fixed, markdown, percent
 from tif_jax.commands.evaluate import KEEP_RATIOS
 from tif_jax.data.loader import evaluation_batches
 from tif_jax.experiment import config as config_file
-from tif_jax.experiment.folders import adapter_folder, filter_folder, finetune_folder
+from tif_jax.experiment.folders import adapter_folder, backbone_folder, filter_folder, finetune_folder, heldout_folder
 from tif_jax.experiment.sections import Experiment
-from tif_jax.experiment.sources import open_source
+from tif_jax.experiment.sources import open_for_model
 from tif_jax.impact import shards
 from tif_jax.models import Model
 from tif_jax.models.budget import AMOUNTS
@@ -65,12 +64,12 @@ def write_report(
             row["validation_loss"] = metrics["validation"]["loss"]
         rows.append(row | {key: metrics[key] for key in ("top1_among_classes",) if key in metrics})
     ranking = records.read(filter_folder(of_filter, workdir) / "metrics.json") if of_filter else None
-    best, chosen_on = _best([row for row in rows if row["reducer"] == config.reducer.name])
+    best, chosen_on = _best([row for row in rows if row["label"] == config.reducer.label])
     result = {
         "config": config_file.to_json(config),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "tif_jax")},
+        "versions": records.versions(),
         "device": speed["device"],
-        "backbone": records.read(workdir / "backbone" / "metrics.json"),
+        "backbone": records.read(backbone_folder(workdir) / "metrics.json"),
         "rows": rows,
         "filter": _filter_summary(ranking["rankings"]) if ranking else None,
         "rankings": ranking,
@@ -186,7 +185,7 @@ def _outcome(outcome: dict[str, float]) -> str:
 def _curves(
     config: Experiment, workdir: Path, runs: Sequence[Experiment], of_filter: Experiment | None
 ) -> dict[str, list[dict[str, Any]]]:
-    directories = [workdir / "backbone", *([filter_folder(of_filter, workdir)] if of_filter else [])]
+    directories = [backbone_folder(workdir), *([filter_folder(of_filter, workdir)] if of_filter else [])]
     for of_run in (r for r in runs if r.seed == config.seed):
         directories += [adapter_folder(of_run, workdir)] if of_run.reducer.has_adapter else []
         directories += [finetune_folder(of_run, workdir)]
@@ -195,7 +194,7 @@ def _curves(
 
 def _pictures(config: Experiment, workdir: Path) -> list[dict[str, np.ndarray]]:
     """Test images with oracle impact, filter logits and kept mask, each (rows, columns) of the patch raster."""
-    table = shards.read_impact(workdir / "heldout-label")
+    table = shards.read_impact(heldout_folder(workdir, "label"))
     amount = {key: value for key, value in config.reducer.arguments.items() if key in AMOUNTS}
     model = load(filter_folder(config, workdir), **amount)
     return pictures(model, config, table, np.arange(_NUM_PICTURES) * len(table.index) // _NUM_PICTURES)
@@ -206,7 +205,7 @@ def pictures(
 ) -> list[dict[str, np.ndarray]]:
     """For `plots.picture_page`: the chosen rows of an oracle's table of test images, and what the filter says of them."""
     rows = np.stack([table.index, table.view], axis=1)[chosen]
-    source = open_source(config, "test", model)
+    source = open_for_model(config, "test", model)
     batches = evaluation_batches(source, config.data, batch_size=len(rows), records=rows)
     images = next(batches)["image"]
     batches.close()

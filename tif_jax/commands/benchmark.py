@@ -1,6 +1,5 @@
 """Images/s, GMAC, parameters and peak memory of the listed reducers, measured interleaved in one process."""
 
-import importlib.metadata
 import logging
 import math
 import statistics
@@ -16,6 +15,7 @@ from jaxtyping import Array, Float
 
 from tif_jax.commands import _arguments
 from tif_jax.commands._tables import Column, aligned, fixed
+from tif_jax.experiment.folders import backbone_folder
 from tif_jax.experiment.sections import Experiment
 from tif_jax.models import Model
 from tif_jax.models.cost import cost
@@ -51,7 +51,7 @@ def benchmark(config: Experiment, workdir: Path) -> dict[str, Any]:
     rows, turns = [], []
     for entry in recipe.reducers:
         fields = config.finetune.model
-        model = load(workdir / "backbone", reducer=entry.name, dtype=recipe.dtype, **fields, **entry.arguments)
+        model = load(backbone_folder(workdir), reducer=entry.name, dtype=recipe.dtype, **fields, **entry.arguments)
         images = np.random.default_rng(0).normal(size=(recipe.batch_size, *model.image_size, 3)).astype(np.float32)
         program, arguments = compile_forward(model, images, mesh)
         jax.block_until_ready(program(*arguments))
@@ -74,7 +74,7 @@ def benchmark(config: Experiment, workdir: Path) -> dict[str, Any]:
         row = rows[i]
         row["images_per_second"] = statistics.median(rates)
         row["images_per_second_range"] = [min(rates), max(rates)]
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "tif_jax")}
+    versions = records.versions()
     device = f"{mesh.size} x {jax.devices()[0].device_kind}"
     result = {"device": device, "versions": versions, "rows": rows}
     records.write(workdir / "benchmark.json", result)
@@ -90,7 +90,7 @@ def compile_forward(model: Model, images: Float[np.ndarray, "B Y X 3"], mesh: Me
 
 
 def is_measured(config: Experiment, workdir: Path) -> bool:
-    """Whether DIR/benchmark.json is what `benchmark` would measure again."""
+    """Whether DIR/benchmark.json has the rows of this config: reducers, batch size and dtype."""
     rows = (records.read(workdir / "benchmark.json") or {}).get("rows", [])
     recipe = config.benchmark
     wanted = [(entry.label, recipe.batch_size, recipe.dtype) for entry in recipe.reducers]

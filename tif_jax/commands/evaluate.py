@@ -17,10 +17,10 @@ from jaxtyping import Bool, Float
 from tif_jax.commands import _arguments
 from tif_jax.data.loader import evaluation_batches
 from tif_jax.errors import InputError
-from tif_jax.experiment.folders import filter_folder, finetune_folder
+from tif_jax.experiment.folders import backbone_folder, filter_folder, finetune_folder, heldout_folder
 from tif_jax.experiment.scoring import expected_manifest, label_options
 from tif_jax.experiment.sections import Experiment
-from tif_jax.experiment.sources import open_source
+from tif_jax.experiment.sources import open_for_model
 from tif_jax.experiment.stages import before_finetuning
 from tif_jax.impact import judge, shards
 from tif_jax.impact.labels import keep_labels, position_prior
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
 
 def backbone(config: Experiment, workdir: Path) -> dict[str, Any]:
     """DIR/backbone/metrics.json."""
-    directory = workdir / "backbone"
+    directory = backbone_folder(workdir)
     metrics = _evaluate(config, load(directory, dtype=config.dtype))
     records.write(directory / "metrics.json", metrics)
     return metrics
@@ -73,7 +73,7 @@ def finetuned(config: Experiment, workdir: Path) -> dict[str, Any]:
 
 
 def _evaluate(config: Experiment, model: Model, split: str = "test") -> dict[str, Any]:
-    source = open_source(config, split, model)
+    source = open_for_model(config, split, model)
     classes = sorted((config.data.class_index or {}).values())
     return {"num_images": len(source), "gmac": cost(model).gmac, **accuracy(model, source, config, classes)}
 
@@ -145,7 +145,7 @@ def heldout(config: Experiment, workdir: Path, model: ViT, trained_on: Float[np.
 
     trained_on: impacts whose labels the position prior is read off. Raises InputError if nothing is scored yet.
     """
-    folders = {target: workdir / f"heldout-{target}" for target in TARGETS}
+    folders = {target: heldout_folder(workdir, target) for target in TARGETS}
     expected = expected_manifest(config, model)
     oracles = {t: shards.read_impact(folder, expected=expected) for t, folder in folders.items() if folder.exists()}
     if "label" not in oracles:
@@ -156,7 +156,7 @@ def heldout(config: Experiment, workdir: Path, model: ViT, trained_on: Float[np.
     fixed = {f"{target} oracle": impact for target, impact in impacts.items()}
     fixed["position prior"] = np.broadcast_to(prior, table.impact.shape)
     return Heldout(
-        batches=partial(_batches, config, open_source(config, "test", model), table),
+        batches=partial(_batches, config, open_for_model(config, "test", model), table),
         mesh=make_mesh(config.evaluate.batch_size, this_process_only=True),
         impacts=impacts,
         labels=np.asarray(keep_labels(table.impact, **labelling)),

@@ -31,14 +31,21 @@ def check(experiment: Experiment) -> None:
         _check_then(entry)
     _check_phases(experiment)
     _check_shared_parts(experiment)
-    if any(entry.name in _LABELLED for _, entry in _entries(experiment)):
-        label_ratio(experiment)
+    if any(entry.name in _LABELLED for _, entry in _entries(experiment)) and label_ratio(experiment) == 1:
+        raise InputError(
+            "filter.keep_ratio is 1, or what tif keeps is: with all tokens worth keeping there is nothing to learn"
+        )
 
 
-def label_ratio(experiment: Experiment) -> float:
-    """The fraction of an image's tokens that are labelled worth keeping: filter.keep_ratio, or what tif keeps."""
+def label_ratio(experiment: Experiment) -> float | None:
+    """The fraction of an image's tokens that are labelled worth keeping: filter.keep_ratio, or what tif keeps.
+
+    None if nothing here learns from such labels. Raises InputError if it is not said.
+    """
     if experiment.filter.keep_ratio is not None:
         return experiment.filter.keep_ratio
+    if not any(entry.name in _LABELLED for _, entry in _entries(experiment)):
+        return None
     for name in _LABELLED:
         for _, entry in _entries(experiment):
             if entry.name == name and entry.budget is None:

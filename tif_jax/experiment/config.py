@@ -5,7 +5,9 @@ differs from the defaults in `sections`. With `--config.quick=true` the values o
 line has the last word.
 """
 
+import dataclasses
 import importlib.util
+import inspect
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -45,8 +47,8 @@ def from_settings(settings: Mapping[str, Any], overrides: list[str] | tuple[str,
     quick = merged.get("quick", False)
     for path, text in given:
         quick = schema.from_text(bool, text, path) if path == "quick" else quick
+    _read(merged)  # the file is right by itself
     if changes := merged.get("when_quick"):
-        _read(merged)  # mistakes that are not those of when_quick
         quickly = _merged(merged, changes)
         with schema.named("when_quick"):
             _read(quickly)
@@ -54,7 +56,9 @@ def from_settings(settings: Mapping[str, Any], overrides: list[str] | tuple[str,
     _override(merged, given)
     experiment = _read(merged)
     checks.check(experiment)
-    return experiment
+    # Said once, for all reducers of the run.
+    labels = dataclasses.replace(experiment.filter, keep_ratio=checks.label_ratio(experiment))
+    return dataclasses.replace(experiment, filter=labels)
 
 
 def to_json(experiment: Experiment) -> Settings:
@@ -135,24 +139,30 @@ def _overrides(arguments: list[str] | tuple[str, ...]) -> Iterator[tuple[str, st
 
 
 def _override(settings: Settings, given: list[tuple[str, str]]) -> None:
-    """Puts what the command line says into the settings.
-
-    An amount for the reducer stands instead of the file's. Another reducer takes over the file's amount, and no more.
-    """
+    """Puts what the command line says into the settings."""
+    of_reducer = [path for path, _ in given if path.startswith("reducer.")]
     names = [text for path, text in given if path == "reducer.name"]
-    reducer = settings.get("reducer", "full")
-    reducer = {"name": reducer} if isinstance(reducer, str) else reducer
-    if isinstance(reducer, dict):
-        own = [path.removeprefix("reducer.") for path, _ in given if path.startswith("reducer.")]
-        if names and names[-1] != reducer.get("name"):
-            kinds = option_kinds(names[-1])
-            reducer = {key: value for key, value in reducer.items() if key in AMOUNTS and key in (*kinds, "budget")}
-            reducer |= {"name": names[-1]}
-        if not set(own).isdisjoint(AMOUNTS):
-            reducer = {key: value for key, value in reducer.items() if key not in AMOUNTS}
-        settings["reducer"] = reducer
+    if of_reducer:
+        settings["reducer"] = _made_room(settings.get("reducer", "full"), of_reducer, names[-1] if names else None)
     for path, text in given:
         _put(settings, path, schema.from_text(_kind_at(path, settings), text, path))
+
+
+def _made_room(reducer: Any, given: list[str], name: str | None) -> Settings:
+    """The file's reducer without what the command line replaces.
+
+    An amount stands instead of the file's. A reducer of another name takes over the file's amount, and no more.
+    """
+    reducer = {"name": reducer} if isinstance(reducer, str) else dict(reducer)
+    if name is not None and name != reducer.get("name"):
+        kinds = option_kinds(name, "reducer.name")
+        amounts = {key: value for key, value in reducer.items() if key in AMOUNTS and key in (*kinds, "budget")}
+        reducer = {"name": name, **amounts}
+    if not {path.removeprefix("reducer.") for path in given}.isdisjoint(AMOUNTS):
+        reducer = {key: value for key, value in reducer.items() if key not in AMOUNTS}
+    if "reducer.then.name" in given:
+        reducer.pop("then", None)
+    return reducer
 
 
 def _put(settings: Settings, path: str, value: Any) -> None:
@@ -167,23 +177,31 @@ def _put(settings: Settings, path: str, value: Any) -> None:
 def _kind_at(path: str, settings: Settings) -> Any:
     """The annotation of a key. Raises InputError, with the nearest one, for a key that nothing reads."""
     known = _known_keys(settings)
-    if path not in known:
-        raise schema.unknown_key(path, list(known))
-    return known[path]
+    if path in known:
+        return known[path]
+    if inside := [name for name in known if name.startswith(f"{path}.")]:
+        raise InputError(
+            f"{path} is a section of the config: set its keys one by one, as in --config.{inside[0]}=VALUE"
+        )
+    raise schema.unknown_key(path, list(known))
 
 
 def _known_keys(settings: Settings) -> dict[str, Any]:
     """Every key that the command line may set, with its annotation."""
     known = {entry.path: entry.kind for entry in schema.keys(Experiment)}
-    known |= {"benchmark.reducers": tuple[str | dict, ...], "reducer.name": str}
+    known |= {"benchmark.reducers": tuple[str | dict, ...], "reducer": str | dict, "reducer.name": str}
     for prefix in ("backbone.model", "finetune.model"):
         known |= {f"{prefix}.{name}": kind for name, kind in _kinds_of_model(settings).items()}
+    known.pop("finetune.model.family")  # the backbone's
     for name in (settings.get("data") or {}).get("class_index") or {}:
         known[f"data.class_index.{name}"] = int
     entry, prefix = settings.get("reducer"), "reducer"
     while isinstance(entry, Mapping):
-        known |= {f"{prefix}.{name}": kind for name, kind in option_kinds(entry.get("name", "full")).items()}
         known |= {f"{prefix}.name": str, f"{prefix}.budget": float}
+        if isinstance(entry.get("name"), str):
+            kinds = option_kinds(entry["name"], prefix)
+            known |= {f"{prefix}.{name}": kind for name, kind in kinds.items()}
+            known |= {f"{prefix}.then.name": str} if "then" in kinds else {}
         entry, prefix = entry.get("then"), f"{prefix}.then"
     return known
 
@@ -214,11 +232,15 @@ def _file_settings(filename: str) -> Settings:
     sys.path.insert(0, folder)  # configs of one folder may share a file
     try:
         spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise InputError(f"{path} has no function get_config")
+        if arg and not inspect.signature(module.get_config).parameters:
+            raise InputError(f"{filename}: this file takes no argument after a colon")
         config = module.get_config(arg) if arg else module.get_config()
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{filename}: {' '.join(str(error).split()) or type(error).__name__}") from None
+        raise InputError(f"{filename}: {type(error).__name__}: {' '.join(str(error).split())}") from None
     finally:
         sys.path.remove(folder)
     if not isinstance(config, ConfigDict):

@@ -9,6 +9,15 @@ def backbone_folder(workdir: Path) -> Path:
     return workdir / "backbone"
 
 
+def impact_folder(workdir: Path) -> Path:
+    return workdir / "impact"
+
+
+def heldout_folder(workdir: Path, target: str) -> Path:
+    """Impacts of test images by the oracle of this target."""
+    return workdir / f"heldout-{target}"
+
+
 def filter_folder(experiment: Experiment, workdir: Path) -> Path:
     """DIR/filter for tif; for other reducers their name and options follow, and for further seeds the seed."""
     return workdir / _of_seed(experiment.reducer.fitted_name, experiment)

@@ -92,7 +92,7 @@ def read_entry(settings: Any, where: str, taken_over: Mapping[str, Any] | None =
     if not isinstance(own, dict) or not isinstance(own.get("name"), str):
         raise InputError(f"{where} is {settings!r}; it is a name, or a dict as in dict(name='evit', keep_ratio=0.5)")
     name = own.pop("name")
-    kinds = option_kinds(name)
+    kinds = option_kinds(name, where)
     for key in own:
         if key not in (*kinds, "budget"):
             raise _unknown_option(where, name, key, kinds)
@@ -118,6 +118,8 @@ def phases_of(entry: ReducerEntry, phases: Sequence[Mapping[str, Any]]) -> list[
     A phase is dict(until=EPOCH, OPTION=...). The reducer takes those of its options that it knows.
     """
     kinds, found = option_kinds(entry.name), []
+    if any(key in kinds for key in SOLVED):
+        kinds = {**kinds, "budget": float}
     for i, phase in enumerate(phases):
         changed = {key: value for key, value in phase.items() if key in kinds}
         typed = {key: schema.value_of(kinds[key], v, f"finetune.phases[{i}].{key}") for key, v in changed.items()}
@@ -125,9 +127,10 @@ def phases_of(entry: ReducerEntry, phases: Sequence[Mapping[str, Any]]) -> list[
     return found
 
 
-def option_kinds(name: str) -> dict[str, Any]:
-    """The annotation of each option of a reducer. InputError for an unknown name."""
-    parameters = reducers.options(name)
+def option_kinds(name: str, where: str = "") -> dict[str, Any]:
+    """The annotation of each option of a reducer. InputError for an unknown name, which stands at the key `where`."""
+    with schema.named(where):
+        parameters = reducers.options(name)
     return {key: Any if p.annotation is p.empty else p.annotation for key, p in parameters.items()}
 
 
@@ -146,7 +149,7 @@ def _option(kind: Any, value: Any, where: str) -> Any:
     if where.endswith(".then"):
         if value is not None and not isinstance(value, Mapping):
             raise InputError(f"{where} is {value!r}; it is a dict, as in dict(name='evo_vit', keep_ratio=0.5)")
-        return value and read_entry(value, where).described
+        return None if value is None else read_entry(value, where).described
     return schema.value_of(kind, value, where)
 
 

@@ -1,6 +1,5 @@
 """What an experiment scores, and what it makes of the impacts: manifests, oracles on test images, labels of the filter."""
 
-import importlib.metadata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -11,30 +10,31 @@ from jaxtyping import Float
 
 from tif_jax.data.source import Source
 from tif_jax.errors import InputError
-from tif_jax.experiment.checks import label_ratio
-from tif_jax.experiment.folders import backbone_folder
+from tif_jax.experiment.folders import backbone_folder, heldout_folder, impact_folder
 from tif_jax.experiment.sections import Experiment
-from tif_jax.experiment.sources import open_source
+from tif_jax.experiment.sources import open_for_model
 from tif_jax.impact import job
 from tif_jax.impact.manifest import Manifest
 from tif_jax.impact.oracle import TARGETS
 from tif_jax.models import Model
 from tif_jax.models.params import backbone_digest, params_of
+from tif_jax.runtime import records
 from tif_jax.weights.loading import load
 
 _ROWS_PER_PART = 256
+_IDENTITY = ("name", "tfds_name", "train_split", "test_split", "num_train", "num_validation", "num_test", "seed")
 
 
 def score_training(experiment: Experiment, workdir: Path) -> None:
     """DIR/impact: shards of the training split, with the estimator, mask, target and views of the section `score`."""
-    job.run(_job(experiment, workdir, "impact", "train", experiment.score.target))
+    job.run(_job(experiment, impact_folder(workdir), workdir, "train", experiment.score.target))
 
 
 def score_heldout(experiment: Experiment, workdir: Path) -> None:
     """DIR/heldout-label and DIR/heldout-teacher: both oracles on evaluate.num_images test images."""
     for target in TARGETS:
         if (experiment.score.estimator, target) != ("gradient", "teacher"):  # zero everywhere
-            job.run(_job(experiment, workdir, f"heldout-{target}", "test", target))
+            job.run(_job(experiment, heldout_folder(workdir, target), workdir, "test", target))
 
 
 def expected_manifest(experiment: Experiment, model: Model) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def expected_manifest(experiment: Experiment, model: Model) -> dict[str, Any]:
         "backbone": backbone_digest(params_of(model)),
         "num_tokens": model.grid[0] * model.grid[1],
         # These decide which image an index is.
-        "data": {key: getattr(options, key) for key in ("name", "num_train", "num_validation", "num_test")},
+        "data": {key: getattr(options, key) for key in _IDENTITY},
         "image_size": list(options.size),
         "preprocessing": {
             "crop_fraction": options.crop_fraction, "mean": options.mean, "std": options.std, "augment": options.augment
@@ -56,22 +56,22 @@ def label_options(experiment: Experiment, impact: Float[np.ndarray, "E N"]) -> d
     """Arguments of `keep_labels`, as the section `filter` has them. impact: of all training images, for `quantile`."""
     options = experiment.filter
     if options.labels == "top":
-        return {"rho": "top", "keep_ratio": label_ratio(experiment)}
+        return {"rho": "top", "keep_ratio": options.keep_ratio}
     return {"rho": options.rho if options.labels == "above" else float(np.quantile(impact, options.rho))}
 
 
-def _job(experiment: Experiment, workdir: Path, folder: str, split: str, target: str) -> job.Job:
+def _job(experiment: Experiment, directory: Path, workdir: Path, split: str, target: str) -> job.Job:
     options, judged = experiment.score, experiment.evaluate
     views, part, num_images, num_samples = options.views, options.part, options.num_images, options.num_samples
     if split == "test":
         views, part, num_images, num_samples = 1, "", judged.num_images, judged.num_samples
     of_oracle = options.oracle_options(target, num_samples)
     model = load(backbone_folder(workdir), dtype=_dtype(options.dtype, options.estimator))
-    source = open_source(experiment, split, model)
+    source = open_for_model(experiment, split, model)
     rows = _rows(len(source), num_images, views)
     parts, num_parts = _parts(part, len(rows))
     return job.Job(
-        directory=workdir / folder,
+        directory=directory,
         manifest=_manifest(experiment, model, of_oracle, split, source, len(rows), views, num_parts),
         model=model,
         source=source,
@@ -134,6 +134,6 @@ def _manifest(
         "estimator": estimator,
         "mask": of_oracle["mask"],
         "target": of_oracle["target"],
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "tif_jax")},
+        "versions": records.versions(),
     }
     return cast(Manifest, manifest | expected | {"data": expected["data"] | {"split": split}})

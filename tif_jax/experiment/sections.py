@@ -9,7 +9,7 @@ from tif_jax.errors import InputError
 from tif_jax.experiment.reducer_entry import ReducerEntry
 from tif_jax.impact.oracle import ESTIMATORS, MASKS, TARGETS, check_options
 from tif_jax.schema import key, section
-from tif_jax.training.recipe import NetworkRecipe, Recipe, Sharding
+from tif_jax.training.recipe import FreshViews, NetworkRecipe, Recipe, Sharding
 
 DTYPES = ("float32", "bfloat16")
 _ANY_SEED = dict(least=0, below=2**31)
@@ -61,7 +61,7 @@ class Score:
 class Filter(Recipe):
     """What is fitted before fine-tuning while the backbone rests: tif's token filter to impact, tosa's selectors."""
 
-    num_epochs: float = key(6.0, "epochs", least=0)
+    num_epochs: float = key(6.0, "epochs", above=0)
     labels: str = key(
         "top",
         "a token is worth keeping if it is among an image's best, above rho nats, or above the data's quantile rho",
@@ -83,7 +83,7 @@ class Filter(Recipe):
 class Adapter(Recipe):
     """tif's adapter, fitted behind its filter while the rest of the network rests."""
 
-    num_epochs: float = key(4.0, "epochs", least=0)
+    num_epochs: float = key(4.0, "epochs", above=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,10 +100,10 @@ class Distillation:
 class Finetune(NetworkRecipe):
     """The whole network with its reducer."""
 
-    num_epochs: float = key(10.0, "epochs", least=0)
+    num_epochs: float = key(10.0, "epochs", above=0)
     model: dict[str, Any] = key({}, "fields of the model that differ from the backbone's")
     phases: tuple[dict, ...] = key((), "dict(until=EPOCH, OPTION=...): the reducer's options before that epoch")
-    distillation: Distillation = section(Distillation, "learning from a teacher")
+    distillation: Distillation = section(Distillation)
 
     def __post_init__(self):
         super().__post_init__()
@@ -136,7 +136,7 @@ class Benchmark:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A config, read and checked. Values of `reducer` that a benchmark's entry lacks are taken over: see `read_entry`."""
+    """A config, read and checked. An entry of benchmark.reducers takes over what `reducer` has and it lacks (`config`)."""
 
     seed: int = key(0, "of weights, order of the data and what is drawn in training", **_ANY_SEED)
     seeds: int = key(1, "filters and fine-tunings with seed, seed + 1, ...", least=1, most=1000)
@@ -145,16 +145,16 @@ class Experiment:
     peak_tflops: float = key(
         0.0, "of one device, for model FLOP/s utilisation; 0: what is known of some devices", least=0
     )
-    sharding: Sharding = section(Sharding, "parameters over devices")
-    data: DataOptions = section(DataOptions, "images")
-    backbone: Backbone = section(Backbone, "the ViT before reduction")
-    score: Score = section(Score, "impact of the training images' tokens")
+    sharding: Sharding = section(Sharding)
+    data: DataOptions = section(DataOptions)
+    backbone: Backbone = section(Backbone)
+    score: Score = section(Score)
     reducer: ReducerEntry = key(ReducerEntry("full"), "the reducer: its name, and its options (`tif --help reducers`)")
-    filter: Filter = section(Filter, "what is fitted before fine-tuning")
-    adapter: Adapter = section(Adapter, "tif's adapter")
-    finetune: Finetune = section(Finetune, "the network with its reducer")
-    evaluate: Evaluate = section(Evaluate, "test metrics")
-    benchmark: Benchmark = section(Benchmark, "the report's reducers")
+    filter: Filter = section(Filter)
+    adapter: Adapter = section(Adapter)
+    finetune: Finetune = section(Finetune)
+    evaluate: Evaluate = section(Evaluate)
+    benchmark: Benchmark = section(Benchmark)
     when_quick: dict[str, Any] = key({}, "values that --config.quick=true sets")
 
     def __post_init__(self):
@@ -163,6 +163,12 @@ class Experiment:
                 f"score.views is {self.score.views}, but data.augment 'none' has the evaluation view only: "
                 "set score.views=1"
             )
+
+        for name, recipe in (("backbone", self.backbone), ("finetune", self.finetune)):
+            if self.data.augment == "none" and recipe.num_epochs and recipe.augmentation != FreshViews():
+                raise InputError(
+                    f"{name}.augmentation is for views that are drawn anew, of which data.augment 'none' has none"
+                )
 
     def under(self, reducer: ReducerEntry, seed: int | None = None) -> "Experiment":
         """The same with another reducer, and another seed."""

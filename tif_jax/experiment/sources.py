@@ -6,7 +6,7 @@ from tif_jax.experiment.sections import Experiment
 from tif_jax.models import Model
 
 
-def open_source(experiment: Experiment, split: str, model: Model) -> data.Source:
+def open_for_model(experiment: Experiment, split: str, model: Model) -> data.Source:
     """The split's examples, whose labels are checked against the model's classes."""
     options = experiment.data
     source, num_classes = data.open_source(options, split), model.head.out_features

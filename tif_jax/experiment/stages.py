@@ -1,6 +1,5 @@
 """The stages that train, each from an experiment to a `training.stage.Stage`."""
 
-import dataclasses
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -14,13 +13,12 @@ from flax import nnx
 from tif_jax import data
 from tif_jax.data.loader import Batches, training_batches
 from tif_jax.errors import InputError
-from tif_jax.experiment.checks import label_ratio
 from tif_jax.experiment.config import to_json
 from tif_jax.experiment.folders import adapter_folder, backbone_folder, filter_folder, finetune_folder
 from tif_jax.experiment.reducer_entry import FITTED, ReducerEntry, phases_of
 from tif_jax.experiment.scoring import expected_manifest, label_options
 from tif_jax.experiment.sections import Experiment
-from tif_jax.experiment.sources import open_source
+from tif_jax.experiment.sources import open_for_model
 from tif_jax.impact import shards
 from tif_jax.impact.labels import keep_labels, position_prior
 from tif_jax.models import Model, create_model
@@ -54,7 +52,7 @@ def backbone(experiment: Experiment, workdir: Path) -> Stage:
     recipe = experiment.backbone
     fields = {**recipe.model, "drop_path": recipe.drop_path, "dtype": experiment.dtype, **_remat(recipe)}
     model = create_model(fields, seed=experiment.seed)
-    source = open_source(experiment, "train", model)
+    source = open_for_model(experiment, "train", model)
     return _stage(
         experiment,
         directory=backbone_folder(workdir),
@@ -79,9 +77,7 @@ def fitted_part(experiment: Experiment, workdir: Path) -> Stage:
 
 def token_filter(experiment: Experiment, workdir: Path) -> Stage:
     """The token filter of tif, fitted to the impact in DIR/impact: for any budget and whatever comes then."""
-    seed = experiment.seed
-    recipe = dataclasses.replace(experiment.filter, keep_ratio=label_ratio(experiment))  # whatever says it
-    entry = _fitted_entry(experiment).without("adapter")  # it comes after the filter
+    recipe, entry = experiment.filter, _fitted_entry(experiment).without("adapter")  # it comes after the filter
     model, fields = _load(backbone_folder(workdir), entry, experiment)
     table = shards.read_impact(workdir, expected=expected_manifest(experiment, model))
     labelled = label_options(experiment, table.impact)
@@ -95,7 +91,7 @@ def token_filter(experiment: Experiment, workdir: Path) -> Stage:
         data.open_source(experiment.data, "train"),
         experiment.data,
         batch_size=recipe.batch_size,
-        seed=seed,
+        seed=experiment.seed,
         records=np.stack([table.index, table.view], axis=1),
         extra={"impact": table.impact.astype(np.float32)},
     )
@@ -167,7 +163,7 @@ def finetune(experiment: Experiment, workdir: Path) -> Stage:
     """
     recipe, entry = experiment.finetune, experiment.reducer
     model, fields = before_finetuning(experiment, workdir)
-    source = open_source(experiment, "train", model)
+    source = open_for_model(experiment, "train", model)
     loss, teacher = _finetuning_loss(experiment, workdir)
     rests = (entry.is_fitted_first or entry.name == "prior") and "reducer" in params_of(model)
     return _stage(
@@ -227,13 +223,11 @@ def _load(folder: Path, entry: ReducerEntry, experiment: Experiment, **given: An
 def _fitted_entry(experiment: Experiment) -> ReducerEntry:
     """tif as it is fitted: for the ratio that its labels aim at, whatever its budget and whatever comes then."""
     alone = experiment.reducer.without("then")
-    return alone.replaced(keep_ratio=label_ratio(experiment))
+    return alone.replaced(keep_ratio=experiment.filter.keep_ratio)
 
 
 def _fresh_views(experiment: Experiment, recipe: NetworkRecipe, source: data.Source) -> Batches:
     views = recipe.augmentation
-    if experiment.data.augment == "none" and views != type(views)():
-        raise InputError("augmentation is for views that are drawn anew, of which data.augment 'none' has none")
     return training_batches(
         source,
         experiment.data,
@@ -273,7 +267,8 @@ def _begin_backbone(experiment: Experiment, directory: Path) -> None:
     else:
         fields = {**recipe.model, "dtype": experiment.dtype}
         model = create_model(fields, seed=experiment.seed)
-    records.claim(directory, {"init_from": str(recipe.init_from), "model": fields})
+    drawn = {} if recipe.init_from else {"seed": experiment.seed}
+    records.claim(directory, {"init_from": str(recipe.init_from), "model": fields, **drawn})
     with Checkpoints(directory / "checkpoints") as checkpoints:
         if not checkpoints.steps():
             state = State(jnp.int32(0), params_of(model), ())

@@ -66,7 +66,7 @@ def run(job: Job) -> None:
     """Scores the job's parts that are missing or damaged. Raises Preempted, with everything saved, after SIGTERM."""
     directory, num_parts = job.directory, job.num_parts
     open_manifest(directory, job.manifest)
-    todo = [part for part in shards.missing_parts(directory, num_parts) if part in job.parts]
+    todo = [part for part in job.parts if shards.is_missing(directory, part, num_parts)]
     for part in set(job.parts).difference(todo):
         shards.tidy(directory, part, num_parts)
     if not todo:

@@ -88,7 +88,7 @@ def over_batches(
         found = jax.device_get(compute(params, arrays.pop("image"), arrays))
         real = batch["weight"] > 0
         parts.append(jax.tree.map(lambda x, real=real: x[real], (found, batch["label"])))
-        num_done += int(real.sum())
+        num_done += len(real)
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 

@@ -29,8 +29,8 @@ class Manifest(TypedDict):
     estimator: dict[str, Any]  # {"name": ..., and its options}
     mask: str
     target: str
-    data: dict[str, Any]  # {"name": ..., "split": ...}
-    image_size: int | list[int]
+    data: dict[str, Any]  # which images, by what decides on their order; "split" of them
+    image_size: list[int]
     preprocessing: dict[str, Any]
     backbone: str  # `models.params.backbone_digest`
     versions: dict[str, str]

@@ -93,7 +93,7 @@ def build(
 
 
 def _parameters(name: str) -> dict[str, inspect.Parameter]:
-    signature = inspect.signature(_constructor(name).__init__)
+    signature = inspect.signature(_constructor(name).__init__, eval_str=True)
     return {k: p for k, p in signature.parameters.items() if k != "self"}
 
 

@@ -1,5 +1,6 @@
 """JSON files that a run leaves behind: written whole or not at all."""
 
+import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,11 @@ def write(path: Path, data: Any) -> None:
     """
     if processes.is_first():
         files.write(path, (json.dumps(data, indent=2) + "\n").encode())
+
+
+def versions() -> dict[str, str]:
+    """Of the software that results depend on."""
+    return {name: importlib.metadata.version(name) for name in ("jax", "flax", "tif_jax")}
 
 
 def read(path: Path) -> Any:

@@ -59,8 +59,8 @@ class NetworkRecipe(Recipe):
     drop_path: float = key(0.0, "stochastic depth of the last block; the first has none", least=0, below=1)
     ema: float = key(0.0, "decay per step of a moving average of the parameters; 0: none", least=0, below=1)
     remat: bool = key(False, "for the gradient, activations inside blocks are computed again instead of kept")
-    augmentation: FreshViews = section(FreshViews, "augmentation of training images")
-    mixing: Mixing = section(Mixing, "mixup and CutMix")
+    augmentation: FreshViews = section(FreshViews)
+    mixing: Mixing = section(Mixing)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,9 @@ class Sharding:
     """How the state is divided over devices; the batch is divided over all of them."""
 
     fsdp: int = key(1, "devices that parameters, optimiser state and moving average are divided over", least=1)
-    table: tuple[Any, ...] = key((), "(pattern of parameter paths, axis that is divided); (): kernels and embeddings")
+    table: tuple[tuple[str, int], ...] = key(
+        (), "(pattern of parameter paths, axis that is divided); (): kernels and embeddings"
+    )
 
 
 def _is_factor(value: Any) -> bool:

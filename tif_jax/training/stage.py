@@ -1,4 +1,4 @@
-"""One training stage: from a section of the config to checkpoints, on all devices of all processes."""
+"""One training stage: from a `Stage` to checkpoints, on all devices of all processes."""
 
 import dataclasses
 import logging
