@@ -93,6 +93,11 @@ def by_command_line(assignment):
             "score.estimator 'gradient' with target 'teacher' is",
         ),
         (dict(score=dict(views=2)), "score.views is 2, but data.augment 'none'"),
+        (dict(finetune=dict(augmentation=dict(erase=0.2))), "finetune.augmentation is for views that are drawn anew"),
+        (dict(sharding=dict(table=(("kernel", 0.5),))), "sharding.table is (('kernel', 0.5),); it is a tuple of "),
+        (dict(data=dict(class_index=dict(cat="one"))), "data.class_index is {'cat': 'one'}; it is a dict or none"),
+        (dict(reducer="tif", filter=dict(keep_ratio=1.0)), "filter.keep_ratio is 1"),
+        (dict(reducer=dict(name="evitt")), "reducer: Unknown reducer 'evitt'"),
         (dict(seed=2**31 - 2, seeds=5), "seed is 2147483646; with seeds 5 it goes beyond"),
         (dict(when_quick=dict(finetune=dict(num_epoch=1))), "when_quick: config has no key 'finetune.num_epoch'"),
     ],
@@ -124,6 +129,18 @@ def test_texts_of_the_command_line(assignment, path, value):
     section, name = path
     found = getattr(getattr(by_command_line(assignment), section), name)
     assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize("path", ["finetune", "finetune.mixing", "sharding"])
+def test_a_section_is_set_key_by_key(path):
+    with pytest.raises(InputError, match=f"^{path} is a section of the config: set its keys one by one, as in "):
+        by_command_line(f"{path}=3")
+
+
+def test_a_mistake_in_the_file_is_told_though_the_command_line_sets_something():
+    for settings in (dict(backbone="x"), dict(backbone=dict(model="x")), dict(data="x"), dict(reducer=dict(name=5))):
+        with pytest.raises(InputError):
+            config_file.from_settings(settings, ["--config.seed=3"])
 
 
 def test_the_ways_to_set_a_value():

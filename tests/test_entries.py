@@ -11,6 +11,7 @@ from tif_jax import cost
 from tif_jax.errors import InputError
 from tif_jax.experiment import checks, stages
 from tif_jax.experiment import config as config_file
+from tif_jax.experiment.reducer_entry import phases_of
 from tif_jax.models import blueprint
 from tif_jax.models.params import params_of
 from tif_jax.reducers.bat import counts_at, row_count
@@ -81,11 +82,37 @@ def test_another_reducer_on_the_command_line_takes_over_the_amount_alone():
 
 
 def test_labels_aim_at_what_tif_keeps_unless_the_filter_says_otherwise():
-    assert checks.label_ratio(config()) == 0.25
-    assert checks.label_ratio(config(filter__keep_ratio=0.4)) == 0.4
-    assert checks.label_ratio(config("--config.reducer.keep_ratio=0.5")) == 0.5
+    assert config().filter.keep_ratio == 0.25
+    assert config(filter__keep_ratio=0.4).filter.keep_ratio == 0.4
+    assert config("--config.reducer.keep_ratio=0.5").filter.keep_ratio == 0.5
+    assert config("--config.reducer=full", "--config.benchmark.reducers=full").filter.keep_ratio is None
     with pytest.raises(InputError, match=r"filter\.keep_ratio is not given, and the reducer's budget does not tell it"):
         config("--config.reducer.budget=0.01")
+
+
+def test_entries_that_share_a_filter_and_an_adapter_share_what_these_are_fitted_for():
+    both = (dict(name="tif", keep_ratio=0.25), dict(name="tif", keep_ratio=0.5), "prior")
+    base = config(benchmark__reducers=both, reducer__adapter=8)
+    runs = [base.under(entry) for entry in base.benchmark.reducers]
+    assert {run.filter.keep_ratio for run in runs} == {0.25}
+    fitted = {stages._fitted_entry(run).label for run in runs if run.reducer.has_adapter}
+    assert fitted == {"tif-0.25,adapter=8"}
+
+
+def test_a_phase_may_have_a_budget():
+    base = config(finetune__phases=(dict(until=0.2, budget=0.01), dict(until=0.3, keep_ratio=0.5)))
+    found = [entry.arguments for _, entry in phases_of(base.reducer, base.finetune.phases)]
+    assert found == [{"budget": 0.01}, {"keep_ratio": 0.5}]
+
+
+def test_a_reducer_is_named_on_the_command_line_as_in_the_file():
+    assert config("--config.reducer=evit").reducer.described == {"name": "evit"}
+    given = "{'name': 'evit', 'fuse': False, 'keep_ratio': 0.5}"
+    assert config(f"--config.reducer={given}").reducer.label == "evit-0.5,fuse=False"
+    then = ["--config.reducer.then.name=tome", "--config.reducer.then.num_merged=5"]
+    assert config(*then).reducer.options["then"] == dict(name="tome", num_merged=5)
+    other = config("--config.reducer.then.name=evit", reducer__then=dict(name="tome", num_merged=5))
+    assert other.reducer.options["then"] == dict(name="evit")
 
 
 @pytest.mark.parametrize(

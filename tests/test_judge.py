@@ -44,6 +44,16 @@ def test_only_the_best_tokens_of_each_image_are_seen(seen):
     assert found["random"][0.25]["cross_entropy"] != found["opposite"][0.25]["cross_entropy"]
 
 
+def test_rows_stay_those_of_their_images_after_one_that_can_not_be_read(seen):
+    model, batches, ranking, _, labels = seen
+    unreadable = [{**batches[0], "weight": np.array([1, 0, 1, 1])}, batches[1]]
+    found, left = judge.over_batches(
+        lambda models, images, rows: rows, [model], unreadable, make_mesh(4), {"r": ranking}
+    )
+    assert list(left) == [labels[i] for i in (0, 2, 3, 4, 5)]
+    np.testing.assert_array_equal(found["r"], ranking[[0, 2, 3, 4, 5]])
+
+
 def test_a_model_that_follows_a_ranking_fares_as_its_best_tokens(seen):
     model, batches, _, _, _ = seen
     mesh = make_mesh(4)
