@@ -32,8 +32,8 @@ from tif_jax.errors import InputError
 from tif_jax.experiment import config as config_file
 from tif_jax.experiment.folders import adapter_folder, filter_folder, finetune_folder
 from tif_jax.experiment.reducer_entry import read_entry
+from tif_jax.experiment.schema import Experiment
 from tif_jax.experiment.scoring import score_heldout
-from tif_jax.experiment.sections import Experiment
 from tif_jax.experiment.stages import train
 from tif_jax.impact import judge, shards
 from tif_jax.impact.rankings import filter_ranking, untrained_rankings

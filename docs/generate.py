@@ -9,8 +9,8 @@ import inspect
 import re
 from pathlib import Path
 
-from tif_jax import reducers, schema
-from tif_jax.experiment.sections import Experiment
+from tif_jax import checked, reducers
+from tif_jax.experiment.schema import Experiment
 
 DOCS = Path(__file__).parent
 BLOCK = re.compile(
@@ -52,13 +52,13 @@ def config_table(section: str) -> str:
     rows = [
         f"| `{key.path.removeprefix(f'{section}.')}` | `{getattr(key.default, 'described', key.default)!r}` "
         f"| {key.allowed.removeprefix('allowed: ')} | {key.help} |\n"
-        for key in schema.keys(Experiment)
+        for key in checked.keys(Experiment)
         if section_of(key) == section
     ]
     return "".join(["| key | default | may be | what it is |\n", "|---|---|---|---|\n", *rows])
 
 
-def section_of(key: schema.Key) -> str:
+def section_of(key: checked.Key) -> str:
     """The first part of a key's path, or 'top' for a key outside of sections."""
     section, dot, _ = key.path.partition(".")
     return section if dot else "top"

@@ -5,12 +5,12 @@ import math
 import pytest
 from small_project import CONFIG, last_line, tif
 
-from tif_jax import schema
+from tif_jax import checked
 from tif_jax.errors import InputError
 from tif_jax.experiment import config as config_file
-from tif_jax.experiment.sections import Experiment
+from tif_jax.experiment.schema import Experiment
 
-KEYS = {key.path: key for key in schema.keys(Experiment)}
+KEYS = {key.path: key for key in checked.keys(Experiment)}
 SECTIONS = sorted({path.rpartition(".")[0] for path in KEYS})
 # Keys that no ConfigDict holds as a plain value: they have tests of their own (test_entries.py).
 WITHOUT_VALUE = ("reducer", "benchmark.reducers", "when_quick")
@@ -52,13 +52,13 @@ def test_a_value_out_of_range_is_refused(path):
 @pytest.mark.parametrize("path", KEYS)
 def test_a_misspelt_key_names_the_nearest(path):
     section, _, name = path.rpartition(".")
-    misspelt = schema.dotted(section, name[:-1] + "qx")
+    misspelt = checked.dotted(section, name[:-1] + "qx")
     expected = f"config has no key '{misspelt}'; the nearest is '"
     for given in (lambda: config_file.from_settings(in_file(misspelt, 1)), lambda: by_command_line(f"{misspelt}=1")):
         with pytest.raises(InputError) as error:
             given()
         assert str(error.value).startswith(expected) and "\n" not in str(error.value)
-    near = schema.dotted(section, name + "_")
+    near = checked.dotted(section, name + "_")
     with pytest.raises(InputError, match=f"the nearest is '{path}'"):
         by_command_line(f"{near}=1")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tif_jax import reducers, schema
-from tif_jax.experiment.sections import Experiment
+from tif_jax import checked, reducers
+from tif_jax.experiment.schema import Experiment
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -42,7 +42,7 @@ def test_every_option_of_a_reducer_is_explained(name):
 
 def test_every_section_of_a_config_has_a_table():
     found = [block["name"] for block in generate.BLOCK.finditer((ROOT / "docs" / "config.md").read_text())]
-    assert sorted(found) == sorted({generate.section_of(key) for key in schema.keys(Experiment)})
+    assert sorted(found) == sorted({generate.section_of(key) for key in checked.keys(Experiment)})
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -16,7 +16,7 @@ from scorer import NUM_PARTS, ROWS_PER_PART
 from tif_jax.errors import Preempted, WorkError
 from tif_jax.experiment import config as config_file
 from tif_jax.experiment import scoring
-from tif_jax.experiment.sections import Experiment
+from tif_jax.experiment.schema import Experiment
 from tif_jax.impact import job as scoring_job
 from tif_jax.impact import shards
 from tif_jax.models import create_model

@@ -8,13 +8,14 @@ import errno
 import importlib
 import os
 import pkgutil
+import signal
 import sys
 
 import jax
 
-from tif_jax import commands, reducers, schema
+from tif_jax import checked, commands, reducers
 from tif_jax.errors import InputError, Preempted, WorkError
-from tif_jax.experiment.sections import Experiment
+from tif_jax.experiment.schema import Experiment
 from tif_jax.runtime import watch
 
 _HELP = ("--help", "-h", "help")
@@ -26,12 +27,12 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     names = [module.name for module in pkgutil.iter_modules(commands.__path__) if not module.name.startswith("_")]
-    if len(argv) == 2 and argv[0] in _HELP and argv[1] in _TOPICS:
-        print(_TOPICS[argv[1]]())
-        return 0
-    if not argv or argv[0] in _HELP:
-        print(_usage(names), file=sys.stdout if argv else sys.stderr)
-        return 0 if argv else 2
+    if argv and argv[0] in _HELP:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
+        return _help(argv[1:], names)
+    if not argv:
+        print(_usage(names), file=sys.stderr)
+        return 2
     name, rest = argv[0], argv[1:]
     if name not in names:
         nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
@@ -48,6 +49,21 @@ def main(argv: list[str] | None = None) -> int:
     if status:
         watch.leave(status)
     return status
+
+
+def _help(topics: list[str], names: list[str]) -> int:
+    """`tif --help`, or of a topic or command what there is to say."""
+    if not topics:
+        print(_usage(names))
+    elif topics[0] in _TOPICS:
+        print(_TOPICS[topics[0]]())
+    elif topics[0] in names:
+        return main([topics[0], "--help"])
+    else:
+        nearest = difflib.get_close_matches(topics[0], [*_TOPICS, *names], n=1, cutoff=0.0)
+        print(f"tif: no help on {topics[0]!r}; did you mean `tif --help {nearest[0]}`?", file=sys.stderr)
+        return 2
+    return 0
 
 
 def _run(name: str, rest: list[str]) -> int:
@@ -123,7 +139,7 @@ def _describe_reducers() -> str:
 def _describe_config() -> str:
     """Each key of a config with its default, what it may be and what it is for."""
     lines = []
-    for key in schema.keys(Experiment):
+    for key in checked.keys(Experiment):
         default = getattr(key.default, "described", key.default)
         lines += [f"{key.path} = {default!r}", f"    {key.help} ({key.allowed})"]
     return "\n".join(lines)

@@ -13,7 +13,7 @@ from tif_jax.commands.evaluate import KEEP_RATIOS
 from tif_jax.data.loader import evaluation_batches
 from tif_jax.experiment import config as config_file
 from tif_jax.experiment.folders import adapter_folder, backbone_folder, filter_folder, finetune_folder, heldout_folder
-from tif_jax.experiment.sections import Experiment
+from tif_jax.experiment.schema import Experiment
 from tif_jax.experiment.sources import open_for_model
 from tif_jax.impact import shards
 from tif_jax.models import Model

@@ -16,13 +16,13 @@ from jaxtyping import Array, Float
 from tif_jax.commands import _arguments
 from tif_jax.commands._tables import Column, aligned, fixed
 from tif_jax.experiment.folders import backbone_folder
-from tif_jax.experiment.sections import Experiment
+from tif_jax.experiment.schema import Experiment
 from tif_jax.models import Model
 from tif_jax.models.cost import cost
 from tif_jax.models.params import params_of, with_params
 from tif_jax.runtime import records, timing
 from tif_jax.runtime.mesh import make_mesh, replicate, shard
-from tif_jax.weights.loading import load
+from tif_jax.weights.loading import load_with_fields
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,9 @@ def benchmark(config: Experiment, workdir: Path) -> dict[str, Any]:
     rows, turns = [], []
     for entry in recipe.reducers:
         fields = config.finetune.model
-        model = load(backbone_folder(workdir), reducer=entry.name, dtype=recipe.dtype, **fields, **entry.arguments)
+        model, _ = load_with_fields(
+            backbone_folder(workdir), reducer=entry.name, dtype=recipe.dtype, **fields, **entry.arguments
+        )
         images = np.random.default_rng(0).normal(size=(recipe.batch_size, *model.image_size, 3)).astype(np.float32)
         program, arguments = compile_forward(model, images, mesh)
         jax.block_until_ready(program(*arguments))

@@ -18,8 +18,8 @@ from tif_jax.commands import _arguments
 from tif_jax.data.loader import evaluation_batches
 from tif_jax.errors import InputError
 from tif_jax.experiment.folders import backbone_folder, filter_folder, finetune_folder, heldout_folder
+from tif_jax.experiment.schema import Experiment
 from tif_jax.experiment.scoring import expected_manifest, label_options
-from tif_jax.experiment.sections import Experiment
 from tif_jax.experiment.sources import open_for_model
 from tif_jax.experiment.stages import before_finetuning
 from tif_jax.impact import judge, shards

@@ -12,7 +12,7 @@ import jax
 
 from tif_jax.commands import _arguments
 from tif_jax.errors import InputError
-from tif_jax.experiment.sections import Experiment
+from tif_jax.experiment.schema import Experiment
 from tif_jax.experiment.stages import STAGES
 from tif_jax.runtime import processes, records
 from tif_jax.runtime.mesh import shard

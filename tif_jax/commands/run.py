@@ -9,8 +9,8 @@ from tif_jax.commands._report import write_report
 from tif_jax.commands.benchmark import benchmark, is_measured
 from tif_jax.experiment.checks import check_on_backbone
 from tif_jax.experiment.folders import backbone_folder, filter_folder, finetune_folder
+from tif_jax.experiment.schema import Experiment
 from tif_jax.experiment.scoring import score_heldout, score_training
-from tif_jax.experiment.sections import Experiment
 from tif_jax.experiment.stages import train
 from tif_jax.runtime import processes, records
 from tif_jax.weights.loading import load_with_fields

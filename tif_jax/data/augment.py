@@ -17,9 +17,9 @@ import numpy as np
 from jaxtyping import Float32
 from PIL import Image, ImageEnhance, ImageOps
 
-from tif_jax import schema
+from tif_jax import checked
+from tif_jax.checked import key
 from tif_jax.errors import InputError
-from tif_jax.schema import key
 
 Colour = tuple[int, int, int]
 
@@ -33,7 +33,7 @@ class Augmentation:
     erase: float = key(0.0, "probability of random erasing", least=0, most=1)
 
     def __post_init__(self):
-        schema.check(self)
+        checked.check(self)
         if self.rand_augment:
             _policy(self.rand_augment)
 

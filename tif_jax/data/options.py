@@ -6,9 +6,9 @@ from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict
 
-from tif_jax import schema
+from tif_jax import checked
+from tif_jax.checked import key
 from tif_jax.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
-from tif_jax.schema import key
 
 KNOWN = ("digits", "image_folder", "image_table", "tfds")
 
@@ -45,7 +45,7 @@ class DataOptions:
     seed: int = key(0, "digits only: of the generator of canvases", least=0, below=2**32)
 
     def __post_init__(self):
-        schema.check(self)
+        checked.check(self)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -58,4 +58,4 @@ Settings: TypeAlias = Mapping[str, Any] | ConfigDict | DataOptions
 
 def read_options(data: Settings) -> DataOptions:
     """The options of these settings, defaults filled in. InputError on what is unknown or not allowed."""
-    return data if isinstance(data, DataOptions) else schema.read(DataOptions, data, "data")
+    return data if isinstance(data, DataOptions) else checked.read(DataOptions, data, "data")

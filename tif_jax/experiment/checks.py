@@ -6,10 +6,10 @@ from typing import Any
 import jax
 from flax import nnx
 
-from tif_jax import schema
+from tif_jax import checked
 from tif_jax.errors import InputError
 from tif_jax.experiment.reducer_entry import ReducerEntry, check_options, default_of, option_kinds, phases_of
-from tif_jax.experiment.sections import Experiment
+from tif_jax.experiment.schema import Experiment
 from tif_jax.models import blueprint
 from tif_jax.models.cost import cost
 from tif_jax.models.params import params_of
@@ -94,7 +94,7 @@ def _check_phases(experiment: Experiment) -> None:
         where = f"finetune.phases[{i}]"
         for name in phase:
             if name not in known:
-                raise schema.unknown_key(f"{where}.{name}", [f"{where}.{other}" for other in known])
+                raise checked.unknown_key(f"{where}.{name}", [f"{where}.{other}" for other in known])
     for _, entry in _entries(experiment):
         for i, (_, changed) in enumerate(phases_of(entry, experiment.finetune.phases)):
             check_options(changed, f"finetune.phases[{i}]")

@@ -1,7 +1,7 @@
 """Reading an experiment: `--config FILE[:ARG] [--config.KEY=VALUE ...]`.
 
 A config file has one function get_config(arg) that returns an ml_collections.ConfigDict of plain data. It says what
-differs from the defaults in `sections`. With `--config.quick=true` the values of its `when_quick` apply, too. The command
+differs from the defaults in `schema`. With `--config.quick=true` the values of its `when_quick` apply, too. The command
 line has the last word.
 """
 
@@ -16,11 +16,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tif_jax import schema
+from tif_jax import checked
 from tif_jax.errors import InputError
 from tif_jax.experiment import checks
 from tif_jax.experiment.reducer_entry import ReducerEntry, option_kinds, read_entry
-from tif_jax.experiment.sections import Experiment
+from tif_jax.experiment.schema import Experiment
 from tif_jax.models import FAMILIES, field_kinds
 from tif_jax.models.budget import AMOUNTS
 
@@ -28,10 +28,10 @@ Settings = dict[str, Any]
 
 # Of the model's fields; the numbers of all others begin with 1.
 _RANGES_OF_MODEL = {
-    "num_registers": schema.Range(least=0),
-    "drop_path": schema.Range(least=0, below=1),
-    "layer_scale": schema.Range(above=0),
-    "norm_eps": schema.Range(above=0),
+    "num_registers": checked.Range(least=0),
+    "drop_path": checked.Range(least=0, below=1),
+    "layer_scale": checked.Range(above=0),
+    "norm_eps": checked.Range(above=0),
 }
 
 
@@ -42,15 +42,15 @@ def load(filename: str, overrides: list[str] | tuple[str, ...] = ()) -> Experime
 
 def from_settings(settings: Mapping[str, Any], overrides: list[str] | tuple[str, ...] = ()) -> Experiment:
     """`load`, of what a file's get_config returns."""
-    merged = schema.plain(settings)
+    merged = checked.plain(settings)
     given = list(_overrides(overrides))
     quick = merged.get("quick", False)
     for path, text in given:
-        quick = schema.from_text(bool, text, path) if path == "quick" else quick
+        quick = checked.from_text(bool, text, path) if path == "quick" else quick
     _read(merged)  # the file is right by itself
     if changes := merged.get("when_quick"):
         quickly = _merged(merged, changes)
-        with schema.named("when_quick"):
+        with checked.named("when_quick"):
             _read(quickly)
         merged = quickly if quick else merged
     _override(merged, given)
@@ -63,9 +63,9 @@ def from_settings(settings: Mapping[str, Any], overrides: list[str] | tuple[str,
 
 def to_json(experiment: Experiment) -> Settings:
     """The experiment as plain JSON data: what checkpoints and reports carry."""
-    settings = schema.to_json(experiment)
-    settings["reducer"] = schema.to_json(experiment.reducer.described)
-    settings["benchmark"]["reducers"] = [schema.to_json(entry.described) for entry in experiment.benchmark.reducers]
+    settings = checked.to_json(experiment)
+    settings["reducer"] = checked.to_json(experiment.reducer.described)
+    settings["benchmark"]["reducers"] = [checked.to_json(entry.described) for entry in experiment.benchmark.reducers]
     return settings
 
 
@@ -83,7 +83,7 @@ def _read(settings: Settings) -> Experiment:
     for where in ("backbone", "finetune"):
         if isinstance(of_stage := settings.get(where), dict) and of_stage.get("model") is not None:
             settings[where] = {**of_stage, "model": _model_fields(of_stage["model"], f"{where}.model", settings)}
-    return schema.read(Experiment, settings)
+    return checked.read(Experiment, settings)
 
 
 def _benchmark_entry(entry: Any, number: int, reducer: ReducerEntry) -> ReducerEntry:
@@ -105,9 +105,9 @@ def _model_fields(fields: Any, where: str, settings: Settings) -> Settings:
     kinds = _kinds_of_model(settings)
     for name in fields:
         if name not in kinds:
-            raise schema.unknown_key(f"{where}.{name}", [f"{where}.{known}" for known in kinds])
-    ranges = {name: _RANGES_OF_MODEL.get(name, schema.Range(least=1)) for name in fields}
-    return {name: schema.value_of(kinds[name], v, f"{where}.{name}", ranges[name]) for name, v in fields.items()}
+            raise checked.unknown_key(f"{where}.{name}", [f"{where}.{known}" for known in kinds])
+    ranges = {name: _RANGES_OF_MODEL.get(name, checked.Range(least=1)) for name in fields}
+    return {name: checked.value_of(kinds[name], v, f"{where}.{name}", ranges[name]) for name, v in fields.items()}
 
 
 def _kinds_of_model(settings: Settings) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def _override(settings: Settings, given: list[tuple[str, str]]) -> None:
     if of_reducer:
         settings["reducer"] = _made_room(settings.get("reducer", "full"), of_reducer, names[-1] if names else None)
     for path, text in given:
-        _put(settings, path, schema.from_text(_kind_at(path, settings), text, path))
+        _put(settings, path, checked.from_text(_kind_at(path, settings), text, path))
 
 
 def _made_room(reducer: Any, given: list[str], name: str | None) -> Settings:
@@ -183,12 +183,12 @@ def _kind_at(path: str, settings: Settings) -> Any:
         raise InputError(
             f"{path} is a section of the config: set its keys one by one, as in --config.{inside[0]}=VALUE"
         )
-    raise schema.unknown_key(path, list(known))
+    raise checked.unknown_key(path, list(known))
 
 
 def _known_keys(settings: Settings) -> dict[str, Any]:
     """Every key that the command line may set, with its annotation."""
-    known = {entry.path: entry.kind for entry in schema.keys(Experiment)}
+    known = {entry.path: entry.kind for entry in checked.keys(Experiment)}
     known |= {"benchmark.reducers": tuple[str | dict, ...], "reducer": str | dict, "reducer.name": str}
     for prefix in ("backbone.model", "finetune.model"):
         known |= {f"{prefix}.{name}": kind for name, kind in _kinds_of_model(settings).items()}
@@ -245,4 +245,4 @@ def _file_settings(filename: str) -> Settings:
         sys.path.remove(folder)
     if not isinstance(config, ConfigDict):
         raise InputError(f"{filename}: get_config returns a {type(config).__name__}; it must be a ConfigDict")
-    return schema.plain(config.to_dict())
+    return checked.plain(config.to_dict())

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tif_jax.experiment.sections import Experiment
+from tif_jax.experiment.schema import Experiment
 
 
 def backbone_folder(workdir: Path) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 
 from flax import nnx
 
-from tif_jax import reducers, schema
+from tif_jax import checked, reducers
 from tif_jax.errors import InputError
 from tif_jax.models.budget import AMOUNTS, SOLVED
 
@@ -88,7 +88,7 @@ def read_entry(settings: Any, where: str, taken_over: Mapping[str, Any] | None =
     taken_over: options that it has unless it says otherwise, as far as the reducer knows them. An amount of its own stands
     instead of those taken over. Raises InputError, with the nearest known key, for an option that the reducer lacks.
     """
-    own = {"name": settings} if isinstance(settings, str) else schema.plain(settings)
+    own = {"name": settings} if isinstance(settings, str) else checked.plain(settings)
     if not isinstance(own, dict) or not isinstance(own.get("name"), str):
         raise InputError(f"{where} is {settings!r}; it is a name, or a dict as in dict(name='evit', keep_ratio=0.5)")
     name = own.pop("name")
@@ -106,7 +106,7 @@ def read_entry(settings: Any, where: str, taken_over: Mapping[str, Any] | None =
     if "budget" in given:
         if not solvable:
             raise InputError(f"{where}.budget is {given['budget']!r}, but {name!r} has no amount to solve for")
-        budget = schema.value_of(float, given["budget"], f"{where}.budget", schema.Range(above=0))
+        budget = checked.value_of(float, given["budget"], f"{where}.budget", checked.Range(above=0))
         if amounts := sorted(key for key in AMOUNTS if options.get(key) is not None):
             raise InputError(f"{where} has a budget and {', '.join(amounts)}; a budget stands instead of them")
     return ReducerEntry(name, options, budget)
@@ -122,14 +122,14 @@ def phases_of(entry: ReducerEntry, phases: Sequence[Mapping[str, Any]]) -> list[
         kinds = {**kinds, "budget": float}
     for i, phase in enumerate(phases):
         changed = {key: value for key, value in phase.items() if key in kinds}
-        typed = {key: schema.value_of(kinds[key], v, f"finetune.phases[{i}].{key}") for key, v in changed.items()}
+        typed = {key: checked.value_of(kinds[key], v, f"finetune.phases[{i}].{key}") for key, v in changed.items()}
         found.append((float(phase["until"]), entry.replaced(**typed)))
     return found
 
 
 def option_kinds(name: str, where: str = "") -> dict[str, Any]:
     """The annotation of each option of a reducer. InputError for an unknown name, which stands at the key `where`."""
-    with schema.named(where):
+    with checked.named(where):
         parameters = reducers.options(name)
     return {key: Any if p.annotation is p.empty else p.annotation for key, p in parameters.items()}
 
@@ -140,7 +140,7 @@ def check_options(entry: ReducerEntry, where: str) -> None:
     def build() -> None:  # a reducer need not be something that jit can return
         reducers.build(entry.name, width=2, num_patches=4, rngs=nnx.Rngs(0), **entry.options)
 
-    with schema.named(where, entry.options):
+    with checked.named(where, entry.options):
         nnx.eval_shape(build)
 
 
@@ -150,7 +150,7 @@ def _option(kind: Any, value: Any, where: str) -> Any:
         if value is not None and not isinstance(value, Mapping):
             raise InputError(f"{where} is {value!r}; it is a dict, as in dict(name='evo_vit', keep_ratio=0.5)")
         return None if value is None else read_entry(value, where).described
-    return schema.value_of(kind, value, where)
+    return checked.value_of(kind, value, where)
 
 
 def _unknown_option(where: str, name: str, key: str, kinds: Iterable[str]) -> InputError:

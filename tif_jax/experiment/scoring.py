@@ -11,7 +11,7 @@ from jaxtyping import Float
 from tif_jax.data.source import Source
 from tif_jax.errors import InputError
 from tif_jax.experiment.folders import backbone_folder, heldout_folder, impact_folder
-from tif_jax.experiment.sections import Experiment
+from tif_jax.experiment.schema import Experiment
 from tif_jax.experiment.sources import open_for_model
 from tif_jax.impact import job
 from tif_jax.impact.manifest import Manifest

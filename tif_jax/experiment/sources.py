@@ -2,7 +2,7 @@
 
 from tif_jax import data
 from tif_jax.errors import InputError
-from tif_jax.experiment.sections import Experiment
+from tif_jax.experiment.schema import Experiment
 from tif_jax.models import Model
 
 

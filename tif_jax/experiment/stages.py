@@ -16,8 +16,8 @@ from tif_jax.errors import InputError
 from tif_jax.experiment.config import to_json
 from tif_jax.experiment.folders import adapter_folder, backbone_folder, filter_folder, finetune_folder
 from tif_jax.experiment.reducer_entry import FITTED, ReducerEntry, phases_of
+from tif_jax.experiment.schema import Experiment
 from tif_jax.experiment.scoring import expected_manifest, label_options
-from tif_jax.experiment.sections import Experiment
 from tif_jax.experiment.sources import open_for_model
 from tif_jax.impact import shards
 from tif_jax.impact.labels import keep_labels, position_prior

@@ -67,11 +67,12 @@ def over_batches(
     models: Sequence[Model],
     batches: Iterable[Batch],
     mesh: Mesh,
-    rows: Mapping[str, Float[np.ndarray, "E ..."]] | None = None,
+    rows: Mapping[str, Float[np.ndarray, "R ..."]] | None = None,
 ) -> tuple[Any, Int[np.ndarray, " E"]]:
-    """function(models, images, rows of the batch) for all images, and their labels. Padding is left out.
+    """function(models, images, rows of the batch) for all images, and their labels. Those of weight 0 are left out.
 
     function: gives a tree of arrays (B, ...), in a compiled program; of each array in `rows` it gets the batch's part.
+    rows: a row for each image in the batches, also for one that can not be read.
     """
     graphdefs = [nnx.split(model)[0] for model in models]
     params = [replicate(params_of(model), mesh) for model in models]

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32
 
-from tif_jax import schema
-from tif_jax.schema import key
+from tif_jax import checked
+from tif_jax.checked import key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Mixing:
     probability: float = key(1.0, "that a batch is mixed", least=0, most=1)
 
     def __post_init__(self):
-        schema.check(self)
+        checked.check(self)
 
 
 def mix(key: Array, batch: Mapping[str, Array], options: Mixing) -> dict[str, Array]:

@@ -3,9 +3,9 @@
 import dataclasses
 from typing import Any
 
+from tif_jax.checked import key, section
 from tif_jax.data.augment import Augmentation
 from tif_jax.errors import InputError
-from tif_jax.schema import key, section
 from tif_jax.training.mixing import Mixing
 
 # Keys that change how long something takes, or where it lies, but not what comes out.

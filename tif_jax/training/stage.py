@@ -11,7 +11,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from tif_jax import schema
+from tif_jax import checked
 from tif_jax.data.loader import Batches
 from tif_jax.models import Model
 from tif_jax.models.budget import SOLVED
@@ -135,7 +135,7 @@ def fit(stage: Stage) -> None:
     """
     directory, batches, num_steps = stage.directory, stage.batches, stage.num_steps
     prepared = prepare(stage)  # before a mistake in the recipe can be noted as what is made here
-    made = {"model": dict(stage.fields), "reducer": dict(stage.reducer), "recipe": schema.to_json(stage.recipe)}
+    made = {"model": dict(stage.fields), "reducer": dict(stage.reducer), "recipe": checked.to_json(stage.recipe)}
     made |= {key: stage.settings[key] for key in ("seed", "dtype", "data")}
     records.claim(directory, made, ignored=WITHOUT_EFFECT)
     processes.wait_for_all(f"{directory.name} claimed")

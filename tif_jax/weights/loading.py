@@ -34,17 +34,27 @@ def load(
 
     A workdir stands for its own checkpoints, else for the fine-tuned model that its report.json calls best.
     reducer: None is the checkpoint's own ('full' for a file). The same weights run under any reducer: parameters under
-    `reducer/` that the source lacks are freshly drawn from `seed` and named in the log; any other difference is an error.
+    `reducer/` that the source lacks are freshly drawn from `seed`, which a warning says; any other difference is an error.
     options: the reducer's (keep_ratio, ...) and fields of the model: image_size resizes position embeddings, num_classes
     of a file other than its own starts a fresh head. Raises InputError for everything that does not fit.
     """
-    return load_with_fields(source, reducer=reducer, dtype=dtype, seed=seed, **options)[0]
+    told_at = logging.WARNING  # who asks for a reducer here may not know that it has something to learn
+    return load_with_fields(source, reducer=reducer, dtype=dtype, seed=seed, fresh_told_at=told_at, **options)[0]
 
 
 def load_with_fields(
-    source: str | Path, *, reducer: str | None = None, dtype: str = "float32", seed: int = 0, **options: Any
+    source: str | Path,
+    *,
+    reducer: str | None = None,
+    dtype: str = "float32",
+    seed: int = 0,
+    fresh_told_at: int = logging.INFO,
+    **options: Any,
 ) -> tuple[Model, dict[str, Any]]:
-    """`load`, and the fields that the model was built with: what a checkpoint of it has to say."""
+    """`load`, and the fields that the model was built with: what a checkpoint of it has to say.
+
+    fresh_told_at: the level of the log line that names parameters drawn afresh.
+    """
     path = Path(source)
     given = {key: options.pop(key) for key in MODEL_FIELDS & options.keys()}
     given = {key: value for key, value in given.items() if value is not None}
@@ -66,7 +76,7 @@ def load_with_fields(
     may_go = [*TRAINING_HEADS] if reducer_name == own["name"] else ["reducer/", *TRAINING_HEADS]
     _check_fit(path, wanted, found, may_be_fresh, may_go)
     if fresh := sorted(set(wanted) - set(found)):
-        logger.info("%s: freshly initialised: %s", path, ", ".join(fresh))
+        logger.log(fresh_told_at, "%s: freshly initialised: %s", path, ", ".join(fresh))
         found |= _drawn(build, fresh, seed)
     found = {name: jnp.asarray(found[name]) for name in wanted}
     nnx.update(model, traverse_util.unflatten_dict(found, sep="/"))

@@ -1,4 +1,4 @@
-"""A frozen dataclass as the schema of a config's section: every key with its type, default, range and one line of help.
+"""Frozen dataclasses that check what they are made of: every key has a type, a default, a range and one line of help.
 
     @dataclass(frozen=True)
     class Filter:

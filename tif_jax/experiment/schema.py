@@ -1,14 +1,18 @@
-"""The sections of a config: an `Experiment` is all that a run has to know."""
+"""The schema of a config: its sections, and the `Experiment` that they make: all that a run has to know.
+
+`data`, and what the sections that train have in common, are defined where they are read (`data.options`,
+`training.recipe`).
+"""
 
 import dataclasses
 import re
 from typing import Any
 
+from tif_jax.checked import key, section
 from tif_jax.data.options import DataOptions
 from tif_jax.errors import InputError
 from tif_jax.experiment.reducer_entry import ReducerEntry
 from tif_jax.impact.oracle import ESTIMATORS, MASKS, TARGETS, check_options
-from tif_jax.schema import key, section
 from tif_jax.training.recipe import FreshViews, NetworkRecipe, Recipe, Sharding
 
 DTYPES = ("float32", "bfloat16")
