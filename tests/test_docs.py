@@ -40,9 +40,12 @@ def test_every_option_of_a_reducer_is_explained(name):
         assert row.split("|")[-2].strip(), f"say in docs/methods what {option} of {name} is"
 
 
-def test_every_section_of_a_config_has_a_table():
-    found = [block["name"] for block in generate.BLOCK.finditer((ROOT / "docs" / "config.md").read_text())]
-    assert sorted(found) == sorted({generate.section_of(key) for key in checked.keys(Experiment)})
+def test_every_section_and_every_key_of_a_config_is_in_a_table():
+    text = (ROOT / "docs" / "config.md").read_text()
+    found = [block["name"] for block in generate.BLOCK.finditer(text)]
+    sections = {generate.section_of(key) for key in checked.keys(Experiment)}
+    assert sorted(found) == sorted(sections | set(generate.SHARED))
+    assert not [row for section in sections for row in generate.rows_of(section) if row not in text]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -18,6 +18,12 @@ def test_help(place, script):
     assert done.stdout.startswith("usage: ") and "--dry-run" in done.stdout
 
 
+def test_help_of_the_local_script_installs_nothing(place):
+    done = place.run("local.sh", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("Installs into .venv") and not (place.folder / ".venv").exists()
+
+
 @pytest.mark.parametrize("script, arguments, tool", [("tpu_vm.sh", [*VM, *TIF], "gcloud"), ("slurm.sh", TIF, "sbatch")])
 def test_a_tool_that_is_missing(place, script, arguments, tool):
     done = place.run(script, *arguments)

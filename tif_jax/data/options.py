@@ -17,32 +17,36 @@ KNOWN = ("digits", "image_folder", "image_table", "tfds")
 class DataOptions:
     """Keys of `data`. Sizes are (rows, columns) in pixels."""
 
-    name: str = key("digits", "kind of data set", choices=KNOWN)
+    name: str = key("digits", "what kind of data set is read", choices=KNOWN)
     root: str = key("", "image_folder: holds the split folders; image_table: the CSV files; tfds: TFDS's data_dir")
     tfds_name: str = key("", "tfds only: 'name', 'name/config' or 'name/config:version'")
     train_split: str = key("train", "a folder's name, a CSV file's name, or a split of TFDS, also 'train[:90%]'")
-    test_split: str = key("test", "the same for the test images")
-    num_train: int = key(0, "at most so many images, evenly spaced; 0: all. digits: so many canvases", least=0)
-    num_test: int = key(0, "the same of the test images", least=0)
+    test_split: str = key("test", "where the test images are, as train_split says where the training images are")
+    num_train: int = key(
+        0, "how many training images at most, evenly spaced; 0: all. digits: how many canvases, at least 1", least=0
+    )
+    num_test: int = key(
+        0, "how many test images at most, evenly spaced; 0: all. digits: how many canvases, at least 1", least=0
+    )
     num_validation: int = key(
-        0, "training images, evenly spaced, that are kept out of training to choose models on; 0: none", least=0
+        0, "how many training images, evenly spaced, are kept out of training to choose models on; 0: none", least=0
     )
     class_index: dict[str, int] | None = key(None, "image_folder only: folder name -> output of the head")
-    image_size: int | tuple[int, int] = key(224, "(rows, columns), or one number for both", least=1)
+    image_size: int | tuple[int, int] = key(224, "pixels of an image: (rows, columns), or one number for both", least=1)
     crop_fraction: float = key(0.875, "share of the resized image that the evaluation view shows", above=0, most=1)
-    mean: tuple[float, float, float] = key(IMAGENET_MEAN, "per channel, of values in [0, 1]")
-    std: tuple[float, float, float] = key(IMAGENET_STD, "per channel, of values in [0, 1]", above=0)
+    mean: tuple[float, float, float] = key(IMAGENET_MEAN, "subtracted from each channel, whose values are in [0, 1]")
+    std: tuple[float, float, float] = key(IMAGENET_STD, "by which each channel is divided then", above=0)
     augment: str = key(
         "none", "crop_flip: training sees random crops, half of them mirrored", choices=("none", "crop_flip")
     )
     on_error: str = key(
-        "raise", "an unreadable image ends the run, or is logged and left out", choices=("raise", "skip")
+        "raise", "what an unreadable image does: end the run, or be left out and logged", choices=("raise", "skip")
     )
     num_workers: int = key(4, "threads that read images, about one per core; 0: only the caller", least=0, most=1024)
     worker_processes: int = key(
         0, "processes of so many threads each, where one process's threads wait for each other", least=0, most=256
     )
-    seed: int = key(0, "digits only: of the generator of canvases", least=0, below=2**32)
+    seed: int = key(0, "digits only: seed of the generator of canvases", least=0, below=2**32)
 
     def __post_init__(self):
         checked.check(self)

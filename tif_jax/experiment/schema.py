@@ -24,24 +24,42 @@ class Backbone(NetworkRecipe):
     """The ViT before reduction: imported, trained from random weights, or (num_epochs 0) random weights."""
 
     init_from: str = key("", "a weight file or a checkpoint; '': random weights of `model`")
-    model: dict[str, Any] = key({}, "fields of the model that random weights are drawn for")
-    num_heads: int = key(0, "of a weight file that does not tell; 0: what its width suggests", least=0)
+    model: dict[str, Any] = key(
+        {}, "fields of the model where init_from is '', as in dict(image_size=64, patch_size=8, ...)"
+    )
+    num_heads: int = key(
+        0, "attention heads of a weight file, which does not say how many; 0: what its width suggests", least=0
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
     """How the impact of the training images' tokens is measured."""
 
-    estimator: str = key("sampled", "see `tif_jax.token_impact`", choices=ESTIMATORS)
-    mask: str = key("drop", "what masks a token; of `exact` alone, the others are 'drop'", choices=MASKS)
-    target: str = key("teacher", "whose loss: the label's, or the unmasked network's own prediction", choices=TARGETS)
-    num_samples: int = key(16, "random masks of an image (`sampled`)", least=1)
-    keep_ratio: float = key(0.5, "expected fraction of tokens in a random mask (`sampled`)", above=0, most=1)
-    views: int = key(1, "views of an image: the evaluation view, then augmented ones", least=1)
-    num_images: int = key(0, "images that are scored, evenly spaced; 0: all", least=0)
+    estimator: str = key(
+        "sampled",
+        "exact: mask one token at a time; gradient: one backward pass; sampled: mean over random masks",
+        choices=ESTIMATORS,
+    )
+    mask: str = key(
+        "drop",
+        "exact only: what a masked token is: zeros, its position embedding, or absent; the others drop",
+        choices=MASKS,
+    )
+    target: str = key(
+        "teacher",
+        "label: loss with the true label; teacher: divergence from the unmasked network's prediction",
+        choices=TARGETS,
+    )
+    num_samples: int = key(16, "sampled only: random masks of each image", least=1)
+    keep_ratio: float = key(0.5, "sampled only: expected fraction of tokens that a random mask leaves", above=0, most=1)
+    views: int = key(1, "views of each image that are scored: the evaluation view, then augmented ones", least=1)
+    num_images: int = key(0, "how many training images are scored, evenly spaced; 0: all", least=0)
     batch_size: int = key(32, "images at once", least=1)
     chunk: int = key(0, "masked images at once on a device; 0: what suits and fits into its memory", least=0)
-    dtype: str = key("", "'': float32 for exact and on CPUs, else bfloat16", choices=("", *DTYPES))
+    dtype: str = key(
+        "", "what the network computes in; '': float32 for exact and on CPUs, else bfloat16", choices=("", *DTYPES)
+    )
     part: str = key("", "K/N: this job scores the K-th of N parts; '': all of them")
 
     def __post_init__(self):
@@ -72,10 +90,13 @@ class Filter(Recipe):
         choices=("top", "above", "quantile"),
     )
     keep_ratio: float | None = key(
-        None, "fraction of an image's tokens that `top` labels worth keeping; none: what tif keeps", above=0, most=1
+        None,
+        "top only: fraction of an image's tokens that are labelled worth keeping; none: what tif keeps",
+        above=0,
+        most=1,
     )
-    rho: float = key(0.0, "nats with `above`, a fraction in (0, 1) with `quantile`")
-    balance: bool = key(False, "both labels have the same weight in the loss")
+    rho: float = key(0.0, "threshold of impact: nats with above, a fraction in (0, 1) with quantile")
+    balance: bool = key(False, "give both labels the same weight in the loss, however rare one is")
 
     def __post_init__(self):
         super().__post_init__()
@@ -94,10 +115,14 @@ class Adapter(Recipe):
 class Distillation:
     """What fine-tuning learns from a teacher."""
 
-    kind: str = key("", "soft: its distribution (DynamicViT); hard: its top class (DeiT)", choices=("", "soft", "hard"))
+    kind: str = key(
+        "",
+        "what is learned of the teacher: soft: its distribution (DynamicViT); hard: its top class (DeiT); '': nothing",
+        choices=("", "soft", "hard"),
+    )
     teacher: str = key("", "a checkpoint or weight file; '': the unreduced backbone")
-    logits_weight: float = key(0.5, "weight of what the teacher says", least=0)
-    tokens_weight: float = key(0.5, "soft: weight of the difference to the teacher's tokens", least=0)
+    logits_weight: float = key(0.5, "weight of the loss against the teacher's prediction", least=0)
+    tokens_weight: float = key(0.5, "soft only: weight of the loss against the teacher's output tokens", least=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +130,7 @@ class Finetune(NetworkRecipe):
     """The whole network with its reducer."""
 
     num_epochs: float = key(10.0, "epochs", above=0)
-    model: dict[str, Any] = key({}, "fields of the model that differ from the backbone's")
+    model: dict[str, Any] = key({}, "fields of the model that differ from the backbone's, as in dict(class_head=True)")
     phases: tuple[dict, ...] = key((), "dict(until=EPOCH, OPTION=...): the reducer's options before that epoch")
     distillation: Distillation = section(Distillation)
 
@@ -125,8 +150,10 @@ class Evaluate:
     """How checkpoints and rankings are judged on test images."""
 
     batch_size: int = key(64, "images at once, over all devices of all processes", least=1)
-    num_images: int = key(500, "images that both oracles score for the table of rankings; 0: all", least=0)
-    num_samples: int = key(8, "their random masks of an image", least=1)
+    num_images: int = key(
+        500, "test images that both oracles score for the report's table of rankings; 0: all", least=0
+    )
+    num_samples: int = key(8, "random masks of each of them, by which its impact is measured", least=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,32 +161,40 @@ class Benchmark:
     """Which reducers stand in the report, and how their speed is measured."""
 
     batch_size: int = key(64, "images at once, over all devices of this process", least=1)
-    dtype: str = key("float32", "of the forward pass", choices=DTYPES)
-    reducers: tuple[ReducerEntry, ...] = key((), "names, or dict(name=..., OPTION=...); (): the config's own")
+    dtype: str = key("float32", "what the network computes in while its speed is measured", choices=DTYPES)
+    reducers: tuple[ReducerEntry, ...] = key(
+        (),
+        "which reducers, each a dict(name=..., OPTION=...) or a name, which stands for dict(name=NAME); (): the config's own",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     """A config, read and checked. An entry of benchmark.reducers takes over what `reducer` has and it lacks (`config`)."""
 
-    seed: int = key(0, "of weights, order of the data and what is drawn in training", **_ANY_SEED)
-    seeds: int = key(1, "filters and fine-tunings with seed, seed + 1, ...", least=1, most=1000)
-    quick: bool = key(False, "apply when_quick")
-    dtype: str = key("float32", "of the forward pass; parameters are float32", choices=DTYPES)
+    seed: int = key(0, "seed of fresh weights, the order of the data and what training draws", **_ANY_SEED)
+    seeds: int = key(1, "how many times filter and fine-tuning are run: with seed, seed + 1, ...", least=1, most=1000)
+    quick: bool = key(False, "run the short version: what `when_quick` says replaces the other values")
+    dtype: str = key("float32", "what the network computes in; its parameters are float32", choices=DTYPES)
     peak_tflops: float = key(
-        0.0, "of one device, for model FLOP/s utilisation; 0: what is known of some devices", least=0
+        0.0,
+        "peak TFLOP/s of one device, to report how much of it is used; 0: what the program knows of the device",
+        least=0,
     )
     sharding: Sharding = section(Sharding)
     data: DataOptions = section(DataOptions)
     backbone: Backbone = section(Backbone)
     score: Score = section(Score)
-    reducer: ReducerEntry = key(ReducerEntry("full"), "the reducer: its name, and its options (`tif --help reducers`)")
+    reducer: ReducerEntry = key(
+        ReducerEntry("full"),
+        "the reducer that is fine-tuned, a name or dict(name=..., OPTION=...); `tif --help reducers` lists the options",
+    )
     filter: Filter = section(Filter)
     adapter: Adapter = section(Adapter)
     finetune: Finetune = section(Finetune)
     evaluate: Evaluate = section(Evaluate)
     benchmark: Benchmark = section(Benchmark)
-    when_quick: dict[str, Any] = key({}, "values that --config.quick=true sets")
+    when_quick: dict[str, Any] = key({}, "keys of the config, with the values that they have under --config.quick=true")
 
     def __post_init__(self):
         if self.score.views > 1 and self.data.augment == "none":

@@ -18,20 +18,24 @@ class Recipe:
 
     num_epochs: float = key(0.0, "epochs; 0: nothing is trained", least=0)
     batch_size: int = key(64, "images of a step, over all devices of all processes", least=1)
-    learning_rate: float = key(1e-3, "at its peak", least=0)
-    final_learning_rate: float = key(0.0, "where the cosine ends", least=0)
-    warmup_epochs: float = key(0.0, "epochs in which the learning rate rises from 0", least=0)
+    learning_rate: float = key(1e-3, "learning rate after the warm-up, its highest", least=0)
+    final_learning_rate: float = key(0.0, "learning rate at the last step, to which a cosine falls", least=0)
+    warmup_epochs: float = key(0.0, "epochs in which the learning rate rises from 0 to its highest", least=0)
     weight_decay: float = key(0.0, "AdamW's; none for biases, scales, tokens and position embeddings", least=0)
     clip_norm: float = key(float("inf"), "bound of the gradient's global norm; inf: none", above=0, infinite=True)
     adaptive_clip: float = key(0.0, "bound of each unit's gradient norm relative to its weights'; 0: none", least=0)
     layer_decay: float = key(1.0, "factor of the learning rate from each block to the one before it", above=0, most=1)
     rate_factors: tuple[Any, ...] = key(
-        (), "(pattern of parameter paths, factor of the learning rate), or with the epoch from which they learn"
+        (), "entries (pattern of parameter paths, factor of the learning rate), or with the epoch from which they learn"
     )
-    decay_factors: tuple[Any, ...] = key((), "(pattern of parameter paths, factor of the weight decay)")
-    freeze: tuple[str, ...] = key((), "patterns of parameters that rest")
-    accumulate: int = key(1, "parts that a batch is worked through in", least=1)
-    save_every: int = key(1000, "steps that a killed run loses at most; a shorter run saves once on the way", least=1)
+    decay_factors: tuple[Any, ...] = key((), "entries (pattern of parameter paths, factor of the weight decay)")
+    freeze: tuple[str, ...] = key((), "patterns of the paths of parameters that are not trained")
+    accumulate: int = key(
+        1, "parts into which a batch is divided to save memory; their gradients are averaged", least=1
+    )
+    save_every: int = key(
+        1000, "steps between checkpoints: what a killed run loses at most; a shorter run saves once on the way", least=1
+    )
 
     def __post_init__(self):
         if self.batch_size % self.accumulate:
@@ -48,7 +52,7 @@ class Recipe:
 class FreshViews(Augmentation):
     """What is done to training images beside data.augment."""
 
-    repeats: int = key(1, "views of an image that follow each other (repeated augmentation)", least=1)
+    repeats: int = key(1, "how many views of an image follow each other (repeated augmentation)", least=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +60,16 @@ class NetworkRecipe(Recipe):
     """What stages read that train the whole network."""
 
     label_smoothing: float = key(0.0, "share of the target that is spread over all classes", least=0, below=1)
-    drop_path: float = key(0.0, "stochastic depth of the last block; the first has none", least=0, below=1)
+    drop_path: float = key(
+        0.0,
+        "probability that a branch of the last block is skipped (stochastic depth); the first is never",
+        least=0,
+        below=1,
+    )
     ema: float = key(0.0, "decay per step of a moving average of the parameters; 0: none", least=0, below=1)
-    remat: bool = key(False, "for the gradient, activations inside blocks are computed again instead of kept")
+    remat: bool = key(
+        False, "compute activations inside blocks again for the gradient, which saves memory and takes time"
+    )
     augmentation: FreshViews = section(FreshViews)
     mixing: Mixing = section(Mixing)
 
@@ -69,7 +80,7 @@ class Sharding:
 
     fsdp: int = key(1, "devices that parameters, optimiser state and moving average are divided over", least=1)
     table: tuple[tuple[str, int], ...] = key(
-        (), "(pattern of parameter paths, axis that is divided); (): kernels and embeddings"
+        (), "entries (pattern of parameter paths, axis that is divided); (): kernels and embeddings"
     )
 
 
