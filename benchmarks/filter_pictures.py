@@ -2,7 +2,12 @@
 
     python -m benchmarks.filter_pictures runs/filters/ours/filter runs/filters/judge-photographs docs/filter_pictures.png
 
-The first folder holds the filter's checkpoints, the second the photographs' oracle (`benchmarks.filters`).
+The first folder holds the filter's checkpoints, the second the photographs' oracle. Both are made by
+
+    python -m benchmarks.filters --workdir runs/filters --scored runs/imagenette \\
+        --judge "photographs: configs/imagenette.py:photographs" -- "ours: configs/imagenette.py"
+
+where `tif score --config configs/imagenette.py --workdir runs/imagenette` came first.
 """
 
 import csv
