@@ -272,10 +272,12 @@ def _one_kind_text(kind: Any) -> str:
     if typing.get_origin(kind) in (tuple, Sequence):
         if inside[0] is Any:
             return "a tuple"
-        what = kind_text(inside[0])
-        what = f"{what.removeprefix('a ')}s" if what.startswith("a ") and " or " not in what else what
-        number = f"{len(inside)} " if len(inside) > 1 and inside[-1] is not Ellipsis else ""
-        return f"a tuple of {number}{what}"
+        each = [each for each in inside if each is not Ellipsis]
+        if len(set(each)) > 1:
+            return f"a tuple ({', '.join(map(kind_text, each))})"
+        what = kind_text(each[0])
+        what = f"{what.removeprefix('a ')}s" if what in _PLAIN.values() or what == "a dict" else f"entries, each {what}"
+        return f"a tuple of {f'{len(each)} ' if len(each) > 1 else ''}{what}"
     if dataclasses.is_dataclass(kind) or typing.get_origin(kind) in (dict, Mapping) or kind in (dict, Mapping):
         return "a dict"
     return _PLAIN.get(kind, str(kind))
