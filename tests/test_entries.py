@@ -75,6 +75,8 @@ def test_another_reducer_on_the_command_line_takes_over_the_amount_alone():
     assert config("--config.reducer.name=evit", reducer__adapter=8).reducer.described == dict(
         name="evit", keep_ratio=0.25
     )
+    budget = dict(reducer=dict(name="tif", budget=0.01), filter=dict(keep_ratio=0.5))
+    assert config_file.from_settings(budget, ["--config.reducer.name=full"]).reducer.described == {"name": "full"}
     each = ["--config.reducer.name=evit", "--config.reducer.keep_ratio=0.9,0.7,0.5"]
     assert config(*each, "--config.benchmark.reducers=evit").reducer.options["keep_ratio"] == (0.9, 0.7, 0.5)
     with pytest.raises(InputError, match=r"benchmark.reducers\[1\].keep_ratio is \(0.9, 0.7, 0.5\); it is a number"):

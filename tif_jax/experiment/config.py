@@ -22,7 +22,7 @@ from tif_jax.experiment import checks
 from tif_jax.experiment.reducer_entry import ReducerEntry, option_kinds, read_entry
 from tif_jax.experiment.schema import Experiment
 from tif_jax.models import FAMILIES, field_kinds
-from tif_jax.models.budget import AMOUNTS
+from tif_jax.models.budget import AMOUNTS, SOLVED
 
 Settings = dict[str, Any]
 
@@ -156,7 +156,8 @@ def _made_room(reducer: Any, given: list[str], name: str | None) -> Settings:
     reducer = {"name": reducer} if isinstance(reducer, str) else dict(reducer)
     if name is not None and name != reducer.get("name"):
         kinds = option_kinds(name, "reducer.name")
-        amounts = {key: value for key, value in reducer.items() if key in AMOUNTS and key in (*kinds, "budget")}
+        known = {*kinds, "budget"} if any(key in kinds for key in SOLVED) else set(kinds)
+        amounts = {key: value for key, value in reducer.items() if key in AMOUNTS and key in known}
         reducer = {"name": name, **amounts}
     if not {path.removeprefix("reducer.") for path in given}.isdisjoint(AMOUNTS):
         reducer = {key: value for key, value in reducer.items() if key not in AMOUNTS}
