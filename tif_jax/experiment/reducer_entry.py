@@ -5,7 +5,6 @@ of the reducer's constructor, and `budget` (GMAC) instead of an amount.
 """
 
 import dataclasses
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -155,10 +154,8 @@ def _option(kind: Any, value: Any, where: str) -> Any:
 
 def _unknown_option(where: str, name: str, key: str, kinds: Iterable[str]) -> InputError:
     known = [*kinds, "budget"]
-    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-    return InputError(
-        f"config has no key '{where}.{key}'; the nearest is '{where}.{nearest}' ({name!r} takes {', '.join(sorted(known))})"
-    )
+    error = checked.unknown_key(f"{where}.{key}", [f"{where}.{other}" for other in known])
+    return InputError(f"{error} ({name!r} takes {', '.join(sorted(known))})")
 
 
 def default_of(name: str, option: str) -> Any:

@@ -27,7 +27,7 @@ from tif_jax.models.params import params_of
 from tif_jax.runtime import records
 from tif_jax.training import losses
 from tif_jax.training.checkpoints import Checkpoints
-from tif_jax.training.recipe import NetworkRecipe
+from tif_jax.training.recipe import NetworkRecipe, Recipe
 from tif_jax.training.stage import Stage, describe, fit
 from tif_jax.training.state import State
 from tif_jax.weights.loading import load, load_with_fields
@@ -78,8 +78,8 @@ def fitted_part(experiment: Experiment, workdir: Path) -> Stage:
 def token_filter(experiment: Experiment, workdir: Path) -> Stage:
     """The token filter of tif, fitted to the impact in DIR/impact: for any budget and whatever comes then."""
     recipe, entry = experiment.filter, _fitted_entry(experiment).without("adapter")  # it comes after the filter
-    model, fields = _load(backbone_folder(workdir), entry, experiment)
-    table = shards.read_impact(workdir, expected=expected_manifest(experiment, model))
+    loaded = _load(backbone_folder(workdir), entry, experiment)
+    table = shards.read_impact(workdir, expected=expected_manifest(experiment, loaded[0]))
     labelled = label_options(experiment, table.impact)
     positives = float(np.mean(keep_labels(table.impact, **labelled)))
     logger.info("%.1f%% of %d tokens are labelled worth keeping (%s)", 100 * positives, table.impact.size, labelled)
@@ -95,40 +95,31 @@ def token_filter(experiment: Experiment, workdir: Path) -> Stage:
         records=np.stack([table.index, table.view], axis=1),
         extra={"impact": table.impact.astype(np.float32)},
     )
-    return _stage(
+    return _part_alone(
         experiment,
+        entry,
+        loaded,
         directory=filter_folder(experiment, workdir),
         recipe=recipe,
-        model=model,
-        fields=fields,
-        reducer=entry.described,
         loss=partial(losses.impact, **labelled, positive_weight=(1 / positives - 1) if recipe.balance else 1.0),
         batches=batches,
         num_examples=len(table.index),
         trainable=REDUCER_LEARNS,
-        trainable_default=False,
-        stochastic=False,
     )
 
 
 def selectors(experiment: Experiment, workdir: Path) -> Stage:
     """The selectors of tosa, fitted to the attention of the blocks that they choose for; nothing is scored, no label read."""
     recipe, entry = experiment.filter, experiment.reducer.without(*AMOUNTS)  # all the same while fitting
-    model, fields = _load(backbone_folder(workdir), entry, experiment, fitting=True)
-    source = data.open_source(experiment.data, "train")
-    return _stage(
+    return _part_alone(
         experiment,
+        entry,
+        _load(backbone_folder(workdir), entry, experiment, fitting=True),
         directory=filter_folder(experiment, workdir),
         recipe=recipe,
-        model=model,
-        fields=fields,
-        reducer=entry.described,
         loss=losses.selector,
-        batches=training_batches(source, experiment.data, batch_size=recipe.batch_size, seed=experiment.seed),
-        num_examples=len(source),
+        **_all_images(experiment, recipe),
         trainable=REDUCER_LEARNS,
-        trainable_default=False,
-        stochastic=False,
     )
 
 
@@ -137,21 +128,15 @@ def adapter(experiment: Experiment, workdir: Path) -> Stage:
     recipe, entry = experiment.adapter, _fitted_entry(experiment)
     if not entry.has_adapter:
         raise InputError("stage 'adapter' is for tif with reducer.adapter above 0")
-    model, fields = _load(filter_folder(experiment, workdir), entry, experiment)
-    source = data.open_source(experiment.data, "train")
-    return _stage(
+    return _part_alone(
         experiment,
+        entry,
+        _load(filter_folder(experiment, workdir), entry, experiment),
         directory=adapter_folder(experiment, workdir),
         recipe=recipe,
-        model=model,
-        fields=fields,
-        reducer=entry.described,
         loss=losses.divergence,
-        batches=training_batches(source, experiment.data, batch_size=recipe.batch_size, seed=experiment.seed),
-        num_examples=len(source),
+        **_all_images(experiment, recipe),
         trainable=ADAPTER_LEARNS,
-        trainable_default=False,
-        stochastic=False,
         teacher=load(backbone_folder(workdir), reducer="full", dtype=experiment.dtype),
     )
 
@@ -213,6 +198,22 @@ def _stage(experiment: Experiment, **of_stage: Any) -> Stage:
         peak_tflops=experiment.peak_tflops,
         **of_stage,
     )
+
+
+def _part_alone(
+    experiment: Experiment, entry: ReducerEntry, loaded: tuple[Model, dict[str, Any]], **of_stage: Any
+) -> Stage:
+    """A stage that trains a part of the reducer while the rest of the network rests; nothing is drawn."""
+    model, fields = loaded
+    frozen = dict(trainable_default=False, stochastic=False)
+    return _stage(experiment, model=model, fields=fields, reducer=entry.described, **frozen, **of_stage)
+
+
+def _all_images(experiment: Experiment, recipe: Recipe) -> dict[str, Any]:
+    """Batches of all training images, and how many there are. Their labels are not read: they need not fit the model."""
+    source = data.open_source(experiment.data, "train")
+    batches = training_batches(source, experiment.data, batch_size=recipe.batch_size, seed=experiment.seed)
+    return {"batches": batches, "num_examples": len(source)}
 
 
 def _load(folder: Path, entry: ReducerEntry, experiment: Experiment, **given: Any) -> tuple[Model, dict[str, Any]]:
