@@ -25,7 +25,8 @@ from benchmarks._common import data_root, median_and_range
 from benchmarks.tfds_folder import write_tfds_folder
 from tif_jax.data.folder import ImageFolder
 from tif_jax.data.loader import evaluation_batches
-from tif_jax.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, normalise, random_crop, read_image
+from tif_jax.data.pictures import read_image
+from tif_jax.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, normalise, random_crop
 from tif_jax.data.tfds import Tfds
 from tif_jax.runtime.timing import in_rounds
 

@@ -7,7 +7,7 @@ import pytest
 from pictures import encode, one_line, picture
 from PIL import Image
 
-from tif_jax.data.preprocess import read_image
+from tif_jax.data.pictures import read_image
 from tif_jax.data.source import UnreadableImage
 from tif_jax.errors import InputError
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tif_jax.data.preprocess import read_image
+from tif_jax.data.pictures import read_image
 from tif_jax.data.source import Example
 from tif_jax.errors import InputError
 

@@ -10,7 +10,7 @@ from typing import Any
 from etils import epath
 
 from tif_jax.data import remote
-from tif_jax.data.preprocess import read_image
+from tif_jax.data.pictures import read_image
 from tif_jax.data.source import Example
 from tif_jax.data.tfrecord import TFRecords
 from tif_jax.errors import InputError

@@ -1,0 +1,66 @@
+"""From image files to upright 8-bit RGB pictures.
+
+Legend: Y rows, X columns.
+"""
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import ExifTags, Image, ImageOps
+
+from tif_jax.data.source import UnreadableImage
+from tif_jax.errors import InputError
+
+AnyImage = str | os.PathLike | bytes | np.ndarray | Image.Image
+
+
+def read_image(image: AnyImage, name: str = "") -> Image.Image:
+    """The upright 8-bit RGB picture: first frame, EXIF orientation applied, transparency laid over white.
+
+    `name` stands for the image in errors; default: its path. UnreadableImage if the file is missing, truncated, corrupt
+    or of a kind without a fixed range (floating point, more than 16 bits).
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise InputError(f"an image is a {image.dtype} array of shape {image.shape}; give uint8 (Y, X, 3) in RGB")
+        return Image.fromarray(image)
+    if isinstance(image, Image.Image):
+        name = name or str(getattr(image, "filename", "")) or repr(image)
+    elif not isinstance(image, bytes):
+        name = name or os.fspath(image)
+    try:
+        if isinstance(image, Image.Image):
+            return _to_rgb(image)
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else Path(image)) as opened:
+            return _to_rgb(opened)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise every kind of exception on corrupt files
+        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else " ".join(str(error).split())
+        raise UnreadableImage(
+            f"cannot read image {name}: {reason}; replace the file, or leave such images out with data.on_error='skip'"
+        ) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = Image.fromarray(_to_8_bit(np.asarray(image)))
+    elif image.mode == "F":
+        raise ValueError("floating-point pixels have no fixed range; save it with 8 or 16 bits per channel")
+    elif image.mode.endswith(("A", "a")) or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _to_8_bit(pixels: np.ndarray) -> UInt8[np.ndarray, "Y X"]:
+    """16-bit grey levels over the range of 8 bits."""
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise ValueError("pixels of more than 16 bits have no fixed range; save it with 8 or 16 bits per channel")
+    return np.round(pixels / 257).astype(np.uint8)
