@@ -93,7 +93,7 @@ def test_truncated_file_is_an_error_that_names_it(format, share, tmp_path):
     path.write_bytes(data)
     read_image(path)
     path.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(UnreadableImage, match=r"broken\.img.*on_error") as error:
+    with pytest.raises(UnreadableImage, match=r"broken\.img: \w") as error:
         read_image(path)
     assert one_line(error)
 

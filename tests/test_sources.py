@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 
 import ml_collections
 import numpy as np
@@ -215,7 +216,11 @@ def test_options_come_from_a_config_dict(folder):
         ({"image_size": 0}, r"image_size is 0"),
         ({"image_size": (1, 2, 3)}, r"image_size is \(1, 2, 3\)"),
         ({"crop_fraction": 0.0}, r"crop_fraction is 0.0"),
-        ({"std": (1.0, 1.0, 0.0)}, r"data.std is .* numbers, above 0"),
+        ({"std": (1.0, 1.0, 0.0)}, r"data.std is .* numbers or none, above 0"),
+        ({"mean": (123.7, 116.3, 103.5)}, r"data.mean is .* at most 1; .* divide by 255"),
+        ({"std": (58.4, 57.1, 57.4)}, r"data.std is .* at most 1; .* divide by 255"),
+        ({"mean": (0.5, 0.5, math.nan)}, r"data.mean is .*nan"),
+        ({"interpolation": "cubic"}, r"data.interpolation is 'cubic'; allowed: None, 'nearest', 'bilinear', 'bicubic'"),
         ({"name": "image_table", "class_index": {"a": 1}}, r"data.class_index renumbers the folders"),
         ({"name": "digits"}, r"data.num_train is 0"),
         ({"name": "digits", "num_train": 9, "image_size": (32, 64)}, r"the canvas of digits is square"),

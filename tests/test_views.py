@@ -1,6 +1,8 @@
 """Views: the crop that evaluation sees, and random crops."""
 
+import inspect
 import math
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,6 +19,8 @@ from tif_jax.data.preprocess import (
     random_crop,
 )
 from tif_jax.errors import InputError
+
+PIXELS = np.zeros((8, 8, 3), np.uint8)
 
 
 def cubic_resize(pixels, size):
@@ -74,11 +78,43 @@ def test_preprocess_takes_every_kind_of_image_and_is_ready_for_a_model(tmp_path)
     for view in batch:
         np.testing.assert_array_equal(view, evaluation_view(image, (32, 32)))
     assert preprocess([image], image_size=(16, 32), crop_fraction=1.0).shape == (1, 16, 32, 3)
-    for wrong in "cat.jpg", []:
-        with pytest.raises(InputError, match="list of at least one image"):
-            preprocess(wrong)
-    with pytest.raises(InputError, match=r"crop_fraction is 1.5"):
-        preprocess([image], crop_fraction=1.5)
+    for several in (image for _ in range(2)), np.stack([np.asarray(image)] * 2), {"a": image, "b": image}.values():
+        np.testing.assert_array_equal(preprocess(several, image_size=32), batch[:2])
+
+
+@pytest.mark.parametrize(
+    ("images", "given", "message"),
+    [
+        ("cat.jpg", {}, "'cat.jpg'; .* a list of it"),
+        (Path("cat.jpg"), {}, "a list of it"),
+        (7, {}, "7; .* takes several"),
+        ([], {}, "at least one"),
+        ([None], {}, "an image is None; it is a path"),
+        (["no.jpg"], {}, "cannot read image no.jpg: .*No such file.*; replace it, or leave it out$"),
+        ([PIXELS], dict(model=224), "model is 224; .* image_size=224"),
+        ([PIXELS], dict(crop_fraction=1.5), "crop_fraction is 1.5; it is a number, above 0, at most 1"),
+        ([PIXELS], dict(mean=(123.7, 116.3, 103.5)), "mean is .*; .* divide by 255"),
+        ([PIXELS], dict(std=np.array([58.4, 57.1, 57.4])), "std is .*; .* divide by 255"),
+        ([PIXELS], dict(std=(0.5, 0.5, math.nan)), "std is .*nan"),
+        ([PIXELS], dict(mean=0.5), "mean is 0.5; it is a tuple of 3 numbers"),
+        ([PIXELS], dict(image_size=0), "image_size is 0; it is a whole number"),
+        ([PIXELS], dict(image_size=22.4), "image_size is 22.4"),
+        ([PIXELS], dict(interpolation="cubic"), "interpolation is 'cubic'; allowed: 'nearest'"),
+    ],
+)
+def test_what_preprocess_refuses(images, given, message):
+    with pytest.raises(InputError, match=message) as error:
+        inspect.unwrap(preprocess)(images, **given)  # as users have it, without the types that the tests check
+    assert "\n" not in str(error.value) and "on_error" not in str(error.value)
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos"])
+def test_interpolation_is_pillows(interpolation):
+    image = picture(rows=40, columns=50)
+    resized = image.resize((20, 16), getattr(Image.Resampling, interpolation.upper()))
+    expected = (np.asarray(resized, np.float32) / 255 - 0.25) / 0.5
+    how = dict(mean=(0.25,) * 3, std=(0.5,) * 3, interpolation=interpolation, crop_fraction=1.0)
+    np.testing.assert_allclose(preprocess([image], image_size=(16, 20), **how)[0], expected, atol=1e-6)
 
 
 def test_random_crop_has_the_distribution_of_random_resized_crop():

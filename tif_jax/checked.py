@@ -39,6 +39,7 @@ class Range(NamedTuple):
     below: float | None = None
     infinite: bool = False
     choices: tuple[Any, ...] = ()
+    advice: str = ""  # what to do about a value out of range
 
     def has(self, value: Any) -> bool:
         if self.choices:
@@ -142,7 +143,8 @@ def value_of(kind: Any, value: Any, where: str, allowed: Range = _ANY) -> Any:
         raise InputError(f"{where} is {value!r}; {_described(kind, allowed)}{example}")
     if not allowed.has(fitting[0]):
         unlike = isinstance(value, float) and not math.isfinite(value) and not allowed.infinite
-        raise InputError(f"{where} is {value!r}; {_described(kind, allowed)}{', and finite' * unlike}")
+        remedy = f"; {allowed.advice}" if allowed.advice else ""
+        raise InputError(f"{where} is {value!r}; {_described(kind, allowed)}{', and finite' * unlike}{remedy}")
     return fitting[0]
 
 

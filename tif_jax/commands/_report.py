@@ -214,7 +214,8 @@ def pictures(
     passed = top_k(found, num_kept(getattr(model.reducer, "keep_ratio", 1.0), found.shape[1]))
     logits = np.asarray(found)
     kept = (np.arange(logits.shape[1])[None, None] == np.asarray(passed)[..., None]).any(axis=1)
-    pixels = np.clip(images * np.asarray(config.data.std) + np.asarray(config.data.mean), 0, 1)
+    how = config.data.preprocessing
+    pixels = np.clip(images * np.asarray(how.std) + np.asarray(how.mean), 0, 1)
     raster = lambda x: x.reshape(-1, *model.grid)  # noqa: E731
     columns = zip(pixels, raster(table.impact[chosen]), raster(logits), raster(kept), strict=True)
     return [dict(zip(("image", "impact", "logits", "kept"), column, strict=True)) for column in columns]

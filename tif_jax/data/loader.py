@@ -253,7 +253,8 @@ class _Loader:
                     return row, self._source[index]
                 except UnreadableImage as error:
                     if self.options.on_error == "raise":
-                        raise
+                        remedy = "replace the file, or leave such images out with data.on_error='skip'"
+                        raise UnreadableImage(f"{error}; {remedy}") from error
                     self._leave_out(index, str(error))
             if self._seed is None:
                 return row, None
@@ -266,18 +267,19 @@ class _Loader:
     def _view(
         self, image: Image.Image | UInt8[np.ndarray, "_ _ 3"], position: int, index: int, view: int
     ) -> Float32[np.ndarray, "Y X 3"]:
-        size, mean, std = self.options.size, self.options.mean, self.options.std
-        if view == 0 and self.options.crop_fraction == 1 and isinstance(image, np.ndarray) and image.shape[:2] == size:
-            return normalise(image, mean, std)  # is its own evaluation view
+        size, how = self.options.size, self.options.preprocessing
+        if view == 0 and how.crop_fraction == 1 and isinstance(image, np.ndarray) and image.shape[:2] == size:
+            return normalise(image, how.mean, how.std)  # is its own evaluation view
         image = image if isinstance(image, Image.Image) else Image.fromarray(image)
         if view == 0:
-            return evaluation_view(image, size, self.options.crop_fraction, mean, std)
+            return evaluation_view(image, size, **vars(how))
+        of_pixels: dict[str, Any] = dict(mean=how.mean, std=how.std, interpolation=how.interpolation)
         # The first number keeps the two families of streams apart. Positions count through all epochs, so that every
         # epoch has fresh augmentations of its own.
         if view == FRESH:
             rng = np.random.default_rng((0, self._seed or 0, position))
-            return augmented_view(image, size, rng, mean, std, augmentation=self._augmentation)
-        return augmented_view(image, size, np.random.default_rng((1, index, view)), mean, std)
+            return augmented_view(image, size, rng, augmentation=self._augmentation, **of_pixels)
+        return augmented_view(image, size, np.random.default_rng((1, index, view)), **of_pixels)
 
     def _leave_out(self, index: int, reason: str) -> None:
         if self.unreadable.setdefault(index, reason) is reason:  # one atomic step: several threads may come here

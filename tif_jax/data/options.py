@@ -2,14 +2,16 @@
 
 import dataclasses
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict
 
 from tif_jax import checked
 from tif_jax.checked import key
-from tif_jax.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from tif_jax.data.preprocess import FRACTIONS, INTERPOLATIONS, PARTS, Preprocessing, replaced
 
+_ELSE = "none: what the weights of backbone.init_from say, else"
 KNOWN = ("digits", "image_folder", "image_table", "tfds")
 
 
@@ -33,9 +35,16 @@ class DataOptions:
     )
     class_index: dict[str, int] | None = key(None, "image_folder only: folder name -> output of the head")
     image_size: int | tuple[int, int] = key(224, "pixels of an image: (rows, columns), or one number for both", least=1)
-    crop_fraction: float = key(0.875, "share of the resized image that the evaluation view shows", above=0, most=1)
-    mean: tuple[float, float, float] = key(IMAGENET_MEAN, "subtracted from each channel, whose values are in [0, 1]")
-    std: tuple[float, float, float] = key(IMAGENET_STD, "by which each channel is divided then", above=0)
+    crop_fraction: float | None = key(
+        None, f"share of the resized image that the evaluation view shows; {_ELSE} 0.875", above=0, most=1
+    )
+    mean: tuple[float, float, float] | None = key(
+        None, f"subtracted from each channel, whose values are in [0, 1]; {_ELSE} ImageNet's", least=0, **FRACTIONS
+    )
+    std: tuple[float, float, float] | None = key(
+        None, f"by which each channel is divided then; {_ELSE} ImageNet's", above=0, **FRACTIONS
+    )
+    interpolation: str | None = key(None, f"how an image is resized; {_ELSE} bicubic", choices=(None, *INTERPOLATIONS))
     augment: str = key(
         "none", "crop_flip: training sees random crops, half of them mirrored", choices=("none", "crop_flip")
     )
@@ -55,6 +64,11 @@ class DataOptions:
     def size(self) -> tuple[int, int]:
         """image_size as (rows, columns)."""
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+    @cached_property
+    def preprocessing(self) -> Preprocessing:
+        """With the default for what is None here."""
+        return replaced(Preprocessing(), {part: getattr(self, part) for part in PARTS})
 
 
 Settings: TypeAlias = Mapping[str, Any] | ConfigDict | DataOptions

@@ -40,9 +40,7 @@ def read_image(image: AnyImage, name: str = "") -> Image.Image:
         raise
     except Exception as error:  # Pillow's decoders raise every kind of exception on corrupt files
         reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else " ".join(str(error).split())
-        raise UnreadableImage(
-            f"cannot read image {name}: {reason}; replace the file, or leave such images out with data.on_error='skip'"
-        ) from error
+        raise UnreadableImage(f"cannot read image {name}: {reason}") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

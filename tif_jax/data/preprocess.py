@@ -3,41 +3,107 @@
 Legend: B images, Y rows, X columns. Sizes are (Y, X).
 """
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, UInt8
 from PIL import Image, ImageOps
 
+from tif_jax import checked
+from tif_jax.checked import key
 from tif_jax.data.augment import Augmentation, augment, erase
 from tif_jax.data.pictures import AnyImage, read_image
+from tif_jax.data.source import UnreadableImage
 from tif_jax.errors import InputError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")  # as Pillow has them
 
 NONE = Augmentation()
+FRACTIONS: dict[str, Any] = dict(most=1, advice="channels are from 0 to 1 here: divide by 255 what is for 0 to 255")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """How pixels become what a model takes, whatever its image size: plain data that the model carries.
+
+    Raises InputError for a value of another type or out of range.
+    """
+
+    crop_fraction: float = key(0.875, "share of the resized image that the view shows", above=0, most=1)
+    mean: tuple[float, float, float] = key(IMAGENET_MEAN, "subtracted from each channel", least=0, **FRACTIONS)
+    std: tuple[float, float, float] = key(IMAGENET_STD, "by which each channel is divided then", above=0, **FRACTIONS)
+    interpolation: str = key("bicubic", "how the image is resized", choices=INTERPOLATIONS)
+
+    def __post_init__(self):
+        checked.check(self)
+
+
+PARTS = tuple(field.name for field in dataclasses.fields(Preprocessing))
 
 
 def preprocess(
-    images: Sequence[AnyImage],
-    image_size: int | tuple[int, int] = 224,
-    crop_fraction: float = 0.875,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
+    images: Iterable[AnyImage],
+    model: Any = None,
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    crop_fraction: float | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    interpolation: str | None = None,
 ) -> Float32[Array, "B Y X 3"]:
-    """The evaluation view of every image, ready for a model.
+    """The evaluation view of every image, as the model takes it.
 
-    An image is a path, the bytes of a file, a uint8 array (Y, X, 3) in RGB or a PIL image. InputError if one is not.
+    An image is a path, the bytes of a file, a uint8 array (Y, X, 3) in RGB or a PIL image.
+    model: what `tif_jax.load` returns; its `image_size` and `preprocessing` hold unless something else is given. Without a
+      model they are 224 pixels and the defaults of `Preprocessing`, which are DeiT's.
+    Raises InputError for what is no image or can not be read, and for values out of range.
     """
-    if isinstance(images, AnyImage) or not len(images):
-        raise InputError(f"preprocess takes a list of at least one image; got {images!r:.60}")
-    check_view(image_size, crop_fraction, mean, std)
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    return jnp.asarray(np.stack([evaluation_view(read_image(x), size, crop_fraction, mean, std) for x in images]))
+    if model is not None and not isinstance(getattr(model, "preprocessing", None), Preprocessing):
+        raise InputError(f"model is {model!r:.60}; it is what tif_jax.load returns (a size is given as image_size=224)")
+    given = dict(crop_fraction=crop_fraction, mean=mean, std=std, interpolation=interpolation)
+    how = replaced(model.preprocessing if model else Preprocessing(), given)
+    own_size = model.image_size if model else 224
+    size = _height_and_width(own_size if image_size is None else image_size)
+    return jnp.asarray(np.stack([evaluation_view(x, size, **vars(how)) for x in map(_read, _listed(images))]))
+
+
+def replaced(preprocessing: Preprocessing, given: Mapping[str, Any]) -> Preprocessing:
+    """The same but for what is given and not None. Raises InputError for what is unknown or out of range."""
+    said = {name: value for name, value in given.items() if value is not None}
+    numbers = {name: np.asarray(said[name]).tolist() for name in ("mean", "std") if name in said}
+    return checked.read(Preprocessing, {**vars(preprocessing), **said, **numbers})
+
+
+def _listed(images: Any) -> list[Any]:
+    is_batch = isinstance(images, np.ndarray) and images.ndim == 4
+    if (isinstance(images, AnyImage) and not is_batch) or not isinstance(images, Iterable):
+        raise InputError(f"images are {images!r:.60}; preprocess takes several: for one, a list of it")
+    listed = list(images)
+    if not listed:
+        raise InputError("images are empty; preprocess takes at least one")
+    return listed
+
+
+def _read(image: Any) -> Image.Image:
+    if not isinstance(image, AnyImage):
+        raise InputError(f"an image is {image!r:.60}; it is a path, the bytes of a file, a uint8 array or a PIL image")
+    try:
+        return read_image(image)
+    except UnreadableImage as error:
+        raise UnreadableImage(f"{error}; replace it, or leave it out") from error
+
+
+def _height_and_width(image_size: Any) -> tuple[int, int]:
+    kind = int | tuple[int, int]
+    size = checked.value_of(kind, image_size, "image_size", checked.Range(least=1))
+    return (size, size) if isinstance(size, int) else size
 
 
 def evaluation_view(
@@ -46,10 +112,11 @@ def evaluation_view(
     crop_fraction: float = 0.875,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
+    interpolation: str = "bicubic",
 ) -> Float32[np.ndarray, "Y X 3"]:
     """The central crop that evaluation sees, as timm takes it, normalised.
 
-    The image is resized (bicubic, antialiased) to the smallest picture of its aspect that covers image_size /
+    The image is resized (antialiased) to the smallest picture of its aspect that covers image_size /
     crop_fraction, and the centre is cut out of that.
     """
     covered_height, covered_width = (math.floor(x / crop_fraction) for x in image_size)
@@ -59,7 +126,7 @@ def evaluation_view(
     else:
         width, height = covered_width, height * covered_width // width
     top, left = round((height - image_size[0]) / 2), round((width - image_size[1]) / 2)
-    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    resized = image.resize((width, height), Image.Resampling[interpolation.upper()])
     return normalise(resized.crop((left, top, left + image_size[1], top + image_size[0])), mean, std)
 
 
@@ -73,13 +140,14 @@ def augmented_view(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: bool = True,
     augmentation: Augmentation = NONE,
+    interpolation: str = "bicubic",
 ) -> Float32[np.ndarray, "Y X 3"]:
     """A random crop of random aspect (`random_crop`) resized to image_size, half of the time mirrored, normalised.
 
     augmentation: what else is done to the picture, and to its pixels once they are normalised.
     """
     crop = image.crop(random_crop((image.height, image.width), rng, scale, ratio))
-    view = crop.resize(image_size[::-1], Image.Resampling.BICUBIC)
+    view = crop.resize(image_size[::-1], Image.Resampling[interpolation.upper()])
     if flip and rng.random() < 0.5:
         view = ImageOps.mirror(view)
     return erase(normalise(augment(view, augmentation, rng, mean), mean, std), augmentation.erase, rng)
@@ -107,19 +175,6 @@ def random_crop(
     height = min(image_height, max(1, round(image_width / ratio[0])))
     top, left = (image_height - height) // 2, (image_width - width) // 2
     return left, top, left + width, top + height
-
-
-def check_view(
-    image_size: int | tuple[int, ...], crop_fraction: float, mean: Sequence[float], std: Sequence[float]
-) -> None:
-    """Raises InputError unless these describe an evaluation view."""
-    sizes = (image_size,) if isinstance(image_size, int) else image_size
-    if len(sizes) > 2 or min(sizes) < 1:
-        raise InputError(f"image_size is {image_size}; it is a positive number of pixels, or (Y, X)")
-    if not 0 < crop_fraction <= 1:
-        raise InputError(f"crop_fraction is {crop_fraction}; it is a fraction in (0, 1]")
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise InputError(f"mean is {mean} and std {std}; they are three numbers each, std above 0")
 
 
 def normalise(

@@ -46,10 +46,8 @@ def expected_manifest(experiment: Experiment, model: Model) -> dict[str, Any]:
         # These decide which image an index is.
         "data": {key: getattr(options, key) for key in _IDENTITY},
         "image_size": list(options.size),
-        "preprocessing": {
-            "crop_fraction": options.crop_fraction, "mean": options.mean, "std": options.std, "augment": options.augment
-        },
-    }  # fmt: skip
+        "preprocessing": {**vars(options.preprocessing), "augment": options.augment},
+    }
 
 
 def label_options(experiment: Experiment, impact: Float[np.ndarray, "E N"]) -> dict[str, Any]:
