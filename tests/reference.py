@@ -56,7 +56,9 @@ def vit_forward(
 
     if pool == "mean":
         return _linear(w, "head", _norm(w, "fc_norm", x[:, len(front) :].mean(axis=1), eps))
-    x = _norm(w, "norm", x, eps)
+    x = _norm(w, "norm" if "norm.weight" in w else "fc_norm", x, eps)
+    if pool == "normed_mean":
+        return _linear(w, "head", x[:, len(front) :].mean(axis=1))
     logits = _linear(w, "head", x[:, 0])
     return (logits + _linear(w, "head_dist", x[:, 1])) / 2 if "dist_token" in w else logits
 
@@ -73,6 +75,7 @@ VARIANTS = {
     "no_qkv_bias": dict(qkv_bias=False),
     "mean": dict(pool="mean"),
     "mean_registers_no_class": dict(pool="mean", class_token=False, num_registers=1),
+    "normed_mean_no_class": dict(pool="normed_mean", class_token=False),
     "wide_mlp_four_heads": dict(mlp_dim=80, num_heads=4),
 }
 

@@ -3,15 +3,16 @@
 import numpy as np
 
 
-def levit_forward(tensors, images):
+def levit_forward(tensors, images, silu=False):
     """Class logits (B, L) of a LeViT whose weights are named as timm does, linear or 1x1 convolutions, for (B, Y, X, 3).
 
     Evo-LeViT's variant has further tensors: `cls_token`, `pos_embed` and `stages.<s>.downsample.pos_embed`, and no biases.
     """
     w = {name: np.asarray(tensor, np.float64) for name, tensor in tensors.items()}
+    w["activation"] = _silu if silu else _hard_swish
     x = np.asarray(images, np.float64)
     for i in (1, 2, 3, 4):
-        x = _convolution(w[f"stem.conv{i}.linear.weight"], x if i == 1 else _hard_swish(x))
+        x = _convolution(w[f"stem.conv{i}.linear.weight"], x if i == 1 else w["activation"](x))
         x = _norm(w, f"stem.conv{i}.bn", x)
     rows, columns = x.shape[1:3]
     x = x.reshape(len(x), rows * columns, -1)
@@ -122,7 +123,7 @@ def _attention(w, name, x, rows, columns):
         channels = part.shape[2] // 4  # of a head: one part queries, one keys, two values
         query, key, value = part[..., :channels], part[..., channels : 2 * channels], part[..., 2 * channels :]
         mixed.append(_mix(query, key, value, None if biases is None else biases[head], where, where, columns))
-    return _linear_norm(w, f"{name}.attn.proj.ln", _hard_swish(np.concatenate(mixed, axis=2)))
+    return _linear_norm(w, f"{name}.attn.proj.ln", w["activation"](np.concatenate(mixed, axis=2)))
 
 
 def _shrink(w, name, x, rows, columns, has_class):
@@ -140,7 +141,7 @@ def _shrink(w, name, x, rows, columns, has_class):
         query, part = (np.split(y, num_heads, axis=2)[head] for y in (queries, key_values))
         key, value = part[..., : query.shape[2]], part[..., query.shape[2] :]
         mixed.append(_mix(query, key, value, None if biases is None else biases[head], asking, where, columns))
-    x = _linear_norm(w, f"{name}.proj.ln", _hard_swish(np.concatenate(mixed, axis=2)))
+    x = _linear_norm(w, f"{name}.proj.ln", w["activation"](np.concatenate(mixed, axis=2)))
     return x, (rows + 1) // 2, (columns + 1) // 2
 
 
@@ -163,7 +164,7 @@ def _mix(query, key, value, biases, asking, where, columns):
 
 
 def _mlp(w, name, x):
-    return _linear_norm(w, f"{name}.mlp.ln2", _hard_swish(_linear_norm(w, f"{name}.mlp.ln1", x)))
+    return _linear_norm(w, f"{name}.mlp.ln2", w["activation"](_linear_norm(w, f"{name}.mlp.ln1", x)))
 
 
 def _linear_norm(w, name, x):
@@ -174,6 +175,10 @@ def _linear_norm(w, name, x):
 def _norm(w, name, x):
     y = (x - w[f"{name}.running_mean"]) / np.sqrt(w[f"{name}.running_var"] + 1e-5)
     return y * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+
+def _silu(x):
+    return x / (1 + np.exp(-x))
 
 
 def _hard_swish(x):

@@ -218,7 +218,7 @@ def test_strict_dtypes_and_heads_in_training(fields, strict_dtypes):
         (dict(class_token=True), "class_token=True needs positions='absolute'"),
         (dict(class_head=True), "class_head=True needs class_token=True"),
         (dict(dtype="float16"), "dtype is 'float16'"),
-        (dict(patch_size=8), "Unknown model fields patch_size. Known: class_head"),
+        (dict(patch_size=8), "Unknown model fields patch_size. Known: activation"),
         (dict(family="resnet"), "family is 'resnet'; allowed: 'vit', 'levit'"),
     ],
 )
@@ -245,7 +245,9 @@ def test_what_needs_a_vit():
 
 def test_read_weights(tmp_path):
     fields, params = read_weights(write_safetensors(tmp_path / "w.safetensors", tiny(convolutional=True)))
-    assert fields == TINY | dict(positions="relative", class_token=False, distillation_head=True)
+    assert fields == TINY | dict(
+        positions="relative", class_token=False, distillation_head=True, activation="hard_swish"
+    )
     shapes = params_of(nnx.eval_shape(blueprint(fields), jax.random.key(0)))
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
     assert {(type(p), p.dtype) for p in jax.tree.leaves(params)} == {(np.ndarray, np.dtype("float32"))}

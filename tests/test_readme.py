@@ -106,7 +106,7 @@ def test_a_reducer_that_is_not_there(names, name):
 
 
 def _write_files(folder: Path) -> None:
-    tensors = random_timm_tensors(np.random.default_rng(0), width=64, depth=1, num_classes=1000)
+    tensors = random_timm_tensors(np.random.default_rng(0), width=64, depth=6, num_classes=1000)
     safetensors.numpy.save_file(tensors, WEIGHTS)
     for name in ("cat.jpg", "dog.jpg"):
         Image.new("RGB", (20, 30), "orange").save(name)

@@ -28,7 +28,7 @@ class Backbone(NetworkRecipe):
         {}, "fields of the model where init_from is '', as in dict(image_size=64, patch_size=8, ...)"
     )
     num_heads: int = key(
-        0, "attention heads of a weight file, which does not say how many; 0: what its width suggests", least=0
+        0, "attention heads of a weight file, which does not say how many; 0: what timm has for its size", least=0
     )
 
 

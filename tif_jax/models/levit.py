@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
@@ -20,7 +19,7 @@ from jaxtyping import Array, Float
 
 from tif_jax.errors import InputError
 from tif_jax.layers import BatchNorm, at_least_float32
-from tif_jax.models.levit_blocks import Block, Shrink, smaller
+from tif_jax.models.levit_blocks import ACTIVATIONS, Block, Shrink, smaller
 from tif_jax.models.model import FULL, Model, check_images, dtype_named, height_and_width, token_embedding
 from tif_jax.reducers import Aux, Reducer
 
@@ -39,9 +38,10 @@ class ConvNorm(nnx.Module):
 
 
 class Stem(nnx.Module):
-    """Four convolutions with Hardswish between: one token of `width` for 16x16 pixels."""
+    """Four convolutions with the activation between: one token of `width` for 16x16 pixels."""
 
-    def __init__(self, width: int, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, width: int, *, activation: str, dtype, rngs: nnx.Rngs):
+        self.activation = activation
         widths = (3, width // 8, width // 4, width // 2, width)
         layers = [ConvNorm(widths[i], widths[i + 1], dtype=dtype, rngs=rngs) for i in range(4)]
         self.layer_0, self.layer_1, self.layer_2, self.layer_3 = layers
@@ -49,7 +49,7 @@ class Stem(nnx.Module):
     def __call__(self, images: Float[Array, "B Y X 3"], training: bool) -> Float[Array, "B N D"]:
         x = self.layer_0(images, training)
         for layer in (self.layer_1, self.layer_2, self.layer_3):
-            x = layer(jax.nn.hard_swish(x), training)
+            x = layer(ACTIVATIONS[self.activation](x), training)
         return rearrange(x, "b y x d -> b (y x) d")
 
 
@@ -75,6 +75,7 @@ class LeViT(Model):
     class_token: Evo-LeViT's; it ranks patches, the prediction is made of the patches' mean. Needs positions 'absolute'.
     distillation_head: a second head, whose mean with the first one is the prediction.
     class_head: as many heads on the class token. Their logits, in aux, are trained and predict nothing.
+    activation: 'hard_swish' (the paper's) or 'silu' (timm's levit_256d, levit_512 and levit_512d).
 
     Raises InputError for fields that do not fit together.
     """
@@ -92,25 +93,28 @@ class LeViT(Model):
         class_token: bool = False,
         distillation_head: bool = True,
         class_head: bool = False,
+        activation: str = "hard_swish",
         drop_path: float = 0.0,
         dtype: str = "float32",
         reducer: Reducer = FULL,
         rngs: nnx.Rngs,
     ):
         self.image_size = height, columns = height_and_width(image_size)
-        _check(height, columns, widths, depths, num_heads, key_dim, positions, class_token, class_head)
+        _check(height, columns, widths, depths, num_heads, key_dim, positions, class_token, class_head, activation)
         _check_reducer(reducer, class_token)
         self.dtype = dtype_named(dtype)
         self.patch_size, self.grid = PATCH_SIZE, (height // PATCH_SIZE, columns // PATCH_SIZE)
         self.num_special, self.absolute, self.reducer = int(class_token), positions == "absolute", reducer
         self.has_distillation, self.has_class_head = distillation_head, class_head
         common: dict[str, Any] = dict(dtype=self.dtype, rngs=rngs)
-        self.stem = Stem(widths[0], **common)
+        self.stem = Stem(widths[0], activation=activation, **common)
         if class_token:
             self.class_token = token_embedding(rngs, 1, widths[0])
         if self.absolute:
             self.position_embedding = token_embedding(rngs, self.num_special + math.prod(self.grid), widths[0])
-        blocks = self._pyramid(widths, depths, num_heads, key_dim=key_dim, drop_path=drop_path, **common)
+        blocks = self._pyramid(
+            widths, depths, num_heads, key_dim=key_dim, drop_path=drop_path, activation=activation, **common
+        )
         for i, block in enumerate(blocks):
             setattr(self, f"block_{i}", block)
         self.depth = len(blocks)
@@ -169,7 +173,7 @@ class LeViT(Model):
         return logits, {**aux, **heads} if len(heads) > 1 else aux
 
 
-def _check(height, columns, widths, depths, num_heads, key_dim, positions, class_token, class_head) -> None:
+def _check(height, columns, widths, depths, num_heads, key_dim, positions, class_token, class_head, activation) -> None:
     """Raises InputError for fields that do not fit together."""
     if height % PATCH_SIZE or columns % PATCH_SIZE:
         raise InputError(f"image_size {height}x{columns} is not a multiple of {PATCH_SIZE} in both directions")
@@ -187,6 +191,8 @@ def _check(height, columns, widths, depths, num_heads, key_dim, positions, class
         )
     if positions not in ("relative", "absolute"):
         raise InputError(f"positions is {positions!r}; allowed: 'relative', 'absolute'")
+    if activation not in ACTIVATIONS:
+        raise InputError(f"activation is {activation!r}; allowed: {', '.join(map(repr, ACTIVATIONS))}")
     if class_token and positions == "relative":
         raise InputError("class_token=True needs positions='absolute': attention biases are for patches alone")
     if class_head and not class_token:

@@ -5,6 +5,7 @@ H heads, C channels of a head's keys, V channels of its values.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from tif_jax.models.model import token_embedding
 from tif_jax.tokens import QueryKey, attention_logits
 
 _STRIDE = 2  # of a shrink block
+ACTIVATIONS = {"hard_swish": jax.nn.hard_swish, "silu": jax.nn.silu}
 
 
 class LinearNorm(nnx.Module):
@@ -33,15 +35,23 @@ class LinearNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head attention whose values have twice the channels of its keys; Hardswish before the output layer.
+    """Multi-head attention whose values have twice the channels of its keys; the activation before the output layer.
 
     grid: the raster for which there are biases, one per head and distance between rows and columns; None: no biases.
     """
 
     def __init__(
-        self, width: int, num_heads: int, key_dim: int, *, grid: tuple[int, int] | None, dtype, rngs: nnx.Rngs
+        self,
+        width: int,
+        num_heads: int,
+        key_dim: int,
+        *,
+        grid: tuple[int, int] | None,
+        activation: str,
+        dtype,
+        rngs: nnx.Rngs,
     ):
-        self.num_heads, self.key_dim, self.grid = num_heads, key_dim, grid
+        self.num_heads, self.key_dim, self.grid, self.activation = num_heads, key_dim, grid, activation
         self.qkv = LinearNorm(width, 4 * key_dim * num_heads, dtype=dtype, rngs=rngs)
         if grid:
             self.biases = nnx.Param(jnp.zeros((num_heads, grid[0] * grid[1])))
@@ -55,7 +65,7 @@ class Attention(nnx.Module):
         query, key, value = jnp.split(qkv, (self.key_dim, 2 * self.key_dim), axis=-1)
         bias = None if self.grid is None else _biases(self.biases[...], self.grid, x.shape[1], stride=1)
         mixed = _attend(query, key, value, bias, key_log_weight)
-        return self.out(jax.nn.hard_swish(mixed), training), QueryKey(query, key)
+        return self.out(ACTIVATIONS[self.activation](mixed), training), QueryKey(query, key)
 
 
 class ShrinkAttention(nnx.Module):
@@ -65,9 +75,19 @@ class ShrinkAttention(nnx.Module):
     """
 
     def __init__(
-        self, width: int, out: int, key_dim: int, *, grid: tuple[int, int], biased: bool, dtype, rngs: nnx.Rngs
+        self,
+        width: int,
+        out: int,
+        key_dim: int,
+        *,
+        grid: tuple[int, int],
+        biased: bool,
+        activation: str,
+        dtype,
+        rngs: nnx.Rngs,
     ):
         self.num_heads, self.key_dim, self.grid, self.biased = width // key_dim, key_dim, grid, biased
+        self.activation = activation
         self.key_value = LinearNorm(width, 5 * key_dim * self.num_heads, dtype=dtype, rngs=rngs)
         self.query = LinearNorm(width, key_dim * self.num_heads, dtype=dtype, rngs=rngs)
         if biased:
@@ -84,18 +104,19 @@ class ShrinkAttention(nnx.Module):
         key, value = jnp.split(key_value, (self.key_dim,), axis=-1)
         bias = _biases(self.biases[...], self.grid, x.shape[1], stride=_STRIDE) if self.biased else None
         mixed = _attend(query, key, value, bias, key_log_weight)
-        return self.out(jax.nn.hard_swish(mixed), training), QueryKey(query, key)
+        return self.out(ACTIVATIONS[self.activation](mixed), training), QueryKey(query, key)
 
 
 class FeedForward(nnx.Module):
-    """Two linear layers with batch normalisation, Hardswish between."""
+    """Two linear layers with batch normalisation, the activation between."""
 
-    def __init__(self, width: int, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, width: int, *, activation: str, dtype, rngs: nnx.Rngs):
+        self.activation = activation
         self.up = LinearNorm(width, 2 * width, dtype=dtype, rngs=rngs)
         self.down = LinearNorm(2 * width, width, scale=0.0, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"], training: bool) -> Float[Array, "B T D"]:
-        return self.down(jax.nn.hard_swish(self.up(x, training)), training)
+        return self.down(ACTIVATIONS[self.activation](self.up(x, training)), training)
 
 
 class Block(nnx.Module):
@@ -109,11 +130,11 @@ class Block(nnx.Module):
         *,
         grid: tuple[int, int] | None,
         drop_path: float,
-        dtype,
-        rngs: nnx.Rngs,
+        **common: Any,
     ):
-        self.attention = Attention(width, num_heads, key_dim, grid=grid, dtype=dtype, rngs=rngs)
-        self.mlp = FeedForward(width, dtype=dtype, rngs=rngs)
+        """common: activation, dtype and rngs of the layers."""
+        self.attention = Attention(width, num_heads, key_dim, grid=grid, **common)
+        self.mlp = FeedForward(width, **common)
         self.drop_path = drop_path
 
     def attend(
@@ -151,17 +172,17 @@ class Shrink(nnx.Module):
         grid: tuple[int, int],
         num_positions: int,
         drop_path: float,
-        dtype,
-        rngs: nnx.Rngs,
+        **common: Any,
     ):
-        """num_positions: rows of a position embedding that is added to its input; 0: none, but attention biases."""
+        """num_positions: rows of a position embedding that is added to its input; 0: none, but attention biases.
+
+        common: activation, dtype and rngs of the layers.
+        """
         self.grid, self.num_positions, self.drop_path = grid, num_positions, drop_path
         if num_positions:
-            self.position_embedding = token_embedding(rngs, num_positions, width)
-        self.attention = ShrinkAttention(
-            width, out, key_dim, grid=grid, biased=not num_positions, dtype=dtype, rngs=rngs
-        )
-        self.mlp = FeedForward(out, dtype=dtype, rngs=rngs)
+            self.position_embedding = token_embedding(common["rngs"], num_positions, width)
+        self.attention = ShrinkAttention(width, out, key_dim, grid=grid, biased=not num_positions, **common)
+        self.mlp = FeedForward(out, **common)
 
     def subsample(self, rows: Shaped[Array, "B N *rest"]) -> Shaped[Array, "B M *rest"]:
         """What belongs to the patches that become tokens of the smaller raster, of what belongs to all."""

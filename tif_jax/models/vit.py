@@ -24,8 +24,9 @@ class ViT(Model):
     """Vision Transformer: `embed`, `encode` with a reducer, `predict`. Parameters are float32 for every dtype.
 
     Fields beyond the obvious, with the checkpoints that need them:
-      pool: 'class' (the class token) or 'mean' (over the patch tokens left, then a norm of its own: timm's fc_norm).
-      class_head: with pool 'mean', a further norm and head on the class token. Its logits, aux['logits/class'], are trained
+      pool: 'class' (the class token), 'mean' (of the patch tokens left, then the norm: timm's fc_norm) or 'normed_mean' (the
+        norm of each patch token left, then their mean: SigLIP, I-JEPA; timm's fc_norm=False).
+      class_head: with a mean, a further norm and head on the class token. Its logits, aux['logits/class'], are trained
         and predict nothing (Evo-ViT: they teach the class token where to look).
       distillation_token: a second head's token (DeiT distilled): the prediction is the mean of both heads.
       num_registers: register tokens (Darcet et al. 2024), after the class token; they have no position embedding.
@@ -115,20 +116,23 @@ class ViT(Model):
         patch_weight: Float[Array, "B N"] | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> tuple[Float[Array, "B L"], Aux]:
-        """Class logits, float32. patch_weight: each patch token's share under mean pooling (the oracle's gates).
+        """Class logits, float32. patch_weight: each patch token's share in the mean, if one is pooled (the oracle's gates).
 
         Where a reducer masks patches instead of removing them, aux['mask'] is their share.
         """
         if patch_weight is None:
             patch_weight = aux.get("mask")
-        if self.pool == "mean":
-            patches = at_least_float32(x[:, self.num_special :])
+        if self.pool == "class":
+            features = self.norm(x[:, 0])
+        else:
+            patches = x[:, self.num_special :]
+            patches = at_least_float32(self.norm(patches) if self.pool == "normed_mean" else patches)
             weight = jnp.ones(patches.shape[:2], patches.dtype) if patch_weight is None else patch_weight
             total = weight.sum(axis=1, keepdims=True)  # 0 where a mask left nothing: the features are then 0
             pooled = jnp.einsum("bnd,bn->bd", patches, weight) / jnp.where(total > 0, total, 1)
-            features = self.norm(pooled.astype(self.dtype))
-        else:
-            features = self.norm(x[:, 0])
+            features = pooled.astype(self.dtype)
+            if self.pool == "mean":
+                features = self.norm(features)
         logits = at_least_float32(self.head(features))
         if hasattr(self, "class_head"):
             aux = {**aux, "logits/main": logits}
@@ -166,11 +170,13 @@ def _check(height, columns, patch_size, width, num_heads, pool, class_token, cla
         )
     if width % num_heads:
         raise InputError(f"width {width} is not a multiple of num_heads {num_heads}")
-    if pool not in ("class", "mean"):
-        raise InputError(f"pool is {pool!r}; allowed: 'class', 'mean'")
+    if pool not in ("class", "mean", "normed_mean"):
+        raise InputError(f"pool is {pool!r}; allowed: 'class', 'mean', 'normed_mean'")
     if pool == "class" and not class_token:
         raise InputError("pool 'class' needs class_token=True")
-    if class_head and not (class_token and pool == "mean"):
-        raise InputError("class_head needs class_token=True and pool 'mean'; otherwise the class token has the head")
+    if class_head and not (class_token and pool != "class"):
+        raise InputError(
+            "class_head needs class_token=True and pool 'mean' or 'normed_mean'; otherwise the class token has the head"
+        )
     if gelu not in ("exact", "tanh"):
         raise InputError(f"gelu is {gelu!r}; allowed: 'exact', 'tanh'")

@@ -1,6 +1,7 @@
 """Pretrained weights: reads the files of other programs as parameters of our models."""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,13 @@ import numpy as np
 import safetensors
 
 from tif_jax.errors import InputError
-from tif_jax.models import with_defaults
+from tif_jax.models import grid_of, with_defaults
 from tif_jax.weights import timm_levit, timm_vit
 from tif_jax.weights.layout import shortened
+from tif_jax.weights.positions import resize_positions
 from tif_jax.weights.torch_file import read_torch
+
+logger = logging.getLogger(__name__)
 
 _SAFETENSORS_FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 _NESTED = ("model", "state_dict", "model_ema", "state_dict_ema")  # where training programs put the tensors
@@ -23,18 +27,30 @@ _WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.
 _NO_WEIGHTS = (".num_batches_tracked", ".attention_bias_idxs")
 
 
-def read_weights(path: str | Path, **given: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_weights(
+    path: str | Path, said: Mapping[str, Any] | None = None, **given: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fields of the model and the backbone's float32 parameters (nested dict) of a file in timm's layout.
 
-    The architecture is read off the file; given: fields that a file cannot tell or that are to differ (`infer_fields` of
-    timm_vit and timm_levit). The position embedding is resized to image_size; heads for another num_classes are
-    left out.
+    The architecture is read off the file. said: fields of the model that the weights were saved from, as a description in or
+    beside the file has them; given: fields that a file cannot tell or that are to differ (`infer_fields` of timm_vit and
+    timm_levit). The position embedding is resized to the image_size that is given; heads for another num_classes are left
+    out.
     """
     tensors = read_tensors(path)
     layout = timm_levit if timm_levit.is_levit(tensors) else timm_vit
+    said, wanted = said or {}, given.get("image_size")
+    trained_for = said.get("image_size", wanted)
     with _naming(path):
-        fields = layout.infer_fields(tensors, **given)
-        return fields, layout.to_params(tensors, fields)
+        fields = layout.infer_fields(tensors, **{**said, **given, "image_size": trained_for})
+        params = layout.to_params(tensors, fields)
+        if wanted is None:
+            return fields, params
+        old, new = grid_of(fields), grid_of(fields | {"image_size": wanted})
+        if old != new:
+            logger.info("Position embedding resized from %dx%d to %dx%d patches", *old, *new)
+            params = resize_positions(params, old, new)
+        return fields | {"image_size": wanted}, params
 
 
 def to_tensors(params: dict[str, Any], fields: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -14,6 +14,8 @@ from flax import nnx, traverse_util
 from tif_jax.errors import InputError
 from tif_jax.layers import WEIGHTS
 from tif_jax.models.levit import PATCH_SIZE, LeViT
+from tif_jax.models.model import height_and_width
+from tif_jax.weights import conventions
 from tif_jax.weights.layout import SAME, Rule, Rules, Tensors, Transform, modules, shortened, translate, translate_back
 from tif_jax.weights.positions import other_size
 
@@ -49,7 +51,7 @@ _SHRINK = {
 } | _MLP
 _HEADS = {"head": "head", "head_dist": "distillation_head"}
 
-FREE = ("image_size",)  # what names and shapes may leave open
+FREE = ("image_size", "activation")  # what names and shapes may leave open
 _OURS = r"attn_downsample\.|\.attention_biases$"
 _SAVE = "use timm's conversion of the same weights: timm.create_model('levit_128s', pretrained=True).state_dict()"
 _OTHERS = {  # pattern of a parameter's name: what it belongs to
@@ -66,7 +68,8 @@ def is_levit(tensors: Tensors) -> bool:
 def infer_fields(tensors: Tensors, **given: Any) -> dict[str, Any]:
     """Fields of `LeViT` for a file's tensors; `given` fields override those that names and shapes cannot tell.
 
-    These are image_size of a checkpoint that is not square, num_classes (needed without a head), drop_path.
+    These are image_size of a checkpoint that is not square, num_classes (needed without a head), activation
+    (`conventions.for_levit`), drop_path.
     Raises InputError for another layout, by name, and for given fields that contradict the file.
     """
     stages = _stages(tensors)
@@ -84,17 +87,7 @@ def infer_fields(tensors: Tensors, **given: Any) -> dict[str, Any]:
         positions="relative",
         class_token=False,
     )
-    num_patches, image_size = tensors["stages.0.blocks.0.attn.attention_biases"].shape[1], given.get("image_size")
-    side = math.isqrt(num_patches)
-    if side * side == num_patches:
-        fields["image_size"] = side * PATCH_SIZE
-        if image_size is not None and image_size not in (fields["image_size"], (fields["image_size"],) * 2):
-            raise other_size((side, side))
-    elif image_size is None or isinstance(image_size, int) or math.prod(image_size) != num_patches * PATCH_SIZE**2:
-        raise InputError(
-            f"attention biases for {num_patches} patches, no square raster; give the image_size=(height, width) that "
-            "the checkpoint was trained for"
-        )
+    fields["image_size"] = _image_size(tensors, given.get("image_size"))
     if "head.linear.weight" in tensors:
         fields["num_classes"] = tensors["head.linear.weight"].shape[0]
         fields["distillation_head"] = "head_dist.linear.weight" in tensors
@@ -106,7 +99,24 @@ def infer_fields(tensors: Tensors, **given: Any) -> dict[str, Any]:
     ]
     if wrong:
         raise InputError(f"{', '.join(wrong)} contradicts the weights; leave it out")
-    return fields | given
+    return fields | conventions.for_levit(fields | given) | given | {"image_size": fields["image_size"]}
+
+
+def _image_size(tensors: Tensors, given: int | Sequence[int] | None) -> int | tuple[int, int]:
+    """What the attention biases are for: the size given if they fit it, else a square. Raises InputError for another."""
+    num_patches = tensors["stages.0.blocks.0.attn.attention_biases"].shape[1]
+    if given is not None and math.prod(height_and_width(given)) == num_patches * PATCH_SIZE**2:
+        height, width = height_and_width(given)
+        return height if height == width else (height, width)
+    side = math.isqrt(num_patches)
+    if side * side != num_patches:
+        raise InputError(
+            f"attention biases for {num_patches} patches, no square raster; give the image_size=(height, width) that "
+            "the checkpoint was trained for"
+        )
+    if given is not None:
+        raise other_size((side, side))
+    return side * PATCH_SIZE
 
 
 def to_params(tensors: Tensors, fields: Mapping[str, Any]) -> dict[str, Any]:

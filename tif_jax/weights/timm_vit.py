@@ -11,8 +11,9 @@ from flax import nnx, traverse_util
 
 from tif_jax.errors import InputError
 from tif_jax.models import ViT
+from tif_jax.models.model import height_and_width
+from tif_jax.weights import conventions
 from tif_jax.weights.layout import SAME, Rule, Rules, Tensors, Transform, modules, shortened, translate, translate_back
-from tif_jax.weights.positions import resize_position_embedding
 
 logger = logging.getLogger(__name__)
 
@@ -89,27 +90,26 @@ _RANKS = dict(zip(_NEEDED, (4, 3, 2, 2), strict=True)) | {
     "register_tokens": 3,
     "head.weight": 2,
 }
-# timm's so400m, huge, giant and gigantic; everything else has 64 channels a head.
-_NUM_HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
-FREE = ("image_size", "num_heads", "gelu", "norm_eps")  # fields that names and shapes may leave open
+# Fields that names and shapes may leave open.
+FREE = ("image_size", "num_heads", "pool", "gelu", "norm_eps")
 _LAYER_SCALE = 1e-5  # any number: the file's values replace it
 
 
 def infer_fields(tensors: Tensors, **given: Any) -> dict[str, Any]:
     """Fields of `ViT` for a file's tensors; `given` fields override those that names and shapes cannot tell.
 
-    These are image_size (default: the square that the position embedding was trained for; needed where it is not one),
-    num_classes (needed without a head), num_heads (default width / 64, but 16 for timm's so400m, huge, giant and
-    gigantic; q/k norms tell it), pool, gelu, norm_eps, drop_path.
+    These are image_size (what the position embedding was trained for: the one given if its raster fits, else a square;
+    needed where neither fits), num_classes (needed without a head), num_heads, pool and gelu (`conventions.for_vit`),
+    norm_eps, drop_path. image_size is the file's in the result, whatever was given.
     Raises InputError for another architecture, by name, and for given fields that contradict the file.
     """
     _refuse_unsupported(tensors)
     width, patch_size = tensors["patch_embed.proj.weight"].shape[0], tensors["patch_embed.proj.weight"].shape[2]
-    num_special, grid = _positions(tensors, given.get("image_size"))
+    num_special, grid = _positions(tensors, given.get("image_size"), given.get("special_positions"))
     has_class, has_distillation = "cls_token" in tensors, "dist_token" in tensors
     registers = tensors.get("reg_token", tensors.get("register_tokens"))
     qk_norm = "blocks.0.attn.q_norm.weight" in tensors
-    fields = dict(
+    fields: dict[str, Any] = dict(
         patch_size=patch_size,
         width=width,
         depth=len({name.split(".")[1] for name in tensors if name.startswith("blocks.")}),
@@ -124,28 +124,30 @@ def infer_fields(tensors: Tensors, **given: Any) -> dict[str, Any]:
     )
     if qk_norm:
         fields["num_heads"] = width // tensors["blocks.0.attn.q_norm.weight"].shape[0]
-    if contradicted := [f"{k}={v!r} (the file: {fields[k]!r})" for k, v in given.items() if fields.get(k, v) != v]:
+    if contradicted := [f"{k}={v!r} (the file: {fields[k]!r})" for k, v in given.items() if _differs(k, v, fields)]:
         raise InputError(f"{', '.join(contradicted)} contradicts the weights; leave it out")
-    if "num_heads" not in fields | given:
-        fields["num_heads"] = _NUM_HEADS.get(width, width // 64)
-        if not fields["num_heads"] or width % fields["num_heads"]:
-            raise InputError(f"the number of heads at width {width} is not in the file; give num_heads")
-        logger.info("num_heads %d, by convention for width %d", fields["num_heads"], width)
-    side = grid[0] * patch_size
-    fields["image_size"] = side if grid[0] == grid[1] else (side, grid[1] * patch_size)
-    fields["pool"] = "class" if has_class and "fc_norm.weight" not in tensors else "mean"
+    fields |= conventions.for_vit(tensors, fields | given)
     if "head.weight" in tensors:
         fields["num_classes"] = tensors["head.weight"].shape[0]
     elif "num_classes" not in given:
         raise InputError("the weights have no head (head.weight); give num_classes to start a fresh one")
-    return fields | given
+    side = grid[0] * patch_size
+    own_size = side if grid[0] == grid[1] else (side, grid[1] * patch_size)
+    return fields | given | {"image_size": own_size}
+
+
+def _differs(key: str, given: Any, fields: Mapping[str, Any]) -> bool:
+    """Whether what is given contradicts what the file says."""
+    if key == "layer_scale":  # whose initial value no file says
+        return (given is None) != (fields[key] is None)
+    return key in fields and given != fields[key]
 
 
 def to_params(tensors: Tensors, fields: Mapping[str, Any]) -> dict[str, Any]:
     """The float32 parameters of a `ViT` with these fields (of `infer_fields`), as a nested dict.
 
-    The position embedding is resized to image_size. The heads are left out where the file has none or one for another
-    num_classes. Raises InputError with all missing, surplus and misshapen tensors in one line.
+    The heads are left out where the file has none or one for another num_classes. Raises InputError with all missing,
+    surplus and misshapen tensors in one line.
     """
     _refuse_unsupported(tensors)
     # One block stands for all, because tracing a deep model takes seconds.
@@ -154,21 +156,11 @@ def to_params(tensors: Tensors, fields: Mapping[str, Any]) -> dict[str, Any]:
     block = {path.removeprefix("block_0/"): shape for path, shape in wanted.items() if path.startswith("block_0/")}
     wanted |= {f"block_{i}/{path}": shape for i in range(fields["depth"]) for path, shape in block.items()}
     heads = [path for path in wanted if re.match(r"(distillation_)?head/", path)]
-    fresh_head = "head.weight" not in tensors or tensors["head.weight"].shape[0] != model.head.out_features
-    if fresh_head:
+    if "head.weight" not in tensors or tensors["head.weight"].shape[0] != model.head.out_features:
         tensors = {name: tensor for name, tensor in tensors.items() if not re.match(r"head(_dist)?\.", name)}
         wanted = {path: shape for path, shape in wanted.items() if path not in heads}
-    elif model.pool != ("mean" if "fc_norm.weight" in tensors else "class"):
-        raise InputError(
-            f"pool {model.pool!r} does not go with this head: mean pooling needs fc_norm.*, the class token norm.* "
-            "(timm's fc_norm=False is not supported); give another num_classes to start a fresh head"
-        )
-    num_special, grid = _positions(tensors, model.image_size)
-    if grid != model.grid:
-        logger.info("Position embedding resized from %dx%d to %dx%d patches", *grid, *model.grid)
-        resized = resize_position_embedding(tensors["pos_embed"], grid, model.grid, num_special)
-        tensors = {**tensors, "pos_embed": resized}
-
+    else:
+        conventions.pool_fits(model.pool, tensors)
     return translate(tensors, _rules(fields["depth"]), wanted, _IGNORED)
 
 
@@ -197,22 +189,36 @@ def _rules(depth: int) -> Rules:
     }
 
 
-def _positions(tensors: Tensors, image_size: int | Sequence[int] | None) -> tuple[int, tuple[int, int]]:
+def _positions(
+    tensors: Tensors, image_size: int | Sequence[int] | None, special_positions: bool | None
+) -> tuple[int, tuple[int, int]]:
     """How many rows of the position embedding belong to special tokens, and the patch raster of the rest.
 
-    A square raster is preferred; else it must be that of image_size.
+    The raster of image_size, if it fits, else a square.
     """
     rows, patch_size = tensors["pos_embed"].shape[1], tensors["patch_embed.proj.weight"].shape[2]
-    candidates = sorted({("cls_token" in tensors) + ("dist_token" in tensors), 0}, reverse=True)
+    num_class = ("cls_token" in tensors) + ("dist_token" in tensors)
+    candidates = sorted({num_class * special for special in (True, False) if special_positions in (None, special)})[
+        ::-1
+    ]
+    if image_size is not None:
+        grid = tuple(side // patch_size for side in height_and_width(image_size))
+        for num_special in candidates:
+            if math.prod(grid) == rows - num_special:
+                return num_special, grid
     for num_special in candidates:
         side = math.isqrt(max(0, rows - num_special))
         if side and side * side == rows - num_special:
+            if num_special < num_class and special_positions is None and "blocks.0.ls1.gamma" not in tensors:
+                # DeiT III and DINOv2 with registers, all with LayerScale, have no position for the class token.
+                logger.warning(
+                    "pos_embed has %d rows: read as %dx%d patches, with no position for the class token (as FlexiViT); if it "
+                    "has one, the patches are no square: give image_size=(height, width)",
+                    rows,
+                    side,
+                    side,
+                )
             return num_special, (side, side)
-    if image_size is not None and not isinstance(image_size, int):
-        grid = (image_size[0] // patch_size, image_size[1] // patch_size)
-        for num_special in candidates:
-            if grid[0] * grid[1] == rows - num_special:
-                return num_special, grid
     raise InputError(
         f"pos_embed has {rows} rows: no square raster of patches with {' or '.join(map(str, candidates))} special "
         "tokens in front; give the image_size=(height, width) of a checkpoint that is not square (positions of "
@@ -238,6 +244,7 @@ def _refuse_unsupported(tensors: Tensors) -> None:
         )
     if shapes["blocks.0.mlp.fc1.weight"][0] == 2 * shapes["blocks.0.mlp.fc2.weight"][1]:
         raise InputError(f"blocks.0.mlp is a packed SwiGLU network (DINOv2 giant), which is not supported; {_SAVE}")
-    if "fc_norm.weight" in tensors and not {"cls_token", "blocks.0.attn.qkv.bias"} & tensors.keys():
-        # Its names and shapes are those of an ordinary ViT; that it lacks both of these is its only mark.
+    lacking = {"cls_token", "reg_token", "blocks.0.attn.qkv.bias", "blocks.0.ls1.gamma"}
+    if "fc_norm.weight" in tensors and not lacking & tensors.keys():
+        # Its names and shapes are those of an ordinary ViT; that it lacks all of these is its only mark.
         raise InputError(f"without cls_token and blocks.0.attn.qkv.bias this is timm's post-norm ViT (rpn); {_SAVE}")
