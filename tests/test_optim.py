@@ -120,3 +120,21 @@ def test_adaptive_clipping_bounds_gradients_by_their_weights():
 def test_mistakes(options, message):
     with pytest.raises(InputError, match=message):
         moves(**options)
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9, 0.9999])
+def test_the_average_of_a_short_run_leaves_its_initial_weights(decay):
+    """Against a loop by hand. Without the warm-up 98 % of the average at 0.9999 would be the weights of step 0."""
+    rng = np.random.default_rng(0)
+    weights = [*rng.normal(size=180).cumsum() / 10]
+    expected, shares = 5.0, np.array([1.0])  # shares: of the initial weight and of the weights of each step
+    for step, weight in enumerate(weights):
+        kept = min(decay, (1 + step) / (10 + step))
+        expected, shares = kept * expected + (1 - kept) * weight, np.append(kept * shares, 1 - kept)
+    follow = jax.jit(lambda new, old, step: optim.averaged({"w": new}, {"w": old}, decay, step)["w"])
+    average = jnp.float32(5.0)
+    for step, weight in enumerate(weights):
+        average = follow(jnp.float32(weight), average, jnp.int32(step))
+    np.testing.assert_allclose(average, expected, rtol=1e-5)
+    assert shares[0] < 1e-6
+    assert shares @ np.arange(181) > 160  # the mean step that it is made of

@@ -115,6 +115,16 @@ def adamw(
     )
 
 
+def averaged(params: Any, average: Any, decay: float, step: Array) -> Any:
+    """The moving average after the update of this step, counted from 0: d average + (1 - d) params.
+
+    d = min(decay, (1 + step) / (10 + step)), as TensorFlow's ExponentialMovingAverage has it with `num_updates`: early on
+    about the last tenth of the steps counts, so that a short run's average does not stay with its initial weights.
+    """
+    share = jnp.maximum(1 - decay, 9 / (10 + step))
+    return jax.tree.map(lambda new, old: old + share.astype(old.dtype) * (new - old), params, average)
+
+
 def _per_parameter(
     factors: Callable[[Any, Array], Any], combine: Callable[[Array, Any, Array], Array]
 ) -> optax.GradientTransformation:

@@ -66,7 +66,12 @@ class NetworkRecipe(Recipe):
         least=0,
         below=1,
     )
-    ema: float = key(0.0, "decay per step of a moving average of the parameters; 0: none", least=0, below=1)
+    ema: float = key(
+        0.0,
+        "decay per step of a moving average of the parameters, after n steps at most n / (9 + n); 0: none",
+        least=0,
+        below=1,
+    )
     remat: bool = key(
         False, "compute activations inside blocks again for the gradient, which saves memory and takes time"
     )

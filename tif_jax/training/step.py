@@ -58,7 +58,7 @@ def make_step(
     teacher: a model without reduction. The loss may read its outputs for the same images: batch['teacher/logits'] (B, L)
     and, of a ViT, batch['teacher/tokens'] (B, N, D), which go with aux['tokens']. It draws nothing and gets no gradient.
     mixing: images and labels are mixed in pairs first. accumulate: the batch is divided into so many parts, worked
-    through one after the other; the mean of their gradients is applied. ema: decay of state.ema per step.
+    through one after the other; the mean of their gradients is applied. ema: decay of state.ema per step, see `optim.averaged`.
     Raises InputError for a teacher with a reducer.
     """
     if teacher is not None and not isinstance(teacher.reducer, Full):
@@ -82,7 +82,7 @@ def make_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, ours(state.params))
         updated = with_statistics(optax.apply_updates(ours(state.params), updates), statistics)
         params = optim.merge(ours(updated), state.params)  # without the statistics that are frozen
-        average = None if state.ema is None else optax.incremental_update(params, state.ema, 1 - ema)
+        average = None if state.ema is None else optim.averaged(params, state.ema, ema, state.step)
         return State(state.step + 1, params, opt_state, average), metrics | {"grad_norm": optax.tree.norm(grads)}
 
     # Arguments, though they never change: runs that differ in their seed alone share one compiled program, and the
