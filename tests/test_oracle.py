@@ -1,5 +1,7 @@
 """The oracle against brute force: a slow numpy network that masks one token at a time."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from scipy.special import log_softmax, softmax
 
 from tif_jax.errors import InputError
 from tif_jax.impact import oracle
-from tif_jax.impact.oracle import token_impact
+from tif_jax.impact.oracle import ESTIMATORS, check_options, shared_scores, token_impact
 from tif_jax.tokens import gates_to_log_weight
 from tif_jax.weights.loading import load
 
@@ -197,3 +199,18 @@ def test_misuse(options, message):
         token_impact(model, jnp.zeros((1, 16, 16, 3)))
     with pytest.raises(InputError, match=r"classes 0\.\.2"):
         token_impact(model, jnp.zeros((1, 16, 16, 3)), jnp.array([3]))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_float32_is_not_rounded_before_products(estimator, dtype):
+    """In the program as it goes to the compiler: what JAX leaves to the device, TPUs do in bfloat16 and GPUs in TF32."""
+    model = numpy_model(dict(image_size=16, patch_size=8, width=8, depth=2, num_heads=2, num_classes=3, dtype=dtype))
+    options = check_options(estimator, None, "label", 2, 0.5) | {"seed": 0}
+    graphdef, params = nnx.split(model)
+    program = jax.jit(lambda *given: shared_scores(nnx.merge(graphdef, given[0]), *given[1:], **options)).lower(
+        params, jnp.zeros((2, 16, 16, 3)), jnp.zeros(2, jnp.int32)
+    )
+    products = re.findall(r"stablehlo\.(?:dot_general|convolution).*", program.as_text())
+    exact = ["HIGHEST" in product for product in products]
+    assert len(products) > 10 and all(exact) == any(exact) == (dtype == "float32")

@@ -100,7 +100,9 @@ def test_the_average_follows_the_parameters():
     for i in range(3):
         state, _ = step(state, shard(batch(i), mesh_of(1)))
         decay = (0.1, 2 / 11, 3 / 12)[i]  # on its way to 0.9
-        expected = jax.tree.map(lambda a, p, decay=decay: decay * a + (1 - decay) * p, expected, jax.device_get(state.params))
+        expected = jax.tree.map(
+            lambda a, p, decay=decay: decay * a + (1 - decay) * p, expected, jax.device_get(state.params)
+        )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), jax.device_get(state.ema), expected)
 
 

@@ -3,6 +3,9 @@
 Legend: B images, T tokens, D width in, E width out.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -72,6 +75,15 @@ def drop_path(y: Float[Array, "B T D"], rate: float, rngs: nnx.Rngs | None) -> F
         return y
     keep = jax.random.bernoulli(rngs.drop_path(), 1 - rate, (y.shape[0], 1, 1))
     return jnp.where(keep, y / (1 - rate), jnp.zeros((), y.dtype))
+
+
+def true_float32(dtype: Any) -> AbstractContextManager[Any]:
+    """While a model of this dtype is traced in it: float32 is float32 in matrix products, too. Other dtypes stay as they are.
+
+    JAX's default is that TPUs round the factors to bfloat16 and GPUs to TF32 (10 bits of fraction) first, which training
+    bears and small differences of losses do not.
+    """
+    return jax.default_matmul_precision("highest") if dtype == jnp.float32 else nullcontext()
 
 
 def widened(dtype: jnp.dtype) -> jnp.dtype:

@@ -26,6 +26,7 @@ from tif_jax.impact import judge, shards
 from tif_jax.impact.labels import keep_labels, position_prior
 from tif_jax.impact.oracle import TARGETS
 from tif_jax.impact.rankings import filter_ranking, knowledge, untrained_rankings
+from tif_jax.layers import true_float32
 from tif_jax.models import Model, ViT, plain_vit
 from tif_jax.models.cost import cost
 from tif_jax.models.params import params_of, with_params
@@ -89,7 +90,8 @@ def accuracy(model: Model, source, config: Experiment, classes: list[int]) -> di
 
     @partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
     def score(params, batch):
-        prediction, aux = with_params(graphdef, params)(batch["image"])
+        with true_float32(model.dtype):
+            prediction, aux = with_params(graphdef, params)(batch["image"])
         terms = losses.classification(prediction, aux, batch)
         if classes:
             among = jnp.asarray(classes)[prediction[:, jnp.asarray(classes)].argmax(axis=-1)]

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from tif_jax.layers import true_float32
 from tif_jax.models import Model
 from tif_jax.models.params import params_of, with_params
 from tif_jax.models.vit import ViT
@@ -79,7 +80,8 @@ def over_batches(
 
     @jax.jit
     def compute(params, images, rows):
-        return function([with_params(*pair) for pair in zip(graphdefs, params, strict=True)], images, rows)
+        with true_float32(models[0].dtype):
+            return function([with_params(*pair) for pair in zip(graphdefs, params, strict=True)], images, rows)
 
     parts, num_done = [], 0
     for batch in batches:

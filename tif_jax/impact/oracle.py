@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from tif_jax.errors import InputError
 from tif_jax.impact.last_block import logits_after
 from tif_jax.impact.masked import masked_logits
-from tif_jax.layers import widened
+from tif_jax.layers import true_float32, widened
 from tif_jax.models import Model, ViT, plain_vit
 from tif_jax.tokens import image_keys
 
@@ -130,8 +130,13 @@ def shared_scores(
 ) -> Scores:
     """The Scores as far as one of num_shares workers on the same images makes them; see `whole_impact`.
 
-    chunk: as for `token_impact`. options: those of `check_options` and seed.
+    chunk: as for `token_impact`. options: those of `check_options` and seed. A float32 model is computed in `true_float32`.
     """
+    with true_float32(model.dtype):
+        return _grouped_scores(model, images, labels, share, num_shares, chunk, options)
+
+
+def _grouped_scores(model, images, labels, share, num_shares, chunk, options) -> Scores:
     num_images = images.shape[0]
     chunk = chunk or default_chunk(options["estimator"])
     # All masks of few images rather than few masks of all images: what the masks of an image share takes memory too.
