@@ -18,11 +18,11 @@ from tif_jax.data import open_source
 from tif_jax.data.loader import evaluation_batches
 
 BATCH_SIZE = 32
-RAMP = tuple(round(26 * i / 11) for i in range(12))  # as many merged as with 13 in every block
 ROWS = [
     ("full", {}),
     *[("evit", dict(keep_ratio=ratio)) for ratio in (0.7, 0.5)],
-    *[("tome", dict(num_merged=number)) for number in (8, 13, RAMP[::-1], RAMP)],
+    *[("tome", dict(num_merged=number)) for number in (8, 13)],
+    *[("tome", dict(num_merged=13, schedule=ramp)) for ramp in ("decreasing", "increasing")],
     *[("bat", dict(keep_ratio=ratio)) for ratio in (0.7, 0.5)],
     *[("evo_vit", dict(keep_ratio=0.5, representative=choice)) for choice in (True, False)],
     ("evo_vit", dict(keep_ratio=0.5, stages=(4, 5, 6, 7, 8, 9, 10, 11))),

@@ -12,7 +12,7 @@ from flax import nnx
 from tif_jax.errors import InputError
 from tif_jax.models import create_model
 from tif_jax.models.params import params_of
-from tif_jax.reducers.tome import destination, match, merge
+from tif_jax.reducers.tome import Tome, destination, match, merge
 
 TINY = dict(image_size=32, patch_size=8, width=32, depth=3, num_heads=2, num_classes=5)
 EVERYTHING = dict(distillation_token=True, num_registers=2, qk_norm=True, layer_scale=0.3)
@@ -240,12 +240,54 @@ def test_cost(size, num_merged, published, left):
 
 
 @pytest.mark.parametrize(
+    ("schedule", "merged", "gmac"),
+    mostly_long(
+        [
+            ("decreasing", (26, 23, 21, 18, 16, 14, 11, 9, 7, 4, 2, 0), 0.573),
+            ("increasing", (0, 2, 4, 7, 9, 11, 14, 16, 18, 21, 23, 26), 0.936),
+        ]
+    ),
+)
+def test_ramps_are_those_of_the_authors_code(schedule, merged, gmac):
+    """What their parse_r(12, (13, -1 or 1)) gives: fractions are cut off, so that 151 tokens merge and not 156."""
+    assert Tome(num_merged=13, schedule=schedule).per_block(12) == merged and sum(merged) == 151
+    counted = cost_of("deit_tiny_patch16_224", reducer="tome", num_merged=13, schedule=schedule)
+    assert counted.gmac == pytest.approx(gmac, abs=0.0005)
+    assert counted.tokens == tuple(197 - sum(merged[: i + 1]) for i in range(12))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 12, 24, 39])
+def test_a_ramp_for_every_number_and_depth(depth):
+    def theirs(r, inflect):
+        least = int(r * (1.0 - inflect))
+        most = 2 * r - least
+        return tuple(int(least + (most - least) / (depth - 1) * i) for i in range(depth)) if depth > 1 else (least,)
+
+    for r in range(60):
+        for schedule, inflect in (("constant", 0), ("decreasing", -1), ("increasing", 1)):
+            assert Tome(r, schedule).per_block(depth) == theirs(r, inflect)
+
+
+@pytest.mark.parametrize("total", [0, 1, 7, 12, 18, 133, 169])
+def test_a_fraction_is_spread_over_the_blocks(total):
+    merged = Tome(total / 12).per_block(12)
+    assert sum(merged) == total and max(merged) - min(merged) <= 1
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            dict(num_merged=8, schedule="falling"),
+            "schedule is 'falling'; allowed: 'constant', 'decreasing', 'increasing'",
+        ),
+        (dict(num_merged=(3, 2, 1), schedule="decreasing"), "schedule 'decreasing' is for one number"),
+        (dict(num_merged=float("inf")), "num_merged is inf"),
+        (dict(num_merged=(3, 2.5, 3)), r"num_merged is \(3, 2.5, 3\)"),
         (dict(num_merged=-1), "num_merged is -1; it is the number of patch tokens merged per block"),
         (dict(num_merged=(3, -2, 3)), r"num_merged is \(3, -2, 3\)"),
         (dict(num_merged=True), "num_merged is True"),
-        (dict(keep_ratio=0.5), "takes num_merged, proportional; got keep_ratio"),
+        (dict(keep_ratio=0.5), "takes num_merged, schedule, proportional; got keep_ratio"),
     ],
 )
 def test_misuse(options, message):

@@ -19,7 +19,8 @@ _THOUSANDTHS = 1000  # keep_ratio is solved for in these
 def within_budget(
     budget: float, build: Callable[..., Any], known: Collection[str], options: Mapping[str, Any]
 ) -> dict[str, float | int]:
-    """The keep_ratio, in thousandths, or num_merged with which one prediction costs as near to `budget` GMAC as is within it.
+    """The keep_ratio, in thousandths, or mean num_merged with which one prediction costs as near to `budget` GMAC as is
+    within it.
 
     build(key, **options, keep_ratio=...): the model under a reducer that takes the options `known`. Costs are counted
     (`cost`) and the solution found by bisection, in seconds. Raises InputError if there is none.
@@ -40,8 +41,10 @@ def within_budget(
 
     if name == "keep_ratio":
         candidates: list[float | int] = [i / _THOUSANDTHS for i in range(1, _THOUSANDTHS + 1)]  # ascending in cost
-    else:
-        candidates = list(range(built(0).tokens(1).index.shape[1] // 2, -1, -1))
+    else:  # the mean over the blocks, in fractions that come to one token more in one block
+        unreduced = built(0)
+        depth, half = len(unreduced.blocks), unreduced.tokens(1).index.shape[1] // 2
+        candidates = [i / depth for i in range(half * depth, -1, -1)]
     least = cost(built(candidates[0])).gmac
     if least > budget:
         raise InputError(f"budget is {budget} GMAC; the least that this reducer can do is {least:.4f}")

@@ -3,7 +3,9 @@
 An amount is a ratio (float) of the patch tokens that arrive at a block, or a number (int) of patch tokens.
 """
 
+import math
 from collections.abc import Callable
+from itertools import pairwise
 
 from tif_jax.errors import InputError
 from tif_jax.tokens import check_keep_ratio
@@ -51,6 +53,23 @@ def amounts(
             f"num_kept has {len(given)} entries for {len(sites)} {name} and {depth} blocks; give one for each of either"
         )
     return dict(zip(sites, given, strict=True))
+
+
+RAMPS = {"constant": 0, "decreasing": -1, "increasing": 1}
+
+
+def ramp(number: int | float, trend: str, depth: int) -> tuple[int, ...]:
+    """A number for each block, of mean `number` before rounding: the same everywhere, or in a straight line to or from 0.
+
+    trend: one of RAMPS. Ramps are those of `parse_r` in ToMe's code, which cuts fractions off, also those that rounding
+    alone makes. A constant number with a fraction is spread: blocks differ by at most one.
+    """
+    if trend == "constant":
+        ends = [math.floor(number * i + 1e-9) for i in range(depth + 1)]
+        return tuple(after - before for before, after in pairwise(ends))
+    first = int(number * (1 - RAMPS[trend]))
+    step = (2 * number - first - first) / max(1, depth - 1)
+    return tuple(int(first + step * i) for i in range(depth))
 
 
 def is_per_block(sites: tuple[int, ...] | None, num_kept: tuple[int, ...] | None, depth: int | None) -> bool:

@@ -6,6 +6,7 @@ sets whose keys are most alike become one token each: nothing is dropped, nothin
 Legend: B images, N patch tokens, R merged ones, D width, C channels of a head.
 """
 
+import math
 from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from tif_jax.errors import InputError
 from tif_jax.layers import widened
+from tif_jax.reducers import _schedule as schedule
 from tif_jax.tokens import QueryKey, gates_to_log_weight, identity_source, join, split, take
 
 
@@ -34,24 +36,41 @@ class Pairs(NamedTuple):
 class Tome:
     """Merges `num_merged` patch tokens per block: one number for all, or one for each block; at most half of those there.
 
+    A number with a fraction is a mean over the blocks: 8.5 is 8 and 9 in turns.
+    schedule: of one number: 'constant', or ToMe's ramps: 'decreasing' from twice the number to 0, or 'increasing'.
     proportional: attention in proportion to how many patches a token stands for (log size is added to its logits).
     """
 
-    num_merged: int | tuple[int, ...] = 13
+    num_merged: int | float | tuple[int, ...] = 13
+    schedule: str = "constant"
     proportional: bool = True
 
     def __post_init__(self):
-        numbers = self.num_merged if isinstance(self.num_merged, tuple) else (self.num_merged,)
-        if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
+        given = self.num_merged
+        if isinstance(given, tuple):
+            fits = all(type(number) is int and number >= 0 for number in given)
+        else:
+            fits = type(given) in (int, float) and 0 <= given < math.inf
+        if not fits:
             raise InputError(
-                f"num_merged is {self.num_merged!r}; it is the number of patch tokens merged per block, "
-                "an integer from 0, or a tuple of one for each block"
+                f"num_merged is {given!r}; it is the number of patch tokens merged per block, "
+                "from 0, or a tuple of integers, one for each block"
             )
+        if self.schedule not in schedule.RAMPS:
+            raise InputError(f"schedule is {self.schedule!r}; allowed: {', '.join(map(repr, schedule.RAMPS))}")
+        if isinstance(given, tuple) and self.schedule != "constant":
+            raise InputError(f"schedule {self.schedule!r} is for one number; num_merged {given} is a schedule itself")
+
+    def per_block(self, depth: int) -> tuple[int, ...]:
+        """How many patch tokens are to merge in each of `depth` blocks. Raises InputError for a tuple of another length."""
+        if not isinstance(self.num_merged, tuple):
+            return schedule.ramp(self.num_merged, self.schedule, depth)
+        if len(self.num_merged) != depth:
+            raise InputError(f"num_merged has {len(self.num_merged)} entries for {depth} blocks; give one for each")
+        return self.num_merged
 
     def __call__(self, blocks, x, tokens, rngs=None):
-        per_block = self.num_merged if isinstance(self.num_merged, tuple) else (self.num_merged,) * len(blocks)
-        if len(per_block) != len(blocks):
-            raise InputError(f"num_merged has {len(per_block)} entries for {len(blocks)} blocks; give one for each")
+        per_block = self.per_block(len(blocks))
         source = identity_source(tokens)
         size = jnp.ones(source.shape, widened(x.dtype))
         log_size = None  # nothing to add while every size is 1
