@@ -1,7 +1,8 @@
 """Metrics of a checkpoint on the test split: of a fine-tuned model, the backbone, or the filter's ranking of tokens."""
 
+import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from jaxtyping import Bool, Float
 
 from tif_jax.commands import _arguments
 from tif_jax.data.loader import evaluation_batches
+from tif_jax.data.source import Source
 from tif_jax.errors import InputError
 from tif_jax.experiment.folders import backbone_folder, filter_folder, finetune_folder, heldout_folder
 from tif_jax.experiment.schema import Experiment
@@ -75,14 +77,15 @@ def finetuned(config: Experiment, workdir: Path) -> dict[str, Any]:
 
 def _evaluate(config: Experiment, model: Model, split: str = "test") -> dict[str, Any]:
     source = open_for_model(config, split, model)
-    classes = sorted((config.data.class_index or {}).values())
-    return {"num_images": len(source), "gmac": cost(model).gmac, **accuracy(model, source, config, classes)}
+    chosen = [output for output, name in enumerate(source.class_names) if name] if config.data.class_index else []
+    return accuracy(model, source, config, chosen) | {"gmac": cost(model).gmac}
 
 
-def accuracy(model: Model, source, config: Experiment, classes: list[int]) -> dict[str, float]:
-    """Mean cross-entropy (nats) and top-1 (fraction); with `classes` also top-1 among those classes alone.
+def accuracy(model: Model, source: Source, config: Experiment, classes: Sequence[int] = ()) -> dict[str, float]:
+    """num_images that could be read, their mean cross-entropy (loss, nats) and top-1 (fraction).
 
-    The images are divided among all devices of all processes.
+    With `classes` also top-1 among those classes alone. The images are divided among all devices of all processes. Raises
+    InputError if none can be read.
     """
     batch_size = config.evaluate.batch_size
     mesh = make_mesh(batch_size)
@@ -109,7 +112,9 @@ def accuracy(model: Model, source, config: Experiment, classes: list[int]) -> di
         batches.close()
     sums = {name: sum(float(t[name]) for t in jax.device_get(totals)) for name in totals[0]}
     images = sums.pop("images")
-    return {name: total / images for name, total in sums.items()}
+    if not images:
+        raise InputError(f"none of the {len(source)} images to evaluate on can be read; the log names them")
+    return {"num_images": int(images), **{name: total / images for name, total in sums.items()}}
 
 
 def ranking_table(config: Experiment, workdir: Path) -> dict[str, Any]:
@@ -168,7 +173,9 @@ def heldout(config: Experiment, workdir: Path, model: ViT, trained_on: Float[np.
 
 def _batches(config: Experiment, source, table: shards.ImpactTable, label: str) -> Iterator[dict[str, Any]]:
     rows = np.stack([table.index, table.view], axis=1)
-    batches = evaluation_batches(source, config.data, batch_size=config.evaluate.batch_size, records=rows)
+    # They could be read when they were scored: without one of them, rows of the table would meet other images.
+    options = dataclasses.replace(config.data, on_error="raise")
+    batches = evaluation_batches(source, options, batch_size=config.evaluate.batch_size, records=rows)
     with Progress(label, len(rows), "image") as progress, closing(batches):
         for batch in batches:
             yield batch

@@ -11,6 +11,7 @@ from tif_jax.experiment.checks import check_on_backbone
 from tif_jax.experiment.folders import backbone_folder, filter_folder, finetune_folder
 from tif_jax.experiment.schema import Experiment
 from tif_jax.experiment.scoring import score_heldout, score_training
+from tif_jax.experiment.sources import check_splits
 from tif_jax.experiment.stages import train
 from tif_jax.runtime import processes, records
 from tif_jax.weights.loading import load_with_fields
@@ -28,6 +29,7 @@ def main(argv: list[str]) -> None:
 
 def run(experiment: Experiment, workdir: Path) -> None:
     """Every stage that is needed, in order. A finished one notices that itself, or is known by the file it leaves last."""
+    check_splits(experiment)
     runs, filters = _finetunings(experiment), _filters(experiment)
     logger.info("stage backbone")
     train("backbone", experiment, workdir)

@@ -27,8 +27,8 @@ def open_source(data: Settings, split: str) -> Source:
             f"unknown split {split!r}; 'train' or 'test', which data.train_split and data.test_split name, "
             "or 'validation'"
         )
-    if options.class_index is not None and options.name != "image_folder":
-        raise InputError(f"data.class_index renumbers the folders of an image_folder; data.name is {options.name!r}")
+    if options.class_index is not None and options.name == "digits":
+        raise InputError("data.class_index renumbers the classes of files; data.name is 'digits'")
     if split == "test":
         return _open_split(options, split, options.test_split, options.num_test)
     source = _open_split(options, "train", options.train_split, options.num_train)
@@ -41,6 +41,22 @@ def open_source(data: Settings, split: str) -> Source:
         )
     kept = evenly_spaced(options.num_validation, len(source))
     return Subset(source, kept if split == "validation" else np.setdiff1d(np.arange(len(source)), kept))
+
+
+def classes_of(kind: str, root: str, split: str) -> frozenset[str] | None:
+    """Names of the classes of which a split holds images; None if that is not known without reading them.
+
+    kind: `data.name`; split: the data set's name for it.
+    """
+    if kind == "image_folder":
+        from tif_jax.data.folder import class_folders
+
+        return frozenset(class_folders(root, split))
+    if kind == "image_table":
+        from tif_jax.data.folder import table_labels
+
+        return frozenset(table_labels(Path(root, split)))
+    return None
 
 
 def _open_split(options: DataOptions, split: str, name: str, num_examples: int) -> Source:
@@ -58,11 +74,11 @@ def _open_split(options: DataOptions, split: str, name: str, num_examples: int) 
     elif options.name == "image_table":
         from tif_jax.data.folder import ImageTable
 
-        source = ImageTable(Path(options.root, name))
+        source = ImageTable(Path(options.root, name), options.class_index)
     else:
         from tif_jax.data.tfds import Tfds
 
-        source = Tfds(options.tfds_name, options.root, name)
+        source = Tfds(options.tfds_name, options.root, name, options.class_index)
     return Subset(source, evenly_spaced(num_examples, len(source))) if num_examples else source
 
 

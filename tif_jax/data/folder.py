@@ -1,19 +1,26 @@
 """Labelled image files on disk."""
 
 import csv
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from tif_jax.data.classes import MAX_CLASSES, ClassIndex, names_by_output, outputs
 from tif_jax.data.pictures import read_image
 from tif_jax.data.source import Example
 from tif_jax.errors import InputError
 
+logger = logging.getLogger(__name__)
+
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+
+_NO_PICTURES = ("thumbs.db", "desktop.ini")  # that systems leave in folders
 
 
 class ImageFiles:
-    """Image files with labels. The id of an example is its path relative to `root`."""
+    """Image files with labels. The id of an example is its path relative to `root`, by `as_id`."""
 
     def __init__(self, root: Path, files: Sequence[str], labels: Sequence[int], class_names: Sequence[str]):
         self.root = root
@@ -27,88 +34,153 @@ class ImageFiles:
 
     def __getitem__(self, index: int) -> Example:
         file = self._files[index]
-        return Example(id=file, image=read_image(self.root / file), label=self._labels[index])
+        return Example(id=as_id(file), image=read_image(self.root / file), label=self._labels[index])
 
 
 class ImageFolder(ImageFiles):
-    """`root/split/class/image`, sorted by class folder, then by file name.
+    """`root/split/class/image`, sorted as text by class folder, then by file name.
 
     A label is the position of its folder among the class folders of all splits (as TFDS's ImageFolder counts), or
-    `class_index[folder]` where the classification head was trained with other numbers; extra entries are ignored.
+    `class_index[folder]` where the classification head was trained with other numbers; extra entries are ignored. The
+    folders are sorted as text, or by size where all their names are whole numbers.
     """
 
-    def __init__(self, root: str | os.PathLike, split: str, class_index: Mapping[str, int] | None = None):
+    def __init__(self, root: str | os.PathLike, split: str, class_index: ClassIndex | None = None):
         root = Path(root)
-        if not root.is_dir():
-            raise InputError(f"data.root {root} is not a folder; it must hold root/split/class/image.jpg")
-        splits = _folders(root)
-        if split not in splits:
-            raise InputError(f"{root} has no split folder {split!r}; it has: {', '.join(splits) or 'no folders'}")
+        splits = _splits(root, split)
         classes = _folders(root / split)
         if not classes:
             raise InputError(f"{root / split} has no class folders; images go into {root / split}/CLASS/")
-        images = {name: sorted(_images(root / split / name)) for name in classes}
-        empty = [name for name in classes if not images[name]]
-        if empty:
+        passed_over: Counter[str] = Counter()
+        images = {name: sorted(_images(root / split / name, passed_over)) for name in classes}
+        if empty := [name for name in classes if not images[name]]:
             raise InputError(
                 f"no images in {root / split / empty[0]}; put images ({' '.join(EXTENSIONS)}) into it or remove it"
             )
-        if class_index is None:
-            found = {name for other in splits for name in _folders(root / other) if any(_images(root / other / name))}
-            names = sorted(found)
-            label = {name: names.index(name) for name in classes}
+        if passed_over:
+            found = ", ".join(f"{count} {kind}" for kind, count in sorted(passed_over.items()))
+            logger.warning("%s: passed over %s; images are %s", root / split, found, " ".join(EXTENSIONS))
+        others = {name for other in splits if other != split for name in class_folders(root, other)}
+        if class_index is not None:
+            others.intersection_update(class_index)
+            label = outputs({*classes, *others}, class_index)
         else:
-            label = {name: _index_of(name, class_index) for name in classes}
-            names = [str(i) for i in range(1 + max(label.values()))]
-            for name, index in label.items():
-                names[index] = name
+            label = outputs({*classes, *others})
         files = [(f"{split}/{name}/{file}", label[name]) for name in classes for file in images[name]]
-        super().__init__(root, [file for file, _ in files], [index for _, index in files], names)
+        super().__init__(root, [file for file, _ in files], [index for _, index in files], names_by_output(label))
 
 
 class ImageTable(ImageFiles):
-    """A CSV file with columns `file` (path relative to the CSV) and `label` (0-based); other columns are ignored."""
+    """A CSV file with columns `file` (path relative to the CSV) and `label`; other columns are ignored.
 
-    def __init__(self, csv_path: str | os.PathLike):
+    A label is a whole number from 0, or what `class_index` has an entry for.
+    """
+
+    def __init__(self, csv_path: str | os.PathLike, class_index: ClassIndex | None = None):
         path = Path(csv_path)
-        if not path.is_file():
-            raise InputError(f"no such file: {path}; it must be a CSV file with the columns file and label")
-        files, labels = [], []
-        try:
-            with path.open(newline="", encoding="utf-8-sig") as opened:
-                table = csv.DictReader(opened)
-                missing = [name for name in ("file", "label") if name not in (table.fieldnames or ())]
-                if missing:
-                    raise InputError(
-                        f"{path} has no column {missing[0]!r}; it has: {', '.join(table.fieldnames or ())}"
-                    )
-                for row in table:
-                    where = f"{path} line {table.line_num}"
-                    if not (row["label"] or "").strip().isdecimal():
-                        raise InputError(f"{where}: label is {row['label']!r}; labels are whole numbers from 0")
-                    if not row["file"] or not (path.parent / row["file"]).is_file():
-                        raise InputError(f"{where}: no such image file: {row['file']!r}, looked for in {path.parent}")
-                    files.append(row["file"])
-                    labels.append(int(row["label"]))
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise InputError(f"{path} is not a CSV file in UTF-8: {error}") from error
-        if not files:
-            raise InputError(f"{path} lists no images; give one row per image")
-        super().__init__(path.parent, files, labels, [str(i) for i in range(1 + max(labels))])
+        rows = _rows(path)
+        for line, file, _ in rows:
+            if not file or not _is_file(path.parent / file):
+                raise InputError(f"{path} line {line}: no such image file: {file!r}, looked for in {path.parent}")
+        files = [file for _, file, _ in rows]
+        if again := [file for file, count in Counter(files).items() if count > 1]:
+            logger.warning("%s lists %d files more than once, the first: %s", path, len(again), again[0])
+        if class_index is None:
+            label = _numbers(path, rows)
+            names = names_by_output({str(number): number for number in label.values()})
+        else:
+            label = outputs({text for _, _, text in rows}, class_index, what="label")
+            names = names_by_output(label)
+        super().__init__(path.parent, files, [label[text] for _, _, text in rows], names)
+
+
+def class_folders(root: str | os.PathLike, split: str) -> list[str]:
+    """Names of the folders of a split that hold images."""
+    return [name for name in _folders(Path(root, split)) if any(True for _ in _images(Path(root, split, name)))]
+
+
+def table_labels(csv_path: str | os.PathLike) -> set[str]:
+    """The labels that a table has, as they are written."""
+    return {label for _, _, label in _rows(Path(csv_path))}
+
+
+def as_id(file: str) -> str:
+    r"""A file name as text that every file format can hold, and that no other name has.
+
+    Backslashes are doubled, and bytes that are not UTF-8 become \xHH.
+    """
+    doubled = file.replace("\\", "\\\\") if os.sep == "/" else file
+    return doubled.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _splits(root: Path, split: str) -> list[str]:
+    """The folders of a root, of which `split` must be one."""
+    if not root.is_dir():
+        raise InputError(f"data.root {root} is not a folder; it must hold root/split/class/image.jpg")
+    splits = _folders(root)
+    if split not in splits:
+        raise InputError(f"{root} has no split folder {split!r}; it has: {', '.join(splits) or 'no folders'}")
+    return splits
 
 
 def _folders(folder: Path) -> list[str]:
     return sorted(x.name for x in os.scandir(folder) if x.is_dir() and not x.name.startswith("."))
 
 
-def _images(folder: Path) -> list[str]:
-    return [x.name for x in os.scandir(folder) if x.name.lower().endswith(EXTENSIONS) and not x.name.startswith(".")]
+def _images(folder: Path, passed_over: Counter[str] | None = None) -> Iterator[str]:
+    """Names of the images in a folder. passed_over: counts what else is there, by suffix."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name = entry.name.lower()
+            if name.startswith(".") or name in _NO_PICTURES:
+                continue
+            if name.endswith(EXTENSIONS):
+                yield entry.name
+            elif passed_over is not None:
+                kind = "folders" if entry.is_dir() else os.path.splitext(name)[1] or "files without a suffix"
+                passed_over[kind] += 1
 
 
-def _index_of(name: str, class_index: Mapping[str, int]) -> int:
-    if name not in class_index:
-        raise InputError(f"data.class_index has no entry for class folder {name!r}; add it, or remove the folder")
-    index = class_index[name]
-    if type(index) is not int or index < 0:
-        raise InputError(f"data.class_index.{name} is {index!r}; it must be a whole number from 0")
-    return index
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
+def _rows(path: Path) -> list[tuple[int, str, str]]:
+    """Line number, file and label of each row of a table."""
+    if not _is_file(path):
+        raise InputError(f"no such file: {path}; it must be a CSV file with the columns file and label")
+    rows = []
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as opened:
+            table = csv.DictReader(opened)
+            missing = [name for name in ("file", "label") if name not in (table.fieldnames or ())]
+            if missing:
+                raise InputError(f"{path} has no column {missing[0]!r}; it has: {', '.join(table.fieldnames or ())}")
+            for row in table:
+                if row["file"] is None or row["label"] is None:
+                    raise InputError(f"{path} line {table.line_num}: label is None; the line has too few columns")
+                rows.append((table.line_num, row["file"], row["label"].strip()))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} is not a CSV file in UTF-8: {error}") from error
+    except OSError as error:
+        raise InputError(f"{path} can not be read: {error.strerror}") from error
+    if not rows:
+        raise InputError(f"{path} lists no images; give one row per image")
+    return rows
+
+
+def _numbers(path: Path, rows: Sequence[tuple[int, str, str]]) -> dict[str, int]:
+    """The number that each label of a table is."""
+    found: dict[str, int] = {}
+    for line, _, label in rows:
+        if label not in found:
+            if not label.isdecimal() or len(label) > 9 or int(label) >= MAX_CLASSES:
+                raise InputError(
+                    f"{path} line {line}: label is {label!r:.40}; labels are whole numbers from 0 to {MAX_CLASSES - 1}, "
+                    "or what data.class_index has an entry for"
+                )
+            found[label] = int(label)
+    return found

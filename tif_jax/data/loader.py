@@ -169,6 +169,10 @@ def training_batches(
     _check_batch_size(batch_size)
     if repeats < 1:
         raise InputError(f"augmentation.repeats is {repeats}; it must be at least 1")
+    if batch_size > len(records):
+        logger.warning("a batch of %d shows some of the %d images several times", batch_size, len(records))
+    elif 2 * batch_size > len(records):
+        logger.warning("an epoch of %d images is one step with a batch of %d", len(records), batch_size)
     shuffled = grain.MapDataset.range(len(records)).shuffle(seed).repeat(_ENDLESS)
     order = _ShuffledOrder(shuffled, len(records), repeats)
     load = _Loader(source, options, records, extra or {}, seed, augmentation)

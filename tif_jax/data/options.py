@@ -33,7 +33,10 @@ class DataOptions:
     num_validation: int = key(
         0, "how many training images, evenly spaced, are kept out of training to choose models on; 0: none", least=0
     )
-    class_index: dict[str, int] | None = key(None, "image_folder only: folder name -> output of the head")
+    class_index: dict[str, int] | None = key(
+        None,
+        "class -> output of the head; a class is a folder, a label of a table, or a label (name or number) of TFDS",
+    )
     image_size: int | tuple[int, int] = key(224, "pixels of an image: (rows, columns), or one number for both", least=1)
     crop_fraction: float | None = key(
         None, f"share of the resized image that the evaluation view shows; {_ELSE} 0.875", above=0, most=1

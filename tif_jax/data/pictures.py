@@ -4,15 +4,32 @@ Legend: Y rows, X columns.
 """
 
 import io
+import logging
 import os
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 from tif_jax.data.source import UnreadableImage
 from tif_jax.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+# What is opened, whatever a file is called. Pillow knows fifty more kinds, some through other programs (Ghostscript).
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+
+# EXIF 2.3, tag 0x0112: what makes a picture upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 AnyImage = str | os.PathLike | bytes | np.ndarray | Image.Image
 
@@ -20,8 +37,9 @@ AnyImage = str | os.PathLike | bytes | np.ndarray | Image.Image
 def read_image(image: AnyImage, name: str = "") -> Image.Image:
     """The upright 8-bit RGB picture: first frame, EXIF orientation applied, transparency laid over white.
 
-    `name` stands for the image in errors; default: its path. UnreadableImage if the file is missing, truncated, corrupt
-    or of a kind without a fixed range (floating point, more than 16 bits).
+    `name` stands for the image in errors; default: its path. UnreadableImage if the file is missing, truncated, corrupt,
+    of none of the FORMATS, of a kind without a fixed range (floating point, more than 16 bits), or beyond what Pillow
+    takes for honest (twice Image.MAX_IMAGE_PIXELS).
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
@@ -33,20 +51,26 @@ def read_image(image: AnyImage, name: str = "") -> Image.Image:
         name = name or os.fspath(image)
     try:
         if isinstance(image, Image.Image):
-            return _to_rgb(image)
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else Path(image)) as opened:
-            return _to_rgb(opened)
+            return _to_rgb(image, name)
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else Path(image), formats=FORMATS) as opened:
+            return _to_rgb(opened, name)
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise every kind of exception on corrupt files
-        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else " ".join(str(error).split())
+        unknown = isinstance(error, Image.UnidentifiedImageError)
+        reason = f"not an image of a kind that is read ({', '.join(FORMATS)})" if unknown else _described(error)
         raise UnreadableImage(f"cannot read image {name}: {reason}") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _described(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     image.load()
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)
+    orientation = _orientation(image, name)
+    if orientation in _UPRIGHT:
+        image = image.transpose(_UPRIGHT[orientation])
     if image.mode.startswith("I"):
         image = Image.fromarray(_to_8_bit(np.asarray(image)))
     elif image.mode == "F":
@@ -55,6 +79,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _orientation(image: Image.Image, name: str) -> int:
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception as error:  # Pillow raises every kind; what a camera notes beside the pixels is no part of them
+        logger.debug("EXIF of %s is damaged and ignored: %s", name, _described(error))
+        return 1
 
 
 def _to_8_bit(pixels: np.ndarray) -> UInt8[np.ndarray, "Y X"]:

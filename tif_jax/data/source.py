@@ -26,7 +26,7 @@ class Source(Protocol):
     """Examples in a fixed order, read at random and from many threads."""
 
     num_classes: int  # outputs the classification head needs: the largest label plus 1
-    class_names: tuple[str, ...]  # one per class
+    class_names: tuple[str, ...]  # one per output; '' for an output that no class of the data set is
 
     def __len__(self) -> int: ...
 
@@ -47,6 +47,36 @@ class Subset:
 
     def __getitem__(self, index: int) -> Example:
         return self.source[int(self._positions[index])]
+
+
+class Labelled:
+    """A source of which labels are read: InputError for an example whose label is no output of the head.
+
+    name: the data set's, for the message.
+    """
+
+    def __init__(self, source: Source, num_outputs: int, name: str):
+        self.source = source
+        self.num_classes = source.num_classes
+        self.class_names = source.class_names
+        self._num_outputs = num_outputs
+        self._name = name
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Example:
+        example = self.source[index]
+        if example["label"] < 0:
+            raise InputError(
+                f"{self._name} has images without a label, as {example['id']}; name a split that has labels"
+            )
+        if example["label"] >= self._num_outputs:
+            raise InputError(
+                f"{self._name}: {example['id']} has label {example['label']}; the model has classes "
+                f"0..{self._num_outputs - 1}"
+            )
+        return example
 
 
 def evenly_spaced(num: int, num_examples: int) -> Int[np.ndarray, " n"]:

@@ -10,10 +10,11 @@ from typing import Any
 from etils import epath
 
 from tif_jax.data import remote
+from tif_jax.data.classes import ClassIndex, names_by_output, outputs
 from tif_jax.data.pictures import read_image
-from tif_jax.data.source import Example
+from tif_jax.data.source import Example, UnreadableImage
 from tif_jax.data.tfrecord import TFRecords
-from tif_jax.errors import InputError
+from tif_jax.errors import InputError, WorkError
 
 
 class Tfds:
@@ -22,10 +23,11 @@ class Tfds:
     `split` is TFDS's: 'train', 'train[:90%]', 'train+validation'. The format is array_record or TFRecord; of TFRecord
     files, data_dir may also be a URL (gs://bucket/folder). An example's id is TFDS's own: file name, two underscores,
     position in the file; those of TFRecord files are what they are once converted to array_record, so that impacts scored on
-    either belong to the same ids. Without a label feature all labels are -1.
+    either belong to the same ids. Labels are TFDS's or what `class_index` has for their names or numbers; without a label
+    feature all are -1.
     """
 
-    def __init__(self, name: str, data_dir: str | os.PathLike, split: str):
+    def __init__(self, name: str, data_dir: str | os.PathLike, split: str, class_index: ClassIndex | None = None):
         import tensorflow_datasets as tfds
 
         if remote.is_url(data_dir):
@@ -52,9 +54,18 @@ class Tfds:
         if not shards:
             raise InputError(f"split {split!r} of {folder} holds no examples")
         self._image, self._label = _feature_names(info, tfds)
-        label = info.features[self._label] if self._label else None
-        self.num_classes: int = label.num_classes if label else 0
-        self.class_names: tuple[str, ...] = tuple(label.names) if label else ()
+        names = info.features[self._label].names if self._label else []
+        if class_index is None:
+            self._outputs = list(range(len(names)))
+            self.class_names: tuple[str, ...] = tuple(names)
+        else:
+            keys = {name: name if name in class_index else str(i) for i, name in enumerate(names)}
+            found = outputs(
+                names, {name: class_index[key] for name, key in keys.items() if key in class_index}, what="label"
+            )
+            self._outputs = [found[name] for name in names]
+            self.class_names = names_by_output(found)
+        self.num_classes = len(self.class_names)
         self._shards = [(os.path.basename(shard.filename), shard.skip) for shard in shards]
         self._starts = list(itertools.accumulate((shard.take for shard in shards), initial=0))
         self._features = info.features
@@ -65,13 +76,24 @@ class Tfds:
         return self._starts[-1]
 
     def __getitem__(self, index: int) -> Example:
-        example = self._features.deserialize_example_np(self._records[index], decoders=self._decoders)
         number = bisect.bisect_right(self._starts, index) - 1
         file, skip = self._shards[number]
         name = f"{file}__{skip + index - self._starts[number]}"
-        label = int(example[self._label]) if self._label else -1
-        tfds_id = name.replace(".tfrecord-", ".array_record-")
-        return Example(id=tfds_id, image=read_image(example[self._image], name), label=label)
+        try:
+            record = self._records[index]
+            example = self._features.deserialize_example_np(record, decoders=self._decoders)
+            image, label = example[self._image], self._output_of(int(example[self._label])) if self._label else -1
+        except (InputError, WorkError, MemoryError):
+            raise
+        except Exception as error:  # of array_record's reader, of protobuf, of TFDS
+            raise UnreadableImage(
+                f"can not read {name}: the record is damaged ({' '.join(str(error).split()):.200}); copy or prepare the data "
+                "set again, or leave such images out with data.on_error='skip'"
+            ) from error
+        return Example(id=name.replace(".tfrecord-", ".array_record-"), image=read_image(image, name), label=label)
+
+    def _output_of(self, label: int) -> int:
+        return self._outputs[label] if 0 <= label < len(self._outputs) else label
 
 
 def _array_records(shards: Sequence[Any]) -> Any:

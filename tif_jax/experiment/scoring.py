@@ -65,7 +65,7 @@ def _job(experiment: Experiment, directory: Path, workdir: Path, split: str, tar
         views, part, num_images, num_samples = 1, "", judged.num_images, judged.num_samples
     of_oracle = options.oracle_options(target, num_samples)
     model = load(backbone_folder(workdir), dtype=_dtype(options.dtype, options.estimator))
-    source = open_for_model(experiment, split, model)
+    source = open_for_model(experiment, split, model, labelled=False)  # a teacher needs none
     rows = _rows(len(source), num_images, views)
     parts, num_parts = _parts(part, len(rows))
     return job.Job(

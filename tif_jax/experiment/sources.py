@@ -1,22 +1,114 @@
 """The images of an experiment, checked against the model that sees them."""
 
+import logging
+from contextlib import suppress
+from functools import cache
+
 from tif_jax import data
+from tif_jax.data.options import DataOptions
+from tif_jax.data.source import Labelled, UnreadableImage
 from tif_jax.errors import InputError
 from tif_jax.experiment.schema import Experiment
 from tif_jax.models import Model
 
+logger = logging.getLogger(__name__)
 
-def open_for_model(experiment: Experiment, split: str, model: Model) -> data.Source:
-    """The split's examples, whose labels are checked against the model's classes."""
-    options = experiment.data
-    source, num_classes = data.open_source(options, split), model.head.out_features
+_CLASS_OF = {"image_folder": "class folder", "image_table": "label", "tfds": "label", "digits": "class"}
+
+
+def open_for_model(experiment: Experiment, split: str, model: Model, labelled: bool = True) -> data.Source:
+    """The split's examples, whose labels are checked against the model's classes.
+
+    labelled: every example must have a label. Raises InputError for labels that are missing, beyond the head, or numbered
+    otherwise than the head for all that is known.
+    """
+    options, num_classes = experiment.data, model.head.out_features
+    source = data.open_source(options, split)
+    _check_numbers(options, split, source, num_classes)
+    _warn_of_classes(options, split, source)
+    return Labelled(_with_labels(options, split, source), num_classes, _name(options, split)) if labelled else source
+
+
+def check_splits(experiment: Experiment) -> None:
+    """Raises InputError if the images that a run is trained or judged on are missing or have no labels."""
+    for split in ("train", "test"):
+        _with_labels(experiment.data, split, data.open_source(experiment.data, split))
+
+
+def _with_labels(options: DataOptions, split: str, source: data.Source) -> data.Source:
+    """The source, unless it is without labels: where the first example has one, all should."""
+    with suppress(UnreadableImage):
+        if not source.num_classes or source[0]["label"] < 0:
+            raise InputError(f"{_name(options, split)} has no labels; name one whose images have them")
+    return source
+
+
+def _name(options: DataOptions, split: str) -> str:
+    value = options.test_split if split == "test" else options.train_split
+    return f"data.{'test' if split == 'test' else 'train'}_split {value!r}"
+
+
+def _check_numbers(options: DataOptions, split: str, source: data.Source, num_classes: int) -> None:
+    """Whether each class of the data set is known to be one of the head's."""
+    if beyond := [item for item in (options.class_index or {}).items() if item[1] >= num_classes]:
+        raise InputError(
+            f"data.class_index.{beyond[0][0]} is {beyond[0][1]}; the model has classes 0..{num_classes - 1}"
+        )
     if source.num_classes > num_classes:
         raise InputError(
             f"{options.name} has labels up to {source.num_classes - 1}; the model has classes 0..{num_classes - 1}"
         )
-    if source.num_classes < num_classes and options.name == "image_folder" and not options.class_index:
-        raise InputError(
-            f"{options.root} has {source.num_classes} class folders and the model {num_classes} classes: "
-            "say in data.class_index which folder is which class"
+    if options.class_index or not 0 < source.num_classes < num_classes:
+        return
+    if options.name == "digits":
+        raise InputError(f"digits have 10 classes and the model {num_classes}; set backbone.model.num_classes to 10")
+    if options.name == "image_table":
+        numbers = {name for name in source.class_names if name} | _numbers_of_the_other_table(options, split)
+        # Labels of a table are numbers of the head. Few of them that are scattered were chosen from it; few that begin
+        # at 0 without a gap were numbered by themselves, one or the other missing in a split.
+        highest = max(map(int, numbers))
+        if highest + 1 == num_classes or 2 * len(numbers) <= highest + 1:
+            return
+    raise InputError(
+        f"{options.root} has {source.num_classes} {_CLASS_OF[options.name]}s and the model {num_classes} classes: say in "
+        f"data.class_index which {_CLASS_OF[options.name]} is which class"
+    )
+
+
+def _numbers_of_the_other_table(options: DataOptions, split: str) -> set[str]:
+    """A class may be missing in one of the two."""
+    try:
+        other = options.train_split if split == "test" else options.test_split
+        return {str(int(label)) for label in _classes(options.name, options.root, other) or ()}
+    except (InputError, ValueError):
+        return set()
+
+
+def _warn_of_classes(options: DataOptions, split: str, source: data.Source) -> None:
+    if source.num_classes and sum(map(bool, source.class_names)) == 1:
+        _warn(
+            f"{_name(options, split)} has one class alone, {source.class_names[-1]!r}: there is nothing to tell apart"
         )
-    return source
+    try:
+        train, test = (_classes(options.name, options.root, x) for x in (options.train_split, options.test_split))
+    except (InputError, OSError):  # the other split need not be there
+        return
+    if not train or not test or train == test:
+        return
+    for here, there, name, other in ((train, test, "train", "test"), (test, train, "test", "train")):
+        if missing := sorted(there - here):
+            _warn(
+                f"{_name(options, name)} has no image of {len(missing)} of the classes that {_name(options, other)} has: "
+                f"{', '.join(missing[:5])}{', ...' * (len(missing) > 5)}"
+            )
+
+
+@cache
+def _warn(message: str) -> None:
+    """Says it once, however many stages open the same data."""
+    logger.warning(message)
+
+
+@cache  # listing folders over a network takes a while
+def _classes(kind: str, root: str, split: str) -> frozenset[str] | None:
+    return data.classes_of(kind, root, split)

@@ -170,9 +170,14 @@ def iter_impact(
 
 
 def read_impact(path: StrPath, *, verify: bool = True, expected: Mapping[str, Any] | None = None) -> ImpactTable:
-    """All rows of a workdir or impact folder, sorted by (index, view). Arguments and errors as in `iter_impact`."""
+    """All rows of a workdir or impact folder, sorted by (index, view); InputError if there are none.
+
+    Arguments and other errors as in `iter_impact`.
+    """
     parts = [vars(part).values() for part in iter_impact(path, verify=verify, expected=expected)]
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    if not len(columns[0]):
+        raise InputError(f"{path} has no impacts: none of the images could be read when they were to be scored")
     order = np.lexsort((columns[1], columns[0]))
     return ImpactTable(*(column[order] for column in columns))
 

@@ -1,0 +1,65 @@
+"""Which class is which output of a classification head."""
+
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+
+from tif_jax.errors import InputError
+
+MAX_CLASSES = 1_000_000  # far above any head: a label beyond is a mistake, and must not cost memory
+
+ClassIndex = Mapping[str, int]
+
+
+def outputs(
+    names: Iterable[str], class_index: ClassIndex | None = None, among: Iterable[str] = (), what: str = "class folder"
+) -> dict[str, int]:
+    """The output of each of these classes.
+
+    By class_index; without it, its position among all classes of the data set (`among` and these), as text or, where all
+    are whole numbers, by their size. InputError, calling a class `what`, for one that has no output or is there twice.
+    """
+    if class_index is not None:
+        return {name: _entry(name, class_index, what) for name in names}
+    names = list(names)
+    position = {name: i for i, name in enumerate(in_order({*names, *among}))}
+    return {name: position[name] for name in names}
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Sorted as text; by size if all are whole numbers, so that 10 comes after 9. InputError if two are one number."""
+    ordered = sorted(names)
+    if not all(name.isascii() and name.isdecimal() for name in ordered):
+        return ordered
+    ordered.sort(key=_size)
+    for one, other in pairwise(ordered):
+        if _size(one) == _size(other):
+            raise InputError(
+                f"class folders {one!r} and {other!r} are the same number; rename one, or say in data.class_index which "
+                "folder is which class"
+            )
+    return ordered
+
+
+def names_by_output(output_of: Mapping[str, int]) -> tuple[str, ...]:
+    """The name of each output up to the last that has a class; '' for one that has none."""
+    names = [""] * (1 + max(output_of.values(), default=-1))
+    for name, output in output_of.items():
+        names[output] = f"{names[output]} / {name}" if names[output] else name
+    return tuple(names)
+
+
+def _size(name: str) -> tuple[int, str]:
+    """Orders whole numbers of any length."""
+    digits = name.lstrip("0")
+    return len(digits), digits
+
+
+def _entry(name: str, class_index: ClassIndex, what: str) -> int:
+    if name not in class_index:
+        raise InputError(f"data.class_index has no entry for {what} {name!r}; add it, or remove the {what}")
+    output = class_index[name]
+    if type(output) is not int or not 0 <= output < MAX_CLASSES:
+        raise InputError(
+            f"data.class_index.{name} is {output!r}; it must be a whole number from 0 to {MAX_CLASSES - 1}"
+        )
+    return output
