@@ -170,7 +170,7 @@ def test_damaged_data_are_one_record_less(tmp_path, byte):
     content[16 + byte] ^= 1
     path.write_bytes(content)
     records = TFRecords([shard(path, 4)])
-    with pytest.raises(UnreadableImage, match=r"record 1 of .*/a is damaged: .*checksum.*on_error='skip'"):
+    with pytest.raises(UnreadableImage, match=r"record 1 of .*/a is damaged: .*checksum"):
         records[1]
     assert records[2] == RECORDS[2]
 

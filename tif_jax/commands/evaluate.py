@@ -81,7 +81,7 @@ def _evaluate(config: Experiment, model: Model, split: str = "test") -> dict[str
     return accuracy(model, source, config, chosen) | {"gmac": cost(model).gmac}
 
 
-def accuracy(model: Model, source: Source, config: Experiment, classes: Sequence[int] = ()) -> dict[str, float]:
+def accuracy(model: Model, source: Source, config: Experiment, classes: Sequence[int] = ()) -> dict[str, int | float]:
     """num_images that could be read, their mean cross-entropy (loss, nats) and top-1 (fraction).
 
     With `classes` also top-1 among those classes alone. The images are divided among all devices of all processes. Raises

@@ -1,6 +1,6 @@
 """Which class is which output of a classification head."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from itertools import pairwise
 
 from tif_jax.errors import InputError
@@ -11,21 +11,18 @@ ClassIndex = Mapping[str, int]
 
 
 def outputs(
-    names: Iterable[str], class_index: ClassIndex | None = None, among: Iterable[str] = (), what: str = "class folder"
+    names: Collection[str], class_index: ClassIndex | None = None, what: str = "class folder"
 ) -> dict[str, int]:
-    """The output of each of these classes.
+    """The output of each class of a data set: by class_index, or its position `in_order`.
 
-    By class_index; without it, its position among all classes of the data set (`among` and these), as text or, where all
-    are whole numbers, by their size. InputError, calling a class `what`, for one that has no output or is there twice.
+    InputError, calling a class `what`, for one that class_index has no output for.
     """
     if class_index is not None:
-        return {name: _entry(name, class_index, what) for name in names}
-    names = list(names)
-    position = {name: i for i, name in enumerate(in_order({*names, *among}))}
-    return {name: position[name] for name in names}
+        return {name: _entry(name, class_index, what) for name in sorted(names)}
+    return {name: i for i, name in enumerate(in_order(names))}
 
 
-def in_order(names: Iterable[str]) -> list[str]:
+def in_order(names: Collection[str]) -> list[str]:
     """Sorted as text; by size if all are whole numbers, so that 10 comes after 9. InputError if two are one number."""
     ordered = sorted(names)
     if not all(name.isascii() and name.isdecimal() for name in ordered):

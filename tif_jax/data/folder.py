@@ -11,6 +11,7 @@ from tif_jax.data.classes import MAX_CLASSES, ClassIndex, names_by_output, outpu
 from tif_jax.data.pictures import read_image
 from tif_jax.data.source import Example
 from tif_jax.errors import InputError
+from tif_jax.runtime import once
 
 logger = logging.getLogger(__name__)
 
@@ -59,13 +60,11 @@ class ImageFolder(ImageFiles):
             )
         if passed_over:
             found = ", ".join(f"{count} {kind}" for kind, count in sorted(passed_over.items()))
-            logger.warning("%s: passed over %s; images are %s", root / split, found, " ".join(EXTENSIONS))
+            once.warn(logger, f"{root / split}: passed over {found}; images are {' '.join(EXTENSIONS)}")
         others = {name for other in splits if other != split for name in class_folders(root, other)}
         if class_index is not None:
             others.intersection_update(class_index)
-            label = outputs({*classes, *others}, class_index)
-        else:
-            label = outputs({*classes, *others})
+        label = outputs({*classes, *others}, class_index)
         files = [(f"{split}/{name}/{file}", label[name]) for name in classes for file in images[name]]
         super().__init__(root, [file for file, _ in files], [index for _, index in files], names_by_output(label))
 
@@ -84,7 +83,7 @@ class ImageTable(ImageFiles):
                 raise InputError(f"{path} line {line}: no such image file: {file!r}, looked for in {path.parent}")
         files = [file for _, file, _ in rows]
         if again := [file for file, count in Counter(files).items() if count > 1]:
-            logger.warning("%s lists %d files more than once, the first: %s", path, len(again), again[0])
+            once.warn(logger, f"{path} lists {len(again)} files more than once, the first: {again[0]}")
         if class_index is None:
             label = _numbers(path, rows)
             names = names_by_output({str(number): number for number in label.values()})

@@ -26,6 +26,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")  # as Pillow has them
 
 NONE = Augmentation()
+
+# Sizes of a view. Of a picture that would become larger still, having sides like 50 to 1, only what the view shows is
+# resized. Pillow may then resize columns before rows and round in between, so that all others are resized whole, as ever.
+_MAX_RESIZED = 64
 FRACTIONS: dict[str, Any] = dict(most=1, advice="channels are from 0 to 1 here: divide by 255 what is for 0 to 255")
 
 
@@ -126,8 +130,13 @@ def evaluation_view(
     else:
         width, height = covered_width, height * covered_width // width
     top, left = round((height - image_size[0]) / 2), round((width - image_size[1]) / 2)
-    resized = image.resize((width, height), Image.Resampling[interpolation.upper()])
-    return normalise(resized.crop((left, top, left + image_size[1], top + image_size[0])), mean, std)
+    box = (left, top, left + image_size[1], top + image_size[0])
+    filter = Image.Resampling[interpolation.upper()]
+    if width * height > _MAX_RESIZED * math.prod(image_size):
+        across, down = image.width / width, image.height / height
+        seen = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
+        return normalise(image.resize(image_size[::-1], filter, seen), mean, std)
+    return normalise(image.resize((width, height), filter).crop(box), mean, std)
 
 
 def augmented_view(

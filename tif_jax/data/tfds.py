@@ -86,10 +86,8 @@ class Tfds:
         except (InputError, WorkError, MemoryError):
             raise
         except Exception as error:  # of array_record's reader, of protobuf, of TFDS
-            raise UnreadableImage(
-                f"can not read {name}: the record is damaged ({' '.join(str(error).split()):.200}); copy or prepare the data "
-                "set again, or leave such images out with data.on_error='skip'"
-            ) from error
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UnreadableImage(f"can not read {name}: the record is damaged ({reason:.200})") from error
         return Example(id=name.replace(".tfrecord-", ".array_record-"), image=read_image(image, name), label=label)
 
     def _output_of(self, label: int) -> int:

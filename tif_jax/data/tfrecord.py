@@ -81,8 +81,7 @@ class TFRecords:
         data, checksum = read[: -_CHECKSUM.size], read[-_CHECKSUM.size :]
         if len(read) != end - start or _CHECKSUM.unpack(checksum) != (_masked_crc(data),):
             raise UnreadableImage(
-                f"record {record} of {file} is damaged: its data do not have the checksum that was written with them; "
-                f"{_REMEDY}, or leave such images out with data.on_error='skip'"
+                f"record {record} of {file} is damaged: its data do not have the checksum that was written with them"
             )
         return data
 

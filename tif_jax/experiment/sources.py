@@ -10,6 +10,7 @@ from tif_jax.data.source import Labelled, UnreadableImage
 from tif_jax.errors import InputError
 from tif_jax.experiment.schema import Experiment
 from tif_jax.models import Model
+from tif_jax.runtime import once
 
 logger = logging.getLogger(__name__)
 
@@ -86,8 +87,9 @@ def _numbers_of_the_other_table(options: DataOptions, split: str) -> set[str]:
 
 def _warn_of_classes(options: DataOptions, split: str, source: data.Source) -> None:
     if source.num_classes and sum(map(bool, source.class_names)) == 1:
-        _warn(
-            f"{_name(options, split)} has one class alone, {source.class_names[-1]!r}: there is nothing to tell apart"
+        once.warn(
+            logger,
+            f"{_name(options, split)} has one class alone, {source.class_names[-1]!r}: there is nothing to tell apart",
         )
     try:
         train, test = (_classes(options.name, options.root, x) for x in (options.train_split, options.test_split))
@@ -97,16 +99,11 @@ def _warn_of_classes(options: DataOptions, split: str, source: data.Source) -> N
         return
     for here, there, name, other in ((train, test, "train", "test"), (test, train, "test", "train")):
         if missing := sorted(there - here):
-            _warn(
+            once.warn(
+                logger,
                 f"{_name(options, name)} has no image of {len(missing)} of the classes that {_name(options, other)} has: "
-                f"{', '.join(missing[:5])}{', ...' * (len(missing) > 5)}"
+                f"{', '.join(missing[:5])}{', ...' * (len(missing) > 5)}",
             )
-
-
-@cache
-def _warn(message: str) -> None:
-    """Says it once, however many stages open the same data."""
-    logger.warning(message)
 
 
 @cache  # listing folders over a network takes a while
