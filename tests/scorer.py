@@ -3,10 +3,11 @@
 `forks.Server` runs it: run(FLAGS...), which lists in the file `written` the parts that it wrote, or run("lock", PART).
 """
 
+import sys
 import time
 from pathlib import Path
 
-from tif_jax.__main__ import main
+from tif_jax.__main__ import program
 from tif_jax.data.digits import Digits
 from tif_jax.experiment import scoring
 from tif_jax.impact import job, shards
@@ -20,7 +21,7 @@ def prepare():
 
 
 def run(*flags):
-    """An exit status, as of `tif score`."""
+    """Ends as `tif score` does."""
     if flags[0:1] == ("lock",):
         with shards.lock_part("run/impact", int(flags[1]), NUM_PARTS) as ours:
             assert ours
@@ -40,4 +41,5 @@ def run(*flags):
     # Each batch is kept at once, and takes a moment.
     scoring._ROWS_PER_PART, job._SECONDS_BETWEEN_SAVES = ROWS_PER_PART, 0
     job._columns, shards.write_part = slow, listed
-    return main(["score", "--config", "config.py", "--workdir", "run", *flags])
+    sys.argv[1:] = ["score", "--config", "config.py", "--workdir", "run", *flags]
+    program()

@@ -3,6 +3,7 @@
 `forks.Server` runs it: run(SECONDS_PER_STEP, FILE, ARGUMENTS... [, "evaluate"]); FILE gets the number of steps begun.
 """
 
+import sys
 import time
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def prepare():
 
 
 def run(seconds, file, *argv):
-    """An exit status, as of `tif train`."""
+    """Ends as `tif train` does."""
     begun = Path(file)
 
     def slowly(batch, mesh):
@@ -50,4 +51,5 @@ def run(seconds, file, *argv):
     if argv[-1] == "evaluate":
         argv, train.train = argv[:-1], train_and_evaluate
     training.shard = slowly
-    return program.main(["train", "--stage=backbone", *TINY, *argv])
+    sys.argv[1:] = ["train", "--stage=backbone", *TINY, *argv]
+    program.program()

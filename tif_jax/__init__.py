@@ -1,10 +1,37 @@
 """tif_jax: Vision Transformers made cheaper by finding out which image tokens matter."""
 
-from tif_jax.data.preprocess import preprocess as preprocess
-from tif_jax.errors import InputError as InputError
-from tif_jax.errors import WorkError as WorkError
-from tif_jax.impact.oracle import token_impact as token_impact
-from tif_jax.impact.shards import read_impact as read_impact
-from tif_jax.models import create_model as create_model
-from tif_jax.models.cost import cost as cost
-from tif_jax.weights.loading import load as load
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tif_jax.data.preprocess import preprocess as preprocess
+    from tif_jax.errors import InputError as InputError
+    from tif_jax.errors import WorkError as WorkError
+    from tif_jax.impact.oracle import token_impact as token_impact
+    from tif_jax.impact.shards import read_impact as read_impact
+    from tif_jax.models import create_model as create_model
+    from tif_jax.models.cost import cost as cost
+    from tif_jax.weights.loading import load as load
+
+# Where each name is. It is imported when it is first used, so that the program can heed signals before JAX is there.
+_WHERE = {
+    "InputError": "errors",
+    "WorkError": "errors",
+    "cost": "models.cost",
+    "create_model": "models",
+    "load": "weights.loading",
+    "preprocess": "data.preprocess",
+    "read_impact": "impact.shards",
+    "token_impact": "impact.oracle",
+}
+
+
+def __getattr__(name: str):
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_WHERE})

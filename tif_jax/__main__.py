@@ -1,81 +1,79 @@
 """`tif COMMAND --config FILE[:ARG] [--config.KEY=VALUE ...] --workdir DIR`; the same as `python -m tif_jax COMMAND ...`.
 
-Exit status: 0 done; 1 the work failed; 2 what the user gave is wrong; 75 stopped by SIGTERM after saving: run it again.
+Exit status: 0 done; 1 the work failed; 2 what the user gave is wrong; 75 stopped by SIGTERM, 130 by Ctrl-C: run it again.
+
+Signals are heeded before JAX is imported, which takes a while: what is imported here at once must not import it.
 """
 
 import difflib
 import errno
 import importlib
+import multiprocessing
 import os
 import pkgutil
-import signal
+import select
 import sys
+import traceback
+from contextlib import suppress
+from typing import NoReturn
 
-import jax
-
-from tif_jax import checked, commands, reducers
+from tif_jax import commands
 from tif_jax.errors import InputError, Preempted, WorkError
-from tif_jax.experiment.schema import Experiment
-from tif_jax.runtime import watch
+from tif_jax.runtime import preemption
 
 _HELP = ("--help", "-h", "help")
 _BAD_WORKDIR = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+def program() -> NoReturn:
+    """The program `tif`: `main` in a process of its own, which ends even if threads of a failed write never do."""
+    with preemption.handled(_end) as signals:
+        try:
+            status = main()
+        except SystemExit as done:  # of argparse, after --help
+            status = int(done.code or 0)
+        except BaseException:
+            if watch := sys.modules.get("tif_jax.runtime.watch"):
+                watch.crash()
+            traceback.print_exc()
+            status = 1
+        signals.over.set()
+        if status:
+            _end(status)
+    sys.exit(0)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status."""
+    """Runs one command; returns the exit status. Expected failures print one line on stderr."""
     argv = sys.argv[1:] if argv is None else argv
-    names = [module.name for module in pkgutil.iter_modules(commands.__path__) if not module.name.startswith("_")]
-    if argv and argv[0] in _HELP:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
-        return _help(argv[1:], names)
-    if not argv:
-        print(_usage(names), file=sys.stderr)
-        return 2
-    name, rest = argv[0], argv[1:]
-    if name not in names:
-        nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-        print(f"tif: no command {name!r}; did you mean {nearest[0]!r}? `tif --help` lists all", file=sys.stderr)
-        return 2
-    use_all_cores()
-    # Compiled programs are kept between runs and seeds.
-    _unless_given("jax_compilation_cache_dir", os.path.expanduser("~/.cache/tif_jax"))
+    name = f"tif {argv[0]}" if argv and argv[0] in _command_names() else "tif"
+    with preemption.handled(_end) as signals:
+        try:
+            status = _outcome(name, argv)
+            sys.stdout.flush()
+        except Preempted as error:
+            return _fail(name, error, signals.status())
+        except BrokenPipeError:
+            if not _reader_is_gone():
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+            return 0  # `| head`; all is done but for what nobody reads
+        except Exception:
+            if signals.raised:  # a library made something else of it
+                return _fail(name, signals.message(), signals.status())
+            raise
+        return status
+
+
+def _outcome(name: str, argv: list[str]) -> int:
+    """The exit status of a command, where it is not stopped."""
     try:
-        status = _run(name, rest)
-    except BaseException:
-        watch.crash()
-        raise
-    if status:
-        watch.leave(status)
-    return status
-
-
-def _help(topics: list[str], names: list[str]) -> int:
-    """`tif --help`, or of a topic or command what there is to say."""
-    if not topics:
-        print(_usage(names))
-    elif topics[0] in _TOPICS:
-        print(_TOPICS[topics[0]]())
-    elif topics[0] in names:
-        return main([topics[0], "--help"])
-    else:
-        nearest = difflib.get_close_matches(topics[0], [*_TOPICS, *names], n=1, cutoff=0.0)
-        print(f"tif: no help on {topics[0]!r}; did you mean `tif --help {nearest[0]}`?", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _run(name: str, rest: list[str]) -> int:
-    """Runs the command. Expected failures print one line on stderr."""
-    try:
-        importlib.import_module(f"tif_jax.commands.{name}").main(rest)
+        return _run(argv)
     except InputError as error:
         return _fail(name, error, 2)
     except WorkError as error:
         return _fail(name, error, 1)
-    except Preempted as error:
-        return _fail(name, error, 75)
     except OSError as error:
         if error.errno in _BAD_WORKDIR:
             return _fail(name, f"{error.strerror}: {error.filename}; choose a folder that can be written", 2)
@@ -83,7 +81,49 @@ def _run(name: str, rest: list[str]) -> int:
             full = error.filename or "a file was cut short"
             return _fail(name, f"{error.strerror}: {full}; make room and run the same command again", 1)
         raise
+
+
+def _run(argv: list[str]) -> int:
+    names = _command_names()
+    if not argv or argv[0] in _HELP:
+        from tif_jax.commands import _help
+
+        if len(argv) < 2:
+            print(_help.usage(names), file=sys.stdout if argv else sys.stderr)
+            return 0 if argv else 2
+        return _run([argv[1], "--help"]) if argv[1] in names else _help.help_on(argv[1], names)
+    name, rest = argv[0], argv[1:]
+    if name not in names:
+        nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+        raise InputError(f"no command {name!r}; did you mean {nearest[0]!r}? `tif --help` lists all")
+    use_all_cores()
+    # Compiled programs are kept between runs and seeds.
+    _unless_given("jax_compilation_cache_dir", os.path.expanduser("~/.cache/tif_jax"))
+    importlib.import_module(f"tif_jax.commands.{name}").main(rest)
     return 0
+
+
+def _command_names() -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(commands.__path__) if not module.name.startswith("_")]
+
+
+def _end(status: int) -> None:
+    """Ends this process at once: threads of a failed write print long after it, or never end."""
+    if watch := sys.modules.get("tif_jax.runtime.watch"):
+        watch.leave(status)  # returns where this process is alone
+    for child in multiprocessing.active_children():
+        child.terminate()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads what this process prints: not every broken pipe is that of stdout."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def use_all_cores() -> None:
@@ -105,6 +145,8 @@ def use_all_cores() -> None:
 
 def _unless_given(option: str, value: object) -> None:
     """Sets a JAX option that the environment does not."""
+    import jax
+
     if option.upper() not in os.environ:
         jax.config.update(option, value)
 
@@ -115,42 +157,9 @@ def _num_cores() -> int:
 
 
 def _fail(name: str, error: object, status: int) -> int:
-    print(f"tif {name}: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
     return status
 
 
-def _usage(names: list[str]) -> str:
-    lines = [f"  {name:<10} {_summary(name)}" for name in names]
-    usage = "usage: tif COMMAND --config FILE[:ARG] [--config.KEY=VALUE ...] --workdir DIR"
-    topics = "`tif --help config` lists the keys of a config, `tif --help reducers` the reducers and their options"
-    return "\n".join([usage, "", *lines, "", topics])
-
-
-def _describe_reducers() -> str:
-    """Each reducer: what its file says of it in one line, and its options with their defaults."""
-    described = []
-    for name in reducers.known():
-        module = importlib.import_module(f"tif_jax.reducers.{name}")
-        options = [f"  {key} = {option.default!r}" for key, option in reducers.options(name).items()]
-        described.append("\n".join([f"{name}: {(module.__doc__ or '').splitlines()[0]}", *options]))
-    return "\n\n".join(described)
-
-
-def _describe_config() -> str:
-    """Each key of a config with its default, what it may be and what it is for."""
-    lines = []
-    for key in checked.keys(Experiment):
-        default = getattr(key.default, "described", key.default)
-        lines += [f"{key.path} = {default!r}", f"    {key.help} ({key.allowed})"]
-    return "\n".join(lines)
-
-
-_TOPICS = {"config": _describe_config, "reducers": _describe_reducers}
-
-
-def _summary(name: str) -> str:
-    return (importlib.import_module(f"tif_jax.commands.{name}").__doc__ or "").splitlines()[0]
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

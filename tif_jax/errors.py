@@ -9,5 +9,8 @@ class WorkError(RuntimeError):
     """The work failed (a full disk, a NaN), everything finished so far is intact. Exit status 1."""
 
 
-class Preempted(Exception):
-    """SIGTERM came; everything done is saved, and the same command goes on from there. Exit status 75."""
+class Preempted(BaseException):
+    """SIGTERM or Ctrl-C came; what is done is saved, and the same command goes on from there. Exit status 75 or 130.
+
+    Like KeyboardInterrupt no `Exception`: it may be raised anywhere, and is not what a failure there would mean.
+    """

@@ -26,7 +26,7 @@ from tif_jax.impact.manifest import Manifest, open_manifest
 from tif_jax.impact.oracle import Scores
 from tif_jax.impact.scoring import Scorer
 from tif_jax.models import Model
-from tif_jax.runtime.preemption import sigterm_flag
+from tif_jax.runtime.preemption import stop_flag
 from tif_jax.runtime.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def run(job: Job) -> None:
         shards.tidy(directory, part, num_parts)
     if not todo:
         return
-    with sigterm_flag() as stop:
+    with stop_flag() as stop:
         scorer = Scorer(job.model, job.batch_size, seed=job.seed, chunk=job.chunk, **job.options)
         logger.info(
             "%s: %d of %d parts to score, in %s, on %d devices with %d masked images at once on each",

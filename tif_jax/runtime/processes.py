@@ -18,8 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from tif_jax.errors import InputError
-from tif_jax.runtime import watch
-from tif_jax.runtime.preemption import sigterm_flag
+from tif_jax.runtime import preemption, watch
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +70,7 @@ def join(arguments: argparse.Namespace) -> None:
                 "--num_processes and --process_id, or --num_processes=1 to a process by itself"
             ) from None
     if jax.process_count() > 1:
+        preemption.take_back()  # JAX tells the other processes of a SIGTERM
         logger.info(
             "process %d of %d, with %d of %d devices",
             jax.process_index(), jax.process_count(), jax.local_device_count(), jax.device_count(),
@@ -112,25 +112,22 @@ def wait_for_all(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
-_calls, _agreed = itertools.count(1), threading.Event()  # of `preemption`
+_calls, _agreed = itertools.count(1), threading.Event()  # of `stop_asked`
 
 
 @contextmanager
-def preemption() -> Iterator[Callable[[], bool]]:
-    """A function that tells whether to save and stop: in all processes the same, after SIGTERM has come to any of them.
+def stop_asked() -> Iterator[Callable[[], bool]]:
+    """A function that tells whether to save and stop: in all processes the same, after a signal has come to any of them.
 
-    All have to ask equally often, once a step.
+    All have to ask equally often, once a step. See `preemption.stop_flag`.
     """
-    if jax.process_count() == 1:
-        with sigterm_flag() as stop:
-            yield stop.is_set
-        return
+    with preemption.stop_flag() as stop:
+        yield stop.is_set if jax.process_count() == 1 else _ask_all
 
-    def ask() -> bool:
-        # JAX's own handler of SIGTERM tells the other processes, and at which of the calls to come they all say yes; once.
-        # Calls are counted through all stages, so that one between two stages is not waited for in vain.
-        if not _agreed.is_set() and multihost_utils.reached_preemption_sync_point(next(_calls)):
-            _agreed.set()
-        return _agreed.is_set()
 
-    yield ask
+def _ask_all() -> bool:
+    # JAX's own handler of SIGTERM tells the other processes, and at which of the calls to come they all say yes; once.
+    # Calls are counted through all stages, so that one between two stages is not waited for in vain.
+    if not _agreed.is_set() and multihost_utils.reached_preemption_sync_point(next(_calls)):
+        _agreed.set()
+    return _agreed.is_set()

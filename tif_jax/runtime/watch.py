@@ -57,16 +57,17 @@ def begin(host: str) -> None:
 def leave(status: int) -> None:
     """Ends this process where it is one of several: the others notice. An orderly end would wait for them.
 
-    After status 75, stopped by SIGTERM, they are asked to stop, too; after others they end soon.
+    After status 75 or 130, stopped by a signal, they are asked to stop, too; after others they end soon.
     """
+    stopped = status in (75, 130)
     if not jax.distributed.is_initialized():
         return
     _leaving.set()
-    _tell(_STOPPED if status == 75 else _FAILED)
+    _tell(_STOPPED if stopped else _FAILED)
     sys.stdout.flush()
     sys.stderr.flush()
     if jax.process_index() == 0:  # the others hang on it: JAX aborts them when it is gone
-        until = time.monotonic() + (_SECONDS_TO_STOP if status == 75 else _SECONDS_TO_FAIL_ALIKE + 1)
+        until = time.monotonic() + (_SECONDS_TO_STOP if stopped else _SECONDS_TO_FAIL_ALIKE + 1)
         for watcher in _watchers:
             if watcher is not threading.current_thread():
                 watcher.join(max(0.0, until - time.monotonic()))

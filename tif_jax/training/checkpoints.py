@@ -40,7 +40,7 @@ class Checkpoints:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self.manager = ocp.CheckpointManager(self.directory, options=options)
-            # We ask ourselves (`processes.preemption`); asked by two, JAX loses count and with it the signal.
+            # We ask ourselves (`processes.stop_asked`); asked by two, JAX loses count and with it the signal.
             self.manager.reached_preemption = lambda step: False  # type: ignore[method-assign]
         except OSError as error:
             raise InputError(

@@ -140,7 +140,7 @@ def fit(stage: Stage) -> None:
     records.claim(directory, made, ignored=WITHOUT_EFFECT)
     processes.wait_for_all(f"{directory.name} claimed")
     state = prepared.fresh()
-    with processes.preemption() as stop, closing(batches), Checkpoints(directory / "checkpoints") as checkpoints:
+    with processes.stop_asked() as stop, closing(batches), Checkpoints(directory / "checkpoints") as checkpoints:
         if restored := checkpoints.restore(state):
             state, position = restored
             batches.set_state(position)
