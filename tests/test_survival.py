@@ -1,16 +1,24 @@
-"""Training that is killed at any moment loses little and ends as if nothing had been."""
+"""Training that is killed at any moment loses little and ends as if nothing had been, and so does a whole experiment."""
 
+import itertools
+import os
 import random
+import re
 import signal
 import time
 
 import jax
 import numpy as np
 import pytest
+import runner
 from forks import Server
+from small_project import forget_handlers
 from trainer import NUM_STEPS, SAVE_EVERY
 
-from tif_jax.runtime import metrics_log
+from tif_jax.__main__ import main
+from tif_jax.commands import benchmark
+from tif_jax.runtime import files, metrics_log, records
+from tif_jax.runtime.digests import digest
 from tif_jax.training.checkpoints import Checkpoints, load_params
 
 
@@ -88,3 +96,77 @@ def test_sigterm_saves(server, tmp_path):
     assert run.wait() == 75
     assert newest(tmp_path / "run") == number_in(tmp_path / "steps")  # not one step is lost
     assert "run the same command again" in run.log.read_text().splitlines()[-1]
+
+
+# A whole experiment: tests/runner.py
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """What a run that nothing disturbed found."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(benchmark, "_SECONDS_PER_ROUND", 0.02)
+        assert main(runner.line_of(folder)) == 0
+    forget_handlers()
+    return found(folder / "run")
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runner.line_of(tmp_path)
+    yield tmp_path
+    forget_handlers()
+
+
+def found(workdir):
+    """All numbers of a finished run but those that a clock gave, and the digest of all weights; there is no litter."""
+    numbers = {}
+    for path in sorted(workdir.rglob("*")):
+        assert not files._UNFINISHED.fullmatch(path.name) and not path.name.startswith("."), path
+        name = str(path.relative_to(workdir))
+        if path.name == "metrics.json":
+            numbers[name] = records.read(path)
+        elif path.name == "metrics.jsonl":
+            numbers[name] = [(line["step"], line["loss"]) for line in metrics_log.read(path.parent)]
+        elif path.name == "checkpoints":
+            numbers[name] = digest(load_params(path)[0])
+        elif path.suffix == ".parquet":
+            numbers[name] = path.read_bytes()
+    rows = records.read(workdir / "report.json")["rows"]
+    assert len(numbers) > 15 and len(rows) == 2
+    numbers["rows"] = [{key: value for key, value in row.items() if key != "images_per_second"} for row in rows]
+    return numbers
+
+
+def test_killed_in_the_middle_of_every_stage(place, finished):
+    server = Server("runner", JAX_COMPILATION_CACHE_DIR=str(place / "cache"))
+    for stage in runner.STAGES:
+        run = server.start(stage, log=place / "log")
+        assert run.wait() == -signal.SIGKILL, (stage, run.log.read_text())
+    run = server.start("", log=place / "log")
+    assert run.wait() == 0, run.log.read_text()
+    server.close()
+    assert found(place / "run") == finished
+    assert "Traceback" not in run.log.read_text()
+
+
+def test_stopped_in_the_middle_of_every_stage(place, finished, capfd):
+    """By SIGTERM, Ctrl-C and the end of a terminal in turn: each time in one line, and the same command goes on."""
+    ends = itertools.cycle([(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGHUP, 75)])
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+    for stage, (number, status) in zip(runner.STAGES, ends, strict=False):
+        with pytest.MonkeyPatch.context() as patch:
+            runner.in_the_middle(stage, lambda number=number: os.kill(os.getpid(), number), patch.setattr)
+            forget_handlers()
+            assert main(runner.LINE) == status, stage
+        *log, line = capfd.readouterr().err.splitlines()
+        assert line.startswith("tif run: stopped") and "run the same command again" in line
+        assert all(re.match(r"\d\d:\d\d:\d\d ", entry) for entry in log), log
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)] == before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "_SECONDS_PER_ROUND", 0.02)
+        assert main(runner.LINE) == 0
+    assert found(place / "run") == finished

@@ -21,6 +21,7 @@ from tif_jax.models import Model
 from tif_jax.models.cost import cost
 from tif_jax.models.params import params_of, with_params
 from tif_jax.runtime import records, timing
+from tif_jax.runtime.locks import only_run
 from tif_jax.runtime.mesh import make_mesh, replicate, shard
 from tif_jax.weights.loading import load_with_fields
 
@@ -41,7 +42,9 @@ _COLUMNS = (
 
 def main(argv: list[str]) -> None:
     arguments = _arguments.parse("benchmark", __doc__, argv)
-    print(table(benchmark(arguments.config, arguments.workdir)["rows"]))
+    with only_run(arguments.workdir):
+        result = benchmark(arguments.config, arguments.workdir)
+    print(table(result["rows"]))
 
 
 def benchmark(config: Experiment, workdir: Path) -> dict[str, Any]:

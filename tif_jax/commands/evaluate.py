@@ -33,6 +33,7 @@ from tif_jax.models import Model, ViT, plain_vit
 from tif_jax.models.cost import cost
 from tif_jax.models.params import params_of, with_params
 from tif_jax.runtime import processes, records
+from tif_jax.runtime.locks import only_run
 from tif_jax.runtime.mesh import make_mesh, replicate, shard
 from tif_jax.runtime.progress import Progress
 from tif_jax.training import losses
@@ -46,7 +47,8 @@ def main(argv: list[str]) -> None:
     stage = dict(choices=stages, default="finetune", help="whose checkpoint (default: finetune)")
     arguments = _arguments.parse("evaluate", __doc__, argv, stage=stage, **processes.FLAGS)
     processes.join(arguments)
-    metrics = stages[arguments.stage](arguments.config, arguments.workdir)
+    with only_run(arguments.workdir):
+        metrics = stages[arguments.stage](arguments.config, arguments.workdir)
     if processes.is_first():
         print(json.dumps(metrics, indent=2))
 

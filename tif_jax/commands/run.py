@@ -14,6 +14,7 @@ from tif_jax.experiment.scoring import score_heldout, score_training
 from tif_jax.experiment.sources import check_splits
 from tif_jax.experiment.stages import train
 from tif_jax.runtime import processes, records
+from tif_jax.runtime.locks import only_run
 from tif_jax.weights.loading import load_with_fields
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,8 @@ logger = logging.getLogger(__name__)
 def main(argv: list[str]) -> None:
     arguments = _arguments.parse("run", __doc__, argv, **processes.FLAGS)
     processes.join(arguments)
-    run(arguments.config, arguments.workdir)
+    with only_run(arguments.workdir):
+        run(arguments.config, arguments.workdir)
     if processes.is_first():
         print((arguments.workdir / "report.md").read_text())
 

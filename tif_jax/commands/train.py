@@ -3,9 +3,11 @@
 from tif_jax.commands import _arguments
 from tif_jax.experiment.stages import STAGES, train
 from tif_jax.runtime import processes
+from tif_jax.runtime.locks import only_run
 
 
 def main(argv: list[str]) -> None:
     arguments = _arguments.parse("train", __doc__, argv, stage=dict(required=True, choices=STAGES), **processes.FLAGS)
     processes.join(arguments)
-    train(arguments.stage, arguments.config, arguments.workdir)
+    with only_run(arguments.workdir):
+        train(arguments.stage, arguments.config, arguments.workdir)

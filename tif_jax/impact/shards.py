@@ -26,12 +26,7 @@ from jaxtyping import Float, Int, Shaped
 
 from tif_jax.errors import InputError, WorkError
 from tif_jax.impact.manifest import read_manifest
-from tif_jax.runtime import files
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from tif_jax.runtime import files, locks
 
 logger = logging.getLogger(__name__)
 
@@ -105,29 +100,12 @@ def lock_part(directory: StrPath, part: int, num_parts: int) -> Iterator[bool]:
     Where the file system knows no locks (some mounted buckets; Windows) the answer is always True: then two jobs started
     by mistake do the same work, and write the same files.
     """
-    if fcntl is None:
-        yield True
-        return
     path = _hidden(_part_path(directory, part, num_parts), "lock")
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise files.not_written(path, error) from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with locks.lock(path) as ours:
+        if ours:
             for abandoned in path.parent.glob(f".*{path.stem.removeprefix('.')}.*.tmp"):  # by a writer that was killed
                 abandoned.unlink(missing_ok=True)
-        except BlockingIOError:
-            yield False
-            return
-        except OSError:
-            logger.debug("%s can not be locked", path)
-        yield True
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
-    finally:
-        os.close(descriptor)
+        yield ours is not False
 
 
 def tidy(directory: StrPath, part: int, num_parts: int) -> None:

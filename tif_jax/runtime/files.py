@@ -5,7 +5,9 @@ They are written under another name in the same folder and renamed when all is t
 
 import errno
 import os
+import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +17,8 @@ from tif_jax.errors import InputError, WorkError
 
 _CAN_NOT_BE_WRITTEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{32}\.tmp|\..+\.partial|.+\.orbax-checkpoint-tmp.*")
+_SECONDS_OF_ANY_WRITE = 3600
 
 
 def write(path: Path, data: bytes, *, once: bool = False) -> None:
@@ -44,6 +48,21 @@ def read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"can not read {path}: {error.strerror}") from error
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Removes what writers that were killed left unfinished anywhere in the folder; nobody may be writing there.
+
+    Except to impact shards, which have locks of their own: beside them only what no writer can still be at is removed.
+    """
+    for parent, folders, names in os.walk(folder):
+        shared = any(name.startswith(("manifest.json", "part-")) for name in names)
+        for name in [name for name in (*folders, *names) if _UNFINISHED.fullmatch(name)]:
+            path = Path(parent, name)
+            with suppress(OSError):
+                if not shared or time.time() - path.lstat().st_mtime > _SECONDS_OF_ANY_WRITE:
+                    shutil.rmtree(path) if name in folders else path.unlink()
+        folders[:] = [name for name in folders if not _UNFINISHED.fullmatch(name)]
 
 
 @contextmanager
