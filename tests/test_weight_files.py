@@ -1,8 +1,11 @@
 """Tensors out of .safetensors, .npz and .pth files; what is damaged, or carries code, is refused."""
 
 import io
+import json
 import pickle
 import struct
+import tracemalloc
+import warnings
 import zipfile
 
 import jax.numpy as jnp
@@ -93,22 +96,35 @@ def write_state_dict(path, tensors, wrap=lambda entries: entries):
     return write_torch(path, metadata + wrap(entries + state), tensors)
 
 
+# What training programs put beside the weights: an object with a state, a number of numpy's, other tensors.
+NAMESPACE = (
+    b"cargparse\nNamespace\n)\x81" + dictionary({"lr": number(1), "data": called("pathlib", "PosixPath")}) + b"b"
+)
+SCALAR = called("numpy._core.multiarray", "scalar", called("numpy", "dtype", text("f8")), text("12345678"))
+OTHER = dictionary({"a": tensor_of("head.bias", (5,), (1,), 0, 5)})
 WRAPS = {
     "bare": lambda entries: entries,
     "deit": lambda entries: dictionary({"model": entries, "epoch": number(299)}),
     "lightning": lambda entries: dictionary({"state_dict": entries, "lr": b"]" + number(1) + b"a"}),
-    "timm": lambda entries: dictionary({"state_dict_ema": b"}", "state_dict": entries}),
-    "ema": lambda entries: dictionary({"model_ema": entries, "epoch": b"N"}),
+    "timm": lambda entries: dictionary({"state_dict_ema": b"}", "state_dict": entries, "args": NAMESPACE}),
+    "ema": lambda entries: dictionary({"model_ema": entries, "epoch": b"N", "metric": SCALAR}),
+    "both": lambda entries: dictionary({"model": OTHER, "state_dict": OTHER, "model_ema": entries}),
+    "timm's both": lambda entries: dictionary({"state_dict": OTHER, "state_dict_ema": entries}),
 }
 
 
 @pytest.mark.parametrize("wrap", WRAPS)
-@pytest.mark.parametrize("suffix", [".pth", ".pt"])
-def test_torch_file(tmp_path, wrap, suffix):
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".pth.tar"])
+def test_torch_file(tmp_path, caplog, wrap, suffix):
+    caplog.set_level("WARNING", "tif_jax")
     read = read_tensors(write_state_dict(tmp_path / f"w{suffix}", tiny(), WRAPS[wrap]))
     assert read.keys() == tiny().keys()
     for name, tensor in tiny().items():
         np.testing.assert_array_equal(read[name], tensor)
+    told = {"both": "model_ema", "timm's both": "state_dict_ema"}.get(wrap)
+    assert [f"({told}): the average is taken, as timm does" in message for message in caplog.messages] == [True] * bool(
+        told
+    )
 
 
 def test_torch_strides_offsets_and_shared_storage(tmp_path):
@@ -158,7 +174,8 @@ def test_file_written_by_torch(tmp_path):
         (lambda path: called("builtins", "eval", text(f"open({str(path)!r}, 'w')")), "builtins.eval"),
         (lambda path: called("os", "system", text(f"touch {path}")), "os.system"),
         (lambda path: called("pathlib", "Path.touch", text(str(path))), "pathlib.Path.touch"),
-        (lambda path: dictionary({"args": called("argparse", "Namespace")}), "argparse.Namespace"),
+        (lambda path: dictionary({"args": called("my.recipe", "Args")}), "my.recipe.Args"),
+        (lambda path: called("argparse", "_sys.exit"), "argparse._sys.exit"),
         (lambda path: called("torch._utils", "_rebuild_qtensor"), "torch._utils._rebuild_qtensor"),
         (
             lambda path: called("tif_jax.weights.torch_file", "read_torch", text(str(path))),
@@ -230,7 +247,7 @@ def npz_bytes(**arrays):
         ),
         ("w.safetensors", safetensors.numpy.save({}), "holds no tensors"),
         ("w.npz", npz_bytes(a=np.zeros(99))[:-30], "damaged or no .npz file"),
-        ("w.npz", npz_bytes(a=np.array([print], object)), "damaged .*allow_pickle=False"),
+        ("w.npz", npz_bytes(a=np.array([print], object)), "damaged .*a.npy holds Python objects"),
         ("w.pth", b"PK\x03\x04 and then no more", "damaged or no PyTorch file .*copy or download it again"),
         ("w.pth", pickle.dumps(0x1950A86A20F9469CFC6C, 2) + b"\x80\x02", r"before version 1\.6.*torch\.save"),
         ("w.h5", b"HDF", r"not a weight file by its name; allowed: \.safetensors, \.npz, \.pth, \.pt"),
@@ -257,8 +274,73 @@ def test_weights_that_are_not_finite(tmp_path, value):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"]", "holds a list"), (dictionary({"a": number(3)}), "holds a, which are no tensors; a state_dict is needed")],
+    [
+        (b"]", "holds a list"),
+        (dictionary({"a": number(3)}), "holds a, which are no tensors by name; a state_dict is needed"),
+        (b"}" + number(7) + tensor_of("0", (), (), 0, 1) + b"s", "holds 7, which are no tensors by name"),
+    ],
 )
 def test_torch_file_without_a_state_dict(tmp_path, content, message):
     with pytest.raises(InputError, match=message):
-        read_tensors(write_torch(tmp_path / "w.pth", content, {}))
+        read_tensors(write_torch(tmp_path / "w.pth", content, {"0": np.zeros(1, np.float32)}))
+
+
+# Files that would take more memory than they have bytes
+
+
+def zipped(*members, compression=zipfile.ZIP_STORED):
+    """A zip archive of (name, content)."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings(), zipfile.ZipFile(buffer, "w", compression) as archive:
+        warnings.simplefilter("ignore")  # of two members with one name
+        for name, content in members:
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def npy_claiming(shape):
+    """An .npy file with this shape in its header, and eight bytes."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    return buffer.getvalue() + bytes(8)
+
+
+def safetensors_of_shape(shape):
+    header = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}}).encode()
+    return struct.pack("<Q", len(header)) + header + bytes(4)
+
+
+MEMO = b"}" + b"r" + struct.pack("<I", 2**31)  # LONG_BINPUT
+WIDE = dictionary({f"x{i}": tensor_of("0", (2**20,), (0,), 0, 4) for i in range(40)})  # one number many times
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("w.pth", zipped(("a/data.pkl", b"\x80\x02" + MEMO + b".")), "holds no tensors"),
+        ("w.pth", zipped(("a/data.pkl", b"\x80\x05\x96" + struct.pack("<Q", 2**33) + b".")), "damaged"),
+        ("w.pth", zipped(("a/data.pkl", b"\x80\x02}."), ("a/data/0", bytes(2**20)), compression=8), "compressed"),
+        ("w.pth", zipped(("a/data.pkl", b"\x80\x02" + WIDE + b"."), ("a/data/0", bytes(16))), "many times the numbers"),
+        ("w.pth", zipped(("a/data.pkl", b"\x80\x02}."), ("a/data.pkl", b"\x80\x02].")), "two parts have the same name"),
+        ("w.npz", zipped(("a.npy", bytes(2**27)), compression=8), "more than 32 times as long"),
+        ("w.npz", zipped(("a.npy", npy_claiming((2**40,)))), r"8 bytes for shape \(1099511627776,\)"),
+        (
+            "w.npz",
+            zipped(("a.npy", npy_claiming((2,))), ("a.npy", npy_claiming((2,)))),
+            "two arrays have the same name",
+        ),
+        ("w.npz", zipped(("a.npy", npy_claiming((2,))), ("readme.txt", b"hello")), r"holds readme\.txt, no array"),
+        ("w.safetensors", safetensors_of_shape([1] * 65), "damaged"),
+        ("w.safetensors", safetensors_of_shape([2**33, 2**33]), "damaged"),
+    ],
+    ids=range(11),
+)
+def test_file_that_asks_for_too_much(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match=message) as error:
+            read_tensors(tmp_path / name)
+        assert tracemalloc.get_traced_memory()[1] < 2**24 and "\n" not in str(error.value)
+    finally:
+        tracemalloc.stop()

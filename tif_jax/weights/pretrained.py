@@ -1,6 +1,9 @@
 """Pretrained weights: reads the files of other programs as parameters of our models."""
 
+import io
 import logging
+import math
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +19,13 @@ from tif_jax.models import grid_of, with_defaults
 from tif_jax.weights import timm_levit, timm_vit
 from tif_jax.weights.layout import shortened
 from tif_jax.weights.positions import resize_positions
-from tif_jax.weights.torch_file import read_torch
+from tif_jax.weights.torch_file import NESTED, read_torch
 
 logger = logging.getLogger(__name__)
 
 _SAFETENSORS_FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
-_NESTED = ("model", "state_dict", "model_ema", "state_dict_ema")  # where training programs put the tensors
+# An .npz may be compressed. Weights hardly get smaller; zeros, a thousandfold.
+_MOST_COMPRESSED, _FREELY_UNPACKED = 32, 2**26  # times; bytes
 _WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
 # Integers that PyTorch stores beside the weights: counters of batch norms and, in older files, indices of attention biases.
 _NO_WEIGHTS = (".num_batches_tracked", ".attention_bias_idxs")
@@ -105,37 +109,67 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
-        entries = safetensors.deserialize(path.read_bytes())
-    except safetensors.SafetensorError as error:
+        entries = [entry for entry in safetensors.deserialize(path.read_bytes()) if not entry[0].endswith(_NO_WEIGHTS)]
+        if not (other := sorted({entry["dtype"] for _, entry in entries} - set(_SAFETENSORS_FLOATS))):
+            return {
+                name: np.frombuffer(entry["data"], _SAFETENSORS_FLOATS[entry["dtype"]]).reshape(entry["shape"])
+                for name, entry in entries
+            }
+    except Exception as error:  # numpy has other limits than the format: 64 dimensions
         raise _damaged(path, error) from error
-    entries = [(name, entry) for name, entry in entries if not name.endswith(_NO_WEIGHTS)]
-    if other := sorted({entry["dtype"] for _, entry in entries} - set(_SAFETENSORS_FLOATS)):
-        raise InputError(f"{path} holds tensors of type {', '.join(other)}; allowed: {', '.join(_SAFETENSORS_FLOATS)}")
-    return {
-        name: np.frombuffer(entry["data"], _SAFETENSORS_FLOATS[entry["dtype"]]).reshape(entry["shape"])
-        for name, entry in entries
-    }
+    raise InputError(f"{path} holds tensors of type {', '.join(other)}; allowed: {', '.join(_SAFETENSORS_FLOATS)}")
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
-        with path.open("rb") as file:  # numpy would leave a damaged file open
-            return dict(np.load(file, allow_pickle=False))
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            if other := [member.filename for member in members if not member.filename.endswith(".npy")]:
+                raise InputError(f"{path} holds {shortened(other)}, no array; save the arrays alone with numpy.savez")
+            if len({member.filename for member in members}) < len(members):
+                raise ValueError("two arrays have the same name")
+            limit = max(_FREELY_UNPACKED, _MOST_COMPRESSED * path.stat().st_size)
+            if sum(member.file_size for member in members) > limit:
+                raise ValueError(f"unpacked it is more than {_MOST_COMPRESSED} times as long, which weights are not")
+            return {member.filename.removesuffix(".npy"): _read_npy(archive, member) for member in members}
+    except InputError:
+        raise
     except Exception as error:  # numpy, zipfile and zlib have many ways to say that a file is damaged
         raise _damaged(path, error) from error
 
 
+def _read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    """One array, allocated when its bytes are there: numpy would believe the shape in its header."""
+    data = archive.read(member)
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read_header(file)
+    if dtype.hasobject:
+        raise ValueError(f"{member.filename} holds Python objects")
+    if math.prod(shape) * dtype.itemsize != len(data) - file.tell():
+        raise ValueError(f"{member.filename} has {len(data) - file.tell()} bytes for shape {shape} of {dtype}")
+    return np.ndarray(shape, dtype, data, file.tell(), order="F" if fortran else "C")
+
+
 def _read_pth(path: Path) -> dict[str, np.ndarray]:
     content = read_torch(path)
-    key = next((key for key in _NESTED if isinstance(content, dict) and isinstance(content.get(key), dict)), None)
-    tensors = content if key is None else content[key]
+    held = [key for key in NESTED if isinstance(content, dict) and isinstance(content.get(key), dict) and content[key]]
+    tensors = content[held[0]] if held else content
     if not isinstance(tensors, dict):
         raise InputError(f"{path} holds a {type(tensors).__name__}; a dict of tensors (a state_dict) is needed")
-    if other := [str(name) for name, tensor in tensors.items() if not isinstance(tensor, np.ndarray)]:
+    if other := [
+        str(key) for key, tensor in tensors.items() if not isinstance(tensor, np.ndarray) or type(key) is not str
+    ]:
         raise InputError(
-            f"{path} holds {shortened(other)}, which are no tensors; a state_dict is needed, alone or under one of "
-            f"the keys {', '.join(_NESTED)}"
+            f"{path} holds {shortened(other)}, which are no tensors by name; a state_dict is needed, alone or under one "
+            f"of the keys {', '.join(NESTED)}"
         )
+    if len(held) > 1 and held[0].endswith("ema") and not held[-1].endswith("ema"):
+        logger.warning(
+            "%s holds the weights of the last step (%s) and their moving average (%s): the average is taken, as timm does",
+            path, held[-1], held[0],
+        )  # fmt: skip
     return tensors
 
 
@@ -153,4 +187,8 @@ def _naming(path: str | Path) -> Iterator[None]:
         raise InputError(f"{path}: {error}") from error
 
 
-READERS = {".safetensors": _read_safetensors, ".npz": _read_npz, ".pth": _read_pth, ".pt": _read_pth}
+READERS = {
+    ".safetensors": _read_safetensors,
+    ".npz": _read_npz,
+    **dict.fromkeys((".pth", ".pt", ".tar"), _read_pth),  # timm names training checkpoints .pth.tar
+}
