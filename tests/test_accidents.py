@@ -120,11 +120,44 @@ def test_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(place, ca
     assert checkpoints(place) == [previous, newest]
 
 
-def test_damaged_newest_checkpoint_is_not_read_by_a_later_stage(place, capsys):
+def one_flipped_byte(checkpoint):
+    flipped_byte(max((checkpoint / "params").rglob("d/*"), key=lambda path: path.stat().st_size))
+
+
+def other_ratio(checkpoint):
+    """A digit of what the checkpoint says of itself."""
+    path = checkpoint / "config" / "metadata"
+    path.write_text(path.read_text().replace('"keep_ratio": 0.5', '"keep_ratio": 0.6'))
+
+
+def next_batch(checkpoint):
+    """A digit of where it stands in the data."""
+    path = checkpoint / "config" / "metadata"
+    path.write_text(path.read_text().replace('"next_batch": 10', '"next_batch": 11'))
+
+
+def no_metadata(checkpoint):
+    (checkpoint / "params" / "_METADATA").unlink()
+
+
+def another_step(checkpoint):
+    shutil.rmtree(checkpoint)
+    shutil.copytree(checkpoint.with_name("5"), checkpoint)
+
+
+@pytest.mark.parametrize("harm", [one_flipped_byte, other_ratio, next_batch, no_metadata, another_step])
+def test_a_later_stage_does_not_take_the_older_checkpoint_in_silence(place, capsys, harm):
     newest = checkpoints(place)[-1]
-    damage(newest)
-    assert tif("evaluate --stage=backbone") == 0
+    before = contents(newest)
+    harm(newest)
+    assert contents(newest) != before
+    for line in ("evaluate --stage=backbone", "score --workdir=run", "train --stage=filter"):
+        assert tif(line) == 2
+        said = last_line(capsys)
+        assert f"{newest} is damaged" in said and "run the stage that made it again" in said
+    assert tif("train --stage=backbone") == 0  # the same definition of whole
     assert f"{newest} is damaged" in capsys.readouterr().err
+    assert tif("score") == 0  # the parts that are there are those of the backbone that came out again
 
 
 def test_no_checkpoint_is_whole(place, capsys):

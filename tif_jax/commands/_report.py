@@ -57,6 +57,7 @@ def write_report(
             "top1_before": metrics["before"]["top1"],
             "gmac": metrics["gmac"],
             "images_per_second": measured["images_per_second"],
+            "checkpoint": metrics["checkpoint"],
             "directory": str(directory.relative_to(workdir)),
         }
         if "validation" in metrics:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from tif_jax.commands import _arguments
 from tif_jax.commands._tables import Column, aligned, fixed
 from tif_jax.experiment.folders import backbone_folder
+from tif_jax.experiment.predecessors import standing
 from tif_jax.experiment.schema import Experiment
 from tif_jax.models import Model
 from tif_jax.models.cost import cost
@@ -51,12 +52,11 @@ def benchmark(config: Experiment, workdir: Path) -> dict[str, Any]:
     """DIR/benchmark.json: a row per reducer; images/s is the median of rounds in random order, all on the same batch."""
     recipe = config.benchmark
     mesh = make_mesh(recipe.batch_size, this_process_only=True)
+    checkpoint, which = standing(backbone_folder(workdir))
     rows, turns = [], []
     for entry in recipe.reducers:
         fields = config.finetune.model
-        model, _ = load_with_fields(
-            backbone_folder(workdir), reducer=entry.name, dtype=recipe.dtype, **fields, **entry.arguments
-        )
+        model, _ = load_with_fields(checkpoint, reducer=entry.name, dtype=recipe.dtype, **fields, **entry.arguments)
         images = np.random.default_rng(0).normal(size=(recipe.batch_size, *model.image_size, 3)).astype(np.float32)
         program, arguments = compile_forward(model, images, mesh)
         jax.block_until_ready(program(*arguments))
@@ -81,7 +81,7 @@ def benchmark(config: Experiment, workdir: Path) -> dict[str, Any]:
         row["images_per_second_range"] = [min(rates), max(rates)]
     versions = records.versions()
     device = f"{mesh.size} x {jax.devices()[0].device_kind}"
-    result = {"device": device, "versions": versions, "rows": rows}
+    result = {"checkpoint": which, "device": device, "versions": versions, "rows": rows}
     records.write(workdir / "benchmark.json", result)
     return result
 
@@ -95,8 +95,9 @@ def compile_forward(model: Model, images: Float[np.ndarray, "B Y X 3"], mesh: Me
 
 
 def is_measured(config: Experiment, workdir: Path) -> bool:
-    """Whether DIR/benchmark.json has the rows of this config: reducers, batch size and dtype."""
-    rows = (records.read(workdir / "benchmark.json") or {}).get("rows", [])
+    """Whether DIR/benchmark.json has the rows of this config: this backbone, reducers, batch size and dtype."""
+    made_from = {"checkpoint": standing(backbone_folder(workdir))[1]}
+    rows = (records.read_result(workdir / "benchmark.json", made_from) or {}).get("rows", [])
     recipe = config.benchmark
     wanted = [(entry.label, recipe.batch_size, recipe.dtype) for entry in recipe.reducers]
     return wanted == [(row.get("label"), row["batch_size"], row["dtype"]) for row in rows]

@@ -20,6 +20,7 @@ from tif_jax.data.loader import evaluation_batches
 from tif_jax.data.source import Source
 from tif_jax.errors import InputError
 from tif_jax.experiment.folders import backbone_folder, filter_folder, finetune_folder, heldout_folder
+from tif_jax.experiment.predecessors import made_from, oracles_of, standing
 from tif_jax.experiment.schema import Experiment
 from tif_jax.experiment.scoring import expected_manifest, label_options
 from tif_jax.experiment.sources import open_for_model
@@ -37,6 +38,7 @@ from tif_jax.runtime.locks import only_run
 from tif_jax.runtime.mesh import make_mesh, replicate, shard
 from tif_jax.runtime.progress import Progress
 from tif_jax.training import losses
+from tif_jax.training.checkpoints import read_config
 from tif_jax.weights.loading import load
 
 KEEP_RATIOS = (0.7, 0.5, 0.25)  # of the ranking table: 137, 98 and 49 of 196 tokens
@@ -54,9 +56,10 @@ def main(argv: list[str]) -> None:
 
 
 def backbone(config: Experiment, workdir: Path) -> dict[str, Any]:
-    """DIR/backbone/metrics.json."""
+    """DIR/backbone/metrics.json. Like the others it says which checkpoint it belongs to."""
     directory = backbone_folder(workdir)
-    metrics = _evaluate(config, load(directory, dtype=config.dtype))
+    checkpoint, which = standing(directory)
+    metrics = {"checkpoint": which, **_evaluate(config, load(checkpoint, dtype=config.dtype))}
     records.write(directory / "metrics.json", metrics)
     return metrics
 
@@ -67,8 +70,14 @@ def finetuned(config: Experiment, workdir: Path) -> dict[str, Any]:
     Under `before` those before fine-tuning; under `validation` those that `best` is chosen by, where images are kept for it.
     """
     directory = finetune_folder(config, workdir)
-    model = load(directory, dtype=config.dtype)
-    metrics = _evaluate(config, model) | {"keep_ratio": getattr(model.reducer, "keep_ratio", 1.0)}
+    checkpoint, which = standing(directory)
+    begun_with = read_config(checkpoint).get("made", {}).get("made_from", {})
+    records.check_same(
+        directory, begun_with, made_from(config, workdir, "finetune")
+    )  # else `before` is of something else
+    model = load(checkpoint, dtype=config.dtype)
+    metrics = {"checkpoint": which, **_evaluate(config, model)}
+    metrics["keep_ratio"] = getattr(model.reducer, "keep_ratio", 1.0)
     if config.data.num_validation:
         metrics["validation"] = _evaluate(config, model, "validation")
     before, _ = before_finetuning(config, workdir)
@@ -126,7 +135,8 @@ def ranking_table(config: Experiment, workdir: Path) -> dict[str, Any]:
     best tokens are kept, and what the ranking knows of impact (`impact.rankings`), by the config's own labels.
     """
     directory = filter_folder(config, workdir)
-    model = plain_vit(load(directory, dtype=config.dtype), "a ranking of patches")
+    checkpoint, which = standing(directory)
+    model = plain_vit(load(checkpoint, dtype=config.dtype), "a ranking of patches")
     trained_on = shards.read_impact(workdir, expected=expected_manifest(config, model)).impact
     test = heldout(config, workdir, model, trained_on)
 
@@ -134,7 +144,8 @@ def ranking_table(config: Experiment, workdir: Path) -> dict[str, Any]:
         return {"filter": filter_ranking(models[0], images), **untrained_rankings(models[0], images, config.seed)}
 
     found, _ = judge.over_batches(rank, [model], test.batches("rankings"), test.mesh)
-    metrics = judged(model, test, found | test.fixed_rankings)
+    metrics = {"checkpoint": which, "oracles": oracles_of(workdir)}
+    metrics |= judged(model, test, found | test.fixed_rankings)
     records.write(directory / "metrics.json", metrics)
     return metrics
 

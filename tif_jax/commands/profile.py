@@ -66,7 +66,7 @@ def profile(stage: str, config: Experiment, workdir: Path, num_steps: int) -> di
 def _measure(stage: Stage, directory: Path, num_steps: int) -> dict[str, Any]:
     prepared = prepare(stage)
     step, batches = prepared.step(stage.model), (shard(batch, prepared.mesh) for batch in stage.batches)
-    state, batch = prepared.fresh(), next(batches)
+    state, batch = prepared.fresh(stage.model), next(batches)
     began = time.perf_counter()
     lowered = step.func.lower(*step.args, state, batch)  # type: ignore[attr-defined]
     memory = lowered.compile().memory_analysis()

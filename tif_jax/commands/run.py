@@ -3,19 +3,21 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tif_jax.commands import _arguments, evaluate
 from tif_jax.commands._report import write_report
 from tif_jax.commands.benchmark import benchmark, is_measured
 from tif_jax.experiment.checks import check_on_backbone
 from tif_jax.experiment.folders import backbone_folder, filter_folder, finetune_folder
+from tif_jax.experiment.predecessors import finished, oracles_of
 from tif_jax.experiment.schema import Experiment
 from tif_jax.experiment.scoring import score_heldout, score_training
 from tif_jax.experiment.sources import check_splits
 from tif_jax.experiment.stages import train
 from tif_jax.runtime import processes, records
 from tif_jax.runtime.locks import only_run
-from tif_jax.weights.loading import load_with_fields
+from tif_jax.training.checkpoints import read_config
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +37,8 @@ def run(experiment: Experiment, workdir: Path) -> None:
     runs, filters = _finetunings(experiment), _filters(experiment)
     logger.info("stage backbone")
     train("backbone", experiment, workdir)
-    _once(backbone_folder(workdir) / "metrics.json", evaluate.backbone, experiment, workdir)
-    _, fields = load_with_fields(backbone_folder(workdir), reducer="full")
+    _once(backbone_folder(workdir), evaluate.backbone, experiment, workdir)
+    fields = read_config(finished(backbone_folder(workdir))[0])["model"]
     for of_run in runs:
         check_on_backbone(of_run, fields)
     if filters or any(of_run.reducer.name == "prior" for of_run in runs):
@@ -48,7 +50,7 @@ def run(experiment: Experiment, workdir: Path) -> None:
     for of_seed in filters:
         logger.info("stage filter, seed %d", of_seed.seed)
         train("filter", of_seed, workdir)
-        _once(filter_folder(of_seed, workdir) / "metrics.json", evaluate.ranking_table, of_seed, workdir)
+        _once(filter_folder(of_seed, workdir), evaluate.ranking_table, of_seed, workdir, oracles=oracles_of(workdir))
     for of_run in runs:
         _finetune(of_run, workdir)
     logger.info("stage benchmark")
@@ -71,7 +73,7 @@ def _finetune(of_run: Experiment, workdir: Path) -> None:
         train("adapter", of_run, workdir)
     logger.info("stage finetune, %s", folder.name)
     train("finetune", of_run, workdir)
-    _once(folder / "metrics.json", evaluate.finetuned, of_run, workdir)
+    _once(folder, evaluate.finetuned, of_run, workdir)
 
 
 def _finetunings(experiment: Experiment) -> list[Experiment]:
@@ -90,6 +92,10 @@ def _seeds(experiment: Experiment) -> range:
     return range(experiment.seed, experiment.seed + experiment.seeds)
 
 
-def _once(result: Path, stage: Callable[[Experiment, Path], object], experiment: Experiment, workdir: Path) -> None:
-    if processes.first_says(records.read(result) is None):
+def _once(
+    folder: Path, stage: Callable[[Experiment, Path], object], experiment: Experiment, workdir: Path, **made_from: Any
+) -> None:
+    """Makes FOLDER/metrics.json, unless it is there, whole, and of the checkpoint that there is now."""
+    made_from["checkpoint"] = finished(folder)[1]
+    if processes.first_says(records.read_result(folder / "metrics.json", made_from) is None):
         stage(experiment, workdir)

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from tif_jax.data.source import Source
 from tif_jax.errors import InputError
 from tif_jax.experiment.folders import backbone_folder, heldout_folder, impact_folder
+from tif_jax.experiment.predecessors import finished
 from tif_jax.experiment.schema import Experiment
 from tif_jax.experiment.sources import open_for_model
 from tif_jax.impact import job
@@ -64,7 +65,7 @@ def _job(experiment: Experiment, directory: Path, workdir: Path, split: str, tar
     if split == "test":
         views, part, num_images, num_samples = 1, "", judged.num_images, judged.num_samples
     of_oracle = options.oracle_options(target, num_samples)
-    model = load(backbone_folder(workdir), dtype=_dtype(options.dtype, options.estimator))
+    model = load(finished(backbone_folder(workdir))[0], dtype=_dtype(options.dtype, options.estimator))
     source = open_for_model(experiment, split, model, labelled=False)  # a teacher needs none
     rows = _rows(len(source), num_images, views)
     parts, num_parts = _parts(part, len(rows))

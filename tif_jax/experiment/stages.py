@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -15,13 +16,14 @@ from tif_jax.data.loader import Batches, training_batches
 from tif_jax.errors import InputError
 from tif_jax.experiment.config import to_json
 from tif_jax.experiment.folders import adapter_folder, backbone_folder, filter_folder, finetune_folder
+from tif_jax.experiment.predecessors import finished, made_from, start_folder
 from tif_jax.experiment.reducer_entry import FITTED, ReducerEntry, phases_of
 from tif_jax.experiment.schema import Experiment
 from tif_jax.experiment.scoring import expected_manifest, label_options
 from tif_jax.experiment.sources import open_for_model
 from tif_jax.impact import shards
 from tif_jax.impact.labels import keep_labels, position_prior
-from tif_jax.models import Model, create_model
+from tif_jax.models import Model, blueprint, create_model
 from tif_jax.models.budget import AMOUNTS
 from tif_jax.models.params import params_of
 from tif_jax.runtime import records
@@ -78,6 +80,7 @@ def fitted_part(experiment: Experiment, workdir: Path) -> Stage:
 def token_filter(experiment: Experiment, workdir: Path) -> Stage:
     """The token filter of tif, fitted to the impact in DIR/impact: for any budget and whatever comes then."""
     recipe, entry = experiment.filter, _fitted_entry(experiment).without("adapter")  # it comes after the filter
+    begin = made_from(experiment, workdir, "filter")
     loaded = _load(backbone_folder(workdir), entry, experiment)
     table = shards.read_impact(workdir, expected=expected_manifest(experiment, loaded[0]))
     labelled = label_options(experiment, table.impact)
@@ -105,6 +108,7 @@ def token_filter(experiment: Experiment, workdir: Path) -> Stage:
         batches=batches,
         num_examples=len(table.index),
         trainable=REDUCER_LEARNS,
+        made_from=begin,
     )
 
 
@@ -120,6 +124,7 @@ def selectors(experiment: Experiment, workdir: Path) -> Stage:
         loss=losses.selector,
         **_all_images(experiment, recipe),
         trainable=REDUCER_LEARNS,
+        made_from=made_from(experiment, workdir, "filter"),
     )
 
 
@@ -137,7 +142,8 @@ def adapter(experiment: Experiment, workdir: Path) -> Stage:
         loss=losses.divergence,
         **_all_images(experiment, recipe),
         trainable=ADAPTER_LEARNS,
-        teacher=load(backbone_folder(workdir), reducer="full", dtype=experiment.dtype),
+        teacher=load(finished(backbone_folder(workdir))[0], reducer="full", dtype=experiment.dtype),
+        made_from=made_from(experiment, workdir, "adapter"),
     )
 
 
@@ -163,10 +169,11 @@ def finetune(experiment: Experiment, workdir: Path) -> Stage:
         num_examples=len(source),
         trainable=REDUCER_RESTS if rests else (),
         early=[
-            (end, before_finetuning(experiment.under(changed), workdir)[0])
+            (end, nnx.eval_shape(blueprint(fields, reducer=changed.name, **changed.arguments), jax.random.key(0)))
             for end, changed in phases_of(entry, recipe.phases)
         ],
         teacher=teacher,
+        made_from=made_from(experiment, workdir, "finetune"),
     )
 
 
@@ -178,11 +185,8 @@ STAGES: dict[str, Callable[[Experiment, Path], Stage]] = {
 def before_finetuning(experiment: Experiment, workdir: Path) -> tuple[Model, dict[str, Any]]:
     """The model that fine-tuning begins with, under the experiment's reducer, and its fields."""
     entry, recipe = experiment.reducer, experiment.finetune
-    start = backbone_folder(workdir)
-    if entry.is_fitted_first:
-        start = (adapter_folder if entry.has_adapter else filter_folder)(experiment, workdir)
     given = {"drop_path": recipe.drop_path, **_remat(recipe), **recipe.model}
-    model, fields = _load(start, entry, experiment, **given)
+    model, fields = _load(start_folder(experiment, workdir), entry, experiment, **given)
     if entry.name == "prior":  # nothing to train: its one parameter is read off the shards
         table = shards.read_impact(workdir, expected=expected_manifest(experiment, model))
         labels = keep_labels(table.impact, **label_options(experiment, table.impact))
@@ -217,8 +221,9 @@ def _all_images(experiment: Experiment, recipe: Recipe) -> dict[str, Any]:
 
 
 def _load(folder: Path, entry: ReducerEntry, experiment: Experiment, **given: Any) -> tuple[Model, dict[str, Any]]:
+    """What a finished stage left, under a reducer."""
     options: dict[str, Any] = {"seed": experiment.seed, "dtype": experiment.dtype, **given, **entry.arguments}
-    return load_with_fields(folder, reducer=entry.name, **options)
+    return load_with_fields(finished(folder)[0], reducer=entry.name, **options)
 
 
 def _fitted_entry(experiment: Experiment) -> ReducerEntry:
@@ -250,7 +255,7 @@ def _finetuning_loss(experiment: Experiment, workdir: Path) -> tuple[losses.Loss
     given = recipe.distillation
     if not given.kind:
         return base, None
-    teacher = load(given.teacher or backbone_folder(workdir), reducer="full", dtype=experiment.dtype)
+    teacher = load(given.teacher or finished(backbone_folder(workdir))[0], reducer="full", dtype=experiment.dtype)
     if given.kind == "hard":
         return partial(losses.hard_distillation, base=base, weight=given.logits_weight), teacher
     weights = dict(logits_weight=given.logits_weight, tokens_weight=given.tokens_weight)
@@ -269,9 +274,12 @@ def _begin_backbone(experiment: Experiment, directory: Path) -> None:
         fields = {**recipe.model, "dtype": experiment.dtype}
         model = create_model(fields, seed=experiment.seed)
     drawn = {} if recipe.init_from else {"seed": experiment.seed}
-    records.claim(directory, {"init_from": str(recipe.init_from), "model": fields, **drawn})
+    made = {"init_from": str(recipe.init_from), "model": fields, **drawn}
+    records.claim(directory, made)
+    state = State(jnp.int32(0), params_of(model), ())
     with Checkpoints(directory / "checkpoints") as checkpoints:
-        if not checkpoints.steps():
-            state = State(jnp.int32(0), params_of(model), ())
-            checkpoints.save(state, describe(to_json(experiment), fields, {"name": "full"}), {})
+        if restored := checkpoints.restore(state):
+            records.check_same(directory, restored[1].get("made"), made)
+        else:
+            checkpoints.save(state, describe(to_json(experiment), fields, {"name": "full"}, of=0, made=made), {})
             checkpoints.wait()

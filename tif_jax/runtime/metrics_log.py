@@ -1,44 +1,71 @@
-"""metrics.jsonl: one line of JSON per log step; TensorBoard events beside it where tensorboardX is installed."""
+"""metrics.jsonl: one line of JSON per log step; TensorBoard events beside it where tensorboardX is installed.
+
+Lines are only ever appended. A run that was cut does some steps again, whose lines then come again: a line stands in the
+place of those before it of the same and of later steps. Each ends with a checksum of what it says.
+"""
 
 import json
+import logging
+import zlib
 from pathlib import Path
 from typing import Any
 
-from tif_jax.runtime import files
+logger = logging.getLogger(__name__)
 
 _NAME = "metrics.jsonl"
+_SUM = "crc32"
 
 
 class MetricsLog:
-    """Appends to DIRECTORY/metrics.jsonl. What an interrupted run wrote after step `start` will come again and is dropped."""
+    """Appends to DIRECTORY/metrics.jsonl. start: the step of which the run begins."""
 
     def __init__(self, directory: Path, start: int):
         self.path = directory / _NAME
-        kept = [line for line in read(directory) if line["step"] <= start]
-        files.write(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        if self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n"):
+            self._append("\n")  # after the line that a killed run was writing
         self.events = _tensorboard(directory, start)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._append(_line({"step": step, **metrics}) + "\n")
         if self.events:
             for name, value in metrics.items():
                 self.events.add_scalar(name, value, step)
             self.events.flush()
 
+    def _append(self, text: str) -> None:
+        with self.path.open("a") as file:
+            file.write(text)
+
 
 def read(directory: Path) -> list[dict[str, Any]]:
-    """The lines of DIRECTORY/metrics.jsonl; empty if there is none."""
+    """The lines of DIRECTORY/metrics.jsonl, one per step, in their order; empty if there is none."""
     path = directory / _NAME
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [line for line in map(_parsed, lines) if line is not None]
+    texts = path.read_bytes().split(b"\n") if path.exists() else []
+    lines: list[dict[str, Any]] = []
+    for number, text in enumerate(texts, 1):
+        line = _parsed(text)
+        if line is None:
+            if text.endswith(b"}"):  # others are half written, by a run that was killed
+                logger.warning("%s: line %d is damaged and left out", path, number)
+            continue
+        while lines and lines[-1]["step"] >= line["step"]:
+            lines.pop()
+        lines.append(line)
+    return lines
 
 
-def _parsed(line: str) -> dict[str, Any] | None:
+def _line(metrics: dict[str, Any]) -> str:
+    return json.dumps(metrics | {_SUM: f"{zlib.crc32(json.dumps(metrics).encode()):08x}"})
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    """What the line says; None if it is not as it was written."""
     try:
-        return json.loads(line)
-    except json.JSONDecodeError:  # the last line of a run that was killed
+        metrics = json.loads(text)
+        metrics.pop(_SUM)
+    except (ValueError, KeyError, AttributeError, TypeError):
         return None
+    return metrics if _line(metrics).encode() == text else None
 
 
 def _tensorboard(directory: Path, start: int):

@@ -1,7 +1,12 @@
-"""JSON files that a run leaves behind: written whole or not at all."""
+"""JSON files that a run leaves behind: written whole or not at all, and sealed, so that a changed digit is noticed.
 
+The seal is the entry `sha256`: that of the other entries.
+"""
+
+import hashlib
 import importlib.metadata
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +16,36 @@ from flax.traverse_util import flatten_dict
 from tif_jax.errors import InputError
 from tif_jax.runtime import files, processes
 
+logger = logging.getLogger(__name__)
 
-def write(path: Path, data: Any) -> None:
-    """Writes JSON. Of the processes of one run, which all have the same to say, the first one writes.
+_SEAL = "sha256"
+
+
+def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries and their seal."""
+    return {**data, _SEAL: _digest(data)}
+
+
+def opened(data: Any) -> dict[str, Any]:
+    """The entries without their seal. Raises ValueError, in one line, if that is missing or not theirs."""
+    rest = dict(data) if isinstance(data, Mapping) else {}
+    if rest.pop(_SEAL, None) != _digest(rest):
+        raise ValueError(f"its content does not have the {_SEAL} that was written with it")
+    return rest
+
+
+def write(path: Path, data: Mapping[str, Any]) -> None:
+    """Writes sealed JSON. Of the processes of one run, which all have the same to say, the first one writes.
 
     Raises InputError if the folder can not be written to, WorkError if the disk is full.
     """
     if processes.is_first():
-        files.write(path, (json.dumps(data, indent=2) + "\n").encode())
+        files.write(path, text(data))
+
+
+def text(data: Mapping[str, Any]) -> bytes:
+    """What `write` writes."""
+    return (json.dumps(sealed(data), indent=2) + "\n").encode()
 
 
 def versions() -> dict[str, str]:
@@ -26,14 +53,33 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("jax", "flax", "tif_jax")}
 
 
-def read(path: Path) -> Any:
-    """The data, or None if there is no such file. InputError if it is damaged."""
+def read(path: Path, remedy: str = "delete it and run the same command again") -> dict[str, Any] | None:
+    """The data, or None if there is no such file. InputError, with the remedy, if it is damaged."""
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text())
+        return opened(json.loads(files.read(path)))
     except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}); delete it and run the same command again") from None
+        raise InputError(f"{path} is damaged ({error}); {remedy}") from None
+
+
+def read_result(path: Path, made_from: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A result that is cheap to make again: None, with a warning, where it is damaged or was made from something else.
+
+    made_from: entries that it has to have.
+    """
+    try:
+        data = read(path)
+    except InputError as error:
+        logger.warning("%s: it is made again", str(error).partition(";")[0])
+        return None
+    if data is None:
+        return None
+    if stale := differences({key: data.get(key) for key in made_from}, made_from):
+        told = "; ".join(f"{key} was {there!r}, is {here!r}" for key, (there, here) in sorted(stale.items()))
+        logger.warning("%s was made from something else and is made again: %s", path, told)
+        return None
+    return data
 
 
 def claim(directory: Path, record: Mapping[str, Any], *, ignored: Sequence[str] = ()) -> None:
@@ -45,14 +91,19 @@ def claim(directory: Path, record: Mapping[str, Any], *, ignored: Sequence[str] 
     if not processes.is_first():
         return
     path = directory / "config.json"
-    noted = read(path)
+    noted = read(path, f"put back a copy, or delete {directory} to make it anew")
     if noted is None:
         write(path, record)
         return
-    for key, (there, here) in sorted(differences(noted, record).items()):
+    check_same(directory, noted, record, ignored=ignored)
+
+
+def check_same(directory: Path, there: Any, here: Mapping[str, Any], *, ignored: Sequence[str] = ()) -> None:
+    """Raises InputError that names the first difference between what the folder was made with and what is wanted."""
+    for key, (was, wanted) in sorted(differences(there, here).items()):
         if not {*key.split(".")} & {*ignored}:
             raise InputError(
-                f"{directory} was made with {key} {there!r}, not {here!r}; choose another --workdir or delete that folder"
+                f"{directory} was made with {key} {was!r}, not {wanted!r}; choose another --workdir or delete that folder"
             )
 
 
@@ -61,3 +112,8 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, 
     there, here = (flatten_dict(json.loads(json.dumps(record)), sep=".") for record in (there, here))
     keys = dict.fromkeys((*there, *here))
     return {key: (there.get(key), here.get(key)) for key in keys if there.get(key) != here.get(key)}
+
+
+def _digest(data: Mapping[str, Any]) -> str:
+    plain = json.loads(json.dumps(data))  # as it will be read: keys are strings, tuples lists
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

@@ -1,12 +1,13 @@
 """Checkpoints of a training state.
 
-A checkpoint directory holds one folder per step with the Orbax items `params`, `opt`, `ema` (where there is one), `config`
-and `data`. Orbax notices files that are missing or cut short but not a flipped bit, so `config` also carries the digest of
-every item of arrays.
+A checkpoint directory holds one folder per step with the Orbax items `params`, `opt`, `ema` (where there is one) and
+`config`. Orbax notices files that are missing or cut short but not a flipped bit, so `config` is sealed (`records`) and
+carries the digest of every item of arrays, beside the step and what else belongs to it. A checkpoint is **whole** if its
+config is that of its folder and each item can be read and has its digest (`_read`): whoever reads one asks there.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,12 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from tif_jax.errors import InputError, WorkError
 from tif_jax.models.params import Params
-from tif_jax.runtime import processes
-from tif_jax.runtime.digests import digest
+from tif_jax.runtime import processes, records
+from tif_jax.runtime.digests import checksum, is_divided
 from tif_jax.runtime.mesh import place
 from tif_jax.training.state import State
 
@@ -54,23 +54,23 @@ class Checkpoints:
         with self._writing():
             self.manager.close()
 
-    def save(self, state: State, config: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    def save(self, state: State, config: Mapping[str, Any], position: Mapping[str, Any]) -> None:
         """Writes a checkpoint of state.step in the background.
 
-        config: what the checkpoint says of itself. data: the input iterator's state. Raises WorkError if the disk is full;
-        what goes wrong in the background is raised by the next call, `wait` or the end of the context.
+        config: what the checkpoint says of itself; `of` in it is the number of steps of its stage. position: the input
+        iterator's state. Raises WorkError if the disk is full; what goes wrong in the background is raised by the next call,
+        `wait` or the end of the context.
         """
-        arrays = _items(state)
-        on_host = jax.tree.map(_on_host, arrays)
+        step = int(jax.device_get(state.step))
         # From the host: of arrays with a copy on each device, Orbax would cut every device's share with a program of its
         # own. Arrays divided over several processes are written by all of these.
-        written = jax.tree.map(lambda leaf, copy: leaf if _is_divided(leaf) else copy, arrays, on_host)
-        items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in written.items()}
-        digests = {name: digest(tree) for name, tree in on_host.items()}
-        items["config"] = ocp.args.JsonSave({**config, "digest": digests})
-        items["data"] = ocp.args.JsonSave(dict(data))
+        arrays = jax.tree.map(lambda leaf: leaf if is_divided(leaf) else jax.device_get(leaf), _items(state))
+        items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+        digests = {name: checksum(tree) for name, tree in arrays.items()}
+        said = {**config, "step": step, "digest": digests, "position": dict(position)}
+        items["config"] = ocp.args.JsonSave(records.sealed(said))
         with self._writing():
-            self.manager.save(int(jax.device_get(state.step)), args=ocp.args.Composite(**items))
+            self.manager.save(step, args=ocp.args.Composite(**items))
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, damaged or not."""
@@ -82,10 +82,11 @@ class Checkpoints:
             self.manager.wait_until_finished()
 
     def restore(self, template: State) -> tuple[State, dict[str, Any]] | None:
-        """The newest undamaged checkpoint, on template's devices, and its `data`; None if there is no checkpoint.
+        """The newest whole checkpoint, and its config; None if there is no checkpoint.
 
-        A damaged checkpoint is named in a warning and moved aside, and the one before it is tried. Raises InputError if
-        all are damaged. Of several processes all have to call this.
+        template: shapes and shardings (jax.ShapeDtypeStruct or arrays) of what is restored. A damaged checkpoint is named
+        in a warning and moved aside, and the one before it is tried. Raises InputError if all are damaged. Of several
+        processes all have to call this.
         """
         steps = self.steps()[::-1]
         for step in steps:
@@ -102,20 +103,10 @@ class Checkpoints:
         return None
 
     def _restore_step(self, step: int, template: State) -> tuple[State, dict[str, Any]]:
-        folder, damage = self.directory / str(step), None
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), template)
-        try:
-            arrays = {name: _read_arrays(folder / name, tree) for name, tree in _items(abstract).items()}
-            config, data = _read_json(folder / "config"), _read_json(folder / "data")
-        except Exception as error:  # Orbax raises many kinds for a damaged folder
-            damage = _first_line(error)
-        # Each process has read by itself and may have found something else. Now they have to agree, since from here on
-        # they work together.
-        if not processes.all_say(damage is None):
-            raise _Damaged(damage or "as another process found")
-        _verify(jax.tree.map(_on_host, arrays), config)
+        arrays, config = _read(self.directory / str(step), _items(abstract), processes.all_say)
         step_array = place(np.int32(step), template.step.sharding)
-        return State(step_array, arrays["params"], arrays.get("opt", template.opt_state), arrays.get("ema")), data
+        return State(step_array, arrays["params"], arrays.get("opt", template.opt_state), arrays.get("ema")), config
 
     def _move_aside(self, step: int) -> None:
         processes.wait_for_all("checkpoint read")
@@ -140,30 +131,108 @@ class Checkpoints:
 
 
 def load_params(directory: str | Path) -> tuple[Params, dict[str, Any]]:
-    """Parameters and config of the newest undamaged checkpoint in a checkpoint directory, or of one step's folder.
+    """Parameters and config of the newest checkpoint in a checkpoint directory, or of one step's folder.
 
     Where the run kept a moving average of the parameters, the average is what is loaded. This process reads by itself.
-    Raises InputError naming the directory if there is no undamaged checkpoint.
+    Raises InputError if there is no checkpoint, or if it is damaged: an older one, which is something else, has to be asked
+    for.
     """
-    directory = Path(directory).absolute()
-    folders = [directory] if (directory / "params").is_dir() else _step_folders(directory)
-    for folder in folders:
-        try:
-            return _load_step(folder)
-        except Exception as error:  # `_Damaged`, or what Orbax raises for a damaged folder
-            logger.warning("checkpoint %s is damaged (%s)", folder, _first_line(error))
-    raise InputError(f"no checkpoint that is whole in {directory}" if folders else f"no checkpoint in {directory}")
-
-
-def _load_step(folder: Path) -> tuple[Params, dict[str, Any]]:
-    item = "ema" if (folder / "ema").is_dir() else "params"
+    folder = newest(directory)
     # Onto one device, whatever devices the arrays were written from.
     device = SingleDeviceSharding(jax.local_devices()[0])
-    stored = _array_reader().metadata(folder / item).item_metadata.tree
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), stored)
-    params, config = _read_arrays(folder / item, abstract), _read_json(folder / "config")
-    _verify({item: params}, config)
-    return params, config
+    try:
+        item = _loaded(_config_of(folder))
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), _shapes(folder / item)
+        )
+        arrays, config = _read(folder, {item: abstract})
+    except Exception as error:  # `_Damaged`, or what Orbax raises for a damaged folder
+        raise _is_damaged(folder, error) from None
+    if (which := identity(config))["step"] < which["of"]:
+        logger.warning("%s is of step %d of %d: its stage is not finished", folder, which["step"], which["of"])
+    return arrays[item], config
+
+
+def newest(directory: str | Path) -> Path:
+    """The folder of the newest checkpoint, damaged or not, in a checkpoint directory; or the directory, if it is one step's.
+
+    Raises InputError naming the directory if there is none.
+    """
+    directory = Path(directory).absolute()
+    if (directory / "params").is_dir():
+        return directory
+    numbered = [p for p in directory.iterdir() if p.is_dir() and p.name.isdigit()] if directory.is_dir() else []
+    if not numbered:
+        raise InputError(f"no checkpoint in {directory}; run the stage that makes it first")
+    return max(numbered, key=lambda p: int(p.name))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself; its arrays are not read. Raises InputError if it is damaged."""
+    try:
+        return _config_of(folder)
+    except Exception as error:
+        raise _is_damaged(folder, error) from None
+
+
+def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a checkpoint with this config: its step, `of` how many, and the digest of the parameters that are loaded."""
+    return {"step": config["step"], "of": config.get("of", config["step"]), "digest": config["digest"][_loaded(config)]}
+
+
+def _is_damaged(folder: Path, error: Exception) -> InputError:
+    return InputError(
+        f"checkpoint {folder} is damaged ({_first_line(error)}): run the stage that made it again, which goes on from the "
+        "one before it, or put back a copy"
+    )
+
+
+def _loaded(config: Mapping[str, Any]) -> str:
+    """The item that a model is loaded from."""
+    return "ema" if "ema" in config["digest"] else "params"
+
+
+def _read(
+    folder: Path, wanted: Mapping[str, Any], all_say: Callable[[bool], bool] = bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The wanted items (trees of jax.ShapeDtypeStruct) and the config of a checkpoint. Raises _Damaged if it is not whole.
+
+    all_say: whether something is true in all processes that read it: they have to agree, since each may find something
+    else, and they work together from here on.
+    """
+    arrays, config, damage = {}, {}, None
+    try:
+        config = _config_of(folder)
+        for name, tree in wanted.items():
+            _shapes(folder / name)  # a later reader that has no template needs them
+            arrays[name] = _array_reader().restore(folder / name, tree)
+    except Exception as error:  # Orbax raises many kinds for a damaged folder
+        damage = _first_line(error)
+    if not all_say(damage is None):
+        raise _Damaged(damage or "as another process found")
+    if changed := [name for name, tree in arrays.items() if checksum(tree) != config["digest"].get(name)]:
+        damage = f"the arrays of {' and '.join(changed)} do not have the digest that was written with them"
+    if not all_say(damage is None):
+        raise _Damaged(damage or "as another process found")
+    return arrays, config
+
+
+def _shapes(item: Path) -> Any:
+    """The tree of what describes the item's arrays. Raises an exception of some kind if it is damaged."""
+    metadata = _array_reader().metadata(item).item_metadata
+    if metadata is None:
+        raise _Damaged(f"{item.name}/_METADATA can not be read")
+    return metadata.tree
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    """The config. Raises an exception of some kind if it is damaged, or another step's."""
+    handler = ocp.JsonCheckpointHandler(multiprocessing_options=_by_this_process_only())
+    read = ocp.Checkpointer(handler, multiprocessing_options=_by_this_process_only()).restore(folder / "config")
+    config = records.opened(read)
+    if folder.name.isdigit() and int(folder.name) != config["step"]:
+        raise _Damaged(f"it is of step {config['step']}")
+    return config
 
 
 def _items(state: State) -> dict[str, Any]:
@@ -172,45 +241,14 @@ def _items(state: State) -> dict[str, Any]:
     return {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
 
 
-def _is_divided(leaf: Any) -> bool:
-    """Whether no process has the whole array."""
-    return isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated)
-
-
-def _on_host(leaf: Any) -> np.ndarray:
-    """The whole array on this host; of a divided one, all processes have to ask for it."""
-    return multihost_utils.process_allgather(leaf, tiled=True) if _is_divided(leaf) else jax.device_get(leaf)
-
-
-def _verify(items: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Raises _Damaged unless the items, whole on this host, have the digests that were written with them."""
-    if damaged := [name for name, tree in items.items() if digest(tree) != config["digest"][name]]:
-        raise _Damaged(f"the arrays of {' and '.join(damaged)} do not have the digest that was written with them")
-
-
 def _array_reader() -> ocp.StandardCheckpointer:
     return ocp.StandardCheckpointer(multiprocessing_options=_by_this_process_only())
-
-
-def _read_arrays(folder: Path, abstract: Any) -> Any:
-    return _array_reader().restore(folder, abstract)
-
-
-def _read_json(folder: Path) -> dict[str, Any]:
-    handler = ocp.JsonCheckpointHandler(multiprocessing_options=_by_this_process_only())
-    return ocp.Checkpointer(handler, multiprocessing_options=_by_this_process_only()).restore(folder)
 
 
 def _by_this_process_only() -> ocp.options.MultiprocessingOptions:
     """Options to read with, whatever the other processes of the run are doing."""
     own = jax.process_index()
     return ocp.options.MultiprocessingOptions(own, {own}, barrier_sync_key_prefix=f"process_{own}")
-
-
-def _step_folders(directory: Path) -> list[Path]:
-    """The newest first."""
-    numbered = [p for p in directory.iterdir() if p.is_dir() and p.name.isdigit()] if directory.is_dir() else []
-    return sorted(numbered, key=lambda p: int(p.name), reverse=True)
 
 
 def _first_line(error: Exception) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import optax
+from flax import nnx
 from jax.sharding import Mesh
 
 from tif_jax import checked
@@ -49,8 +50,10 @@ class Stage:
     trainable: table (pattern of parameter paths, whether these are trained), see `optim.match`. recipe.freeze comes first.
     trainable_default: whether parameters that no pattern matches are trained.
     stochastic: whether the model draws: drop-path, random reducers.
-    early: (epoch, model): until that epoch this model takes the place of `model`, with the parameters as trained so far.
+    early: (epoch, model): until that epoch this model takes the place of `model`, with the parameters as trained so far; of
+    it only the structure is used (`nnx.eval_shape`).
     teacher: the model whose outputs the loss reads; None if it reads none.
+    made_from: what it begins with, such as the digests of checkpoints: a folder made from something else is refused.
     """
 
     directory: Path
@@ -70,6 +73,7 @@ class Stage:
     stochastic: bool = True
     early: Sequence[tuple[float, Model]] = ()
     teacher: Model | None = None
+    made_from: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def steps_per_epoch(self) -> float:
@@ -87,27 +91,36 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A stage on its devices."""
+    """A stage's program on its devices; it holds no weights."""
 
     mesh: Mesh
-    fresh: Callable[[], State]  # the state of step 0
+    abstract: State  # shapes and shardings
+    fresh: Callable[[Model], State]  # the state of step 0, with the model's weights
     step: Callable[[Model], Step]  # the compiled step of the model, or of one of `early`
 
 
 def prepare(stage: Stage) -> Prepared:
-    """The stage's step and state. Raises InputError where a table of its recipe does not fit its parameters."""
+    """The stage's step and state; of its model only the structure is used.
+
+    Raises InputError where a table of its recipe does not fit its parameters.
+    """
     recipe, sharding = stage.recipe, stage.sharding
     ema = recipe.ema if isinstance(recipe, NetworkRecipe) else 0.0
-    params = jax.device_get(params_of(stage.model))
     trainable = (*((pattern, False) for pattern in recipe.freeze), *stage.trainable)
-    mask = optim.match(trainable, params, stage.trainable_default)
+    mask = optim.match(trainable, params_of(stage.model), stage.trainable_default)
     optimizer = _optimizer(stage)
     mesh = make_mesh(recipe.batch_size // recipe.accumulate, sharding.fsdp)
 
-    def fresh(params: Params) -> State:
+    def init(params: Params) -> State:
         return init_state(params, optimizer, mask, ema=bool(ema))
 
-    where = shardings(jax.eval_shape(fresh, params), mesh, sharding.table or FSDP)
+    shapes = jax.eval_shape(init, params_of(stage.model))
+    where = shardings(shapes, mesh, sharding.table or FSDP)
+    abstract = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, where)
+
+    def fresh(model: Model) -> State:
+        # Made where it will lie, so that no device ever holds more than its share.
+        return jax.jit(init, out_shardings=where)(jax.device_get(params_of(model)))
 
     def step(model: Model) -> Step:
         return make_step(
@@ -124,8 +137,7 @@ def prepare(stage: Stage) -> Prepared:
             where=where,
         )
 
-    # Made where it will lie, so that no device ever holds more than its share.
-    return Prepared(mesh, lambda: jax.jit(fresh, out_shardings=where)(params), step)
+    return Prepared(mesh, abstract, fresh, step)
 
 
 def fit(stage: Stage) -> None:
@@ -133,24 +145,29 @@ def fit(stage: Stage) -> None:
 
     Raises Preempted, after saving, where SIGTERM has come; WorkError where the loss is not finite or a disk is full.
     """
+    weights, stage = stage.model, dataclasses.replace(stage, model=structure_of(stage.model))
     directory, batches, num_steps = stage.directory, stage.batches, stage.num_steps
     prepared = prepare(stage)  # before a mistake in the recipe can be noted as what is made here
     made = {"model": dict(stage.fields), "reducer": dict(stage.reducer), "recipe": checked.to_json(stage.recipe)}
-    made |= {key: stage.settings[key] for key in ("seed", "dtype", "data")}
+    made |= {key: stage.settings[key] for key in ("seed", "dtype", "data")} | {"made_from": dict(stage.made_from)}
     records.claim(directory, made, ignored=WITHOUT_EFFECT)
     processes.wait_for_all(f"{directory.name} claimed")
-    state = prepared.fresh()
     with processes.stop_asked() as stop, closing(batches), Checkpoints(directory / "checkpoints") as checkpoints:
-        if restored := checkpoints.restore(state):
-            state, position = restored
-            batches.set_state(position)
+        if restored := checkpoints.restore(prepared.abstract):
+            state, stored = restored
+            records.check_same(directory, stored.get("made"), made, ignored=WITHOUT_EFFECT)
+            batches.set_state(stored["position"])
+        else:
+            state = prepared.fresh(weights)
+        del weights, restored  # the state has its own, and a step takes it
         if (start := int(jax.device_get(state.step))) < num_steps:
             logger.info(
                 "%s: steps %d to %d on %d %s devices%s", directory, start, num_steps, prepared.mesh.size,
                 jax.default_backend(), f" of {jax.process_count()} processes" if jax.process_count() > 1 else "",
             )  # fmt: skip
-        description = describe(stage.settings, stage.fields, _solved(stage.reducer, stage.model))
-        metrics_log = MetricsLog(directory, start) if processes.is_first() else None
+        reducer = _solved(stage.reducer, stage.model)
+        description = describe(stage.settings, stage.fields, reducer, of=num_steps, made=made)
+        metrics_log = MetricsLog(directory, start) if processes.is_first() and start < num_steps else None
 
         def save(state: State) -> None:
             checkpoints.save(state, description, batches.get_state())
@@ -180,9 +197,27 @@ def fit(stage: Stage) -> None:
             )
 
 
-def describe(settings: Mapping[str, Any], fields: Mapping[str, Any], reducer: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says of itself: enough to build its model again, and the config that it came from."""
-    return {"model": dict(fields), "reducer": dict(reducer), "config": dict(settings)}
+def describe(
+    settings: Mapping[str, Any],
+    fields: Mapping[str, Any],
+    reducer: Mapping[str, Any],
+    *,
+    of: int,
+    made: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What a checkpoint says of itself: enough to build its model again, and the config that it came from.
+
+    of: the number of steps of its stage. made: what its folder is claimed for.
+    """
+    return {
+        "model": dict(fields), "reducer": dict(reducer), "config": dict(settings), "of": of, "made": dict(made)
+    }  # fmt: skip
+
+
+def structure_of(model: Model) -> Model:
+    """The model without its weights: shapes stand in their place."""
+    graphdef, state = nnx.split(model)
+    return nnx.merge(graphdef, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state))
 
 
 def _optimizer(stage: Stage) -> optax.GradientTransformation:

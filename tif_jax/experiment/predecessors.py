@@ -1,0 +1,72 @@
+"""What a stage is made from: at which step that stands, and which it is."""
+
+from pathlib import Path
+from typing import Any
+
+from tif_jax.errors import InputError
+from tif_jax.experiment.folders import adapter_folder, backbone_folder, filter_folder, heldout_folder, impact_folder
+from tif_jax.experiment.schema import Experiment
+from tif_jax.impact.manifest import read_manifest
+from tif_jax.impact.oracle import TARGETS
+from tif_jax.training.checkpoints import identity, newest, read_config
+
+_RECIPE = ("estimator", "mask", "target", "num_images", "views")  # of impacts; who computed them does not matter
+
+
+def standing(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The newest checkpoint of a stage, and which it is: {"step", "of", "digest"}, as the results made from it say.
+
+    Raises InputError if there is none, or if it is damaged.
+    """
+    checkpoint = newest(folder / "checkpoints")
+    return checkpoint, identity(read_config(checkpoint))
+
+
+def finished(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """`standing` of a stage that other stages begin with. Raises InputError if it has steps to go."""
+    checkpoint, which = standing(folder)
+    if which["step"] < which["of"]:
+        raise InputError(
+            f"{folder} stands at step {which['step']} of {which['of']}: finish that stage first, with its `tif train` or "
+            "with `tif run`"
+        )
+    return checkpoint, which
+
+
+def start_folder(experiment: Experiment, workdir: Path) -> Path:
+    """Of the stage that fine-tuning begins with."""
+    entry = experiment.reducer
+    if not entry.is_fitted_first:
+        return backbone_folder(workdir)
+    return (adapter_folder if entry.has_adapter else filter_folder)(experiment, workdir)
+
+
+def made_from(experiment: Experiment, workdir: Path, stage: str) -> dict[str, Any]:
+    """What a stage would now be made from: digests of checkpoints, and how impacts were measured.
+
+    The folder of a stage is claimed for it. Raises InputError if a stage before it is not finished.
+    """
+    folders, reads_impact = {"backbone": backbone_folder(workdir)}, False
+    if stage == "backbone":
+        return {}
+    if stage == "filter":
+        reads_impact = experiment.reducer.name == "tif"
+    if stage == "adapter":
+        folders["filter"] = filter_folder(experiment, workdir)
+    if stage == "finetune":
+        folders["start"] = start_folder(experiment, workdir)
+        reads_impact = experiment.reducer.name == "prior"
+    found: dict[str, Any] = {name: finished(folder)[1]["digest"] for name, folder in folders.items()}
+    return found | ({"impact": recipe_of(impact_folder(workdir))} if reads_impact else {})
+
+
+def recipe_of(folder: Path) -> dict[str, Any]:
+    """How the impacts in a folder were measured."""
+    manifest = read_manifest(folder)
+    return {key: manifest[key] for key in _RECIPE}
+
+
+def oracles_of(workdir: Path) -> dict[str, Any]:
+    """How the impacts of test images were measured, by the oracle's target: what the ranking table was made from."""
+    folders = {target: heldout_folder(workdir, target) for target in TARGETS}
+    return {target: recipe_of(folder) for target, folder in folders.items() if folder.exists()}
