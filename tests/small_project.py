@@ -52,8 +52,8 @@ def tif(line: str) -> int:
     return main(words)
 
 
-def finish(folder: Path) -> Path:
-    """Writes a config, 8 images and a workdir with a trained backbone and its impacts into the folder."""
+def prepare(folder: Path) -> Path:
+    """Writes a config and 8 images into the folder."""
     (folder / "config.py").write_text(CONFIG)
     (folder / "data").mkdir()
     rows = ["file,label"]
@@ -62,6 +62,12 @@ def finish(folder: Path) -> Path:
         rows.append(f"{i}.png,{i % 2}")
     for split in ("train", "test"):
         (folder / "data" / f"{split}.csv").write_text("\n".join(rows))
+    return folder
+
+
+def finish(folder: Path) -> Path:
+    """`prepare`, and a workdir with a trained backbone and its impacts."""
+    prepare(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert tif("train --stage backbone") == 0

@@ -1,7 +1,6 @@
 """Losses, optimiser, step, loop, checkpoints: what is differentiated, what rests, and that a run can be cut anywhere."""
 
 import functools
-import json
 import logging
 
 import jax
