@@ -53,7 +53,7 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("jax", "flax", "tif_jax")}
 
 
-def read(path: Path, remedy: str = "delete it and run the same command again") -> dict[str, Any] | None:
+def read(path: Path, remedy: str = "delete it and run the same command again") -> Any:
     """The data, or None if there is no such file. InputError, with the remedy, if it is damaged."""
     if not path.exists():
         return None
@@ -63,7 +63,7 @@ def read(path: Path, remedy: str = "delete it and run the same command again") -
         raise InputError(f"{path} is damaged ({error}); {remedy}") from None
 
 
-def read_result(path: Path, made_from: Mapping[str, Any]) -> dict[str, Any] | None:
+def read_result(path: Path, made_from: Mapping[str, Any]) -> Any:
     """A result that is cheap to make again: None, with a warning, where it is damaged or was made from something else.
 
     made_from: entries that it has to have.
