@@ -211,7 +211,7 @@ def test_strict_dtypes_and_heads_in_training(fields, strict_dtypes):
     [
         (dict(image_size=40), "40x40 is not a multiple of 16"),
         (dict(depths=(1, 1, 1)), r"depths \(1, 1, 1\) and num_heads \(2, 3\) need one entry per stage"),
-        (dict(depths=(1, 0)), r"depths is \(1, 0\); every stage needs a block"),
+        (dict(depths=(1, 0)), r"depths is \(1, 0\); it is a tuple of whole numbers, at least 1"),
         (dict(widths=(12, 24)), "the first width is 12; the stem needs a multiple of 8"),
         (dict(key_dim=5), "width 16 is not a multiple of key_dim 5"),
         (dict(positions="none"), "positions is 'none'; allowed"),

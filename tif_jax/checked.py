@@ -14,6 +14,7 @@ import ast
 import dataclasses
 import difflib
 import math
+import numbers
 import re
 import types
 import typing
@@ -239,6 +240,8 @@ def _as(kind: Any, value: Any) -> Any:
         return _UNFIT if any(part is _UNFIT for part in parts) else tuple(parts)
     if kind is Any:
         return value
+    if isinstance(value, numbers.Number) and not isinstance(value, int | float | complex):
+        value = value.item()  # type: ignore[attr-defined]  # one of numpy's
     if origin in (dict, Mapping) or kind in (dict, Mapping):
         if not isinstance(value, Mapping | ConfigDict):
             return _UNFIT

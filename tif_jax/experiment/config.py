@@ -21,18 +21,10 @@ from tif_jax.errors import InputError
 from tif_jax.experiment import checks
 from tif_jax.experiment.reducer_entry import ReducerEntry, option_kinds, read_entry
 from tif_jax.experiment.schema import Experiment
-from tif_jax.models import FAMILIES, field_kinds
+from tif_jax.models import FAMILIES, check_fields, field_kinds
 from tif_jax.models.budget import AMOUNTS, SOLVED
 
 Settings = dict[str, Any]
-
-# Of the model's fields; the numbers of all others begin with 1.
-_RANGES_OF_MODEL = {
-    "num_registers": checked.Range(least=0),
-    "drop_path": checked.Range(least=0, below=1),
-    "layer_scale": checked.Range(above=0),
-    "norm_eps": checked.Range(above=0),
-}
 
 
 def load(filename: str, overrides: list[str] | tuple[str, ...] = ()) -> Experiment:
@@ -102,20 +94,15 @@ def _model_fields(fields: Any, where: str, settings: Settings) -> Settings:
     """Fields of a model, of the right type and in range."""
     if not isinstance(fields, dict):
         raise InputError(f"{where} is {fields!r}; it is a dict of fields of a model")
-    kinds = _kinds_of_model(settings)
-    for name in fields:
-        if name not in kinds:
-            raise checked.unknown_key(f"{where}.{name}", [f"{where}.{known}" for known in kinds])
-    ranges = {name: _RANGES_OF_MODEL.get(name, checked.Range(least=1)) for name in fields}
-    return {name: checked.value_of(kinds[name], v, f"{where}.{name}", ranges[name]) for name, v in fields.items()}
+    return check_fields(fields, _family(settings), where)
 
 
-def _kinds_of_model(settings: Settings) -> dict[str, Any]:
+def _family(settings: Settings) -> str:
     model = (settings.get("backbone") or {}).get("model") or {}
     family = model.get("family", "vit")
     if family not in FAMILIES:
         raise InputError(f"backbone.model.family is {family!r}; allowed: {', '.join(map(repr, FAMILIES))}")
-    return {"family": str, **field_kinds(family)}
+    return family
 
 
 # The command line
@@ -192,8 +179,8 @@ def _known_keys(settings: Settings) -> dict[str, Any]:
     known = {entry.path: entry.kind for entry in checked.keys(Experiment)}
     known |= {"benchmark.reducers": tuple[str | dict, ...], "reducer": str | dict, "reducer.name": str}
     for prefix in ("backbone.model", "finetune.model"):
-        known |= {f"{prefix}.{name}": kind for name, kind in _kinds_of_model(settings).items()}
-    known.pop("finetune.model.family")  # the backbone's
+        known |= {f"{prefix}.{name}": kind for name, kind in field_kinds(_family(settings)).items()}
+    known["backbone.model.family"] = str
     for name in (settings.get("data") or {}).get("class_index") or {}:
         known[f"data.class_index.{name}"] = int
     entry, prefix = settings.get("reducer"), "reducer"

@@ -18,16 +18,18 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from tif_jax import checked
 from tif_jax.errors import InputError
 from tif_jax.impact.last_block import logits_after
 from tif_jax.impact.masked import masked_logits
 from tif_jax.layers import true_float32, widened
-from tif_jax.models import Model, ViT, plain_vit
+from tif_jax.models import Model, ViT, check_images, check_seed, plain_vit
 from tif_jax.tokens import image_keys
 
 ESTIMATORS = ("exact", "gradient", "sampled")
 MASKS = ("zero", "content", "drop")
 TARGETS = ("label", "teacher")
+_FRACTION = checked.Range(above=0, most=1, advice="it is the expected fraction of tokens in a random mask")
 _MIN_GATE = 1e-3  # a gate of exactly 0 has no derivative with respect to its logarithm
 
 
@@ -64,23 +66,39 @@ def token_impact(
     chunk: masked images (image x mask) that run at once: bounds memory. Default: 7 on a CPU, with a backward pass 4,
       else 1024; `scoring.Scorer` fits it to the device's memory.
 
-    Raises InputError for unknown or contradictory options, for labels outside the model's classes and for a LeViT.
+    Raises InputError for unknown or contradictory options, for what are no normalised images or no labels of the model's
+    classes, and for a LeViT.
     """
     model = plain_vit(model, "impact")
-    num_classes = model.head.out_features
-    if target == "label":
-        if labels is None:
-            raise InputError("target 'label' needs labels; target 'teacher' does without")
-        labels = jnp.asarray(labels)
-        if not isinstance(labels, jax.core.Tracer) and ((labels < 0) | (labels >= num_classes)).any():
-            raise InputError(
-                f"labels lie in [{labels.min()}, {labels.max()}]; the model has classes 0..{num_classes - 1}"
-            )
-    elif labels is None:
-        labels = jnp.full(images.shape[0], -1, jnp.int32)
-    options = check_options(estimator, mask, target, num_samples, keep_ratio) | {"seed": seed, "chunk": chunk}
+    options = check_options(estimator, mask, target, num_samples, keep_ratio)
+    options["seed"] = check_seed(seed)
+    options["chunk"] = checked.value_of(int | None, chunk, "chunk", checked.Range(least=1))
+    check_images(model, images)
+    num_images, num_classes = len(images), model.head.out_features
+    if target == "label" and labels is None:
+        raise InputError("target 'label' needs labels; target 'teacher' does without")
+    if labels is None:
+        labels = jnp.full(num_images, -1, jnp.int32)
+    else:
+        labels = _checked_labels(labels, num_images, num_classes, least=0 if target == "label" else -1)
     graphdef, params = nnx.split(model)
     return _jitted(graphdef, tuple(options.items()), params, images, labels).impact
+
+
+def _checked_labels(labels: Any, num_images: int, num_classes: int, least: int) -> Int[Array, " B"]:
+    """As an array. Raises InputError unless they are one class's number for each image; -1, where allowed, is no label."""
+    try:
+        labels = jnp.asarray(labels)
+    except (TypeError, ValueError):
+        raise InputError(f"labels are {labels!r:.60}; they are an array of whole numbers") from None
+    if labels.shape != (num_images,) or not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise InputError(
+            f"labels are {labels.dtype} of shape {labels.shape}; for {num_images} images they are as many whole numbers, "
+            f"0..{num_classes - 1}"
+        )
+    if not isinstance(labels, jax.core.Tracer) and num_images and (labels.min() < least or labels.max() >= num_classes):
+        raise InputError(f"labels lie in [{labels.min()}, {labels.max()}]; the model has classes 0..{num_classes - 1}")
+    return labels
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -90,7 +108,7 @@ def _jitted(graphdef, options, params, images, labels) -> Scores:
     return scores._replace(impact=scores.impact[:, : model.grid[0] * model.grid[1]])
 
 
-def check_options(estimator: str, mask: str | None, target: str, num_samples: int, keep_ratio: float) -> dict:
+def check_options(estimator: str, mask: str | None, target: str, num_samples: Any, keep_ratio: Any) -> dict[str, Any]:
     """The options with the mask resolved. Raises InputError where they are unknown or contradict each other."""
     for name, value, allowed in (("estimator", estimator, ESTIMATORS), ("target", target, TARGETS)):
         if value not in allowed:
@@ -104,12 +122,8 @@ def check_options(estimator: str, mask: str | None, target: str, num_samples: in
         raise InputError(
             "estimator 'gradient' with target 'teacher' is zero everywhere (KL is at its minimum): use 'sampled'"
         )
-    if num_samples < 1:
-        raise InputError(f"num_samples is {num_samples}; at least 1")
-    if not 0 < keep_ratio <= 1:
-        raise InputError(
-            f"keep_ratio is {keep_ratio}; it is the expected fraction of tokens in a random mask, in (0, 1]"
-        )
+    num_samples = checked.value_of(int, num_samples, "num_samples", checked.Range(least=1))
+    keep_ratio = checked.value_of(float, keep_ratio, "keep_ratio", _FRACTION)
     return dict(estimator=estimator, mask=mask, target=target, num_samples=num_samples, keep_ratio=keep_ratio)
 
 

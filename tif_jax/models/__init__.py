@@ -15,12 +15,15 @@ says whose fields they are, 'vit' or 'levit'; without it they are a `ViT`'s.
 from tif_jax.models.build import FAMILIES as FAMILIES
 from tif_jax.models.build import MODEL_FIELDS as MODEL_FIELDS
 from tif_jax.models.build import blueprint as blueprint
+from tif_jax.models.build import check_fields as check_fields
+from tif_jax.models.build import check_seed as check_seed
 from tif_jax.models.build import create_model as create_model
 from tif_jax.models.build import field_kinds as field_kinds
 from tif_jax.models.build import grid_of as grid_of
 from tif_jax.models.build import with_defaults as with_defaults
 from tif_jax.models.levit import LeViT as LeViT
 from tif_jax.models.model import Model as Model
+from tif_jax.models.model import check_images as check_images
 from tif_jax.models.names import model_fields as model_fields
 from tif_jax.models.vit import ViT as ViT
 from tif_jax.models.vit import plain_vit as plain_vit

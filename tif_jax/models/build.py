@@ -11,11 +11,11 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Key
 
-from tif_jax import reducers
+from tif_jax import checked, reducers
 from tif_jax.errors import InputError
 from tif_jax.models.budget import within_budget
 from tif_jax.models.levit import PATCH_SIZE, LeViT
-from tif_jax.models.model import Model, height_and_width
+from tif_jax.models.model import Model, dtype_name, height_and_width
 from tif_jax.models.names import model_fields
 from tif_jax.models.vit import ViT
 
@@ -29,11 +29,38 @@ _DEFAULTS = {
     for name, family in FAMILIES.items()
 }
 MODEL_FIELDS = frozenset({"family"}).union(*_DEFAULTS.values())
+# Of fields; the numbers of all others begin with 1.
+_RANGES = {
+    "num_registers": checked.Range(least=0),
+    "drop_path": checked.Range(least=0, below=1),
+    "layer_scale": checked.Range(above=0),
+    "norm_eps": checked.Range(above=0),
+}
 
 
 def field_kinds(family: str) -> dict[str, Any]:
     """The annotation of each field of a family of models, `family` itself left out."""
     return {name: FAMILIES[family].__init__.__annotations__[name] for name in _DEFAULTS[family]}
+
+
+def check_fields(fields: Any, family: str, where: str = "") -> dict[str, Any]:
+    """The fields as their annotations have them: tuples for lists, a dtype's name for a dtype.
+
+    where: what they are called in errors, 'backbone.model'. Raises InputError for what is unknown, of another type or out of
+    range.
+    """
+    if family not in FAMILIES:
+        raise InputError(f"family is {family!r}; allowed: {', '.join(map(repr, FAMILIES))}")
+    kinds = {"family": str, **field_kinds(family)}
+    if unknown := sorted(set(fields) - set(kinds)):
+        if where:
+            raise checked.unknown_key(f"{where}.{unknown[0]}", [f"{where}.{known}" for known in kinds])
+        raise InputError(f"Unknown model fields {', '.join(unknown)}. Known: {', '.join(sorted(_DEFAULTS[family]))}")
+    found = {name: dtype_name(value) if name == "dtype" else value for name, value in fields.items()}
+    ranges = {name: _RANGES.get(name, checked.Range(least=1)) for name in found}
+    return {
+        name: checked.value_of(kinds[name], v, checked.dotted(where, name), ranges[name]) for name, v in found.items()
+    }
 
 
 class Rngs(nnx.Rngs):
@@ -53,8 +80,15 @@ def create_model(name: str | dict[str, Any], *, reducer: str = "full", seed: int
 
     name: timm's name, or a dict of fields. options: fields of the model (num_classes, image_size, dtype, ...) and
     of the reducer (keep_ratio, ...); budget=GMAC instead of keep_ratio or num_merged keeps as many tokens as that allows.
-    Raises InputError for anything unknown.
+    Raises InputError for anything unknown, of another type or out of range.
     """
+    if "pretrained" in options:
+        raise InputError("create_model has random weights and takes no `pretrained`; tif_jax.load(FILE) has a file's")
+    if not isinstance(name, str | Mapping):
+        raise InputError(f"the model is {name!r:.60}; it is timm's name of one, or a dict of fields")
+    if not isinstance(reducer, str):
+        raise InputError(f"reducer is {reducer!r:.60}; it is a name, as in reducer='tif', keep_ratio=0.5")
+    check_seed(seed)
     build = blueprint(name, reducer=reducer, **options)
     graphdef: Any = None
 
@@ -66,6 +100,11 @@ def create_model(name: str | dict[str, Any], *, reducer: str = "full", seed: int
 
     params = draw(jax.random.key(seed))
     return nnx.merge(graphdef, params)
+
+
+def check_seed(seed: Any) -> int:
+    """Raises InputError for what is no seed."""
+    return checked.value_of(int, seed, "seed", checked.Range(least=0, below=2**31))
 
 
 def blueprint(
@@ -97,13 +136,10 @@ def _solved(described: str, budget: float) -> dict[str, float | int]:
 
 
 def with_defaults(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """All fields of the family. Raises InputError for a family or fields that there are not."""
+    """All fields of the family. Raises InputError for a family or fields that there are not, or not so."""
     family = fields.get("family", "vit")
-    if family not in FAMILIES:
-        raise InputError(f"family is {family!r}; allowed: {', '.join(map(repr, FAMILIES))}")
-    if unknown := sorted(set(fields) - {"family", *_DEFAULTS[family]}):
-        raise InputError(f"Unknown model fields {', '.join(unknown)}. Known: {', '.join(sorted(_DEFAULTS[family]))}")
-    return {"family": family, **_DEFAULTS[family], **fields}
+    found = check_fields(fields, family)
+    return {"family": family, **_DEFAULTS[family], **found}
 
 
 def grid_of(fields: Mapping[str, Any]) -> tuple[int, int]:

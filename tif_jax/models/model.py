@@ -4,19 +4,25 @@ Legend: B images, Y X height and width, T tokens, S tokens left, N patch tokens,
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
+from tif_jax.data.pictures import AnyImage
+from tif_jax.data.preprocess import Preprocessing, preprocess
 from tif_jax.errors import InputError
 from tif_jax.reducers import Aux, Full, Reducer
 from tif_jax.tokens import Tokens, row_numbers
 
 FULL = Full()
+# Normalised images lie within about 3, with noise in place of erased parts within 6; those from 0 to 255 far beyond.
+_FAR, _FAR_BEYOND = 20.0, 4.0
+_PREPARE = "tif_jax.preprocess(files, model) makes them"
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}  # float64: for checks, needs x64
 
 
@@ -37,6 +43,8 @@ class Model(nnx.Module):
     dtype: Any  # of the computation; parameters and logits are float32
     head: Any  # `head.out_features` is the number of classes
     reducer: Reducer
+    preprocessing: Preprocessing = Preprocessing()  # of the images that its weights were trained with
+    class_names: tuple[str, ...] | None = None  # one per output of the head
 
     @property
     def blocks(self) -> Sequence[Any]:
@@ -75,24 +83,53 @@ class Model(nnx.Module):
         x, aux = self.encode(self.embed(images, rngs), rngs)
         return self.predict(x, aux, rngs=rngs)
 
+    def preprocess(self, images: Iterable[AnyImage]) -> Float32[Array, "B Y X 3"]:
+        """Pictures (paths, bytes of files, uint8 arrays, PIL images) as this model takes them (`tif_jax.preprocess`)."""
+        return preprocess(images, self)
+
     def tokens(self, num_images: int) -> Tokens:
         """What the rows of `embed`'s output are."""
         index = row_numbers(num_images, math.prod(self.grid))
         return Tokens(self.num_special, self.grid, index, has_class=hasattr(self, "class_token"))
 
 
-def check_images(model: Model, images: Float[Array | np.ndarray, "B Y X C"]) -> None:
-    """Raises InputError for images of another size than the model's."""
-    if images.shape[1:] != (*model.image_size, 3):
-        height, width = model.image_size
-        raise InputError(f"images have shape {images.shape}; this model takes (B, {height}, {width}, 3)")
+def check_images(model: Model, images: Any) -> None:
+    """Raises InputError for what is no batch of normalised images of the model's size.
+
+    Numbers are looked at where there are any: not while JAX traces a function.
+    """
+    shape, (height, width) = getattr(images, "shape", None), model.image_size
+    if shape is None or len(shape) != 4 or shape[1:] != (height, width, 3):
+        said = f"have shape {shape}" if shape is not None else f"are a {type(images).__name__}"
+        raise InputError(f"images {said}; this model takes (B, {height}, {width}, 3); {_PREPARE}")
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise InputError(f"images are {images.dtype}; this model takes normalised floats; {_PREPARE}")
+    if isinstance(images, jax.core.Tracer) or not getattr(images, "is_fully_addressable", True):
+        return
+    largest = float(np.abs(np.asarray(images, np.float32)).max(initial=0))
+    if not largest <= max(_FAR, _FAR_BEYOND * _largest(model.preprocessing)):
+        raise InputError(f"images have values up to {largest:g}, which is not normalised; {_PREPARE}")
 
 
-def dtype_named(name: str) -> Any:
-    """The dtype to compute in. Raises InputError for one that models do not compute in."""
+def _largest(how: Preprocessing) -> float:
+    """The largest magnitude of a normalised image."""
+    return max(max(mean, 1 - mean) / std for mean, std in zip(how.mean, how.std, strict=True))
+
+
+def dtype_name(dtype: Any) -> str:
+    """The name of a dtype to compute in, given as a name or as jnp.bfloat16. InputError where models do not compute in it."""
+    try:
+        name = dtype if isinstance(dtype, str) or dtype is None else jnp.dtype(dtype).name
+    except TypeError:
+        name = ""
     if name not in DTYPES:
-        raise InputError(f"dtype is {name!r}; allowed: {', '.join(map(repr, DTYPES))}")
-    return DTYPES[name]
+        raise InputError(f"dtype is {dtype!r}; allowed: {', '.join(map(repr, DTYPES))}")
+    return name
+
+
+def dtype_named(dtype: Any) -> Any:
+    """The dtype to compute in (`dtype_name`)."""
+    return DTYPES[dtype_name(dtype)]
 
 
 def height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
