@@ -36,9 +36,9 @@ def parse(command: str, description: str, argv: list[str], **flags: dict) -> arg
     arguments, rest = parser.parse_known_args(argv)
     if stray := [a for a in rest if a.startswith("-") and not a.startswith(("--config.", "--noconfig."))]:
         raise InputError(f"unknown flag {stray[0]}; `tif {command} --help` lists the flags")
+    log_to_stderr()  # reading the config may warn
     arguments.config = config_file.load(arguments.config, rest)
     _make_writable(arguments.workdir)
-    log_to_stderr()
     return arguments
 
 

@@ -12,12 +12,13 @@ from tif_jax.commands import _arguments
 from tif_jax.data import remote
 from tif_jax.data.tfrecord import TFRecords
 from tif_jax.errors import InputError, WorkError
+from tif_jax.models import carried
 from tif_jax.models.params import params_of
 from tif_jax.runtime import files
 from tif_jax.runtime.progress import Progress
 from tif_jax.training.checkpoints import Checkpoints, load_params
 from tif_jax.training.state import State
-from tif_jax.weights import pretrained
+from tif_jax.weights import described, pretrained
 from tif_jax.weights.layout import shortened
 from tif_jax.weights.loading import TRAINING_HEADS, checkpoint_directory, load_with_fields
 
@@ -84,30 +85,32 @@ def _to_orbax(src: Path, dst: Path) -> None:
     with files.appearing(dst) as partial:
         model, fields = load_with_fields(src)
         with Checkpoints(partial / "checkpoints") as checkpoints:
-            description = {"model": fields, "reducer": {"name": "full"}, "config": {"init_from": str(src)}}
+            description = {
+                "model": fields,
+                "reducer": {"name": "full"},
+                "config": {"init_from": str(src)},
+                **carried(model),
+            }
             checkpoints.save(State(jnp.int32(0), params_of(model), ()), description, {})
 
 
 def _to_safetensors(src: Path, dst: Path) -> None:
-    """The backbone alone, in timm's layout."""
+    """The backbone alone, in timm's layout; what that leaves open is in the file's metadata."""
     if dst.suffix != ".safetensors":
         raise InputError(f"{dst} has to end in .safetensors")
     with files.appearing(dst) as partial:
         if src.is_file():
             model, fields = load_with_fields(src)
-            params = params_of(model)
+            params, said = params_of(model), carried(model)
         else:
-            params, stored = load_params(checkpoint_directory(src))
-            fields = stored["model"]
+            params, said = load_params(checkpoint_directory(src))
+            fields, said = said["model"], {key: said.get(key) for key in ("preprocessing", "class_names")}
         left_out = [name for name in params if name == "reducer" or f"{name}/" in TRAINING_HEADS]
         if left_out:
             logger.warning("%s: left out, because timm's layout has no place for it: %s", dst, ", ".join(left_out))
         kept = {name: value for name, value in params.items() if name not in left_out}
-        tensors, given = pretrained.to_tensors(kept, fields)
-        if given:
-            given_as = ", ".join(f"{key}={value!r}" for key, value in given.items())
-            logger.warning("%s: the file can not say it, so load it with tif_jax.load(..., %s)", dst, given_as)
-        partial.write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
+        tensors, free = pretrained.to_tensors(kept, fields)
+        partial.write_bytes(safetensors.numpy.save(tensors, metadata=described.metadata(free, said)))
 
 
 # Data

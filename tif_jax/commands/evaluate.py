@@ -39,7 +39,7 @@ from tif_jax.runtime.mesh import make_mesh, replicate, shard
 from tif_jax.runtime.progress import Progress
 from tif_jax.training import losses
 from tif_jax.training.checkpoints import read_config
-from tif_jax.weights.loading import load
+from tif_jax.weights.loading import load, load_with_fields
 
 KEEP_RATIOS = (0.7, 0.5, 0.25)  # of the ranking table: 137, 98 and 49 of 196 tokens
 
@@ -75,7 +75,7 @@ def finetuned(config: Experiment, workdir: Path) -> dict[str, Any]:
     records.check_same(
         directory, begun_with, made_from(config, workdir, "finetune")
     )  # else `before` is of something else
-    model = load(checkpoint, dtype=config.dtype)
+    model, _ = load_with_fields(checkpoint, dtype=config.dtype, named=config.reducer.modules)
     metrics = {"checkpoint": which, **_evaluate(config, model)}
     metrics["keep_ratio"] = getattr(model.reducer, "keep_ratio", 1.0)
     if config.data.num_validation:

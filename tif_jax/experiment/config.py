@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from tif_jax import checked
 from tif_jax.errors import InputError
 from tif_jax.experiment import checks
+from tif_jax.experiment.preprocessing import resolved
 from tif_jax.experiment.reducer_entry import ReducerEntry, option_kinds, read_entry
 from tif_jax.experiment.schema import Experiment
 from tif_jax.models import FAMILIES, check_fields, field_kinds
@@ -48,9 +49,9 @@ def from_settings(settings: Mapping[str, Any], overrides: list[str] | tuple[str,
     _override(merged, given)
     experiment = _read(merged)
     checks.check(experiment)
-    # Said once, for all reducers of the run.
+    # Said once, for all reducers and all stages of the run.
     labels = dataclasses.replace(experiment.filter, keep_ratio=checks.label_ratio(experiment))
-    return dataclasses.replace(experiment, filter=labels)
+    return resolved(dataclasses.replace(experiment, filter=labels))
 
 
 def to_json(experiment: Experiment) -> Settings:

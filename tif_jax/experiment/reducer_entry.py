@@ -55,6 +55,11 @@ class ReducerEntry:
         """The folder of its fitted part: 'filter' for tif; of others the name and the options but the amount follow."""
         return "filter" if self.name == "tif" else f"filter-{self.name}{self._differing(AMOUNTS)}"
 
+    @property
+    def modules(self) -> set[str]:
+        """The modules outside of `tif_jax.reducers` that it names."""
+        return set(reducers.modules_in(self.described))
+
     def without(self, *names: str) -> "ReducerEntry":
         """The entry without these options; 'budget' is one of them."""
         kept = {name: value for name, value in self.options.items() if name not in names}

@@ -8,6 +8,7 @@ from tif_jax import data
 from tif_jax.data.options import DataOptions
 from tif_jax.data.source import Labelled, UnreadableImage
 from tif_jax.errors import InputError
+from tif_jax.experiment.preprocessing import check_prepared
 from tif_jax.experiment.schema import Experiment
 from tif_jax.models import Model
 from tif_jax.runtime import once
@@ -18,11 +19,12 @@ _CLASS_OF = {"image_folder": "class folder", "image_table": "label", "tfds": "la
 
 
 def open_for_model(experiment: Experiment, split: str, model: Model, labelled: bool = True) -> data.Source:
-    """The split's examples, whose labels are checked against the model's classes.
+    """The split's examples, which are prepared as the model's were, and whose labels are checked against its classes.
 
     labelled: every example must have a label. Raises InputError for labels that are missing, beyond the head, or numbered
     otherwise than the head for all that is known.
     """
+    check_prepared(model, experiment, "the network")
     options, num_classes = experiment.data, model.head.out_features
     source = data.open_source(options, split)
     _check_numbers(options, split, source, num_classes)

@@ -17,6 +17,7 @@ from tif_jax.errors import InputError
 from tif_jax.experiment.config import to_json
 from tif_jax.experiment.folders import adapter_folder, backbone_folder, filter_folder, finetune_folder
 from tif_jax.experiment.predecessors import finished, made_from, start_folder
+from tif_jax.experiment.preprocessing import check_prepared, prepare
 from tif_jax.experiment.reducer_entry import FITTED, ReducerEntry, phases_of
 from tif_jax.experiment.schema import Experiment
 from tif_jax.experiment.scoring import expected_manifest, label_options
@@ -53,13 +54,13 @@ def backbone(experiment: Experiment, workdir: Path) -> Stage:
     """The backbone, from random weights."""
     recipe = experiment.backbone
     fields = {**recipe.model, "drop_path": recipe.drop_path, "dtype": experiment.dtype, **_remat(recipe)}
-    model = create_model(fields, seed=experiment.seed)
+    model = prepare(create_model(fields, seed=experiment.seed), experiment)
     source = open_for_model(experiment, "train", model)
     return _stage(
         experiment,
         directory=backbone_folder(workdir),
         recipe=recipe,
-        model=model,
+        model=prepare(model, experiment, source),
         fields=fields,
         reducer={"name": "full"},
         loss=partial(losses.classification, label_smoothing=recipe.label_smoothing),
@@ -161,7 +162,7 @@ def finetune(experiment: Experiment, workdir: Path) -> Stage:
         experiment,
         directory=finetune_folder(experiment, workdir),
         recipe=recipe,
-        model=model,
+        model=prepare(model, experiment, source),
         fields=fields,
         reducer=entry.described,
         loss=loss,
@@ -256,6 +257,7 @@ def _finetuning_loss(experiment: Experiment, workdir: Path) -> tuple[losses.Loss
     if not given.kind:
         return base, None
     teacher = load(given.teacher or finished(backbone_folder(workdir))[0], reducer="full", dtype=experiment.dtype)
+    check_prepared(teacher, experiment, f"the teacher {given.teacher}")
     if given.kind == "hard":
         return partial(losses.hard_distillation, base=base, weight=given.logits_weight), teacher
     weights = dict(logits_weight=given.logits_weight, tokens_weight=given.tokens_weight)
@@ -266,13 +268,13 @@ def _begin_backbone(experiment: Experiment, directory: Path) -> None:
     """A backbone that is not trained by itself: imported, or random weights that fine-tuning begins with."""
     recipe = experiment.backbone
     if recipe.init_from:
-        given: dict[str, Any] = {"num_heads": recipe.num_heads} if recipe.num_heads else {}
-        model, fields = load_with_fields(
-            recipe.init_from, seed=experiment.seed, image_size=experiment.data.image_size, **given
-        )
+        given: dict[str, Any] = {**recipe.model, "image_size": experiment.data.image_size, "seed": experiment.seed}
+        given |= {"num_heads": recipe.num_heads} if recipe.num_heads else {}
+        how = experiment.data.preprocessing  # which agrees with what the weights say
+        model, fields = load_with_fields(recipe.init_from, reducer="full", preprocessing=how, **given)
     else:
         fields = {**recipe.model, "dtype": experiment.dtype}
-        model = create_model(fields, seed=experiment.seed)
+        model = prepare(create_model(fields, seed=experiment.seed), experiment)
     drawn = {} if recipe.init_from else {"seed": experiment.seed}
     made = {"init_from": str(recipe.init_from), "model": fields, **drawn}
     records.claim(directory, made)
@@ -281,5 +283,5 @@ def _begin_backbone(experiment: Experiment, directory: Path) -> None:
         if restored := checkpoints.restore(state):
             records.check_same(directory, restored[1].get("made"), made)
         else:
-            checkpoints.save(state, describe(to_json(experiment), fields, {"name": "full"}, of=0, made=made), {})
+            checkpoints.save(state, describe(to_json(experiment), fields, {"name": "full"}, model, of=0, made=made), {})
             checkpoints.wait()

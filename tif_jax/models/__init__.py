@@ -23,6 +23,7 @@ from tif_jax.models.build import grid_of as grid_of
 from tif_jax.models.build import with_defaults as with_defaults
 from tif_jax.models.levit import LeViT as LeViT
 from tif_jax.models.model import Model as Model
+from tif_jax.models.model import carried as carried
 from tif_jax.models.model import check_images as check_images
 from tif_jax.models.names import model_fields as model_fields
 from tif_jax.models.vit import ViT as ViT

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
+from tif_jax import checked
 from tif_jax.data.pictures import AnyImage
 from tif_jax.data.preprocess import Preprocessing, preprocess
 from tif_jax.errors import InputError
@@ -91,6 +92,12 @@ class Model(nnx.Module):
         """What the rows of `embed`'s output are."""
         index = row_numbers(num_images, math.prod(self.grid))
         return Tokens(self.num_special, self.grid, index, has_class=hasattr(self, "class_token"))
+
+
+def carried(model: Model) -> dict[str, Any]:
+    """What a model carries beside its weights, as JSON has it: `preprocessing` and `class_names`."""
+    names = model.class_names
+    return {"preprocessing": checked.to_json(vars(model.preprocessing)), "class_names": names and list(names)}
 
 
 def check_images(model: Model, images: Any) -> None:

@@ -23,7 +23,7 @@ tokens through them says so by an attribute `walks_pyramids = True`; the others 
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -90,6 +90,18 @@ def build(
         return _constructor(name)(**given, **{k: v for k, v in of_model.items() if k in _parameters(name)})
     except TypeError as error:
         raise InputError(f"Reducer {name!r} can not take {given}: {error}") from error
+
+
+def modules_in(description: Any) -> Iterator[str]:
+    """The modules outside of this folder that a reducer's description, or one within it, names: to build it runs them."""
+    if isinstance(description, Mapping):
+        if isinstance(name := description.get("name"), str) and "." in name:
+            yield name
+        for value in description.values():
+            yield from modules_in(value)
+    elif isinstance(description, list | tuple):
+        for value in description:
+            yield from modules_in(value)
 
 
 def _parameters(name: str) -> dict[str, inspect.Parameter]:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from tif_jax import checked
 from tif_jax.data.loader import Batches
-from tif_jax.models import Model
+from tif_jax.models import Model, carried
 from tif_jax.models.budget import SOLVED
 from tif_jax.models.params import Params, params_of
 from tif_jax.runtime import processes, records
@@ -166,7 +166,7 @@ def fit(stage: Stage) -> None:
                 jax.default_backend(), f" of {jax.process_count()} processes" if jax.process_count() > 1 else "",
             )  # fmt: skip
         reducer = _solved(stage.reducer, stage.model)
-        description = describe(stage.settings, stage.fields, reducer, of=num_steps, made=made)
+        description = describe(stage.settings, stage.fields, reducer, stage.model, of=num_steps, made=made)
         metrics_log = MetricsLog(directory, start) if processes.is_first() and start < num_steps else None
 
         def save(state: State) -> None:
@@ -201,17 +201,17 @@ def describe(
     settings: Mapping[str, Any],
     fields: Mapping[str, Any],
     reducer: Mapping[str, Any],
+    model: Model,
     *,
     of: int,
     made: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What a checkpoint says of itself: enough to build its model again, and the config that it came from.
+    """What a checkpoint says of itself: enough to build its model again and to use it, and the config that it came from.
 
     of: the number of steps of its stage. made: what its folder is claimed for.
     """
-    return {
-        "model": dict(fields), "reducer": dict(reducer), "config": dict(settings), "of": of, "made": dict(made)
-    }  # fmt: skip
+    described = {"model": dict(fields), "reducer": dict(reducer), "config": dict(settings), **carried(model)}
+    return {**described, "of": of, "made": dict(made)}
 
 
 def structure_of(model: Model) -> Model:

@@ -1,7 +1,8 @@
 """`tif_jax.load`: a model from a weight file, a checkpoint or a workdir, under any reducer."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,16 @@ import jax.numpy as jnp
 from flax import nnx, traverse_util
 from jaxtyping import Array, Key
 
+from tif_jax import checked, reducers
+from tif_jax.data.preprocess import Preprocessing
 from tif_jax.errors import InputError
-from tif_jax.models import MODEL_FIELDS, Model, blueprint, grid_of
+from tif_jax.models import MODEL_FIELDS, Model, blueprint, check_seed, grid_of, model_fields
 from tif_jax.models.budget import AMOUNTS
+from tif_jax.models.model import dtype_name
 from tif_jax.models.params import params_of
 from tif_jax.runtime import records
-from tif_jax.training.checkpoints import load_params
-from tif_jax.weights import pretrained
+from tif_jax.training.checkpoints import load_params, newest, read_config
+from tif_jax.weights import described, pretrained
 from tif_jax.weights.layout import shortened
 from tif_jax.weights.positions import resize_positions
 
@@ -27,19 +31,38 @@ TRAINING_HEADS = ("class_head/", "class_norm/", "class_distillation_head/")
 HEADS = ("head/", "distillation_head/")  # read_weights leaves them out where num_classes is another
 
 
+# Fields that no shape tells: given otherwise than the source says, they would be wrong in silence.
+_FACTS = ("num_heads", "gelu", "activation", "norm_eps")
+_REMEDY = "say tif_jax.load(..., preprocessing=dict(mean=..., std=...)), or put timm's config.json beside the file"
+
+
 def load(
-    source: str | Path, *, reducer: str | None = None, dtype: str = "float32", seed: int = 0, **options: Any
+    source: str | Path,
+    *,
+    reducer: str | None = None,
+    dtype: Any = "float32",
+    seed: int = 0,
+    preprocessing: Mapping[str, Any] | Preprocessing | None = None,
+    **options: Any,
 ) -> Model:
     """A model with the weights of a timm-layout file (.safetensors, .npz, .pth), an Orbax checkpoint or a workdir.
 
     A workdir stands for its own checkpoints, else for the fine-tuned model that its report.json calls best.
     reducer: None is the checkpoint's own ('full' for a file). The same weights run under any reducer: parameters under
     `reducer/` that the source lacks are freshly drawn from `seed`, which a warning says; any other difference is an error.
+    A module that is none of `tif_jax.reducers` is imported only if it is named here.
+    preprocessing: mean, std, crop_fraction, interpolation, those that the source does not say, or says wrong. What nobody
+    says is ImageNet's, with a warning. The model has it as `model.preprocessing`, and its classes as `model.class_names`.
     options: the reducer's (keep_ratio, ...) and fields of the model: image_size resizes position embeddings, num_classes
     of a file other than its own starts a fresh head. Raises InputError for everything that does not fit.
     """
-    told_at = logging.WARNING  # who asks for a reducer here may not know that it has something to learn
-    return load_with_fields(source, reducer=reducer, dtype=dtype, seed=seed, fresh_told_at=told_at, **options)[0]
+    if not isinstance(source, str | os.PathLike):
+        raise InputError(f"the source is {source!r:.60}; it is the path of a weight file, a checkpoint or a workdir")
+    if not isinstance(reducer, str | None):
+        raise InputError(f"reducer is {reducer!r:.60}; it is a name, as in reducer='tif', keep_ratio=0.5")
+    options |= dict(reducer=reducer, dtype=dtype_name(dtype), seed=check_seed(seed), preprocessing=preprocessing)
+    # Who asks for a reducer here may not know that it has something to learn.
+    return load_with_fields(source, fresh_told_at=logging.WARNING, **options)[0]
 
 
 def load_with_fields(
@@ -48,27 +71,37 @@ def load_with_fields(
     reducer: str | None = None,
     dtype: str = "float32",
     seed: int = 0,
+    preprocessing: Mapping[str, Any] | Preprocessing | None = None,
+    named: Collection[str] = (),
     fresh_told_at: int = logging.INFO,
     **options: Any,
 ) -> tuple[Model, dict[str, Any]]:
     """`load`, and the fields that the model was built with: what a checkpoint of it has to say.
 
-    fresh_told_at: the level of the log line that names parameters drawn afresh.
+    named: further modules of reducers that the caller names. fresh_told_at: the level of the log line that names parameters
+    drawn afresh.
     """
     path = Path(source)
     given = {key: options.pop(key) for key in MODEL_FIELDS & options.keys()}
     given = {key: value for key, value in given.items() if value is not None}
+    named = {*named, *reducers.modules_in({"name": reducer, **options})}
     if _is_checkpoint(path):
         params, stored = load_params(checkpoint_directory(path))
-        fields, own = {**stored["model"], **given}, stored["reducer"]
+        said, own = described.of_checkpoint(path, stored), stored["reducer"]
+        _check_facts(path, stored["model"], given)
+        fields = {**stored["model"], **given}
         params, may_be_fresh = _resized(params, stored["model"], fields), ["reducer/", *TRAINING_HEADS]
     else:
-        fields, params = pretrained.read_weights(path, **given)
+        said = described.of_file(path)
+        _check_facts(said.origin, said.fields, given)
+        fields, params = pretrained.read_weights(path, said.fields, **given)
+        _check_described(said, fields, given)
         own, may_be_fresh = {"name": "full"}, ["reducer/", *TRAINING_HEADS, *HEADS]
     fields["dtype"] = dtype
     reducer_name = own["name"] if reducer is None else reducer
     if reducer_name == own["name"]:
         options = _with_own_options(own, options)
+    _refuse_modules(path, {*reducers.modules_in({"name": reducer_name, **options})} - named)
     build = blueprint(fields, reducer=reducer_name, **options)
     model = nnx.eval_shape(build, jax.random.key(0))
     wanted, found = (_flat(tree) for tree in (params_of(model), params))
@@ -76,11 +109,53 @@ def load_with_fields(
     may_go = [*TRAINING_HEADS] if reducer_name == own["name"] else ["reducer/", *TRAINING_HEADS]
     _check_fit(path, wanted, found, may_be_fresh, may_go)
     if fresh := sorted(set(wanted) - set(found)):
-        logger.log(fresh_told_at, "%s: freshly initialised: %s", path, ", ".join(fresh))
+        logger.log(fresh_told_at, "%s: freshly initialised: %s", path, ", ".join(dict.fromkeys(map(_module, fresh))))
         found |= _drawn(build, fresh, seed)
     found = {name: jnp.asarray(found[name]) for name in wanted}
     nnx.update(model, traverse_util.unflatten_dict(found, sep="/"))
+    how = vars(preprocessing) if isinstance(preprocessing, Preprocessing) else preprocessing or {}
+    model.preprocessing = described.complete(said, how, _REMEDY)
+    if said.class_names and len(said.class_names) == model.head.out_features:
+        model.class_names = said.class_names
     return model, fields
+
+
+def description_of(source: str | Path) -> described.Description:
+    """What a file, checkpoint or workdir says of its weights; nothing of one that there is not."""
+    path = Path(source)
+    if not path.is_dir():
+        return described.of_file(path)
+    return described.of_checkpoint(path, read_config(newest(checkpoint_directory(path))))
+
+
+def _check_facts(origin: str | Path, said: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raises InputError where what is given contradicts what the source says of the same weights."""
+    for name in _FACTS:
+        if name in said and name in given and checked.plain(said[name]) != checked.plain(given[name]):
+            raise InputError(f"{name}={given[name]!r} contradicts {origin}, which says {said[name]!r}; leave it out")
+
+
+def _check_described(said: described.Description, fields: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raises InputError where the description of a file is that of other weights."""
+    for name in ("width", "num_heads", "num_classes"):
+        if name in said.fields and name in fields and name not in given and said.fields[name] != fields[name]:
+            raise InputError(
+                f"{said.origin} is not of these weights: it says {name} {said.fields[name]!r}, the tensors {fields[name]!r}; "
+                "mend or remove it"
+            )
+
+
+def _refuse_modules(path: Path, names: Collection[str]) -> None:
+    if names:
+        raise InputError(
+            f"{path} names the module {', '.join(sorted(names))}, whose code runs when it is loaded; if you trust it, name "
+            f"it yourself: reducer={min(names)!r}"
+        )
+
+
+def _module(name: str) -> str:
+    """The module that a parameter belongs to, at most two levels down: 'reducer/adapter', 'head'."""
+    return "/".join(name.split("/")[:-1][:2])
 
 
 def _with_own_options(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,21 +194,47 @@ def checkpoint_directory(path: Path) -> Path:
     """Where in `path` the checkpoints are: a checkpoint's own folder, a folder of checkpoints, a stage, or a workdir."""
     if (path / "params").is_dir():
         return path
-    for folder in (path / "checkpoints", path):
-        if folder.is_dir() and any(child.name.isdigit() for child in folder.iterdir()):
-            return folder
-    best = (records.read(path / "report.json") or {}).get("best")
-    if best:
-        return checkpoint_directory(path / best)
+    if (found := _with_steps(path)) or (found := _best(path)):
+        return found
     raise InputError(
         f"no checkpoint in {path}: neither checkpoints/ nor a report.json that names the best run; "
         "run the stage that makes it first"
     )
 
 
+def _with_steps(path: Path) -> Path | None:
+    """Where checkpoints are, in `path` or its `checkpoints`."""
+    for folder in (path / "checkpoints", path):
+        if folder.is_dir() and any(child.name.isdigit() for child in folder.iterdir()):
+            return folder
+    return None
+
+
+def _best(workdir: Path) -> Path | None:
+    """The checkpoints of the run that report.json calls best. Raises InputError if that lies outside of the workdir."""
+    report = records.read(workdir / "report.json")
+    best = report.get("best") if isinstance(report, dict) else None
+    if not best:
+        return None
+    if not isinstance(best, str) or Path(best).is_absolute() or ".." in Path(best).parts:
+        raise InputError(f"{workdir}/report.json: best is {best!r}, no folder of this workdir; run `tif run` again")
+    return _with_steps(workdir / best)
+
+
 def _is_checkpoint(path: Path) -> bool:
     """Whether this is, or would be if it existed, a folder of ours and no weight file."""
-    return path.is_dir() or not (path.exists() or path.suffix in pretrained.READERS)
+    if path.is_dir():
+        return True
+    if path.exists() or path.suffix in pretrained.READERS:
+        return False
+    try:
+        model_fields(str(path))
+    except InputError:
+        return True
+    raise InputError(
+        f"{path} is the name of a model, and no such file is here; tif_jax.load takes the path of weights, "
+        f"tif_jax.create_model({str(path)!r}) makes random ones"
+    )
 
 
 def _resized(params: dict[str, Any], old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

@@ -43,7 +43,9 @@ def read_weights(
     """
     tensors = read_tensors(path)
     layout = timm_levit if timm_levit.is_levit(tensors) else timm_vit
-    said, wanted = said or {}, given.get("image_size")
+    said, wanted = {key: value for key, value in (said or {}).items() if key in layout.FREE}, given.get("image_size")
+    if said.get("pool") == "mean" and "fc_norm.weight" not in tensors:  # timm has one name for both
+        said["pool"] = "normed_mean"
     trained_for = said.get("image_size", wanted)
     with _naming(path):
         fields = layout.infer_fields(tensors, **{**said, **given, "image_size": trained_for})
@@ -58,7 +60,7 @@ def read_weights(
 
 
 def to_tensors(params: dict[str, Any], fields: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The backbone's parameters as float32 tensors in timm's layout, and the fields that reading them has to be given.
+    """The backbone's parameters as float32 tensors in timm's layout, and the fields that these leave open.
 
     Raises InputError for a model that `read_weights` would not make of these tensors again.
     """
@@ -66,19 +68,11 @@ def to_tensors(params: dict[str, Any], fields: dict[str, Any]) -> tuple[dict[str
     # JSON has lists for tuples.
     fields = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
     tensors = layout.to_tensors(params, fields)
-    free = {key: fields[key] for key in layout.FREE if key in fields}
+    free = {key: value for key, value in with_defaults(fields).items() if key in layout.FREE}
     again = layout.to_params(tensors, layout.infer_fields(tensors, **free))
     if not jax.tree.all(jax.tree.map(np.array_equal, again, params)):
         raise InputError("timm's layout can not tell this model from another; keep its Orbax checkpoint")
-
-    def is_needed(key: str) -> bool:
-        try:
-            found = layout.infer_fields(tensors, **{other: free[other] for other in free if other != key})
-        except InputError:
-            return True
-        return with_defaults(found)[key] != free[key]
-
-    return tensors, {key: value for key, value in free.items() if is_needed(key)}
+    return tensors, free
 
 
 def read_tensors(path: str | Path) -> dict[str, np.ndarray]:

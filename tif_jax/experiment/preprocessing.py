@@ -1,0 +1,54 @@
+"""How the images of an experiment are prepared: as its weights say, and for every network of it alike."""
+
+import dataclasses
+import logging
+from pathlib import Path
+
+from tif_jax import data
+from tif_jax.data.preprocess import PARTS
+from tif_jax.errors import InputError
+from tif_jax.experiment.schema import Experiment
+from tif_jax.models import Model
+from tif_jax.weights.described import complete
+from tif_jax.weights.loading import description_of
+
+logger = logging.getLogger(__name__)
+
+_NUMBERS = ("mean", "std")  # with others than its own a network is wrong; another crop is a choice
+_REMEDY = "set data.mean and data.std, or put timm's config.json beside the file"
+
+
+def resolved(experiment: Experiment) -> Experiment:
+    """With numbers for what `data` leaves to the weights: theirs, else the defaults, which a warning names.
+
+    Raises InputError where data.mean or data.std contradict the weights; of another crop or interpolation it warns.
+    """
+    options, weights = experiment.data, experiment.backbone.init_from
+    how = options.preprocessing
+    if weights and Path(weights).exists():
+        said = description_of(weights)
+        given = {part: getattr(options, part) for part in PARTS}
+        for part, value in said.preprocessing.items():
+            if given[part] not in (None, value):
+                differing = f"data.{part} is {given[part]}, but {said.origin} says {value}"
+                if part in _NUMBERS:
+                    raise InputError(f"{differing}; leave it out, or set it to none, to have what the weights need")
+                logger.warning("%s: the config's is taken", differing)
+        how = complete(said, given, _REMEDY)
+    return dataclasses.replace(experiment, data=dataclasses.replace(options, **vars(how)))
+
+
+def prepare(model: Model, experiment: Experiment, source: data.Source | None = None) -> Model:
+    """Has the model carry how the experiment's images are prepared, and names of its classes, if it has none."""
+    model.preprocessing = experiment.data.preprocessing
+    if model.class_names is None and source and len(source.class_names) == model.head.out_features:
+        model.class_names = source.class_names
+    return model
+
+
+def check_prepared(model: Model, experiment: Experiment, what: str) -> None:
+    """Raises InputError for a network whose images need another mean or standard deviation than the experiment's."""
+    for part in _NUMBERS:
+        theirs, ours = (getattr(how, part) for how in (model.preprocessing, experiment.data.preprocessing))
+        if theirs != ours:
+            raise InputError(f"{what} takes images with {part} {theirs}; those of this config have data.{part} {ours}")

@@ -1,0 +1,182 @@
+"""What weights say of themselves beside their numbers: the images that they take, their classes, fields no shape tells.
+
+Our checkpoints say it in their `config`, our .safetensors files in their metadata, and timm's files in a config.json beside
+them. Whatever says it, it becomes a `Description`.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+
+from tif_jax.data.preprocess import INTERPOLATIONS, PARTS, Preprocessing, replaced
+from tif_jax.errors import InputError
+from tif_jax.models import model_fields
+
+logger = logging.getLogger(__name__)
+
+_OURS = "tif_jax"  # the key of our description in a .safetensors file's metadata
+_TIMMS = "config.json"
+_POOLS = {
+    "token": "class",
+    "avg": "mean",
+}  # timm's global_pool; 'mean' stands for a mean with whatever norm the file has
+_GELUS = {"gelu": "exact", "gelu_tanh": "tanh"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """Plain data. What is not said is not in it.
+
+    origin: the file that says it.
+    fields: of the model that the weights are from, by the names of `ViT` and `LeViT`.
+    preprocessing: parts of a `Preprocessing`.
+    class_names: one per output of the head, or None.
+    """
+
+    origin: str
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    preprocessing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    class_names: tuple[str, ...] | None = None
+
+
+def of_checkpoint(origin: str | Path, stored: Mapping[str, Any]) -> Description:
+    """What a checkpoint's `config` says. Raises InputError where that is nothing that can be."""
+    return _ours(str(origin), {"fields": {}, **{key: stored.get(key) for key in ("preprocessing", "class_names")}})
+
+
+def of_file(path: str | Path) -> Description:
+    """What a weight file says, or timm's config.json beside it. A file that there is not, or that is damaged, says nothing.
+
+    Raises InputError where what is said can not be.
+    """
+    path = Path(path)
+    if said := _metadata(path).get(_OURS):
+        try:
+            return _ours(str(path), json.loads(said))
+        except (ValueError, RecursionError):
+            raise InputError(f"{path}: its metadata {_OURS!r} is damaged; write the file again") from None
+    beside = path.parent / _TIMMS
+    if not (path.is_file() and beside.is_file()):
+        return Description(str(path))
+    try:
+        config = json.loads(beside.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{beside} can not be read ({error}); mend or remove it") from None
+    is_timms = isinstance(config, dict) and ("pretrained_cfg" in config or {"mean", "std"} <= config.keys())
+    return _timms(str(beside), config) if is_timms else Description(str(path))
+
+
+def metadata(fields: Mapping[str, Any], carried: Mapping[str, Any]) -> dict[str, str]:
+    """For a .safetensors file. fields: those that no shape tells. carried: what a model carries (`models.carried`)."""
+    return {"format": "pt", _OURS: json.dumps({"fields": dict(fields), **carried})}
+
+
+def complete(said: Description, given: Mapping[str, Any], remedy: str) -> Preprocessing:
+    """What is given, else what is said, else the default. Where nobody says mean and std, a warning names what is assumed."""
+    known = {**said.preprocessing, **{part: value for part, value in given.items() if value is not None}}
+    made = replaced(Preprocessing(), known)
+    if not {"mean", "std"} <= known.keys():
+        assumed = ", ".join(f"{part} {getattr(made, part)}" for part in PARTS if part not in known)
+        logger.warning(
+            "%s does not say how images are prepared for it: assumed is %s; %s", said.origin, assumed, remedy
+        )
+    return made
+
+
+def _metadata(path: Path) -> Mapping[str, str]:
+    if path.suffix != ".safetensors" or not path.is_file():
+        return {}
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return file.metadata() or {}
+    except Exception:  # reading the tensors will say what is wrong with it
+        return {}
+
+
+def _ours(origin: str, said: Any) -> Description:
+    """What `carried` and `metadata` wrote."""
+    said = said if isinstance(said, Mapping) else {}
+    fields, how, names = (said.get(key) for key in ("fields", "preprocessing", "class_names"))
+    if not isinstance(fields, Mapping) or not isinstance(how or {}, Mapping):
+        raise InputError(f"{origin}: what it says of its model is damaged; write it again")
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    return Description(origin, fields, _checked(origin, how or {}), _names(names))
+
+
+def _timms(origin: str, config: Mapping[str, Any]) -> Description:
+    """What timm's config.json says: in `pretrained_cfg`, or as older files have it, without one."""
+    weights, arguments = config.get("pretrained_cfg", config), config.get("model_args") or {}
+    if not isinstance(weights, Mapping) or not isinstance(arguments, Mapping):
+        raise InputError(f"{origin}: its pretrained_cfg or model_args is no dict; mend or remove it")
+    how = {
+        part: weights.get(name) for part, name in zip(PARTS, ("crop_pct", "mean", "std", "interpolation"), strict=True)
+    }
+    if how["interpolation"] not in (None, *INTERPOLATIONS) or weights.get("crop_mode", "center") not in (
+        None,
+        "center",
+    ):
+        logger.warning(
+            "%s: interpolation %r with crop_mode %r is not supported: the image is resized by one of %s, its centre cut out",
+            origin, how["interpolation"], weights.get("crop_mode"), ", ".join(INTERPOLATIONS),
+        )  # fmt: skip
+        how["interpolation"] = how["interpolation"] if how["interpolation"] in INTERPOLATIONS else None
+    names = [config.get("label_names", weights.get("label_names"))]
+    names.append(config.get("label_descriptions", weights.get("label_descriptions")))
+    return Description(
+        origin,
+        _timms_fields(origin, config, weights, arguments),
+        _checked(origin, {part: value for part, value in how.items() if value is not None}),
+        _described_names(*names),
+    )
+
+
+def _timms_fields(
+    origin: str, config: Mapping[str, Any], weights: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The fields that timm's arguments, or its name of the model, say."""
+    try:
+        named = model_fields(str(config.get("architecture")))
+    except InputError:  # of another of timm's models
+        named = {}
+    pool = arguments.get("global_pool", config.get("global_pool"))
+    if pool and pool not in _POOLS:
+        raise InputError(f"{origin}: global_pool {pool!r} is not supported; known: {', '.join(_POOLS)}")
+    size = arguments.get("img_size") or (weights.get("input_size") or (None,))[1:]
+    fields = {
+        "num_heads": arguments.get("num_heads", named.get("num_heads")),
+        "width": config.get("num_features") or arguments.get("embed_dim"),
+        "num_classes": config.get("num_classes"),
+        "image_size": tuple(size) if isinstance(size, Sequence) else size,
+        "pool": _POOLS.get(pool),
+    }
+    if (activation := arguments.get("act_layer")) is not None:
+        if activation not in _GELUS:
+            raise InputError(f"{origin}: act_layer {activation!r} is not supported; known: {', '.join(_GELUS)}")
+        fields["gelu"] = _GELUS[activation]
+    return {name: value for name, value in fields.items() if value}
+
+
+def _checked(origin: str, how: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        made = replaced(Preprocessing(), how)
+    except InputError as error:
+        raise InputError(f"{origin}: {error}") from None
+    return {part: getattr(made, part) for part in how}
+
+
+def _described_names(names: Any, descriptions: Any) -> tuple[str, ...] | None:
+    """What people call the classes: their descriptions, where there are any."""
+    if isinstance(names, Mapping):  # by number
+        names = [names[key] for key in sorted(names, key=lambda key: int(key) if str(key).isdecimal() else -1)]
+    if isinstance(names, list) and isinstance(descriptions, Mapping):
+        return _names([descriptions.get(name, name) for name in names])
+    return _names(names or descriptions)
+
+
+def _names(names: Any) -> tuple[str, ...] | None:
+    return tuple(map(str, names)) if isinstance(names, list | tuple) and names else None
