@@ -3,6 +3,7 @@
 import inspect
 import json
 import logging
+import sys
 
 import jax
 import numpy as np
@@ -147,6 +148,18 @@ def test_conversions_carry_all_of_it(place, fields, caplog):
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
+def test_a_conversion_does_not_say_what_was_assumed(place, caplog):
+    write(place)
+    assert main(["convert", "w.safetensors", "again.safetensors", "--to=safetensors"]) == 2  # how many heads?
+    write(place, width=192, depth=12)
+    for source, made in (("w.safetensors", "a"), ("a", "b.safetensors"), ("b.safetensors", "c")):
+        assert main(["convert", source, made]) == 0
+        caplog.clear()
+        logging.getLogger("tif_jax").propagate = True
+        assert tif_jax.load(made).preprocessing == Preprocessing()
+        assert f"{made} does not say" in caplog.text
+
+
 @pytest.mark.parametrize("said", ["{", "7", '{"fields": 7}', '{"fields": {}, "preprocessing": {"mean": [9, 9, 9]}}'])
 def test_damaged_metadata(tmp_path, said):
     tensors = random_timm_tensors(np.random.default_rng(0), **SIZE)
@@ -177,6 +190,8 @@ def test_a_checkpoint_can_not_name_code(place, monkeypatch, reducer):
     (place / "shared_run").mkdir()
     (place / "shared_run" / "payload.py").write_text(PAYLOAD)
     monkeypatch.syspath_prepend(str(place))
+    for name in ("shared_run.payload", "shared_run"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     save(place / "run", lively(FIELDS), FIELDS, reducer)
     with pytest.raises(InputError, match=r"run names the module shared_run\.payload, .*reducer='shared_run\.payload'"):
         tif_jax.load("run")

@@ -12,7 +12,6 @@ from tif_jax.commands import _arguments
 from tif_jax.data import remote
 from tif_jax.data.tfrecord import TFRecords
 from tif_jax.errors import InputError, WorkError
-from tif_jax.models import carried
 from tif_jax.models.params import params_of
 from tif_jax.runtime import files
 from tif_jax.runtime.progress import Progress
@@ -20,7 +19,7 @@ from tif_jax.training.checkpoints import Checkpoints, load_params
 from tif_jax.training.state import State
 from tif_jax.weights import described, pretrained
 from tif_jax.weights.layout import shortened
-from tif_jax.weights.loading import TRAINING_HEADS, checkpoint_directory, load_with_fields
+from tif_jax.weights.loading import TRAINING_HEADS, checkpoint_directory, description_of, load_with_fields
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +88,7 @@ def _to_orbax(src: Path, dst: Path) -> None:
                 "model": fields,
                 "reducer": {"name": "full"},
                 "config": {"init_from": str(src)},
-                **carried(model),
+                **described.carried(description_of(src)),
             }
             checkpoints.save(State(jnp.int32(0), params_of(model), ()), description, {})
 
@@ -101,16 +100,16 @@ def _to_safetensors(src: Path, dst: Path) -> None:
     with files.appearing(dst) as partial:
         if src.is_file():
             model, fields = load_with_fields(src)
-            params, said = params_of(model), carried(model)
+            params, said = params_of(model), description_of(src)
         else:
-            params, said = load_params(checkpoint_directory(src))
-            fields, said = said["model"], {key: said.get(key) for key in ("preprocessing", "class_names")}
+            params, stored = load_params(checkpoint_directory(src))
+            fields, said = stored["model"], described.of_checkpoint(src, stored)
         left_out = [name for name in params if name == "reducer" or f"{name}/" in TRAINING_HEADS]
         if left_out:
             logger.warning("%s: left out, because timm's layout has no place for it: %s", dst, ", ".join(left_out))
         kept = {name: value for name, value in params.items() if name not in left_out}
         tensors, free = pretrained.to_tensors(kept, fields)
-        partial.write_bytes(safetensors.numpy.save(tensors, metadata=described.metadata(free, said)))
+        partial.write_bytes(safetensors.numpy.save(tensors, metadata=described.metadata(said, free)))
 
 
 # Data

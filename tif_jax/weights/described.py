@@ -13,6 +13,7 @@ from typing import Any
 
 import safetensors
 
+from tif_jax import checked
 from tif_jax.data.preprocess import INTERPOLATIONS, PARTS, Preprocessing, replaced
 from tif_jax.errors import InputError
 from tif_jax.models import model_fields
@@ -71,9 +72,15 @@ def of_file(path: str | Path) -> Description:
     return _timms(str(beside), config) if is_timms else Description(str(path))
 
 
-def metadata(fields: Mapping[str, Any], carried: Mapping[str, Any]) -> dict[str, str]:
-    """For a .safetensors file. fields: those that no shape tells. carried: what a model carries (`models.carried`)."""
-    return {"format": "pt", _OURS: json.dumps({"fields": dict(fields), **carried})}
+def carried(said: Description) -> dict[str, Any]:
+    """For a checkpoint's `config`, as `models.carried` has it, but without what nobody said."""
+    names = said.class_names
+    return {"preprocessing": checked.to_json(said.preprocessing), "class_names": names and list(names)}
+
+
+def metadata(said: Description, fields: Mapping[str, Any]) -> dict[str, str]:
+    """For a .safetensors file. fields: those of the model that no shape tells."""
+    return {"format": "pt", _OURS: json.dumps({"fields": dict(fields), **carried(said)})}
 
 
 def complete(said: Description, given: Mapping[str, Any], remedy: str) -> Preprocessing:
