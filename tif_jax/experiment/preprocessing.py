@@ -41,8 +41,9 @@ def resolved(experiment: Experiment) -> Experiment:
 def prepare(model: Model, experiment: Experiment, source: data.Source | None = None) -> Model:
     """Has the model carry how the experiment's images are prepared, and names of its classes, if it has none."""
     model.preprocessing = experiment.data.preprocessing
-    if model.class_names is None and source and len(source.class_names) == model.head.out_features:
-        model.class_names = source.class_names
+    names = tuple(source.class_names) if source else ()
+    if model.class_names is None and len(names) == model.head.out_features and all(names):
+        model.class_names = names
     return model
 
 
