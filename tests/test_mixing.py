@@ -194,3 +194,21 @@ def test_bad_options(wrong, monkeypatch):
     ((name, value),) = wrong.items()
     with pytest.raises(InputError, match=f"^{name} is {value!r}; it is a number[^\n]*$"):
         Mixing(**wrong)
+
+
+@pytest.mark.parametrize("label", [-1, 5, 2**31 - 1])
+@pytest.mark.parametrize("loss", [losses.classification, losses.hard_distillation])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_label_that_is_no_class_is_not_learned(loss, label, smoothing):
+    """jax.nn.one_hot makes zeros of it: the loss was 0, and with mixed or smoothed labels merely too small."""
+    prediction = np.random.default_rng(0).normal(size=(2, 5)).astype(np.float32)
+    for given in (
+        {"label": np.array([1, label])},
+        {"label": np.array([1, 1]), "other_label": np.array([0, label]), "label_weight": np.float32([0.5, 0.5])},
+    ):
+        batch = given | {"teacher/logits": prediction}
+        base = {"label_smoothing": smoothing}
+        if loss is losses.hard_distillation:
+            base = {"base": lambda *args: losses.classification(*args, label_smoothing=smoothing)}
+        found = loss(prediction, {}, batch, **base)["loss"]
+        assert np.isfinite(found[0]) and np.isnan(found[1])

@@ -9,12 +9,14 @@ import numpy as np
 
 
 def accuracy_cost(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Top-1 (mean, standard deviation) against GMAC, one point per reducer."""
+    """Top-1 (mean, standard deviation or None) against GMAC, one point per reducer."""
     figure, axes = _figure(9, 4)
     for i, row in enumerate(rows):
         marker = "os^Dv"[i // 10 % 5]  # there are ten colours
-        top1, spread = (100 * x for x in row["top1"])
-        axes.errorbar(row["gmac"], top1, spread, fmt=marker, capsize=3, label=_narrow(row["label"]))
+        top1, spread = row["top1"]
+        axes.errorbar(
+            row["gmac"], 100 * top1, spread and 100 * spread, fmt=marker, capsize=3, label=_narrow(row["label"])
+        )
     axes.set(xlabel="GMAC per image", ylabel="top-1 (%)", xlim=(0, None))
     figure.legend(loc="outside right upper", fontsize=7)
     axes.grid(alpha=0.3)

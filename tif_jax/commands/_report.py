@@ -1,5 +1,6 @@
 """report.json, report.md and the figures of a finished run: what was gained, from the files its stages left."""
 
+import logging
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,12 +23,15 @@ from tif_jax.runtime import files, metrics_log, records
 from tif_jax.tokens import num_kept, top_k
 from tif_jax.weights.loading import load
 
+logger = logging.getLogger(__name__)
+
 _NUM_PICTURES = 8
 _SUMMARY = (
     Column("reducer", ("label",)),
     Column("before %", ("top1_before",), percent),
     Column("top-1 %", ("top1",), percent),
     Column("among classes %", ("top1_among_classes",), percent),  # where the data set has fewer classes than the model
+    Column("tokens left", ("tokens_left",)),
     Column("GMAC", ("gmac",), fixed(4)),
     Column("images/s", ("images_per_second",), fixed(1)),
     Column("x full", ("speed_up",), fixed(2)),
@@ -51,7 +55,8 @@ def write_report(
         row = {
             "reducer": of_run.reducer.name,
             "label": label,
-            "keep_ratio": metrics.get("keep_ratio", 1.0),
+            "keep_ratio": metrics["keep_ratio"],
+            "tokens_left": metrics["tokens_left"],
             "seed": of_run.seed,
             "top1": metrics["top1"],
             "top1_before": metrics["before"]["top1"],
@@ -76,6 +81,7 @@ def write_report(
         "rankings": ranking,
         "best": best,
         "best_chosen_on": chosen_on,
+        "left_out": _left_out(workdir, rows),
     }
     records.write(workdir / "report.json", result)
     summary = summarise(rows)
@@ -99,23 +105,37 @@ def _best(rows: Sequence[dict[str, Any]]) -> tuple[str | None, str | None]:
     return best["directory"], "validation"
 
 
+def _left_out(workdir: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Folders of evaluated fine-tunings that are not among the rows. They are told, lest a table shrink in silence."""
+    there = (str(file.parent.relative_to(workdir)) for file in (workdir / "finetune").glob("*/metrics.json"))
+    found = sorted(set(there) - {row["directory"] for row in rows})
+    if found:
+        logger.warning("the report has no row for %s, which this config does not name", ", ".join(found))
+    return found
+
+
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per reducer: of each top-1, mean and sample standard deviation over the seeds; speed beside the full model."""
+    """One row per reducer: of each top-1, mean and sample standard deviation over the seeds; speed beside the full model.
+
+    The deviation is None where nothing varies: of one seed, or of what no seed touches, as a reducer off the shelf.
+    """
     summary = []
+    same = ("label", "reducer", "keep_ratio", "tokens_left", "gmac", "images_per_second")
     for label in dict.fromkeys(row["label"] for row in rows):
         of_label = [row for row in rows if row["label"] == label]
-        row = {key: of_label[0][key] for key in ("label", "reducer", "keep_ratio", "gmac", "images_per_second")}
+        row = {key: of_label[0][key] for key in same}
         for metric in ("top1", "top1_before", "top1_among_classes"):
             if metric in of_label[0]:
                 values = [r[metric] for r in of_label]
-                row[metric] = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+                row[metric] = statistics.mean(values), statistics.stdev(values) if len({*values}) > 1 else None
         summary.append(row | {"num_seeds": len(of_label)})
-    full = next((row for row in summary if row["reducer"] == "full"), summary[0])
-    return [row | {"speed_up": row["images_per_second"] / full["images_per_second"]} for row in summary]
+    full = next((row["images_per_second"] for row in summary if row["reducer"] == "full"), None)
+    return [row | ({"speed_up": row["images_per_second"] / full} if full else {}) for row in summary]
 
 
 def _markdown(result: dict[str, Any], summary: list[dict[str, Any]]) -> str:
     seeds = summary[0]["num_seeds"]
+    spread = "one seed" if seeds == 1 else f"mean ± standard deviation over {seeds} seeds, where these differ"
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     lines = [
         "# Report",
@@ -124,12 +144,13 @@ def _markdown(result: dict[str, Any], summary: list[dict[str, Any]]) -> str:
         "",
         "## Accuracy and cost after fine-tuning",
         "",
-        f"Every row is fine-tuned from the same backbone by the same recipe; mean ± standard deviation over {seeds} "
-        f"seed{'s' * (seeds > 1)}. Before: top-1 of the same weights under the reducer, not yet fine-tuned. Images/s: "
-        "interleaved in one process.",
+        f"Every row is fine-tuned from the same backbone by the same recipe; {spread}. Before: top-1 of the same weights "
+        "under the reducer, not yet fine-tuned. Tokens left: patch tokens that leave the last block. Images/s: interleaved "
+        "in one process.",
         "",
         *markdown([column for column in _SUMMARY if column.key[0] in summary[0]], summary),
         "",
+        *_notes(result),
         "![accuracy against cost](accuracy_cost.png)",
         "",
         *(_of_filter(result["rankings"]) if result["rankings"] else []),
@@ -137,6 +158,15 @@ def _markdown(result: dict[str, Any], summary: list[dict[str, Any]]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _notes(result: dict[str, Any]) -> list[str]:
+    """Paragraphs: which run is taken for the best, and which have no row."""
+    how = "the best on validation images" if result["best_chosen_on"] else "the first: no validation images, no choice"
+    left_out = ", ".join(f"`{name}`" for name in result["left_out"])
+    told = [f"This folder loads as `{result['best']}`, {how}."] if result["best"] else []
+    told += [f"There are runs that this config does not name: {left_out}."] if left_out else []
+    return [line for paragraph in told for line in (paragraph, "")]
 
 
 def _of_filter(found: dict[str, Any]) -> list[str]:

@@ -1,5 +1,6 @@
 """Tables as text: columns are data."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,14 +13,14 @@ class Column(NamedTuple):
     text: Callable[[Any], str] = str
 
 
-def fixed(digits: int, factor: float = 1.0) -> Callable[[float], str]:
-    """How a number is printed, once multiplied by the factor."""
-    return lambda value: f"{factor * value:.{digits}f}"
+def fixed(digits: int, factor: float = 1.0) -> Callable[[float | None], str]:
+    """How a number is printed, once multiplied by the factor; '-' if there is none."""
+    return lambda value: "-" if value is None or math.isnan(value) else f"{factor * value:.{digits}f}"
 
 
-def percent(value: tuple[float, float]) -> str:
-    """Mean and standard deviation of a fraction, as in '86.10 ± 0.61'."""
-    return " ± ".join(map(fixed(2, 100.0), value))
+def percent(value: tuple[float, float | None]) -> str:
+    """Mean and standard deviation, if it is known, of a fraction, as in '86.10 ± 0.61'."""
+    return " ± ".join(fixed(2, 100.0)(number) for number in value if number is not None)
 
 
 def markdown(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -33,6 +33,7 @@ from tif_jax.layers import true_float32
 from tif_jax.models import Model, ViT, plain_vit
 from tif_jax.models.cost import cost
 from tif_jax.models.params import params_of, with_params
+from tif_jax.reducers import Full, Reducer
 from tif_jax.runtime import processes, records
 from tif_jax.runtime.locks import only_run
 from tif_jax.runtime.mesh import make_mesh, replicate, shard
@@ -77,7 +78,7 @@ def finetuned(config: Experiment, workdir: Path) -> dict[str, Any]:
     )  # else `before` is of something else
     model, _ = load_with_fields(checkpoint, dtype=config.dtype, named=config.reducer.modules)
     metrics = {"checkpoint": which, **_evaluate(config, model)}
-    metrics["keep_ratio"] = getattr(model.reducer, "keep_ratio", 1.0)
+    metrics["keep_ratio"] = _keep_ratio(model.reducer)
     if config.data.num_validation:
         metrics["validation"] = _evaluate(config, model, "validation")
     before, _ = before_finetuning(config, workdir)
@@ -89,7 +90,15 @@ def finetuned(config: Experiment, workdir: Path) -> dict[str, Any]:
 def _evaluate(config: Experiment, model: Model, split: str = "test") -> dict[str, Any]:
     source = open_for_model(config, split, model)
     chosen = [output for output, name in enumerate(source.class_names) if name] if config.data.class_index else []
-    return accuracy(model, source, config, chosen) | {"gmac": cost(model).gmac}
+    counted = cost(model)
+    tokens_left = counted.tokens[-1] - model.num_special  # patch tokens that leave the last block
+    return accuracy(model, source, config, chosen) | {"gmac": counted.gmac, "tokens_left": tokens_left}
+
+
+def _keep_ratio(reducer: Reducer) -> Any:
+    """What sets how much is kept, where that is a ratio; None where numbers do (`num_kept`, `num_merged`)."""
+    by_number = getattr(reducer, "num_kept", None) is not None
+    return 1.0 if isinstance(reducer, Full) else None if by_number else getattr(reducer, "keep_ratio", None)
 
 
 def accuracy(model: Model, source: Source, config: Experiment, classes: Sequence[int] = ()) -> dict[str, int | float]:
@@ -110,9 +119,9 @@ def accuracy(model: Model, source: Source, config: Experiment, classes: Sequence
         if classes:
             among = jnp.asarray(classes)[prediction[:, jnp.asarray(classes)].argmax(axis=-1)]
             terms["top1_among_classes"] = (among == batch["label"]).astype(jnp.float32)
-        return {name: (term * batch["weight"]).sum() for name, term in terms.items()} | {
-            "images": batch["weight"].sum()
-        }
+        weight = batch["weight"]  # 0: what fills up a batch, whose loss may be NaN
+        sums = {name: jnp.where(weight > 0, term * weight, 0).sum() for name, term in terms.items()}
+        return sums | {"images": weight.sum()}
 
     totals = []
     with Progress("evaluate", len(source), "image") as progress:

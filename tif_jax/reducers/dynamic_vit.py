@@ -80,7 +80,7 @@ class DynamicVit(nnx.Module):
         schedule.check(keep_ratio, sites, num_kept)
         if not 0 <= ratio_weight < math.inf:
             raise InputError(f"ratio_weight is {ratio_weight}; it multiplies a loss, from 0")
-        self.ratio_weight = ratio_weight
+        self.keep_ratio, self.num_kept, self.ratio_weight = keep_ratio, num_kept, ratio_weight
         amounts = {} if depth is None else schedule.amounts(keep_ratio, sites, num_kept, depth)
         if num_kept is None:
             amounts = dict(zip(amounts, itertools.accumulate(amounts.values(), operator.mul), strict=True))

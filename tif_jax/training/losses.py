@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from tif_jax.errors import InputError
 from tif_jax.impact.labels import keep_labels
@@ -26,19 +26,25 @@ def classification(prediction, aux, batch, *, label_smoothing: float = 0.0) -> d
     """Cross-entropy with batch['label'] in nats, and whether the top class is right.
 
     Of mixed images (`mixing.mix`) the target is both labels, each with its weight. Where there are aux['logits/...'], the
-    loss is the mean over these instead; every aux['loss/...'] is added.
+    loss is the mean over these instead; every aux['loss/...'] is added. A label that is no class makes the loss NaN.
     """
     num_classes = prediction.shape[-1]
-    target = jax.nn.one_hot(batch["label"], num_classes)
+    target = _one_hot(batch["label"], num_classes)
     if "other_label" in batch:
         weight = batch["label_weight"][:, None]
-        target = weight * target + (1 - weight) * jax.nn.one_hot(batch["other_label"], num_classes)
+        target = weight * target + (1 - weight) * _one_hot(batch["other_label"], num_classes)
     target = optax.smooth_labels(target, label_smoothing)
     # A model with several heads predicts with some of them, or their mean, but is trained through each.
     heads = [v for k, v in aux.items() if k.startswith("logits/")] or [prediction]
     loss = sum(optax.softmax_cross_entropy(logits, target) for logits in heads) / len(heads)
     loss = loss + sum(v for k, v in aux.items() if k.startswith("loss/"))
     return {"loss": loss, "top1": (prediction.argmax(-1) == batch["label"]).astype(jnp.float32)}
+
+
+def _one_hot(label: Int[Array | np.ndarray, " B"], num_classes: int) -> Float[Array, "B L"]:
+    """NaN for what is no class: jax.nn.one_hot makes zeros of it, and the loss would be 0, as if all were learned."""
+    is_class = (label >= 0) & (label < num_classes)
+    return jnp.where(is_class[:, None], jax.nn.one_hot(label, num_classes), jnp.nan)
 
 
 def distillation(

@@ -1,0 +1,62 @@
+"""The tables of a report, from rows written by hand."""
+
+import math
+
+from small_project import forget_handlers
+
+from tif_jax.commands import _report
+from tif_jax.commands._plots import accuracy_cost
+from tif_jax.commands._tables import fixed, percent
+
+
+def row(label, seed, top1, before, **others):
+    return {
+        "reducer": label.partition("-")[0], "label": label, "keep_ratio": None, "tokens_left": 41, "seed": seed,
+        "gmac": 0.731, "images_per_second": 100.0, "top1": top1, "top1_before": before, "directory": f"finetune/{label}-{seed}", **others,
+    }  # fmt: skip
+
+
+FULL = dict(keep_ratio=1.0, tokens_left=196, gmac=1.254, images_per_second=50.0)
+ROWS = [row("full-1", seed, 0.8 + seed / 100, 0.75, **FULL) for seed in (0, 1)] + [
+    row("tome-13", seed, 0.7, 0.6 + seed / 100) for seed in (0, 1)
+]
+
+
+def table(rows, **others):
+    summary = _report.summarise(rows)
+    result = {
+        "device": "2 x cpu", "versions": {}, "backbone": {"top1": 0.8}, "rankings": None, "best": None,
+        "best_chosen_on": None, "left_out": [], **others,
+    }  # fmt: skip
+    return _report._markdown(result, summary)
+
+
+def test_a_spread_stands_where_seeds_differ_alone():
+    text = table(ROWS)
+    assert "| full-1 | 75.00 | 80.50 ± 0.71 | 196 | 1.2540 | 50.0 | 1.00 |" in text
+    assert "| tome-13 | 60.50 ± 0.71 | 70.00 | 41 | 0.7310 | 100.0 | 2.00 |" in text
+    one = table(ROWS[::2])
+    assert "±" not in one and "one seed" in one
+
+
+def test_speed_is_beside_the_full_model_or_beside_nothing():
+    assert "x full" not in table(ROWS[2:])
+
+
+def test_what_has_no_row_is_told(tmp_path, caplog):
+    forget_handlers()
+    for name in ("full-1-0", "full-1-1", "full-1-2"):
+        (tmp_path / "finetune" / name).mkdir(parents=True)
+        (tmp_path / "finetune" / name / "metrics.json").write_text("{}")
+    left_out = _report._left_out(tmp_path, ROWS[:1])
+    assert left_out == ["finetune/full-1-1", "finetune/full-1-2"]
+    assert "finetune/full-1-1, finetune/full-1-2" in caplog.text
+    assert "`finetune/full-1-1`, `finetune/full-1-2`" in table(ROWS[:1], left_out=left_out)
+    assert not _report._left_out(tmp_path, [*ROWS[:2], row("full-1", 2, 0.8, 0.8)])
+
+
+def test_numbers_that_are_not_there(tmp_path):
+    assert fixed(3)(None) == fixed(3)(math.nan) == "-" and fixed(1, 100.0)(0.5) == "50.0"
+    assert percent((0.861, 0.0061)) == "86.10 ± 0.61" and percent((0.861, None)) == "86.10"
+    accuracy_cost(_report.summarise(ROWS), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 0
