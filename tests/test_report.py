@@ -1,18 +1,22 @@
 """The tables of a report, from rows written by hand."""
 
+import json
 import math
 
+import numpy as np
 from small_project import forget_handlers
 
 from tif_jax.commands import _report
 from tif_jax.commands._plots import accuracy_cost
 from tif_jax.commands._tables import fixed, percent
+from tif_jax.runtime import metrics_log, records
 
 
 def row(label, seed, top1, before, **others):
     return {
         "reducer": label.partition("-")[0], "label": label, "keep_ratio": None, "tokens_left": 41, "seed": seed,
-        "gmac": 0.731, "images_per_second": 100.0, "top1": top1, "top1_before": before, "directory": f"finetune/{label}-{seed}", **others,
+        "gmac": 0.731, "images_per_second": 100.0, "top1": top1, "top1_before": before,
+        "directory": f"finetune/{label}-{seed}", **others,
     }  # fmt: skip
 
 
@@ -53,6 +57,24 @@ def test_what_has_no_row_is_told(tmp_path, caplog):
     assert "finetune/full-1-1, finetune/full-1-2" in caplog.text
     assert "`finetune/full-1-1`, `finetune/full-1-2`" in table(ROWS[:1], left_out=left_out)
     assert not _report._left_out(tmp_path, [*ROWS[:2], row("full-1", 2, 0.8, 0.8)])
+
+
+def test_json_that_every_reader_takes(tmp_path):
+    """RFC 8259 has no NaN and no Infinity, which Python writes and jq, browsers and most other programs refuse."""
+    data = {"auc": math.nan, "rows": [{"loss": math.inf}, {"loss": np.float64(-math.inf)}], "tuple": (0.5, math.nan)}
+    records.write(tmp_path / "metrics.json", data)
+    metrics_log.MetricsLog(tmp_path, 0).write(1, {"loss": 0.5, "auc": math.nan})
+
+    def refuse(constant):
+        raise ValueError(constant)
+
+    texts = [(tmp_path / "metrics.json").read_text(), *(tmp_path / "metrics.jsonl").read_text().splitlines()]
+    read, line = (json.loads(text, parse_constant=refuse) for text in texts)
+    assert read["auc"] is read["rows"][0]["loss"] is read["rows"][1]["loss"] is line["auc"] is None
+    assert records.read(tmp_path / "metrics.json") == {
+        "auc": None, "rows": [{"loss": None}, {"loss": None}], "tuple": [0.5, None]
+    }  # fmt: skip
+    assert metrics_log.read(tmp_path) == [{"step": 1, "loss": 0.5, "auc": None}]
 
 
 def test_numbers_that_are_not_there(tmp_path):

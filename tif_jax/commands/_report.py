@@ -176,7 +176,7 @@ def _of_filter(found: dict[str, Any]) -> list[str]:
         "",
         f"{found['num_images']} held-out images, the frozen backbone, only each ranking's best tokens kept: "
         "cross-entropy in nats / top-1 / agreement with the unreduced model, whose own cross-entropy and top-1 are "
-        f"{found['unreduced']['cross_entropy']:.3f} / {found['unreduced']['top1']:.3f}. "
+        f"{fixed(3)(found['unreduced']['cross_entropy'])} / {fixed(3)(found['unreduced']['top1'])}. "
         "AUC: for the labels the filter is trained on; Spearman: mean per image, with each oracle.",
         "",
         *_ranking_table(found["rankings"]),
@@ -210,7 +210,7 @@ def _ranking_table(rankings: dict[str, Any]) -> list[str]:
 
 
 def _outcome(outcome: dict[str, float]) -> str:
-    return " / ".join(f"{outcome[key]:.3f}" for key in ("cross_entropy", "top1", "agreement"))
+    return " / ".join(fixed(3)(outcome[key]) for key in ("cross_entropy", "top1", "agreement"))
 
 
 def _curves(

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
     with only_run(arguments.workdir):
         metrics = stages[arguments.stage](arguments.config, arguments.workdir)
     if processes.is_first():
-        print(json.dumps(metrics, indent=2))
+        print(json.dumps(records.strict(metrics), indent=2))
 
 
 def backbone(config: Experiment, workdir: Path) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
     processes.join(arguments)
     found = profile(arguments.stage, arguments.config, arguments.workdir, arguments.steps)
     if processes.is_first():
-        print(json.dumps(found, indent=2))
+        print(json.dumps(records.strict(found), indent=2))
 
 
 def profile(stage: str, config: Experiment, workdir: Path, num_steps: int) -> dict[str, Any]:

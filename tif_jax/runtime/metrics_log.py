@@ -10,6 +10,8 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from tif_jax.runtime import records
+
 logger = logging.getLogger(__name__)
 
 _NAME = "metrics.jsonl"
@@ -26,7 +28,7 @@ class MetricsLog:
         self.events = _tensorboard(directory, start)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        self._append(_line({"step": step, **metrics}) + "\n")
+        self._append(_line(records.strict({"step": step, **metrics})) + "\n")
         if self.events:
             for name, value in metrics.items():
                 self.events.add_scalar(name, value, step)

@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,16 @@ def write(path: Path, data: Mapping[str, Any]) -> None:
 
 def text(data: Mapping[str, Any]) -> bytes:
     """What `write` writes."""
-    return (json.dumps(sealed(data), indent=2) + "\n").encode()
+    return (json.dumps(sealed(strict(data)), indent=2, allow_nan=False) + "\n").encode()
+
+
+def strict(data: Any) -> Any:
+    """The data with None for numbers that are not finite: JSON has none, and few programs but Python read theirs."""
+    if isinstance(data, Mapping):
+        return {name: strict(value) for name, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [strict(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def versions() -> dict[str, str]:
