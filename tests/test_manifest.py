@@ -12,6 +12,7 @@ from small_shards import error_numbered, manifest, one_line, write_all
 from tif_jax.errors import InputError
 from tif_jax.impact.manifest import open_manifest
 from tif_jax.impact.shards import read_impact
+from tif_jax.runtime import records
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def test_the_manifest_is_written_once_and_then_verified(workdir):
     open_manifest(workdir / "impact", manifest())
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     stored = json.loads(path.read_text())
-    assert stored.pop("format_version") == 1
+    assert stored.pop("format_version") == 2 and len(stored.pop("sha256")) == 64
     assert stored == manifest(image_size=[64, 64])
 
 
@@ -48,19 +49,26 @@ def test_other_versions_alone_are_a_warning(workdir, caplog):
     assert "versions.jax is '0.10.0' there, '0.12.0' here" in caplog.text
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format_version": 1}', '{"format_version": 2, "'])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format_version": 2}', '{"format_version": 3, "'])
 def test_a_damaged_manifest(workdir, content):
     (workdir / "impact" / "manifest.json").write_text(content)
     for use in (lambda: read_impact(workdir), lambda: open_manifest(workdir / "impact", manifest())):
         with pytest.raises(InputError) as error:
             use()
-        assert "manifest.json is damaged or not of format_version 1" in one_line(error)
+        assert "manifest.json is damaged or not of format_version 2" in one_line(error)
 
 
 def test_another_format_version(workdir):
     path = workdir / "impact" / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 2}))
-    with pytest.raises(InputError, match="format_version 1"):
+    path.write_bytes(records.text(records.read(path) | {"format_version": 3}))
+    with pytest.raises(InputError, match="format_version 2"):
+        read_impact(workdir)
+
+
+def test_a_changed_digit(workdir):
+    path = workdir / "impact" / "manifest.json"
+    path.write_text(path.read_text().replace('"num_samples": 16', '"num_samples": 17'))
+    with pytest.raises(InputError, match=r"manifest\.json is damaged"):
         read_impact(workdir)
 
 

@@ -277,7 +277,7 @@ def test_a_checkpoint_with_an_average_is_loaded_as_that(tmp_path):
 
 
 def test_a_folder_knows_what_it_was_claimed_for(tmp_path):
-    recipe = {"rate": 0.1, "ema": 0.0, "save_every": 1000, "distillation": {"kind": "soft"}}
+    recipe = {"rate": 0.1, "ema": 0.0, "clip": float("inf"), "save_every": 1000, "distillation": {"kind": "soft"}}
     records.claim(tmp_path, {"recipe": recipe, "model": {"width": 8, "sizes": (1, 2), "remat": True}})
     now = {"recipe": recipe | {"save_every": 5}, "model": {"width": 8, "sizes": (1, 2)}}
     ignored = ("save_every", "remat")

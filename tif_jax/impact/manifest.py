@@ -12,7 +12,7 @@ from tif_jax.runtime import files, records
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no sha256
 
 _NAME = "manifest.json"
 _RESTART = "choose another --workdir, or delete that folder and run `tif score`"
@@ -48,7 +48,7 @@ def open_manifest(directory: str | os.PathLike[str], manifest: Manifest) -> None
     if not (directory / _NAME).exists():
         if has_parts:
             raise InputError(f"{directory} holds parts of unknown origin: it has no {_NAME}; {_RESTART}")
-        files.write(directory / _NAME, json.dumps(ours, indent=2).encode(), once=True)
+        files.write(directory / _NAME, records.text(ours), once=True)
     different = records.differences(read_manifest(directory), ours)
     versions = {key: values for key, values in different.items() if key.startswith("versions.")}
     if len(different) > len(versions):
@@ -64,7 +64,7 @@ def read_manifest(directory: Path, expected: Mapping[str, Any] | None = None) ->
         raise InputError(f"{directory} holds no impact shards: it has no {_NAME}; run `tif score` first")
     text = files.read(path)
     try:
-        manifest = json.loads(text)
+        manifest = records.opened(json.loads(text))
         known = manifest["format_version"] == FORMAT_VERSION and manifest.keys() >= Manifest.__annotations__.keys()
     except (ValueError, KeyError, TypeError):
         known = False

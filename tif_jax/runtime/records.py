@@ -23,7 +23,8 @@ _SEAL = "sha256"
 
 
 def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries and their seal."""
+    """The entries, as strict JSON has them, and their seal."""
+    data = strict(data)
     return {**data, _SEAL: _digest(data)}
 
 
@@ -46,7 +47,7 @@ def write(path: Path, data: Mapping[str, Any]) -> None:
 
 def text(data: Mapping[str, Any]) -> bytes:
     """What `write` writes."""
-    return (json.dumps(sealed(strict(data)), indent=2, allow_nan=False) + "\n").encode()
+    return (json.dumps(sealed(data), indent=2, allow_nan=False) + "\n").encode()
 
 
 def strict(data: Any) -> Any:
@@ -119,7 +120,7 @@ def check_same(directory: Path, there: Any, here: Mapping[str, Any], *, ignored:
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Where two nested records differ as JSON: dotted key -> (value there, value here); None stands for no value."""
-    there, here = (flatten_dict(json.loads(json.dumps(record)), sep=".") for record in (there, here))
+    there, here = (flatten_dict(json.loads(json.dumps(strict(record))), sep=".") for record in (there, here))
     keys = dict.fromkeys((*there, *here))
     return {key: (there.get(key), here.get(key)) for key in keys if there.get(key) != here.get(key)}
 
