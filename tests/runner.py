@@ -1,11 +1,14 @@
 """A program for tests that stop or kill a whole experiment: a tiny `tif run` in the current folder.
 
-`forks.Server` runs it: run(STAGE) kills itself in the middle of that stage, run("") goes to the end.
+`forks.Server` runs it: run(STAGE) kills itself in the middle of that stage, run("") goes to the end. run("", BYTES) can
+write no file that is longer, and has a thread that never ends, as Orbax has after a failed write.
 """
 
 import os
+import resource
 import signal
 import sys
+import threading
 from pathlib import Path
 
 from tif_jax.__main__ import program
@@ -45,8 +48,11 @@ def prepare():
     Digits("train", 1)
 
 
-def run(stage):
+def run(stage, limit=""):
     """Ends as `tif run` does."""
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
+        threading.Thread(target=threading.Event().wait).start()
     in_the_middle(stage, lambda: os.kill(os.getpid(), signal.SIGKILL), setattr)
     sys.argv[1:] = LINE
     program()

@@ -28,6 +28,8 @@ def test_a_file_is_replaced_or_written_once(tmp_path):
     [
         (errno.ENOSPC, WorkError, "make room"),
         (errno.EIO, WorkError, "check the disk"),
+        (errno.ESTALE, WorkError, "check the disk"),  # a network file system has lost it
+        (errno.EFBIG, WorkError, "ulimit -f"),
         (errno.EROFS, InputError, "choose a place"),
     ],
 )

@@ -17,7 +17,8 @@ from trainer import NUM_STEPS, SAVE_EVERY
 
 from tif_jax.__main__ import main
 from tif_jax.commands import benchmark
-from tif_jax.runtime import files, metrics_log, records
+from tif_jax.runtime import metrics_log, records
+from tif_jax.runtime import workdir as workdir_module
 from tif_jax.runtime.digests import digest
 from tif_jax.training.checkpoints import Checkpoints, load_params
 
@@ -125,7 +126,7 @@ def found(workdir):
     """All numbers of a finished run but those that a clock gave, and the digest of all weights; there is no litter."""
     numbers = {}
     for path in sorted(workdir.rglob("*")):
-        assert not files._UNFINISHED.fullmatch(path.name) and not path.name.startswith("."), path
+        assert not workdir_module._UNFINISHED.fullmatch(path.name) and not path.name.startswith("."), path
         name = str(path.relative_to(workdir))
         if path.name == "metrics.json":
             numbers[name] = records.read(path)

@@ -32,7 +32,7 @@ def program() -> NoReturn:
         try:
             status = main()
         except SystemExit as done:  # of argparse, after --help
-            status = int(done.code or 0)
+            status = done.code if isinstance(done.code, int) else bool(done.code)
         except BaseException:
             if watch := sys.modules.get("tif_jax.runtime.watch"):
                 watch.crash()

@@ -2,11 +2,14 @@
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
+from tif_jax.data import remote
 from tif_jax.errors import InputError
 from tif_jax.experiment import config as config_file
+from tif_jax.runtime import workdir
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,32 +31,42 @@ def parse(command: str, description: str, argv: list[str], **flags: dict) -> arg
         metavar="FILE[:ARG]",
         help="--config.KEY=VALUE overrides a value of it; `tif --help config` lists the keys",
     )
-    parser.add_argument(
-        "--workdir", required=True, type=Path, metavar="DIR", help="where results go and earlier ones are"
-    )
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="where results go and earlier ones are")
     for name, options in flags.items():
         parser.add_argument(f"--{name}", **options)
     arguments, rest = parser.parse_known_args(argv)
     if stray := [a for a in rest if a.startswith("-") and not a.startswith(("--config.", "--noconfig."))]:
         raise InputError(f"unknown flag {stray[0]}; `tif {command} --help` lists the flags")
     log_to_stderr()  # reading the config may warn
-    arguments.config = config_file.load(arguments.config, rest)
+    arguments.workdir = _folder("--workdir", arguments.workdir)
+    arguments.config = config_file.load(os.path.expanduser(arguments.config), rest)
     _make_writable(arguments.workdir)
     return arguments
 
 
-def _make_writable(workdir: Path) -> None:
-    probe = workdir / ".writable"
+def _folder(flag: str, name: str) -> Path:
+    """The folder that is meant. Raises InputError where it can be none, before any work is done."""
+    if not name:
+        raise InputError(f"{flag} is empty; give a folder ('.' for this one)")
+    if remote.is_url(name):
+        raise InputError(f"{flag} is {name}, but results are written to folders; {remote.LOCALLY}")
+    path = Path(os.path.expanduser(name))
+    workdir.check_name(path)
+    return path
+
+
+def _make_writable(folder: Path) -> None:
+    probe = folder / ".writable"
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink(missing_ok=True)  # another process may be probing too
     except OSError as error:
-        raise InputError(f"workdir {workdir} can not be written ({error.strerror}); choose another") from None
+        raise InputError(f"workdir {folder} can not be written ({error.strerror}); choose another") from None
 
 
 def log_to_stderr() -> None:
-    """Our own messages, and only ours: Orbax and JAX tell a page per checkpoint, Orbax some of it as warnings."""
+    """Our own messages, and only ours: Orbax tells a page per checkpoint, and hundreds of lines of a full disk."""
     logger = logging.getLogger("tif_jax")
     if not logger.handlers:
         handler = logging.StreamHandler()
@@ -61,7 +74,7 @@ def log_to_stderr() -> None:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         logger.propagate = False
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         _silence_abandoned_reads()
 
 

@@ -1,11 +1,14 @@
 """The figures of a report."""
 
+import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from tif_jax.runtime import files
 
 
 def accuracy_cost(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -20,7 +23,7 @@ def accuracy_cost(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.set(xlabel="GMAC per image", ylabel="top-1 (%)", xlim=(0, None))
     figure.legend(loc="outside right upper", fontsize=7)
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    _save(figure, path, dpi=120)
 
 
 def training_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
@@ -36,7 +39,7 @@ def training_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Pat
     )
     axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    _save(figure, path, dpi=120)
 
 
 def picture_page(pictures: Sequence[Mapping[str, np.ndarray]], path: Path) -> None:
@@ -56,7 +59,13 @@ def picture_page(pictures: Sequence[Mapping[str, np.ndarray]], path: Path) -> No
             panel.set_axis_off()
     for panel, title in zip(grid[0], titles, strict=True):
         panel.set_title(title, fontsize=10)
-    figure.savefig(path, dpi=100)
+    _save(figure, path, dpi=100)
+
+
+def _save(figure: Any, path: Path, dpi: int) -> None:
+    image = io.BytesIO()
+    figure.savefig(image, dpi=dpi, format="png")
+    files.write(path, image.getvalue())
 
 
 def _narrow(label: str) -> str:

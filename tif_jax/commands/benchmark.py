@@ -22,8 +22,8 @@ from tif_jax.models import Model
 from tif_jax.models.cost import cost
 from tif_jax.models.params import params_of, with_params
 from tif_jax.runtime import records, timing
-from tif_jax.runtime.locks import only_run
 from tif_jax.runtime.mesh import make_mesh, replicate, shard
+from tif_jax.runtime.workdir import only_run
 from tif_jax.weights.loading import load_with_fields
 
 logger = logging.getLogger(__name__)

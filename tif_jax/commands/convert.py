@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     for path in (arguments.src, arguments.dst):
         if remote.is_url(path):
             raise InputError(f"{path}: convert works on local files; {remote.LOCALLY}")
-    src, dst = Path(arguments.src), Path(arguments.dst)
+    src, dst = Path(arguments.src).expanduser(), Path(arguments.dst).expanduser()
     possible = _possible(src)
     to = arguments.to or possible[0]
     if to not in possible:

@@ -35,9 +35,9 @@ from tif_jax.models.cost import cost
 from tif_jax.models.params import params_of, with_params
 from tif_jax.reducers import Full, Reducer
 from tif_jax.runtime import processes, records
-from tif_jax.runtime.locks import only_run
 from tif_jax.runtime.mesh import make_mesh, replicate, shard
 from tif_jax.runtime.progress import Progress
+from tif_jax.runtime.workdir import only_run
 from tif_jax.training import losses
 from tif_jax.training.checkpoints import read_config
 from tif_jax.weights.loading import load, load_with_fields

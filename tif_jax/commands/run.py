@@ -16,7 +16,7 @@ from tif_jax.experiment.scoring import score_heldout, score_training
 from tif_jax.experiment.sources import check_splits
 from tif_jax.experiment.stages import train
 from tif_jax.runtime import processes, records
-from tif_jax.runtime.locks import only_run
+from tif_jax.runtime.workdir import only_run
 from tif_jax.training.checkpoints import read_config
 
 logger = logging.getLogger(__name__)

@@ -3,7 +3,7 @@
 from tif_jax.commands import _arguments
 from tif_jax.experiment.stages import STAGES, train
 from tif_jax.runtime import processes
-from tif_jax.runtime.locks import only_run
+from tif_jax.runtime.workdir import only_run
 
 
 def main(argv: list[str]) -> None:

@@ -5,20 +5,23 @@ They are written under another name in the same folder and renamed when all is t
 
 import errno
 import os
-import re
 import shutil
-import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from tif_jax.errors import InputError, WorkError
+from tif_jax.runtime.locks import lock
 
-_CAN_NOT_BE_WRITTEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{32}\.tmp|\..+\.partial|.+\.orbax-checkpoint-tmp.*")
-_SECONDS_OF_ANY_WRITE = 3600
+_CAN_NOT_BE_WRITTEN = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG
+)  # fmt: skip
+_REMEDIES = {
+    errno.ENOSPC: "make room (bytes or inodes)",
+    errno.EDQUOT: "make room",
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f)",
+}
 
 
 def write(path: Path, data: bytes, *, once: bool = False) -> None:
@@ -29,14 +32,13 @@ def write(path: Path, data: bytes, *, once: bool = False) -> None:
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        (_link if once else os.replace)(temporary, path)
-    except OSError as error:
-        raise not_written(path, error) from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            (_link if once else os.replace)(temporary, path)
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -50,43 +52,45 @@ def read(path: Path) -> bytes:
         raise InputError(f"can not read {path}: {error.strerror}") from error
 
 
-def remove_abandoned(folder: Path) -> None:
-    """Removes what writers that were killed left unfinished anywhere in the folder; nobody may be writing there.
+def append(path: Path, data: bytes) -> None:
+    """Adds to the end of a file. Errors as of `write`; then a part of the data may be there."""
+    with writing(path), path.open("ab") as file:
+        file.write(data)
 
-    Except to impact shards, which have locks of their own: beside them only what no writer can still be at is removed.
-    """
-    for parent, folders, names in os.walk(folder):
-        shared = any(name.startswith(("manifest.json", "part-")) for name in names)
-        for name in [name for name in (*folders, *names) if _UNFINISHED.fullmatch(name)]:
-            path = Path(parent, name)
-            with suppress(OSError):
-                if not shared or time.time() - path.lstat().st_mtime > _SECONDS_OF_ANY_WRITE:
-                    shutil.rmtree(path) if name in folders else path.unlink()
-        folders[:] = [name for name in folders if not _UNFINISHED.fullmatch(name)]
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around what writes at `path` in a way of its own: gives its errors the path and a remedy, as `write` does."""
+    try:
+        yield
+    except OSError as error:
+        raise not_written(path, error) from error
 
 
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
     """A name to write a file or folder to, which becomes `path` when the block ends; after an error nothing is left.
 
-    Only one writer at a time: raises InputError if there is such a path already, or another writer's unfinished one.
+    Only one writer at a time: raises InputError if there is such a path already, or another writer is at it. What one that
+    was killed has left goes, where the file system knows locks.
     """
     if os.path.lexists(path):
         raise InputError(f"{path} exists already; choose another name, or move it away")
     partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.mkdir(parents=True)
-    except FileExistsError:
-        raise InputError(
-            f"{partial} exists: either it is being written, or its writer was killed; then delete it"
-        ) from None
-    except OSError as error:
-        raise not_written(path, error) from error
-    try:
+    with ExitStack() as stack:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            ours = stack.enter_context(lock(path.with_name(f".{path.name}.lock")))
+            if ours:
+                shutil.rmtree(partial, ignore_errors=True)
+            if ours is False or partial.exists():
+                raise InputError(
+                    f"{partial} exists: either it is being written, or its writer was killed; then delete it"
+                )
+            partial.mkdir()
+        stack.callback(shutil.rmtree, partial, ignore_errors=True)
         yield partial / path.name
         (partial / path.name).rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def not_written(path: Path, error: OSError) -> InputError | WorkError:
@@ -94,7 +98,7 @@ def not_written(path: Path, error: OSError) -> InputError | WorkError:
     failed = f"can not write {path}: {error.strerror}"
     if error.errno in _CAN_NOT_BE_WRITTEN:
         return InputError(f"{failed}; choose a place (--workdir) that can be written to")
-    remedy = "make room" if error.errno in _DISK_FULL else "check the disk"
+    remedy = _REMEDIES.get(error.errno or 0, "check the disk")
     return WorkError(f"{failed}; what is finished is intact: {remedy}, then run the same command again")
 
 

@@ -6,11 +6,13 @@ place of those before it of the same and of later steps. Each ends with a checks
 
 import json
 import logging
+import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tif_jax.runtime import records
+from tif_jax.runtime import files, records
 
 logger = logging.getLogger(__name__)
 
@@ -29,14 +31,10 @@ class MetricsLog:
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         self._append(_line(records.strict({"step": step, **metrics})) + "\n")
-        if self.events:
-            for name, value in metrics.items():
-                self.events.add_scalar(name, value, step)
-            self.events.flush()
+        self.events(step, metrics)
 
     def _append(self, text: str) -> None:
-        with self.path.open("a") as file:
-            file.write(text)
+        files.append(self.path, text.encode())
 
 
 def read(directory: Path) -> list[dict[str, Any]]:
@@ -70,9 +68,25 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
     return metrics if _line(metrics).encode() == text else None
 
 
-def _tensorboard(directory: Path, start: int):
+def _tensorboard(directory: Path, start: int) -> Callable[[int, dict[str, float]], None]:
+    """What writes the metrics of a step; nothing without tensorboardX."""
     try:
-        from tensorboardX import SummaryWriter
+        # Not its SummaryWriter: that has a thread of its own, and once a full disk has ended it, waits for it for ever.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
     except ImportError:
-        return None
-    return SummaryWriter(str(directory), purge_step=start + 1)
+        return lambda step, metrics: None
+    with files.writing(directory / "events"):
+        events = EventsWriter(str(directory / "events"))
+    # What an interrupted run wrote from this step on is not shown.
+    again = Event(step=start + 1, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START))
+
+    def write(step: int, metrics: dict[str, float]) -> None:
+        with files.writing(directory / "events"):
+            for name, value in metrics.items():
+                events.write_event(Event(step=step, wall_time=time.time(), summary=scalar(name, value)))
+            events.flush()
+
+    events.write_event(again)
+    return write

@@ -7,6 +7,8 @@ config is that of its folder and each item can be read and has its digest (`_rea
 """
 
 import logging
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +21,7 @@ from jax.sharding import SingleDeviceSharding
 
 from tif_jax.errors import InputError, WorkError
 from tif_jax.models.params import Params
-from tif_jax.runtime import processes, records
+from tif_jax.runtime import files, processes, records, workdir
 from tif_jax.runtime.digests import checksum, is_divided
 from tif_jax.runtime.mesh import place
 from tif_jax.training.state import State
@@ -37,15 +39,12 @@ class Checkpoints:
     def __init__(self, directory: str | Path, max_to_keep: int | None = 2):
         self.directory = Path(directory).absolute()
         options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, cleanup_tmp_directories=True)
-        try:
+        workdir.check_name(self.directory)
+        with self._writing():
             self.directory.mkdir(parents=True, exist_ok=True)
             self.manager = ocp.CheckpointManager(self.directory, options=options)
-            # We ask ourselves (`processes.stop_asked`); asked by two, JAX loses count and with it the signal.
-            self.manager.reached_preemption = lambda step: False  # type: ignore[method-assign]
-        except OSError as error:
-            raise InputError(
-                f"can not write checkpoints to {self.directory}: {error.strerror}; choose another workdir"
-            ) from None
+        # We ask ourselves (`processes.stop_asked`); asked by two, JAX loses count and with it the signal.
+        self.manager.reached_preemption = lambda step: False  # type: ignore[method-assign]
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -124,10 +123,13 @@ class Checkpoints:
         """Errors of writing become one that names the directory."""
         try:
             yield
-        except (OSError, ValueError) as error:  # on a full disk tensorstore raises a ValueError
-            raise WorkError(
-                f"checkpoint not written to {self.directory}: {error}; make room and run the same command again"
-            ) from None
+        except OSError as error:
+            raise files.not_written(self.directory, error) from error
+        except Exception as error:  # tensorstore has kinds of its own, whose messages are pages
+            if not (number := re.search(r"os_error_code='(\d+)'", str(error))):
+                raise WorkError(f"checkpoint not written to {self.directory}: {_first_line(error)}") from error
+            code = int(number[1])
+            raise files.not_written(self.directory, OSError(code, os.strerror(code))) from error
 
 
 def load_params(directory: str | Path) -> tuple[Params, dict[str, Any]]:

@@ -81,7 +81,7 @@ def load_with_fields(
     named: further modules of reducers that the caller names. fresh_told_at: the level of the log line that names parameters
     drawn afresh.
     """
-    path = Path(source)
+    path = Path(source).expanduser()
     given = {key: options.pop(key) for key in MODEL_FIELDS & options.keys()}
     given = {key: value for key, value in given.items() if value is not None}
     named = {*named, *reducers.modules_in({"name": reducer, **options})}

@@ -1,0 +1,77 @@
+"""The folder of a run: what it may be called, that one run at a time has it, and what killed ones leave there."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+
+from tif_jax.errors import InputError
+from tif_jax.runtime import processes
+from tif_jax.runtime.locks import lock
+
+_LOCK = ".lock"
+_LONGEST = 3000  # bytes of 4096: names in a checkpoint are long
+_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{32}\.tmp|.+\.orbax-checkpoint-tmp.*")
+_SECONDS_OF_ANY_WRITE = 3600
+
+
+def check_name(path: Path) -> None:
+    """Raises InputError if checkpoints can not be kept in a folder of this name."""
+    name = str(path.absolute())
+    try:
+        length = len(name.encode())
+    except UnicodeEncodeError:
+        raise InputError(f"{name!a} is not UTF-8; choose a folder with another name") from None
+    if wrong := {*"*?["} & {*name}:  # Orbax looks with glob for what it has written itself, and does not find it
+        raise InputError(f"{name} has {' and '.join(sorted(wrong))} in its name; choose a folder without any of * ? [")
+    if length > _LONGEST:
+        raise InputError(f"{name[:40]}... has {length} bytes; choose a folder with a path below {_LONGEST}")
+
+
+@contextmanager
+def only_run(workdir: Path) -> Iterator[None]:
+    """While the block runs, no other program trains, evaluates or reports in the folder.
+
+    What killed ones left unfinished there is removed. Raises InputError that says who has the folder. Of the processes of a
+    run the first one holds it for all.
+    """
+    path = workdir / _LOCK
+    who = {"command": " ".join(["tif", *sys.argv[1:]]), "host": socket.gethostname(), "pid": os.getpid()}
+    who["since"] = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+    with lock(path, json.dumps(who)) if processes.is_first() else nullcontext() as ours:
+        if not processes.first_says(ours is not False):
+            raise InputError(
+                f"{workdir} is in use by {_holder(path)}: wait for it, stop it, or choose another --workdir"
+            )
+        if ours:
+            _remove_abandoned(workdir)
+        yield
+
+
+def _holder(path: Path) -> str:
+    try:
+        who = json.loads(path.read_text())
+        return f"`{who['command']}`, process {who['pid']} on {who['host']} since {who['since']}"
+    except (OSError, ValueError, KeyError, TypeError):  # it has just taken the lock, or just let go of it
+        return "another run"
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Removes what writers that were killed left unfinished anywhere in the folder; nobody may be writing there.
+
+    Except to impact shards, which have locks of their own: beside them only what no writer can still be at is removed.
+    """
+    for parent, folders, names in os.walk(folder):
+        shared = any(name.startswith(("manifest.json", "part-")) for name in names)
+        for name in [name for name in (*folders, *names) if _UNFINISHED.fullmatch(name)]:
+            path = Path(parent, name)
+            with suppress(OSError):
+                if not shared or time.time() - path.lstat().st_mtime > _SECONDS_OF_ANY_WRITE:
+                    shutil.rmtree(path) if name in folders else path.unlink()
+        folders[:] = [name for name in folders if not _UNFINISHED.fullmatch(name)]
