@@ -288,7 +288,6 @@ def sources(place):
         ("w.safetensors run", "run exists already; choose another name"),
         ("w.safetensors notes.txt/new", "notes.txt"),
         ("data/tiny/1.0.0 folder", "folder exists already"),
-        ("w.safetensors killed", ".killed.partial exists: either"),
         ("w.safetensors new --to=array_record", "can not be converted to array_record; allowed: orbax, safetensors"),
         ("run new --to=orbax", "can not be converted to orbax; allowed: safetensors"),
         ("data/tiny/1.0.0 new --to=safetensors", "can not be converted to safetensors; allowed: array_record"),
