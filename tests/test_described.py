@@ -48,8 +48,8 @@ def write(folder, config=None, **variant):
     return folder / "w.safetensors"
 
 
-def save(directory, model, fields, reducer=None, **changed):
-    described = {"model": fields, "reducer": reducer or {"name": "full"}, "config": {}, **carried(model), **changed}
+def save(directory, model, fields, changed=None):
+    described = {"model": fields, "reducer": {"name": "full"}, "config": {}, **carried(model), **(changed or {})}
     with Checkpoints(directory / "checkpoints") as checkpoints:
         checkpoints.save(State(np.int32(7), params_of(model), ()), described, {})
 
@@ -117,6 +117,13 @@ def test_given_otherwise_than_the_file_says(tmp_path):
         tif_jax.load(path, num_heads=2)
     assert tif_jax.load(path, preprocessing=dict(mean=(0.0, 0.0, 0.0))).preprocessing.mean == (0.0, 0.0, 0.0)
     assert tif_jax.load(path, num_classes=5).class_names is None
+    for wrong, message in (
+        (dict(mean=(123.7, 116.3, 103.5)), "mean is .* divide by 255"),
+        (dict(mead=0.5), "preprocessing is {'mead': 0.5}; it is a dict of some of crop_fraction, mean"),
+        ("imagenet", "preprocessing is 'imagenet'; it is a dict"),
+    ):
+        with pytest.raises(InputError, match=message):
+            inspect.unwrap(tif_jax.load)(path, preprocessing=wrong)
 
 
 def test_a_file_that_says_nothing(tmp_path, caplog):
@@ -192,7 +199,7 @@ def test_a_checkpoint_can_not_name_code(place, monkeypatch, reducer):
     monkeypatch.syspath_prepend(str(place))
     for name in ("shared_run.payload", "shared_run"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    save(place / "run", lively(FIELDS), FIELDS, reducer)
+    save(place / "run", lively(FIELDS), FIELDS, dict(reducer=reducer))
     with pytest.raises(InputError, match=r"run names the module shared_run\.payload, .*reducer='shared_run\.payload'"):
         tif_jax.load("run")
     assert not (place / "proof").exists()
@@ -200,6 +207,24 @@ def test_a_checkpoint_can_not_name_code(place, monkeypatch, reducer):
     options = {key: value for key, value in reducer.items() if key != "keep_ratio"}  # named by the caller
     assert tif_jax.load("run", reducer=options.pop("name"), **options)
     assert (place / "proof").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (dict(reducer=7), "no checkpoint of tif_jax"),
+        (dict(model=None), "no checkpoint of tif_jax"),
+        (dict(model=FIELDS | dict(width="16")), "width is '16'; it is a whole number"),
+        (dict(model=FIELDS | dict(family="resnet")), "family is 'resnet'"),
+        (dict(model=FIELDS | dict(wings=2)), "Unknown model fields wings"),
+        (dict(preprocessing=7), "what it says of its model is damaged"),
+        (dict(preprocessing={"std": [0.0, 1.0, 1.0]}), "run: std is"),
+    ],
+)
+def test_what_a_checkpoint_says_is_checked(place, changed, message):
+    save(place / "run", lively(FIELDS), FIELDS, changed)
+    with pytest.raises(InputError, match=message):
+        tif_jax.load("run")
 
 
 @pytest.mark.parametrize("best", ["../other", "/tmp", 7, ["x"], "."])
@@ -216,6 +241,13 @@ def test_a_name_is_no_file(place):
         tif_jax.load("deit_tiny_patch16_224")
     with pytest.raises(InputError, match="the source is None"):
         inspect.unwrap(tif_jax.load)(None)
+
+
+def test_orbax_says_nothing_when_a_checkpoint_is_loaded(place, caplog):
+    save(place / "run", lively(FIELDS), FIELDS)
+    caplog.clear()
+    tif_jax.load("run")
+    assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_what_is_fresh_is_told_by_module(tmp_path, caplog):

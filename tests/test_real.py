@@ -1,5 +1,6 @@
 """A real DeiT-Ti on real photographs. Takes minutes: bash launch/test.sh -m long tests/test_real.py"""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from reference import vit_forward
 from scipy.special import log_softmax, softmax
 
+import tif_jax
 from tif_jax import load
 from tif_jax.data import open_source
 from tif_jax.data.loader import evaluation_batches
@@ -37,6 +39,27 @@ def test_top1(data_root, weights):
     predict = jax.jit(lambda images: model(images)[0].argmax(axis=1))
     right = [(predict(b["image"]) == b["label"]) * b["weight"] for b in photographs(data_root, 50)]
     assert np.sum(right) / 500 >= 0.835
+
+
+@pytest.mark.parametrize(("described", "expected"), [(True, 0.69), (False, 0.25)])
+def test_weights_that_say_how_images_are_prepared(data_root, tmp_path, caplog, described, expected):
+    """AugReg's ViT-Ti with mean = std = 0.5, fine-tuned on Tiny-ImageNet; top-1 with no argument, of 2,000 images."""
+    path = tmp_path / "model.safetensors"
+    path.symlink_to((data_root / "vit_ti16_tiny_imagenet.safetensors").resolve())
+    if described:
+        weights = {"input_size": [3, 224, 224], "crop_pct": 0.875, "interpolation": "bicubic", "mean": [0.5] * 3}
+        weights = {
+            "architecture": "vit_tiny_patch16_224",
+            "num_classes": 200,
+            "pretrained_cfg": weights | {"std": [0.5] * 3},
+        }
+        (tmp_path / "config.json").write_text(json.dumps(weights))
+    model = tif_jax.load(path)
+    assert ("does not say how images are prepared" in caplog.text) != described
+    predict = jax.jit(lambda images: model(images)[0].argmax(axis=1))
+    folders = sorted((data_root / "tiny_imagenet" / "val").iterdir())
+    right = [predict(model.preprocess(folder.iterdir())) == label for label, folder in enumerate(folders)]
+    assert abs(np.mean(right) - expected) < 0.01
 
 
 @pytest.mark.parametrize("mask", MASKS)

@@ -78,8 +78,10 @@ def preprocess(
     return jnp.asarray(np.stack([evaluation_view(x, size, **vars(how)) for x in map(_read, _listed(images))]))
 
 
-def replaced(preprocessing: Preprocessing, given: Mapping[str, Any]) -> Preprocessing:
+def replaced(preprocessing: Preprocessing, given: Any) -> Preprocessing:
     """The same but for what is given and not None. Raises InputError for what is unknown or out of range."""
+    if not isinstance(given, Mapping) or not given.keys() <= {*PARTS}:
+        raise InputError(f"preprocessing is {given!r:.80}; it is a dict of some of {', '.join(PARTS)}")
     said = {name: value for name, value in given.items() if value is not None}
     numbers = {name: np.asarray(said[name]).tolist() for name in ("mean", "std") if name in said}
     return checked.read(Preprocessing, {**vars(preprocessing), **said, **numbers})

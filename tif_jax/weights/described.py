@@ -85,9 +85,9 @@ def metadata(said: Description, fields: Mapping[str, Any]) -> dict[str, str]:
 
 def complete(said: Description, given: Mapping[str, Any], remedy: str) -> Preprocessing:
     """What is given, else what is said, else the default. Where nobody says mean and std, a warning names what is assumed."""
-    known = {**said.preprocessing, **{part: value for part, value in given.items() if value is not None}}
-    made = replaced(Preprocessing(), known)
-    if not {"mean", "std"} <= known.keys():
+    made = replaced(replaced(Preprocessing(), said.preprocessing), given)
+    known = {*said.preprocessing, *(part for part, value in given.items() if value is not None)}
+    if not {"mean", "std"} <= known:
         assumed = ", ".join(f"{part} {getattr(made, part)}" for part in PARTS if part not in known)
         logger.warning(
             "%s does not say how images are prepared for it: assumed is %s; %s", said.origin, assumed, remedy

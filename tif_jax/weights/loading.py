@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from flax import nnx, traverse_util
 from jaxtyping import Array, Key
 
 from tif_jax import checked, reducers
-from tif_jax.data.preprocess import Preprocessing
+from tif_jax.data.preprocess import Preprocessing, replaced
 from tif_jax.errors import InputError
 from tif_jax.models import MODEL_FIELDS, Model, blueprint, check_seed, grid_of, model_fields
 from tif_jax.models.budget import AMOUNTS
@@ -71,7 +71,7 @@ def load_with_fields(
     reducer: str | None = None,
     dtype: str = "float32",
     seed: int = 0,
-    preprocessing: Mapping[str, Any] | Preprocessing | None = None,
+    preprocessing: Any = None,
     named: Collection[str] = (),
     fresh_told_at: int = logging.INFO,
     **options: Any,
@@ -85,18 +85,9 @@ def load_with_fields(
     given = {key: options.pop(key) for key in MODEL_FIELDS & options.keys()}
     given = {key: value for key, value in given.items() if value is not None}
     named = {*named, *reducers.modules_in({"name": reducer, **options})}
-    if _is_checkpoint(path):
-        params, stored = load_params(checkpoint_directory(path))
-        said, own = described.of_checkpoint(path, stored), stored["reducer"]
-        _check_facts(path, stored["model"], given)
-        fields = {**stored["model"], **given}
-        params, may_be_fresh = _resized(params, stored["model"], fields), ["reducer/", *TRAINING_HEADS]
-    else:
-        said = described.of_file(path)
-        _check_facts(said.origin, said.fields, given)
-        fields, params = pretrained.read_weights(path, said.fields, **given)
-        _check_described(said, fields, given)
-        own, may_be_fresh = {"name": "full"}, ["reducer/", *TRAINING_HEADS, *HEADS]
+    how = vars(preprocessing) if isinstance(preprocessing, Preprocessing) else preprocessing or {}
+    replaced(Preprocessing(), how)  # a mistake in it is told before the weights are read
+    fields, params, own, may_be_fresh, said = _read(path, given)
     fields["dtype"] = dtype
     reducer_name = own["name"] if reducer is None else reducer
     if reducer_name == own["name"]:
@@ -113,11 +104,40 @@ def load_with_fields(
         found |= _drawn(build, fresh, seed)
     found = {name: jnp.asarray(found[name]) for name in wanted}
     nnx.update(model, traverse_util.unflatten_dict(found, sep="/"))
-    how = vars(preprocessing) if isinstance(preprocessing, Preprocessing) else preprocessing or {}
     model.preprocessing = described.complete(said, how, _REMEDY)
     if said.class_names and len(said.class_names) == model.head.out_features:
         model.class_names = said.class_names
     return model, fields
+
+
+class _Read(NamedTuple):
+    """What a source holds. may_be_fresh: how the names begin of parameters that it may lack."""
+
+    fields: dict[str, Any]
+    params: dict[str, Any]
+    reducer: Mapping[str, Any]
+    may_be_fresh: list[str]
+    said: described.Description
+
+
+def _read(path: Path, given: Mapping[str, Any]) -> _Read:
+    """given: fields of the model that stand instead of the source's."""
+    may_be_fresh = ["reducer/", *TRAINING_HEADS]
+    if not _is_checkpoint(path):
+        said = described.of_file(path)
+        _check_facts(said.origin, said.fields, given)
+        fields, params = pretrained.read_weights(path, said.fields, **given)
+        _check_described(said, fields, given)
+        return _Read(fields, params, {"name": "full"}, [*may_be_fresh, *HEADS], said)
+    params, stored = load_params(checkpoint_directory(path))
+    own, reducer = stored.get("model"), stored.get("reducer")
+    if not isinstance(own, dict) or not isinstance(reducer, dict) or not isinstance(reducer.get("name"), str):
+        raise InputError(
+            f"{path} does not say which model and reducer its weights are of: it is no checkpoint of tif_jax"
+        )
+    _check_facts(path, own, given)
+    fields = {**own, **given}
+    return _Read(fields, _resized(params, own, fields), reducer, may_be_fresh, described.of_checkpoint(path, stored))
 
 
 def description_of(source: str | Path) -> described.Description:
