@@ -1,6 +1,11 @@
 """Images of every kind become 8-bit RGB, and files that can not be read are named."""
 
 import io
+import logging
+import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,6 +88,48 @@ def test_exif_orientation_is_applied(orientation, format):
     options = {"quality": 100, "subsampling": 0} if format == "JPEG" else {}
     data = encode(Image.fromarray(np.ascontiguousarray(stored)), format, exif=exif, **options)
     np.testing.assert_allclose(read_image(data), upright, atol=6)
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0II*", b"Exif\0\0" + bytes(range(99)), b"Exif\0\0" + b"\xff" * 9])
+@pytest.mark.parametrize("format", ["PNG", "WEBP"])
+def test_exif_that_is_damaged_is_ignored(exif, format, caplog):
+    image = picture()
+    data = encode(image, format, exif=exif, lossless=True)
+    with pytest.raises(Exception, match=r"."):  # in Pillow
+        Image.open(io.BytesIO(data)).getexif()
+    with caplog.at_level(logging.DEBUG, "tif_jax"):
+        np.testing.assert_array_equal(read_image(data, "a.img"), image)
+    assert "EXIF of a.img is damaged and ignored" in caplog.text
+
+
+@pytest.mark.parametrize("format", ["EPS", "PDF", "ICO", "TGA", "JPEG2000", "DDS", "SGI", "AVIF"])
+def test_only_the_kinds_that_are_meant_are_opened(format, tmp_path):
+    """Pillow opens them; EPS through another program."""
+    path = tmp_path / "picture.png"
+    path.write_bytes(encode(picture(), format))
+    with pytest.raises(UnreadableImage, match=r"picture\.png: not an image of a kind that is read .JPEG, ") as error:
+        read_image(path)
+    assert one_line(error)
+
+
+def test_more_pixels_than_honest_pictures_have(tmp_path):
+    data = bytearray(encode(Image.new("L", (1, 1)), "BMP"))
+    data[18:26] = struct.pack("<ii", 60_000, 3_000)  # 180 megapixels, says its header
+    with pytest.raises(UnreadableImage, match=r"big\.bmp: Image size .180000000 pixels. exceeds limit") as error:
+        read_image(bytes(data), "big.bmp")
+    assert one_line(error)
+
+
+@pytest.mark.parametrize("first, count", [(0, 300), pytest.param(10_000, 30_000, marks=pytest.mark.long)])
+def test_damaged_pictures_are_read_or_refused_in_a_line_within_2_gigabytes(first, count):
+    program = Path(__file__).with_name("damaged_pictures.py")
+    done = subprocess.run(
+        [sys.executable, program, str(first), str(count)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    read, unreadable = map(int, done.stdout.split())
+    assert read + unreadable == count and min(read, unreadable) > count / 10
+    assert "Traceback" not in done.stderr  # libtiff says a line of its own now and then
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF"])

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import resource
 from pathlib import Path
 
 import jax
@@ -61,6 +62,32 @@ def test_evaluation_view_is_timms(shape, image_size, fraction, resized):
     assert view.dtype == np.float32
     # Pillow rounds to 8 bits after each of the two passes.
     np.testing.assert_allclose(view, expected, atol=1.6 / 255 / 0.224)
+
+
+@pytest.mark.parametrize("rows, columns", [(1, 100_000), (100_000, 1), (4, 4000), (4000, 4)])
+def test_of_a_picture_of_extreme_aspect_only_what_is_seen_is_resized(rows, columns):
+    """It is seen as its middle is, which is a picture of its own that is resized whole. The longest would be 500 MB."""
+    pixels = np.random.default_rng(0).integers(100, 150, (rows, columns, 3), dtype=np.uint8)
+    top, left = max(0, rows // 2 - 8), max(0, columns // 2 - 8)
+    middle = pixels[top : top + 16, left : left + 16]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    view = evaluation_view(Image.fromarray(pixels), (32, 24), 0.875, **PLAIN)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+    expected = evaluation_view(Image.fromarray(np.ascontiguousarray(middle)), (32, 24), 0.875, **PLAIN)
+    # Columns and rows are in another order, and rounded in between.
+    np.testing.assert_allclose(view, expected, atol=2.01 / 255)
+    assert np.abs(view - expected).mean() < 0.5 / 255 < 8 / 255 < expected.std()
+
+
+def test_ordinary_pictures_are_resized_whole_as_ever(monkeypatch):
+    """The same to the bit, up to sides of 40 to 1."""
+    rng = np.random.default_rng(0)
+    for shape in ((30, 40), (40, 30), (20, 800), (800, 20)):
+        image = Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8))
+        view = evaluation_view(image, (32, 32))
+        monkeypatch.setattr("tif_jax.data.preprocess._MAX_RESIZED", math.inf)
+        np.testing.assert_array_equal(view, evaluation_view(image, (32, 32)))
+        monkeypatch.undo()
 
 
 def test_evaluation_view_of_the_models_own_size_is_the_image():

@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 
 from tif_jax.data import remote
@@ -75,6 +76,7 @@ def log_to_stderr() -> None:
         logger.setLevel(logging.INFO)
         logger.propagate = False
         logging.getLogger("absl").setLevel(logging.CRITICAL)
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # of metadata in files that can be read all the same
         _silence_abandoned_reads()
 
 

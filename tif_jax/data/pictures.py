@@ -5,6 +5,7 @@ Legend: Y rows, X columns.
 
 import io
 import logging
+import math
 import os
 from pathlib import Path
 
@@ -19,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 # What is opened, whatever a file is called. Pillow knows fifty more kinds, some through other programs (Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+
+_HUGE = 2**26  # pixels: a file that says it has more is likelier damaged than a photograph
 
 # EXIF 2.3, tag 0x0112: what makes a picture upright.
 _UPRIGHT = {
@@ -67,6 +70,15 @@ def _described(error: Exception) -> str:
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    try:
+        return _upright_rgb(image, name)
+    except MemoryError:
+        if math.prod(image.size) < _HUGE:
+            raise  # the machine's fault, not the picture's
+        raise ValueError(f"there is no memory for its {image.width} x {image.height} pixels") from None
+
+
+def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
     image.load()
     orientation = _orientation(image, name)
     if orientation in _UPRIGHT:
