@@ -1,5 +1,6 @@
 """Pictures, folders and sources of them for the tests of data."""
 
+import csv
 import io
 
 import numpy as np
@@ -37,8 +38,41 @@ def write_folders(folder):
     return folder
 
 
+def write_table(path, rows, header=("file", "label", "author")):
+    with path.open("w", newline="") as opened:
+        csv.writer(opened).writerows([header, *rows])
+
+
 def settings(folder, **options):
     return {"name": "image_folder", "root": str(folder), "test_split": "val", "image_size": 16, **options}
+
+
+def write_tfds(data_dir, version="1.0.0", labelled=True):
+    """An array_record data set `tiny`: train 7 images, test 3, grey level 20 * i, label i % 2."""
+    import tensorflow_datasets as tfds
+
+    class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version(version)
+
+        def _info(self):
+            features = {"image": tfds.features.Image()}
+            if labelled:
+                features["label"] = tfds.features.ClassLabel(names=["even", "odd"])
+            return tfds.core.DatasetInfo(
+                builder=self,
+                features=tfds.features.FeaturesDict(features),
+                supervised_keys=("image", "label") if labelled else None,
+            )
+
+        def _split_generators(self, manager):
+            return {"train": self._generate_examples(7), "test": self._generate_examples(3)}
+
+        def _generate_examples(self, count):
+            for i in range(count):
+                label = {"label": i % 2} if labelled else {}
+                yield i, {"image": Image.new("RGB", (6, 5), (20 * i,) * 3), **label}
+
+    Tiny(data_dir=str(data_dir), file_format="array_record").download_and_prepare()
 
 
 class Numbers:

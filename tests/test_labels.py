@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from pictures import PLAIN, one_line
+from pictures import PLAIN, one_line, write_table, write_tfds
 from PIL import Image
-from test_sources import write_table, write_tfds
 
 from tif_jax.commands.evaluate import accuracy
 from tif_jax.data.folder import ImageFolder

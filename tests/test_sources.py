@@ -1,21 +1,23 @@
-"""Sources: folders, tables and TFDS, the options that choose them, and what bad input is answered with."""
+"""Sources: folders and tables, the options that choose them, and what bad input is answered with."""
 
-import csv
-import json
 import math
+import os
+import re
 
 import ml_collections
 import numpy as np
 import pytest
-from pictures import Numbers, one_line, settings, write_folders
+from pictures import Numbers, one_line, picture, settings, write_folders, write_table
 from PIL import Image
+from small_shards import manifest
 
 from tif_jax.data import open_source
 from tif_jax.data.folder import ImageFolder, ImageTable
 from tif_jax.data.options import read_options
 from tif_jax.data.source import Subset, evenly_spaced
-from tif_jax.data.tfds import Tfds
 from tif_jax.errors import InputError
+from tif_jax.impact.manifest import open_manifest
+from tif_jax.impact.shards import read_impact, write_part
 
 
 @pytest.fixture
@@ -63,11 +65,6 @@ def test_bad_folders(folder):
         ImageFolder(folder, "train")
 
 
-def write_table(path, rows, header=("file", "label", "author")):
-    with path.open("w", newline="") as opened:
-        csv.writer(opened).writerows([header, *rows])
-
-
 def test_image_table_reads_paths_relative_to_the_csv(folder):
     write_table(folder / "all.csv", [("train/cat/1.JPG", 4, "x"), ("val/bee/0.JPG", 1, "y, z")])
     for source in (
@@ -88,6 +85,17 @@ def test_bad_tables(folder):
         write_table(path, [good, ("train/cat/0.JPG", label, "")])
         with pytest.raises(InputError, match=rf"bad\.csv line 3: label is '{label}'"):
             ImageTable(path)
+    for label in ("99999999", "9" * 5000):  # no string per class, and no limit of Python's
+        write_table(path, [good, ("train/cat/0.JPG", label, "")])
+        with pytest.raises(
+            InputError, match=r"bad\.csv line 3: label is '9+.*; labels are whole numbers from 0 to 999999"
+        ) as error:
+            ImageTable(path)
+        assert len(str(error.value)) < 300
+    for name in ("a" * 300 + ".jpg", "a\0b.jpg", ""):
+        write_table(path, [(name, 1, "")])
+        with pytest.raises(InputError, match=r"bad\.csv( line 2: no such image file| is not a CSV file)"):
+            ImageTable(path)
     write_table(path, [good, ("train/cat/9.JPG", 1, "")])
     with pytest.raises(InputError, match=r"bad\.csv line 3: no such image file: 'train/cat/9.JPG'"):
         ImageTable(path)
@@ -105,6 +113,42 @@ def test_bad_tables(folder):
         assert "bad.csv" in str(error.value) and one_line(error)
 
 
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n"])
+def test_tables_as_other_programs_write_them(folder, bom, end, caplog):
+    rows = ["file,label", 'train/cat/1.JPG, 4 ,"x, y"', "val/bee/0.JPG,007", "train/cat/1.JPG,4", ""]
+    (folder / "all.csv").write_bytes((bom + end.join(rows)).encode())
+    table = ImageTable(folder / "all.csv")
+    assert [(x["id"], x["label"]) for x in (table[i] for i in range(3))] == [
+        ("train/cat/1.JPG", 4), ("val/bee/0.JPG", 7), ("train/cat/1.JPG", 4)
+    ]  # fmt: skip
+    assert table.class_names == ("", "", "", "", "4", "", "", "7")
+    assert "all.csv lists 1 files more than once, the first: train/cat/1.JPG" in caplog.text
+
+
+def test_names_that_are_not_utf_8_have_ids_of_their_own(tmp_path):
+    """They come through a part of impacts, and back to the file."""
+    names = [b"caf\xe9.png", b"caf\\xe9.png", "café.png".encode(), b"\xff\xfe.png", b"a b\\.png"]
+    folder = os.fsencode(tmp_path) + b"/train/caf\xe9"
+    os.makedirs(folder)
+    for i, name in enumerate(names):
+        picture(i).save(tmp_path / "a.png")
+        os.rename(tmp_path / "a.png", folder + b"/" + name)
+    source = ImageFolder(tmp_path, "train")
+    ids = [source[i]["id"] for i in range(len(names))]
+    assert r"train/caf\xe9/caf\xe9.png" in ids and r"train/caf\xe9/caf\\xe9.png" in ids and len(set(ids)) == len(names)
+    (tmp_path / "impact").mkdir()
+    open_manifest(tmp_path / "impact", manifest(num_examples=5, num_images=5, views=1, num_parts=1, num_tokens=2))
+    columns = {name: np.arange(5) for name in ("index", "label", "prediction")} | {"view": np.zeros(5, int), "id": ids}
+    write_part(tmp_path / "impact", 1, 1, columns | {"loss": np.ones(5), "impact": np.ones((5, 2), np.float32)})
+    read = read_impact(tmp_path).id.tolist()
+    assert read == ids
+    unescaped = [
+        re.sub(rb"\\(\\|x(..))", lambda m: bytes.fromhex(m[2].decode()) if m[2] else b"\\", x.encode()) for x in read
+    ]
+    assert sorted(unescaped) == sorted(b"train/caf\xe9/" + name for name in names)
+
+
 def test_subset_is_evenly_spaced():
     assert [Subset(Numbers(), evenly_spaced(4, 10))[i]["label"] for i in range(4)] == [0, 2, 5, 7]
     assert (
@@ -120,77 +164,6 @@ def test_num_train_and_num_test_limit_the_images(folder):
     train, test = open_source(data, "train"), open_source(data, "test")
     assert [train[i]["label"] for i in range(6)] == [0, 0, 0, 1, 2, 2] and train.num_classes == 3
     assert [test[i]["id"] for i in range(len(test))] == ["val/bee/0.JPG", "val/bee/2.JPG"]
-
-
-def write_tfds(data_dir, version="1.0.0", labelled=True):
-    """An array_record data set `tiny`: train 7 images, test 3, grey level 20 * i, label i % 2."""
-    import tensorflow_datasets as tfds
-
-    class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        VERSION = tfds.core.Version(version)
-
-        def _info(self):
-            features = {"image": tfds.features.Image()}
-            if labelled:
-                features["label"] = tfds.features.ClassLabel(names=["even", "odd"])
-            return tfds.core.DatasetInfo(
-                builder=self,
-                features=tfds.features.FeaturesDict(features),
-                supervised_keys=("image", "label") if labelled else None,
-            )
-
-        def _split_generators(self, manager):
-            return {"train": self._generate_examples(7), "test": self._generate_examples(3)}
-
-        def _generate_examples(self, count):
-            for i in range(count):
-                label = {"label": i % 2} if labelled else {}
-                yield i, {"image": Image.new("RGB", (6, 5), (20 * i,) * 3), **label}
-
-    Tiny(data_dir=str(data_dir), file_format="array_record").download_and_prepare()
-
-
-def test_tfds_round_trip(tmp_path):
-    write_tfds(tmp_path)
-    source = open_source({"name": "tfds", "root": str(tmp_path), "tfds_name": "tiny", "train_split": "train"}, "train")
-    assert len(source) == 7 and source.num_classes == 2 and source.class_names == ("even", "odd")
-    examples = [source[i] for i in range(7)]
-    levels = [np.asarray(x["image"])[0, 0, 0] // 20 for x in examples]
-    assert sorted(levels) == list(range(7)) and [x["label"] for x in examples] == [v % 2 for v in levels]
-    assert examples[2]["id"] == "tiny-train.array_record-00000-of-00001__2" and examples[0]["image"].size == (6, 5)
-    part = Tfds("tiny:1.0.0", tmp_path, "train[2:5]+test")
-    assert [x["id"] for x in (part[i] for i in range(len(part)))] == [x["id"] for x in examples[2:5]] + [
-        f"tiny-test.array_record-00000-of-00001__{i}" for i in range(3)
-    ]
-
-
-def test_tfds_without_labels(tmp_path):
-    write_tfds(tmp_path, labelled=False)
-    source = Tfds("", tmp_path / "tiny" / "1.0.0", "test")
-    assert [source[i]["label"] for i in range(3)] == [-1, -1, -1] and source.num_classes == 0
-
-
-def test_bad_tfds(tmp_path):
-    for data_dir in tmp_path / "nowhere", tmp_path:
-        with pytest.raises(InputError, match=r"is not a folder|no data set prepared"):
-            Tfds("tiny", data_dir, "train")
-    write_tfds(tmp_path)
-    for split in "val", "train[7", "train[20:30]", "train[:0]":
-        with pytest.raises(InputError, match=r"split 'val'; it has: train, test|no split|no examples") as error:
-            Tfds("tiny", tmp_path, split)
-        assert one_line(error)
-    write_tfds(tmp_path, version="2.0.0")
-    with pytest.raises(InputError, match=r"tiny/1\.0\.0, tiny/2\.0\.0"):
-        Tfds("tiny", tmp_path, "train")
-    assert len(Tfds("tiny:2.0.0", tmp_path, "train")) == 7
-    folder = tmp_path / "tiny" / "2.0.0"
-    (folder / "tiny-train.array_record-00000-of-00001").unlink()
-    with pytest.raises(InputError, match=r"no such file: .*array_record-00000"):
-        Tfds("tiny:2.0.0", tmp_path, "train")
-    info = json.loads((folder / "dataset_info.json").read_text())
-    (folder / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "riegeli"}))
-    with pytest.raises(InputError, match=r"2\.0\.0 is prepared as riegeli.*file_format='array_record'"):
-        Tfds("tiny:2.0.0", tmp_path, "train")
 
 
 def test_options_come_from_a_config_dict(folder):

@@ -2,8 +2,10 @@
 
 import bisect
 import itertools
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +36,12 @@ class Tfds:
             remote.open_filesystem(str(data_dir))  # says what is missing
         with remote.failures(str(data_dir)):
             folder = _prepared_folder(name, data_dir)
-            builder: Any = tfds.builder_from_directory(str(folder))
-            info = builder.info
+            with _damage_named(folder):
+                _check_classes(json.loads((folder / "features.json").read_text()))
+                builder: Any = tfds.builder_from_directory(str(folder))
+                info = builder.info
+                self._image, self._label = _feature_names(info, tfds)
+                names = list(info.features[self._label].names) if self._label else []
         is_tfrecord = info.file_format == tfds.core.FileFormat.TFRECORD
         if not is_tfrecord and info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
             raise InputError(
@@ -44,17 +50,15 @@ class Tfds:
             )
         if not is_tfrecord and remote.is_url(data_dir):
             raise InputError(f"{folder} is prepared as array_record, which is read from local files; {remote.LOCALLY}")
+        known = ", ".join(info.splits)
         try:
             shards = info.splits[split].file_instructions
-        except ValueError as error:
-            known = ", ".join(info.splits)
+        except (ValueError, KeyError) as error:
             raise InputError(
-                f"{folder} has no split {split!r}; it has: {known}, and parts as in train[:90%]"
+                f"{folder} has no split {split!r}; it has: {known or 'none'}, and parts as in train[:90%]"
             ) from error
         if not shards:
             raise InputError(f"split {split!r} of {folder} holds no examples")
-        self._image, self._label = _feature_names(info, tfds)
-        names = info.features[self._label].names if self._label else []
         if class_index is None:
             self._outputs = list(range(len(names)))
             self.class_names: tuple[str, ...] = tuple(names)
@@ -86,8 +90,7 @@ class Tfds:
         except (InputError, WorkError, MemoryError):
             raise
         except Exception as error:  # of array_record's reader, of protobuf, of TFDS
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UnreadableImage(f"can not read {name}: the record is damaged ({reason:.200})") from error
+            raise UnreadableImage(f"can not read {name}: the record is damaged ({_described(error)})") from error
         return Example(id=name.replace(".tfrecord-", ".array_record-"), image=read_image(image, name), label=label)
 
     def _output_of(self, label: int) -> int:
@@ -102,6 +105,11 @@ def _array_records(shards: Sequence[Any]) -> Any:
     for shard in shards:
         if not os.path.isfile(shard.filename):
             raise InputError(f"no such file: {shard.filename}; prepare or copy the data set again")
+        if shard.examples_in_shard > os.path.getsize(shard.filename):
+            raise InputError(
+                f"{shard.filename} can not hold the {shard.examples_in_shard} records that dataset_info.json says; prepare "
+                "or copy the data set again"
+            )
     # Every file stays open once it has been read, and ImageNet has as many as a process may by default have open.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY:
@@ -112,7 +120,7 @@ def _array_records(shards: Sequence[Any]) -> Any:
     return ArrayRecordDataSource(shards)
 
 
-def _prepared_folder(name: str, data_dir: str | os.PathLike) -> os.PathLike:
+def _prepared_folder(name: str, data_dir: str | os.PathLike) -> Any:
     """The one folder with a dataset_info.json that the name leads to."""
     root: Any = epath.Path(data_dir) if remote.is_url(data_dir) else Path(data_dir)
     if not root.is_dir():
@@ -125,6 +133,35 @@ def _prepared_folder(name: str, data_dir: str | os.PathLike) -> os.PathLike:
         found = ", ".join(str(info.parent.relative_to(root)) for info in infos)
         raise InputError(f"{name!r} may be any of {found} under {root}; set data.tfds_name to one of them")
     return infos[0].parent
+
+
+def _check_classes(features: Any) -> None:
+    """TFDS imports whatever module features.json names: a data set is to be data, and no code."""
+    if isinstance(features, dict) and isinstance(name := features.get("pythonClassName", ""), str):
+        if name and not name.startswith("tensorflow_datasets."):
+            raise ValueError(f"features.json asks for code that is not TFDS's, {name}")
+    for inner in features.values() if isinstance(features, dict) else features if isinstance(features, list) else ():
+        _check_classes(inner)
+
+
+@contextmanager
+def _damage_named(folder: Any) -> Iterator[None]:
+    """Makes an InputError of what TFDS has against the files that describe a data set."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # of protobuf, of TFDS, of what they call
+        if remote.is_url(folder):
+            raise  # it may be the network
+        raise InputError(
+            f"{folder}: dataset_info.json or features.json is damaged ({_described(error)}); copy or prepare the data set "
+            "again"
+        ) from error
+
+
+def _described(error: Exception) -> str:
+    return f"{' '.join(str(error).split()) or type(error).__name__:.200}"
 
 
 def _feature_names(info: Any, tfds: Any) -> tuple[str, str]:
