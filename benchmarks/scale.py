@@ -143,8 +143,8 @@ def write_rows(directory: Path, num_rows: int, rows_per_part: int) -> None:
     num_parts = -(-num_rows // rows_per_part)
     manifest = Manifest(
         num_examples=num_rows, num_images=num_rows, num_tokens=196, views=1, num_parts=num_parts,
-        estimator={"name": "exact"}, mask="drop", target="label", data={}, image_size=224, preprocessing={}, backbone="",
-        versions={},
+        estimator={"name": "exact"}, mask="drop", target="label", data={}, image_size=[224, 224], preprocessing={},
+        backbone="", versions={},
     )  # fmt: skip
     open_manifest(directory, manifest)
     rng = np.random.default_rng(0)

@@ -58,6 +58,31 @@ def test_a_damaged_manifest(workdir, content):
         assert "manifest.json is damaged or not of format_version 2" in one_line(error)
 
 
+NUMBERS = ("num_examples", "num_images", "num_tokens", "views", "num_parts")
+ODD = [(name, value) for name in NUMBERS for value in ("3", [3], {}, None, True, 3.0, 0, -1, 10**12)] + [
+    *((name, value) for name in ("mask", "target", "backbone") for value in (1, None, ["drop"])),
+    *((name, value) for name in ("estimator", "data", "preprocessing", "versions") for value in (1, None, "x", [])),
+    ("image_size", 64), ("num_parts", 21), ("num_images", 11),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, value", ODD)
+def test_a_manifest_with_odd_entries(workdir, name, value):
+    """Under a seal of their own: as another program might write it."""
+    path = workdir / "impact" / "manifest.json"
+    path.write_bytes(records.text(records.opened(json.loads(path.read_text())) | {name: value}))
+    for use in (lambda: read_impact(workdir), lambda: open_manifest(workdir / "impact", manifest())):
+        with pytest.raises(InputError) as error:
+            use()
+        assert f"{name} is {value!r}" in one_line(error) or "manifest.json is damaged" in one_line(error)
+
+
+def test_a_manifest_of_a_thousand_brackets(workdir):
+    (workdir / "impact" / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match=r"manifest\.json is damaged"):
+        read_impact(workdir)
+
+
 def test_another_format_version(workdir):
     path = workdir / "impact" / "manifest.json"
     path.write_bytes(records.text(records.read(path) | {"format_version": 3}))

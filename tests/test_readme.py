@@ -132,7 +132,8 @@ def _write_checkpoint(directory: Path, model, reducer: dict) -> None:
 def _write_impact(directory: Path) -> None:
     manifest = Manifest(
         num_examples=6, num_images=6, num_tokens=16, views=1, num_parts=1, estimator={"name": "exact"}, mask="drop",
-        target="label", data={"name": "digits", "split": "train"}, image_size=16, preprocessing={}, backbone="", versions={},
+        target="label", data={"name": "digits", "split": "train"}, image_size=[16, 16], preprocessing={}, backbone="",
+        versions={},
     )  # fmt: skip
     open_manifest(directory, manifest)
     index = np.arange(6)

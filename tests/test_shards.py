@@ -270,9 +270,8 @@ def test_a_full_disk(workdir, monkeypatch):
 
 def test_streaming_holds_one_part_at_a_time(tmp_path):
     num_parts, num_rows, num_tokens = 20, 20_000, 196
-    open_manifest(
-        tmp_path, manifest(num_examples=num_rows, views=1, num_parts=num_parts, num_tokens=num_tokens, data={})
-    )
+    numbers = dict(num_examples=num_rows, num_images=num_rows, views=1, num_parts=num_parts, num_tokens=num_tokens)
+    open_manifest(tmp_path, manifest(**numbers, data={}))
     tracemalloc.start()
     for part in range(1, num_parts + 1):
         index = np.array(part_rows(num_rows, part, num_parts))

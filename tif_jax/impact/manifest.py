@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, get_origin
 
 from tif_jax.errors import InputError
 from tif_jax.runtime import files, records
@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 2  # 1 had no sha256
 
 _NAME = "manifest.json"
+_MAX_EXAMPLES, _MAX_TOKENS = 10**10, 10**6  # examples: and views of them. Both are far above what there is
 _RESTART = "choose another --workdir, or delete that folder and run `tif score`"
 
 
@@ -65,8 +66,8 @@ def read_manifest(directory: Path, expected: Mapping[str, Any] | None = None) ->
     text = files.read(path)
     try:
         manifest = records.opened(json.loads(text))
-        known = manifest["format_version"] == FORMAT_VERSION and manifest.keys() >= Manifest.__annotations__.keys()
-    except (ValueError, KeyError, TypeError):
+        known = manifest["format_version"] == FORMAT_VERSION and _is_sound(manifest)
+    except (ValueError, KeyError, TypeError, RecursionError):
         known = False
     if not known:
         raise InputError(f"{path} is damaged or not of format_version {FORMAT_VERSION}; {_RESTART}")
@@ -74,6 +75,20 @@ def read_manifest(directory: Path, expected: Mapping[str, Any] | None = None) ->
     if different := {key: (there, here) for key, (there, here) in different.items() if here is not None}:
         raise InputError(f"impact in {directory} does not match: {_listed(different)}; {_RESTART}")
     return manifest
+
+
+def _is_sound(manifest: Mapping[str, Any]) -> bool:
+    """Whether every entry is of its type, and the numbers fit each other: what is read by them must not be without end."""
+    for name, kind in Manifest.__annotations__.items():
+        kind = get_origin(kind) or kind
+        if type(manifest[name]) is not kind or (kind is int and manifest[name] < 1):
+            return False
+    num_images, num_rows = manifest["num_images"], manifest["num_images"] * manifest["views"]
+    return (
+        num_images <= manifest["num_examples"] <= _MAX_EXAMPLES
+        and manifest["num_parts"] <= num_rows <= _MAX_EXAMPLES
+        and manifest["num_tokens"] <= _MAX_TOKENS
+    )
 
 
 def _listed(different: Mapping[str, tuple[Any, Any]]) -> str:
