@@ -15,6 +15,7 @@ from tif_jax.commands.evaluate import accuracy
 from tif_jax.data.folder import ImageFolder
 from tif_jax.data.loader import training_batches
 from tif_jax.data.options import DataOptions
+from tif_jax.data.preprocess import Preprocessing
 from tif_jax.errors import InputError
 from tif_jax.experiment.schema import Evaluate, Experiment
 from tif_jax.experiment.sources import check_splits, open_for_model
@@ -27,7 +28,7 @@ class Reader(Model):
     """A model that reads the class off the grey level: right for every image whose label is its class."""
 
     def __init__(self, num_classes):
-        self.dtype = jnp.float32
+        self.dtype, self.preprocessing = jnp.float32, Preprocessing(crop_fraction=1.0, **PLAIN)
         self.head = nnx.Linear(1, num_classes, rngs=nnx.Rngs(0))
 
     def __call__(self, images):

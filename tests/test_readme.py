@@ -1,7 +1,6 @@
 """Runs the Python of README.md and docs/python.md in one namespace, with tiny files and models where it names big ones."""
 
 import itertools
-import json
 import os
 import re
 import subprocess
@@ -20,6 +19,7 @@ from tif_jax.impact import shards
 from tif_jax.impact.manifest import Manifest, open_manifest
 from tif_jax.models.names import SIZES
 from tif_jax.models.params import params_of
+from tif_jax.runtime import records
 from tif_jax.runtime.mesh import make_mesh, replicate
 from tif_jax.training.checkpoints import Checkpoints
 from tif_jax.training.state import State
@@ -116,7 +116,7 @@ def _write_files(folder: Path) -> None:
     reduced = tif_jax.create_model(RUN, reducer="tif", seed=2, **options)
     for stage in ("filter", "finetune/tif-0.25-0"):
         _write_checkpoint(run / stage, reduced, TIF)
-    (run / "report.json").write_text(json.dumps({"best": "finetune/tif-0.25-0"}))
+    records.write(run / "report.json", {"best": "finetune/tif-0.25-0"})
     _write_impact(run / "impact")
 
 
