@@ -11,10 +11,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from small_project import contents, forget_handlers, last_line, prepare, tif
+from small_project import CONFIG, contents, forget_handlers, last_line, prepare, tif
 
-from tif_jax.commands import _report, benchmark
+from tif_jax.commands import _report, benchmark, evaluate
 from tif_jax.experiment import config
+from tif_jax.runtime import records, workdir
 
 NUM = 200
 SHORT = 12  # of these in the normal suite: one of each kind of file
@@ -162,7 +163,8 @@ def test_a_look_at_an_unfinished_fine_tuning_does_not_stay_in_the_report(place, 
     folder, metrics = place / "run" / "finetune" / "full-1-0", "run/finetune/full-1-0/metrics.json"
     expected = numbers(finished / "run")
     unfinished(folder, "1")
-    assert tif("evaluate --config.reducer.name=full") == 0
+    with workdir.only_run(place / "run"):  # somebody trains on
+        assert tif("evaluate --config.reducer.name=full") == 0
     said = capsys.readouterr()
     looked = json.loads(said.out)
     assert (looked["checkpoint"]["step"], looked["checkpoint"]["of"]) == (1, 2) and "step 1 of 2" in said.err
@@ -206,3 +208,19 @@ def test_what_was_made_from_another_backbone_is_refused_or_made_again(place, cap
         shutil.rmtree(place / "run" / folder)
     assert not benchmark.is_measured(config.load("config.py"), place / "run")
     assert "benchmark.json was made from something else" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flag, same",
+    [("data.num_workers=1", True), ("data.test_split=train.csv", False), ("data.crop_fraction=0.9", False),
+     ("dtype=bfloat16", False)],
+)  # fmt: skip
+def test_other_data_are_measured_anew(tmp_path, caplog, flag, same):
+    (tmp_path / "config.py").write_text(CONFIG)
+    before, now = (
+        evaluate.settings_of(config.load(str(tmp_path / "config.py"), f)) for f in ([], [f"--config.{flag}"])
+    )
+    records.write(tmp_path / "metrics.json", {"loss": 1.0, "settings": before})
+    found = records.read_result(tmp_path / "metrics.json", {"settings": now})
+    assert (found is not None) == same
+    assert ("metrics.json was made from something else and is made again" in caplog.text) != same

@@ -67,7 +67,7 @@ def test_a_copy_below_a_name_that_can_not_be_written_to_can_be_read(place):
 
 @pytest.mark.parametrize(
     "line",
-    ["train --stage=backbone", "evaluate --stage=backbone", "benchmark", "run"],
+    ["train --stage=backbone", "benchmark", "run"],
     ids=lambda line: line.split()[0],
 )
 def test_the_second_run_is_told_who_has_the_folder(place, capsys, line):

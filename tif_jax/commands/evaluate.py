@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float
 
+from tif_jax import checked
 from tif_jax.commands import _arguments
 from tif_jax.data.loader import evaluation_batches
 from tif_jax.data.source import Source
@@ -37,9 +38,9 @@ from tif_jax.reducers import Full, Reducer
 from tif_jax.runtime import processes, records
 from tif_jax.runtime.mesh import make_mesh, replicate, shard
 from tif_jax.runtime.progress import Progress
-from tif_jax.runtime.workdir import only_run
 from tif_jax.training import losses
 from tif_jax.training.checkpoints import read_config
+from tif_jax.training.recipe import WITHOUT_EFFECT
 from tif_jax.weights.loading import load, load_with_fields
 
 KEEP_RATIOS = (0.7, 0.5, 0.25)  # of the ranking table: 137, 98 and 49 of 196 tokens
@@ -50,8 +51,8 @@ def main(argv: list[str]) -> None:
     stage = dict(choices=stages, default="finetune", help="whose checkpoint (default: finetune)")
     arguments = _arguments.parse("evaluate", __doc__, argv, stage=stage, **processes.FLAGS)
     processes.join(arguments)
-    with only_run(arguments.workdir):
-        metrics = stages[arguments.stage](arguments.config, arguments.workdir)
+    # Beside a run that is training, too: the numbers say of which step they are, and that run makes them again.
+    metrics = stages[arguments.stage](arguments.config, arguments.workdir)
     if processes.is_first():
         print(json.dumps(records.strict(metrics), indent=2))
 
@@ -60,7 +61,8 @@ def backbone(config: Experiment, workdir: Path) -> dict[str, Any]:
     """DIR/backbone/metrics.json. Like the others it says which checkpoint it belongs to."""
     directory = backbone_folder(workdir)
     checkpoint, which = standing(directory)
-    metrics = {"checkpoint": which, **_evaluate(config, load(checkpoint, dtype=config.dtype))}
+    metrics = {"checkpoint": which, "settings": settings_of(config)}
+    metrics |= _evaluate(config, load(checkpoint, dtype=config.dtype))
     records.write(directory / "metrics.json", metrics)
     return metrics
 
@@ -77,7 +79,7 @@ def finetuned(config: Experiment, workdir: Path) -> dict[str, Any]:
         directory, begun_with, made_from(config, workdir, "finetune")
     )  # else `before` is of something else
     model, _ = load_with_fields(checkpoint, dtype=config.dtype, named=config.reducer.modules)
-    metrics = {"checkpoint": which, **_evaluate(config, model)}
+    metrics = {"checkpoint": which, "settings": settings_of(config), **_evaluate(config, model)}
     metrics["keep_ratio"] = _keep_ratio(model.reducer)
     if config.data.num_validation:
         metrics["validation"] = _evaluate(config, model, "validation")
@@ -85,6 +87,12 @@ def finetuned(config: Experiment, workdir: Path) -> dict[str, Any]:
     metrics["before"] = _evaluate(config, before)
     records.write(directory / "metrics.json", metrics)
     return metrics
+
+
+def settings_of(config: Experiment) -> str:
+    """Digest of what decides on metrics beside the checkpoint: which images, and the dtype."""
+    data = {name: value for name, value in checked.to_json(config.data).items() if name not in WITHOUT_EFFECT}
+    return records.digest({"data": data, "dtype": config.dtype})
 
 
 def _evaluate(config: Experiment, model: Model, split: str = "test") -> dict[str, Any]:
@@ -153,7 +161,7 @@ def ranking_table(config: Experiment, workdir: Path) -> dict[str, Any]:
         return {"filter": filter_ranking(models[0], images), **untrained_rankings(models[0], images, config.seed)}
 
     found, _ = judge.over_batches(rank, [model], test.batches("rankings"), test.mesh)
-    metrics = {"checkpoint": which, "oracles": oracles_of(workdir)}
+    metrics = {"checkpoint": which, "settings": settings_of(config), "oracles": oracles_of(workdir)}
     metrics |= judged(model, test, found | test.fixed_rankings)
     records.write(directory / "metrics.json", metrics)
     return metrics

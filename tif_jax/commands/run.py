@@ -95,7 +95,7 @@ def _seeds(experiment: Experiment) -> range:
 def _once(
     folder: Path, stage: Callable[[Experiment, Path], object], experiment: Experiment, workdir: Path, **made_from: Any
 ) -> None:
-    """Makes FOLDER/metrics.json, unless it is there, whole, and of the checkpoint that there is now."""
-    made_from["checkpoint"] = finished(folder)[1]
+    """Makes FOLDER/metrics.json, unless it is there, whole, of the checkpoint that there is now and of these data."""
+    made_from |= {"checkpoint": finished(folder)[1], "settings": evaluate.settings_of(experiment)}
     if processes.first_says(records.read_result(folder / "metrics.json", made_from) is None):
         stage(experiment, workdir)

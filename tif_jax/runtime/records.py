@@ -25,13 +25,13 @@ _SEAL = "sha256"
 def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
     """The entries, as strict JSON has them, and their seal."""
     data = strict(data)
-    return {**data, _SEAL: _digest(data)}
+    return {**data, _SEAL: digest(data)}
 
 
 def opened(data: Any) -> dict[str, Any]:
     """The entries without their seal. Raises ValueError, in one line, if that is missing or not theirs."""
     rest = dict(data) if isinstance(data, Mapping) else {}
-    if rest.pop(_SEAL, None) != _digest(rest):
+    if rest.pop(_SEAL, None) != digest(rest):
         raise ValueError(f"its content does not have the {_SEAL} that was written with it")
     return rest
 
@@ -125,6 +125,7 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, 
     return {key: (there.get(key), here.get(key)) for key in keys if there.get(key) != here.get(key)}
 
 
-def _digest(data: Mapping[str, Any]) -> str:
+def digest(data: Mapping[str, Any]) -> str:
+    """sha256, in hexadecimal, of the data as JSON."""
     plain = json.loads(json.dumps(data))  # as it will be read: keys are strings, tuples lists
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

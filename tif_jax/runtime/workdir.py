@@ -36,7 +36,7 @@ def check_name(path: Path) -> None:
 
 @contextmanager
 def only_run(workdir: Path) -> Iterator[None]:
-    """While the block runs, no other program trains, evaluates or reports in the folder.
+    """While the block runs, no other program trains, measures speed or reports in the folder.
 
     What killed ones left unfinished there is removed. Raises InputError that says who has the folder. Of the processes of a
     run the first one holds it for all.
