@@ -25,7 +25,7 @@ class Backbone(NetworkRecipe):
 
     init_from: str = key("", "a weight file or a checkpoint; '': random weights of `model`")
     model: dict[str, Any] = key(
-        {}, "fields of the model where init_from is '', as in dict(image_size=64, patch_size=8, ...)"
+        {}, "fields of the model, as in dict(image_size=64, patch_size=8, ...); with init_from: those it does not say"
     )
     num_heads: int = key(
         0, "attention heads of a weight file, which does not say how many; 0: what timm has for its size", least=0
