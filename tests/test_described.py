@@ -21,6 +21,7 @@ from tif_jax.errors import InputError
 from tif_jax.experiment import config as config_file
 from tif_jax.models.model import carried
 from tif_jax.models.params import params_of
+from tif_jax.runtime import records
 from tif_jax.training.checkpoints import Checkpoints
 from tif_jax.training.state import State
 
@@ -227,12 +228,21 @@ def test_what_a_checkpoint_says_is_checked(place, changed, message):
         tif_jax.load("run")
 
 
-@pytest.mark.parametrize("best", ["../other", "/tmp", 7, ["x"], "."])
-def test_a_report_can_not_lead_out_of_its_workdir(place, best):
+@pytest.mark.parametrize(
+    ("best", "message"),
+    [
+        ("../other", "run/report.json: best is '../other', no folder of this workdir"),
+        ("/tmp", "best is '/tmp', no folder"),
+        (7, "best is 7, no folder"),
+        (["x"], "best is .*, no folder"),
+        (".", "no checkpoint in run"),
+        ("full-1-0", "no checkpoint in run"),
+    ],
+)
+def test_a_report_can_not_lead_out_of_its_workdir(place, best, message):
     save(place / "other", lively(FIELDS), FIELDS)
-    (place / "run").mkdir()
-    (place / "run" / "report.json").write_text(json.dumps({"best": best}))
-    with pytest.raises(InputError, match=r"report\.json"):
+    records.write(place / "run" / "report.json", {"best": best})
+    with pytest.raises(InputError, match=message):
         tif_jax.load("run")
 
 
