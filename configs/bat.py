@@ -1,7 +1,7 @@
 """BAT (Long et al., CVPR 2023): DeiT-S on ImageNet-1k, for accelerators.
 
-    tif run --config configs/bat.py:300 --workdir runs/bat_300    # keep ratio 0.7, 300 epochs from scratch
-    tif run --config configs/bat.py:30 --workdir runs/bat_30      # DeiT-S fine-tuned for 30 epochs, keep ratio 0.5
+    tif run --config bat:300 --workdir runs/bat_300    # keep ratio 0.7, 300 epochs from scratch
+    tif run --config bat:30 --workdir runs/bat_30      # DeiT-S fine-tuned for 30 epochs, keep ratio 0.5
                                                                   # or --config.reducer.keep_ratio=0.6 ... 0.2
 
 Published (the authors' logs): 79.58 % top-1 with `300`; 79.30, 79.02, 78.65, 77.82, 76.39 % with `30` at 0.6, 0.5 ... 0.2.

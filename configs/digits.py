@@ -1,6 +1,6 @@
 """The whole pipeline on a CPU, with nothing to download: handwritten digits among fragments of other digits.
 
-tif run --config configs/digits.py --workdir runs/digits
+tif run --config digits --workdir runs/digits
 
 Measured results, and for which recipe, are in docs/results.md.
 """

@@ -1,6 +1,6 @@
 """DynamicViT (Rao et al., NeurIPS 2021): DeiT-S and B on ImageNet-1k fine-tuned for 30 epochs, for accelerators.
 
-    tif run --config configs/dynamic_vit.py:small --workdir runs/dynamic_vit_small    # or base; keep ratio 0.7
+    tif run --config dynamic_vit:small --workdir runs/dynamic_vit_small    # or base; keep ratio 0.7
                                                                                       # or --config.reducer.keep_ratio
 
 Published (the authors' table) at 0.7: small 79.32, base 81.43 % top-1.

@@ -1,8 +1,8 @@
 """EViT (Liang et al., ICLR 2022): DeiT-S on ImageNet-1k, for accelerators.
 
-    tif run --config configs/evit.py:300 --workdir runs/evit_300  # keep ratio 0.7, 300 epochs from scratch
+    tif run --config evit:300 --workdir runs/evit_300  # keep ratio 0.7, 300 epochs from scratch
                                                                   # or 300_0.9, 300_0.8, 300_0.6, 300_0.5
-    tif run --config configs/evit.py:30 --workdir runs/evit_30    # DeiT-S fine-tuned for 30 epochs, keep ratio 0.7
+    tif run --config evit:30 --workdir runs/evit_30    # DeiT-S fine-tuned for 30 epochs, keep ratio 0.7
                                                                   # or another --config.reducer.keep_ratio
 
 Published (the authors' table), from scratch at 0.9, 0.8 ... 0.5: 79.8, 79.8, 79.5, 78.9, 78.5 % top-1, and with

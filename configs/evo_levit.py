@@ -1,6 +1,6 @@
 """Evo-LeViT (Xu et al., AAAI 2022) on ImageNet-1k, from scratch with a teacher, for accelerators.
 
-    tif run --config configs/evo_levit.py:256 --workdir runs/evo_levit_256    # or 128s, 128, 192, 384; 256_384, 384_384
+    tif run --config evo_levit:256 --workdir runs/evo_levit_256    # or 128s, 128, 192, 384; 256_384, 384_384
 
 Published (the authors' table): 128s 73.0, 128 74.4, 192 76.8, 256 78.8, 384 80.7 % top-1; at 384 pixels 256 81.1, 384 82.2 %.
 From the authors' repository: slow tokens are selected before every block until epoch 200, with theta at rest, and then once

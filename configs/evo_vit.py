@@ -1,6 +1,6 @@
 """Evo-ViT (Xu et al., AAAI 2022): DeiT-Ti, S and B on ImageNet-1k, from scratch, for accelerators.
 
-    tif run --config configs/evo_vit.py:small --workdir runs/evo_vit_small    # or tiny, base, small_384, base_384
+    tif run --config evo_vit:small --workdir runs/evo_vit_small    # or tiny, base, small_384, base_384
 
 Published (the authors' table): tiny 72.0, small 79.4, base 81.3, base_384 82.0 % top-1; none of small_384.
 Everything is from the authors' repository: slow tokens are selected before every block from block 4 until epoch 200 and

@@ -1,7 +1,7 @@
 """TIF and its baselines: the DeiT family on ImageNet-1k, for accelerators.
 
-    tif run --config configs/imagenet.py:deit_small --workdir runs/imagenet_small    # or deit_tiny, deit_base
-    tif run --config configs/imagenet.py:deit_small_plain --workdir runs/plain_small    # the filter alone
+    tif run --config imagenet:deit_small --workdir runs/imagenet_small    # or deit_tiny, deit_base
+    tif run --config imagenet:deit_small_plain --workdir runs/plain_small    # the filter alone
 
 Impact is scored, the token filter fitted, and every reducer fine-tuned for 30 epochs by the same recipe, at the cost of
 keeping half of the patches. The recipe is ours: nothing is known of the paper's, and no accuracy. Learning rates and

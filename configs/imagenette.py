@@ -1,11 +1,11 @@
 """Real photographs and a real DeiT-Ti: ten ImageNet classes (Imagenette) under the checkpoint's 1000-way head.
 
-    tif run --config configs/imagenette.py --workdir runs/imagenette [--config.quick=true]
-    tif run --config configs/imagenette.py:plain --workdir runs/plain    # the filter alone, from the labels' loss
-    tif run --config configs/imagenette.py:peers --workdir runs/peers    # all methods at one budget of multiply-adds
+    tif run --config imagenette --workdir runs/imagenette [--config.quick=true]
+    tif run --config imagenette:plain --workdir runs/plain    # the filter alone, from the labels' loss
+    tif run --config imagenette:peers --workdir runs/peers    # all methods at one budget of multiply-adds
     python -m benchmarks.filters --judge "all classes: configs/imagenette.py:photographs" ...    # read there
-    tif run --config configs/imagenette.py:scratch --workdir runs/scratch              # no checkpoint: a small ViT, on a CPU
-    tif run --config configs/imagenette.py:scratch_deit_tiny --workdir runs/scratch    # the size of DeiT-Ti, on a GPU
+    tif run --config imagenette:scratch --workdir runs/scratch              # no checkpoint: a small ViT, on a CPU
+    tif run --config imagenette:scratch_deit_tiny --workdir runs/scratch    # the size of DeiT-Ti, on a GPU
 
 `data.root` holds imagenette/{train,val}/<wnid>/*.JPEG and deit_tiny_patch16_224.safetensors; it defaults to $TIF_DATA, or
 ../shared/data. The classes were in the checkpoint's pre-training set: this is re-training with fewer tokens, no transfer.

@@ -1,6 +1,6 @@
 """ToSA (Singh et al., CVPR workshops 2024): DeiT-Ti and S on ImageNet-1k in two stages, for accelerators.
 
-    tif run --config configs/tosa.py:small --workdir runs/tosa_small    # or tiny; keep ratio 0.8
+    tif run --config tosa:small --workdir runs/tosa_small    # or tiny; keep ratio 0.8
                                                                         # or --config.reducer.keep_ratio
 
 **Nothing here is the paper's.** Neither its training nor one of its accuracies is known to us; the recipe is ours. First the

@@ -11,10 +11,12 @@ if TYPE_CHECKING:
     from tif_jax.impact.shards import read_impact as read_impact
     from tif_jax.models import create_model as create_model
     from tif_jax.models.cost import cost as cost
+    from tif_jax.runtime.version import __version__ as __version__
     from tif_jax.weights.loading import load as load
 
 # Where each name is. It is imported when it is first used, so that the program can heed signals before JAX is there.
 _WHERE = {
+    "__version__": "runtime.version",
     "InputError": "errors",
     "WorkError": "errors",
     "cost": "models.cost",
@@ -24,6 +26,8 @@ _WHERE = {
     "read_impact": "impact.shards",
     "token_impact": "impact.oracle",
 }
+
+__all__ = [name for name in _WHERE if name != "__version__"]
 
 
 def __getattr__(name: str):

@@ -1,4 +1,4 @@
-"""`tif COMMAND --config FILE[:ARG] [--config.KEY=VALUE ...] --workdir DIR`; the same as `python -m tif_jax COMMAND ...`.
+"""`tif COMMAND --config NAME|FILE[:ARG] [--config.KEY=VALUE ...] --workdir DIR`; the same as `python -m tif_jax COMMAND ...`.
 
 Exit status: 0 done; 1 the work failed; 2 what the user gave is wrong; 75 stopped by SIGTERM, 130 by Ctrl-C: run it again.
 
@@ -8,9 +8,11 @@ Signals are heeded before JAX is imported, which takes a while: what is imported
 import difflib
 import errno
 import importlib
+import importlib.metadata
 import multiprocessing
 import os
 import pkgutil
+import platform
 import select
 import sys
 import traceback
@@ -20,6 +22,7 @@ from typing import NoReturn
 from tif_jax import commands
 from tif_jax.errors import InputError, Preempted, WorkError
 from tif_jax.runtime import preemption
+from tif_jax.runtime.version import __version__
 
 _HELP = ("--help", "-h", "help")
 _BAD_WORKDIR = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
@@ -91,7 +94,15 @@ def _run(argv: list[str]) -> int:
         if len(argv) < 2:
             print(_help.usage(names), file=sys.stdout if argv else sys.stderr)
             return 0 if argv else 2
-        return _run([argv[1], "--help"]) if argv[1] in names else _help.help_on(argv[1], names)
+        if argv[1] in names:
+            return _run([argv[1], "--help"])
+        print(_help.help_on(argv[1], argv[2:], names))
+        return 0
+    if argv[0] == "--version":
+        versions = {name: importlib.metadata.version(name) for name in ("jax", "flax")}
+        besides = ", ".join(f"{name} {version}" for name, version in versions.items())
+        print(f"tif_jax {__version__} ({besides}, Python {platform.python_version()})")
+        return 0
     name, rest = argv[0], argv[1:]
     if name not in names:
         nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)

@@ -29,8 +29,8 @@ def parse(command: str, description: str, argv: list[str], **flags: dict) -> arg
     parser.add_argument(
         "--config",
         required=True,
-        metavar="FILE[:ARG]",
-        help="--config.KEY=VALUE overrides a value of it; `tif --help config` lists the keys",
+        metavar="NAME|FILE[:ARG]",
+        help="--config.KEY=VALUE overrides a value of it; `tif help config` lists names and keys",
     )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where results go and earlier ones are")
     for name, options in flags.items():

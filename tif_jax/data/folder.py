@@ -115,7 +115,8 @@ def as_id(file: str) -> str:
 def _splits(root: Path, split: str) -> list[str]:
     """The folders of a root, of which `split` must be one."""
     if not root.is_dir():
-        raise InputError(f"data.root {root} is not a folder; it must hold root/split/class/image.jpg")
+        seen_from = "" if root.is_absolute() else f", seen from {Path.cwd()}"
+        raise InputError(f"data.root {root} is not a folder{seen_from}; it must hold root/split/class/image.jpg")
     splits = _folders(root)
     if split not in splits:
         raise InputError(f"{root} has no split folder {split!r}; it has: {', '.join(splits) or 'no folders'}")

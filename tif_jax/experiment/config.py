@@ -1,8 +1,8 @@
-"""Reading an experiment: `--config FILE[:ARG] [--config.KEY=VALUE ...]`.
+"""Reading an experiment: `--config NAME|FILE[:ARG] [--config.KEY=VALUE ...]`.
 
-A config file has one function get_config(arg) that returns an ml_collections.ConfigDict of plain data. It says what
-differs from the defaults in `schema`. With `--config.quick=true` the values of its `when_quick` apply, too. The command
-line has the last word.
+NAME is one of the configs that come with the program (`packaged`). A config file has one function get_config(arg) that
+returns an ml_collections.ConfigDict of plain data. It says what differs from the defaults in `schema`. With
+`--config.quick=true` the values of its `when_quick` apply, too. The command line has the last word.
 """
 
 import dataclasses
@@ -11,14 +11,13 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from tif_jax import checked
 from tif_jax.errors import InputError
-from tif_jax.experiment import checks
+from tif_jax.experiment import checks, packaged
 from tif_jax.experiment.preprocessing import resolved
 from tif_jax.experiment.reducer_entry import ReducerEntry, option_kinds, read_entry
 from tif_jax.experiment.schema import Experiment
@@ -29,7 +28,7 @@ Settings = dict[str, Any]
 
 
 def load(filename: str, overrides: list[str] | tuple[str, ...] = ()) -> Experiment:
-    """The experiment of FILE[:ARG] and `--config.KEY=VALUE` overrides. Raises InputError for anything amiss."""
+    """The experiment of NAME|FILE[:ARG] and `--config.KEY=VALUE` overrides. Raises InputError for anything amiss."""
     return from_settings(_file_settings(filename), overrides)
 
 
@@ -210,15 +209,14 @@ def _merged(settings: Mapping[str, Any], changes: Any) -> Settings:
 
 
 def _file_settings(filename: str) -> Settings:
-    path, _, arg = filename.partition(":")
-    if not Path(path).is_file():
-        raise InputError(f"no config file {path}")
+    given, _, arg = filename.partition(":")
+    path = packaged.path_of(given)
     spec = importlib.util.spec_from_file_location("config", path)
     if spec is None or spec.loader is None:
         raise InputError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    folder = str(Path(path).parent.absolute())
-    sys.path.insert(0, folder)  # configs of one folder may share a file
+    folders = [str(path.parent.absolute()), str(packaged.FOLDER)]
+    sys.path[:0] = folders  # configs of one folder may share a file, and a copy of ours shares ours
     try:
         spec.loader.exec_module(module)
         if not hasattr(module, "get_config"):
@@ -231,7 +229,8 @@ def _file_settings(filename: str) -> Settings:
     except Exception as error:
         raise InputError(f"{filename}: {type(error).__name__}: {' '.join(str(error).split())}") from None
     finally:
-        sys.path.remove(folder)
+        for folder in folders:
+            sys.path.remove(folder)
     if not isinstance(config, ConfigDict):
         raise InputError(f"{filename}: get_config returns a {type(config).__name__}; it must be a ConfigDict")
     return checked.plain(config.to_dict())

@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict
 
 from tif_jax.errors import InputError
 from tif_jax.runtime import files, processes
+from tif_jax.runtime.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ def strict(data: Any) -> Any:
 
 def versions() -> dict[str, str]:
     """Of the software that results depend on."""
-    return {name: importlib.metadata.version(name) for name in ("jax", "flax", "tif_jax")}
+    return {name: importlib.metadata.version(name) for name in ("jax", "flax")} | {"tif_jax": __version__}
 
 
 def read(path: Path, remedy: str = "delete it and run the same command again") -> Any:
