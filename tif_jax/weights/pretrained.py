@@ -168,7 +168,7 @@ def _read_pth(path: Path) -> dict[str, np.ndarray]:
 
 
 def _damaged(path: Path, error: Exception) -> InputError:
-    reason = str(error).split("\n")[0]
+    reason = str(error).split("\n")[0][:200]  # zipfile quotes the names that it finds, whatever they are
     return InputError(f"{path} is damaged or no {path.suffix} file ({reason}); copy or download it again")
 
 

@@ -73,7 +73,7 @@ def read_torch(path: Path) -> Any:
     except InputError:
         raise
     except Exception as error:  # whatever a parser of untrusted bytes trips over means that the file is damaged
-        reason = str(error).split("\n")[0]
+        reason = str(error).split("\n")[0][:200]
         raise InputError(
             f"{path} is damaged or no PyTorch file ({type(error).__name__}: {reason}); copy or download it again"
         ) from error
