@@ -1,0 +1,148 @@
+"""timm's own ViT-like models: each loads as what it is, or is refused. Needs timm and PyTorch."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+from cases import write_safetensors
+
+from tif_jax.errors import InputError
+from tif_jax.models import with_defaults
+from tif_jax.weights import pretrained, timm_levit, timm_vit
+from tif_jax.weights.loading import load
+
+pytestmark = pytest.mark.long
+# timm's modules of networks with attention; the rest have convolutions alone.
+MODULES = re.compile("vit|vision_transformer|deit|beit|eva|coat|volo|pit|tnt|swin|hiera|twins|nest|gemma|qwen|deepseek")
+ASKED = {"vit_base_patch16_gap_224"}  # has SigLIP's names and shapes, but more heads
+
+
+@pytest.fixture(scope="module")
+def timm():
+    pytest.importorskip("torch")
+    return pytest.importorskip("timm")
+
+
+def truth(model):
+    """What of a timm model names and shapes do not say, by our names; None for what no model of ours is."""
+    kind = type(model).__name__
+    if kind.startswith("Levit"):
+        (activation,) = {type(module).__name__ for module in model.modules()} & {"Hardswish", "SiLU", "GELU", "ReLU"}
+        return {"activation": {"Hardswish": "hard_swish", "SiLU": "silu"}.get(activation)}
+    parts = [
+        (type(b).__name__, type(b.attn).__name__, type(b.mlp).__name__, type(b.norm1).__name__) for b in model.blocks
+    ]
+    if kind not in ("VisionTransformer", "VisionTransformerDistilled"):
+        return None
+    if set(parts) != {("Block", "Attention", "Mlp", "LayerNorm")}:
+        return None
+    block, has_fc_norm = model.blocks[0], type(model.fc_norm).__name__ == "LayerNorm"
+    (activation,) = {type(b.mlp.act).__name__ + str(getattr(b.mlp.act, "approximate", "")) for b in model.blocks}
+    gelu = {"GELUnone": "exact", "GELUTanh": "tanh", "GELUtanh": "tanh"}.get(activation)
+    pool = {("token", False): "class", ("avg", True): "mean", ("avg", False): "normed_mean"}
+    return {
+        "num_heads": block.attn.num_heads,
+        "pool": pool.get((model.global_pool, has_fc_norm)),
+        "gelu": gelu,
+        "norm_eps": block.norm1.eps,
+        "image_size": model.patch_embed.img_size,
+    }
+
+
+def fields_of(tensors):
+    """What is read off tensors of these names and shapes, whatever their values."""
+    layout = timm_levit if timm_levit.is_levit(tensors) else timm_vit
+    headless = not {"head.weight", "head.linear.weight"} & tensors.keys()
+    fields = layout.infer_fields(tensors, **{"num_classes": 7} if headless else {})
+    layout.to_params(tensors, fields)
+    return with_defaults(fields)
+
+
+def test_every_model_is_read_as_what_it_is_or_refused(timm):
+    import torch
+
+    modules = timm.models._registry._model_to_module
+    names = [name for name in timm.list_models() if MODULES.search(modules[name])]
+    loaded, refused, wrong = [], [], {}
+    for name in names:
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        kinds = {torch.int64: np.int64, torch.bool: np.bool_}
+        tensors = {
+            key: np.broadcast_to(np.ones((), kinds.get(tensor.dtype, np.float32)), tuple(tensor.shape))
+            for key, tensor in model.state_dict().items()
+            if not key.endswith(pretrained._NO_WEIGHTS)
+        }
+        try:
+            fields = fields_of(tensors)
+        except InputError as error:
+            assert "\n" not in str(error)
+            refused.append(name)
+            continue
+        expected = truth(model)
+        height, width = (fields["image_size"],) * 2 if isinstance(fields["image_size"], int) else fields["image_size"]
+        found = fields | {"image_size": (height, width)}
+        loaded.append(name)
+        if expected is None or {key: found[key] for key in expected} != expected:
+            wrong[name] = expected and {
+                key: (found[key], value) for key, value in expected.items() if found[key] != value
+            }
+    print(f"{len(names)} models: {len(loaded)} load, {len(refused)} are refused")
+    assert not wrong
+    assert len(names) > 500 and len(loaded) >= 107 and ASKED <= set(refused)
+
+
+MODELS = {  # what timm is told, and `load`
+    "deit_tiny_patch16_224": ({}, {}),
+    "deit_tiny_patch16_224, rectangular": (dict(img_size=(224, 256)), dict(image_size=(224, 256))),
+    "deit_tiny_distilled_patch16_224": ({}, {}),
+    "deit3_small_patch16_224": ({}, {}),
+    "vit_small_patch14_dinov2": (dict(img_size=224, num_classes=5), {}),
+    "vit_small_patch14_reg4_dinov2": (dict(img_size=224, num_classes=5), {}),
+    "test_vit": ({}, {}),
+    "flexivit_small": ({}, {}),
+    "vit_wee_patch16_reg1_gap_256": ({}, {}),
+    "vit_medium_patch16_gap_240": ({}, {}),
+    "vit_base_patch16_siglip_gap_224": (dict(num_classes=5), dict(num_heads=12)),
+    "vit_base_patch32_siglip_gap_256": (dict(num_classes=5), {}),
+    "vit_base_patch16_gap_224": (dict(num_classes=5), dict(num_heads=16)),
+    "deit_tiny_patch16_224, token pooling with fc_norm": (dict(fc_norm=True), dict(pool="class")),
+    "deit_tiny_patch16_224, mean pooling without fc_norm": (
+        dict(global_pool="avg", fc_norm=False),
+        dict(pool="normed_mean"),
+    ),
+    "deit_tiny_patch16_224, mean pooling": (dict(global_pool="avg"), {}),
+    "deit_tiny_patch16_224, tanh": (dict(act_layer="gelu_tanh"), dict(gelu="tanh")),
+    "deit_tiny_patch16_224, twelve heads": (dict(num_heads=12), dict(num_heads=12)),
+    "levit_128s": ({}, {}),
+    "levit_256d": ({}, {}),
+    "levit_conv_512": ({}, {}),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_timms(timm, tmp_path, name):
+    import torch
+
+    torch.manual_seed(0)
+    told, given = MODELS[name]
+    theirs = timm.create_model(name.split(",")[0], **told).eval()
+    with torch.no_grad():
+        for key, tensor in theirs.state_dict().items():
+            if tensor.dtype == torch.float32:
+                around = (
+                    1.0 if key.endswith(("norm.weight", "norm1.weight", "norm2.weight", "bn.weight", "var")) else 0.0
+                )
+                spread = np.prod(tensor.shape[1:]) ** -0.5 if tensor.ndim > 1 and "token" not in key else 0.2
+                tensor.copy_(around + spread * torch.randn(tensor.shape).clip(-2, 2))
+    tensors = {key: tensor.numpy() for key, tensor in theirs.state_dict().items()}
+    model = load(write_safetensors(tmp_path / "w.safetensors", tensors), **given)
+    x = np.random.default_rng(0).standard_normal((2, *model.image_size, 3)).astype(np.float32)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(x.transpose(0, 3, 1, 2).copy())).numpy()
+    logits = jax.jit(lambda x: model(x)[0])(x)
+    print(
+        f"{name}: logits to {np.abs(expected).max():.1f}, the largest difference {np.abs(logits - expected).max():.1e}"
+    )
+    np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
