@@ -10,6 +10,7 @@ from reference_levit import levit_forward, random_levit_tensors
 from test_timm_vit import images, predict, tiny
 
 from tif_jax.errors import InputError
+from tif_jax.models import with_defaults
 from tif_jax.models.levit import LeViT
 from tif_jax.weights import pretrained, timm_levit, timm_vit
 from tif_jax.weights.loading import load
@@ -67,9 +68,9 @@ def test_a_rectangle_comes_back_from_our_own_file(grid):
     fields = timm_vit.infer_fields(tensors, image_size=size, **HEADS)
     params = timm_vit.to_params(tensors, fields)
     back, needed = pretrained.to_tensors(params, fields)
-    assert needed == {"image_size": size, "num_heads": 2}
+    assert needed["image_size"] == size and needed["num_heads"] == 2
     again = timm_vit.infer_fields(back, **needed)
-    assert again == fields
+    assert with_defaults(again) == with_defaults(fields)
     np.testing.assert_array_equal(timm_vit.to_params(back, again)["position_embedding"], tensors["pos_embed"])
 
 
