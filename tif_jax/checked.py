@@ -212,6 +212,18 @@ def kind_text(kind: Any) -> str:
     return " or ".join(dict.fromkeys(_one_kind_text(each) for each in _alternatives(kind)))
 
 
+def is_plain(kind: Any) -> bool:
+    """Whether `value_of` knows the values of an annotation."""
+    kinds = [
+        part for each in _alternatives(kind) for part in (typing.get_args(each) or (each,)) if part is not Ellipsis
+    ]
+    containers = {typing.get_origin(each) for each in _alternatives(kind)} - {None}
+    known = {*_PLAIN, Any, dict, Mapping}
+    return containers <= {tuple, Sequence, dict, Mapping} and all(
+        part in known if not typing.get_args(part) else is_plain(part) for part in kinds
+    )
+
+
 def _described(kind: Any, allowed: Range) -> str:
     return str(allowed) if allowed.choices else f"it is {', '.join(filter(None, [kind_text(kind), str(allowed)]))}"
 

@@ -29,6 +29,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
 
+from tif_jax import checked
 from tif_jax.errors import InputError
 from tif_jax.reducers.full import Full as Full
 from tif_jax.tokens import Tokens
@@ -76,7 +77,7 @@ def build(
     required = {k for k, p in allowed.items() if p.default is p.empty}
     if missing := sorted(required - set(given)):
         raise InputError(f"Reducer {name!r} needs {', '.join(missing)}")
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}  # as a stored config has them
+    given = {k: _typed(allowed[k].annotation, v, k) for k, v in given.items()}
     if (then := given.get("then")) is not None:
         if not isinstance(then, Mapping) or "name" not in then:
             said = dict(then) if isinstance(then, Mapping) else then
@@ -102,6 +103,13 @@ def modules_in(description: Any) -> Iterator[str]:
     elif isinstance(description, list | tuple):
         for value in description:
             yield from modules_in(value)
+
+
+def _typed(kind: Any, value: Any, where: str) -> Any:
+    """The value as the annotation has it, tuples for the lists of a stored config. What is no plain kind is left alone."""
+    if kind is inspect.Parameter.empty or not checked.is_plain(kind):
+        return tuple(value) if isinstance(value, list) else value
+    return checked.value_of(kind, value, where)
 
 
 def _parameters(name: str) -> dict[str, inspect.Parameter]:
