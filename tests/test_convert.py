@@ -272,7 +272,6 @@ def sources(place):
     write_tiny(place / "data" / "tiny" / "1.0.0")
     (place / "folder").mkdir()
     (place / "notes.txt").write_text("")
-    (place / ".killed.partial").mkdir()
     fields = dict(image_size=16, patch_size=8, width=64, depth=1, num_heads=1, num_classes=3)
     save(place / "run", lively(fields), fields)
 
