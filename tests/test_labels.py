@@ -224,6 +224,21 @@ def test_a_label_that_is_none_ends_evaluation_and_training(monkeypatch, label, c
             batches.close()
 
 
+def test_classes_in_another_order_than_the_models(tmp_path):
+    folders(tmp_path, {"cat": 0, "dog": 1})
+    model = Reader(2)
+    for names in (None, ("cat", "dog"), ("hound", "tom")):  # others' names for them say nothing of the order
+        model.class_names = names
+        assert open_for_model(experiment(tmp_path), "test", model).class_names == ("cat", "dog")
+    model.class_names = ("dog", "cat")
+    with pytest.raises(
+        InputError, match=r"class folder 'cat' would be class 0, and the model's class 'cat' is 1"
+    ) as error:
+        open_for_model(experiment(tmp_path), "test", model)
+    assert one_line(error)
+    assert open_for_model(experiment(tmp_path, class_index={"cat": 1, "dog": 0}), "test", model)[0]["label"] == 1
+
+
 def test_class_index_beyond_the_head_and_none_at_all(tmp_path):
     folders(tmp_path, {"cat": 0, "dog": 1})
     with pytest.raises(InputError, match=r"data\.class_index\.emu is 20; the model has classes 0\.\.19"):

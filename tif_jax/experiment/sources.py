@@ -28,6 +28,7 @@ def open_for_model(experiment: Experiment, split: str, model: Model, labelled: b
     options, num_classes = experiment.data, model.head.out_features
     source = data.open_source(options, split)
     _check_numbers(options, split, source, num_classes)
+    _check_names(options, source, model)
     _warn_of_classes(options, split, source)
     return Labelled(_with_labels(options, split, source), num_classes, _name(options, split)) if labelled else source
 
@@ -76,6 +77,18 @@ def _check_numbers(options: DataOptions, split: str, source: data.Source, num_cl
         f"{options.root} has {source.num_classes} {_CLASS_OF[options.name]}s and the model {num_classes} classes: say in "
         f"data.class_index which {_CLASS_OF[options.name]} is which class"
     )
+
+
+def _check_names(options: DataOptions, source: data.Source, model: Model) -> None:
+    """Whether classes that model and data call the same are the same output. A table's numbers are no names."""
+    if options.class_index or options.name == "image_table" or not model.class_names:
+        return
+    for output, name in enumerate(source.class_names):
+        if name in model.class_names and model.class_names[output] != name:
+            raise InputError(
+                f"{_CLASS_OF[options.name]} {name!r} would be class {output}, and the model's class {name!r} is "
+                f"{model.class_names.index(name)}: say in data.class_index which {_CLASS_OF[options.name]} is which class"
+            )
 
 
 def _numbers_of_the_other_table(options: DataOptions, split: str) -> set[str]:
