@@ -20,7 +20,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from tif_jax import commands
-from tif_jax.errors import InputError, Preempted, WorkError
+from tif_jax.errors import InputError, Preempted, WorkError, is_shortage
 from tif_jax.runtime import preemption
 from tif_jax.runtime.version import __version__
 
@@ -83,7 +83,14 @@ def _outcome(name: str, argv: list[str]) -> int:
         if error.errno in _DISK_FULL:
             full = error.filename or "a file was cut short"
             return _fail(name, f"{error.strerror}: {full}; make room and run the same command again", 1)
+        if error.errno == errno.ENAMETOOLONG:
+            return _fail(name, f"{error.strerror}: {str(error.filename)[:100]}...", 2)
         raise
+    except (MemoryError, RuntimeError) as error:  # JAX's are RuntimeErrors
+        if not is_shortage(error):
+            raise
+        remedy = "what is finished is intact: take smaller batches, or a machine with more memory"
+        return _fail(name, f"{str(error)[:200] or 'out of memory'}; {remedy}", 1)
 
 
 def _run(argv: list[str]) -> int:

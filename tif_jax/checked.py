@@ -49,7 +49,8 @@ class Range(NamedTuple):
             return all(map(self.has, value))
         if isinstance(value, bool) or not isinstance(value, int | float):
             return True
-        return (math.isfinite(value) or (self.infinite and value == math.inf)) and (
+        finite = isinstance(value, int) or math.isfinite(value)  # a whole number may be too long for isfinite
+        return (finite or (self.infinite and value == math.inf)) and (
             (self.least is None or value >= self.least)
             and (self.most is None or value <= self.most)
             and (self.above is None or value > self.above)
@@ -104,7 +105,7 @@ def read(kind: type[Section], settings: Any, where: str = "") -> Section:
     """
     settings = plain(settings)
     if not isinstance(settings, dict):
-        raise InputError(f"{where} is {settings!r}; it is a dict of {', '.join(kinds_of(kind))}")
+        raise InputError(f"{where} is {shown(settings)}; it is a dict of {', '.join(kinds_of(kind))}")
     kinds = kinds_of(kind)
     for name in settings:
         if name not in kinds:
@@ -140,12 +141,12 @@ def value_of(kind: Any, value: Any, where: str, allowed: Range = _ANY) -> Any:
         return read(kind, value, where)  # type: ignore[arg-type, type-var]
     fitting = [found for each in _alternatives(kind) if (found := _as(each, value)) is not _UNFIT]
     if not fitting:
-        example = f", as in ({value!r},)" if kind == tuple[str, ...] and isinstance(value, str) else ""
-        raise InputError(f"{where} is {value!r}; {_described(kind, allowed)}{example}")
+        example = f", as in ({shown(value)},)" if kind == tuple[str, ...] and isinstance(value, str) else ""
+        raise InputError(f"{where} is {shown(value)}; {_described(kind, allowed)}{example}")
     if not allowed.has(fitting[0]):
         unlike = isinstance(value, float) and not math.isfinite(value) and not allowed.infinite
         remedy = f"; {allowed.advice}" if allowed.advice else ""
-        raise InputError(f"{where} is {value!r}; {_described(kind, allowed)}{', and finite' * unlike}{remedy}")
+        raise InputError(f"{where} is {shown(value)}; {_described(kind, allowed)}{', and finite' * unlike}{remedy}")
     return fitting[0]
 
 
@@ -170,7 +171,7 @@ def from_text(kind: Any, text: str, where: str) -> Any:
     for candidate in candidates:
         if any(_as(each, candidate) is not _UNFIT for each in alternatives):
             return candidate
-    raise InputError(f"{where} is {text!r}; it is {kind_text(kind)}")
+    raise InputError(f"{where} is {shown(text)}; it is {kind_text(kind)}")
 
 
 def keys(kind: type, where: str = "") -> Iterator[Key]:
@@ -200,7 +201,16 @@ def unknown_key(path: str, known: Collection[str]) -> InputError:
     level = {".".join(name.split(".")[: depth + 1]) for name in known}
     nearest = difflib.get_close_matches(".".join(parts[: depth + 1]), sorted(level), n=1, cutoff=0.0)
     hint = f"; the nearest is {nearest[0]!r}" if nearest else ""
-    return InputError(f"config has no key {path!r}{hint}")
+    return InputError(f"config has no key {shown(path)}{hint}")
+
+
+def shown(value: Any, length: int = 200) -> str:
+    """The value as an error has it: its repr, of a long one the beginning and the end."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no whole number of more than 4,300 digits
+        text = f"a {type(value).__name__} too long to print"
+    return text if len(text) <= length else f"{text[: length - 25]} ... {text[-20:]}"
 
 
 def dotted(where: str, name: str) -> str:
@@ -262,7 +272,7 @@ def _as(kind: Any, value: Any) -> Any:
     if isinstance(value, bool):
         return value if kind is bool else _UNFIT
     if kind is float and isinstance(value, int):
-        return float(value)
+        return float(value) if abs(value) < 2**1023 else _UNFIT
     return value if isinstance(kind, type) and isinstance(value, kind) else _UNFIT
 
 

@@ -14,3 +14,10 @@ class Preempted(BaseException):
 
     Like KeyboardInterrupt no `Exception`: it may be raised anywhere, and is not what a failure there would mean.
     """
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether the machine ran short of memory or threads, so that the error says nothing of what was worked on."""
+    return isinstance(error, MemoryError) or any(
+        sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "can't start new thread")
+    )

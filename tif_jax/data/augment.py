@@ -133,12 +133,15 @@ def _policy(text: str) -> _Policy:
         match = re.fullmatch(r"(m|mstd|p)([0-9]+(?:[.][0-9]+)?)", part) or re.fullmatch(r"(n|inc)([0-9]+)", part)
         if not match or float(match[2]) > _MOST[match[1]]:
             raise InputError(
-                f"rand_augment is {text!r} with the part {part!r}; it is made of m (magnitude, 0 to 10), mstd (its standard "
-                "deviation, 0 to 100), n (operations, 0 to 100), p (probability of each) and inc1, as in 'm9-mstd0.5-inc1'"
+                f"rand_augment is {checked.shown(text)} with the part {checked.shown(part)}; it is made of m (magnitude, 0 "
+                "to 10), mstd (its standard deviation, 0 to 100), n (operations, 0 to 100), p (probability of each) and "
+                "inc1, as in 'm9-mstd0.5-inc1'"
             )
         values[match[1]] = float(match[2])
     if not values.pop("inc", 0):
-        raise InputError(f"rand_augment is {text!r}; only operations of increasing severity are known: add '-inc1'")
+        raise InputError(
+            f"rand_augment is {checked.shown(text)}; only operations of increasing severity are known: add '-inc1'"
+        )
     return _Policy(**values)
 
 

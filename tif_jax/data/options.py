@@ -25,19 +25,30 @@ class DataOptions:
     train_split: str = key("train", "a folder's name, a CSV file's name, or a split of TFDS, also 'train[:90%]'")
     test_split: str = key("test", "where the test images are, as train_split says where the training images are")
     num_train: int = key(
-        0, "how many training images at most, evenly spaced; 0: all. digits: how many canvases, at least 1", least=0
+        0,
+        "how many training images at most, evenly spaced; 0: all. digits: how many canvases, at least 1",
+        least=0,
+        below=2**31,
     )
     num_test: int = key(
-        0, "how many test images at most, evenly spaced; 0: all. digits: how many canvases, at least 1", least=0
+        0,
+        "how many test images at most, evenly spaced; 0: all. digits: how many canvases, at least 1",
+        least=0,
+        below=2**31,
     )
     num_validation: int = key(
-        0, "how many training images, evenly spaced, are kept out of training to choose models on; 0: none", least=0
+        0,
+        "how many training images, evenly spaced, are kept out of training to choose models on; 0: none",
+        least=0,
+        below=2**31,
     )
     class_index: dict[str, int] | None = key(
         None,
         "class -> output of the head; a class is a folder, a label of a table, or a label (name or number) of TFDS",
     )
-    image_size: int | tuple[int, int] = key(224, "pixels of an image: (rows, columns), or one number for both", least=1)
+    image_size: int | tuple[int, int] = key(
+        224, "pixels of an image: (rows, columns), or one number for both", least=1, most=2**14
+    )
     crop_fraction: float | None = key(
         None, f"share of the resized image that the evaluation view shows; {_ELSE} 0.875", above=0, most=1
     )

@@ -1,9 +1,11 @@
 """What a config says that does not fit together: found before anything runs, not after hours."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import psutil
 from flax import nnx
 
 from tif_jax import checked
@@ -11,6 +13,7 @@ from tif_jax.errors import InputError
 from tif_jax.experiment.reducer_entry import ReducerEntry, check_options, default_of, option_kinds, phases_of
 from tif_jax.experiment.schema import Experiment
 from tif_jax.models import blueprint
+from tif_jax.models.build import grid_of, with_defaults
 from tif_jax.models.cost import cost
 from tif_jax.models.params import params_of
 from tif_jax.training import optim
@@ -29,12 +32,31 @@ def check(experiment: Experiment) -> None:
     for where, entry in _entries(experiment):
         check_options(entry, where)
         _check_then(entry)
+    _check_memory(experiment)
     _check_phases(experiment)
     _check_shared_parts(experiment)
     if any(entry.name in _LABELLED for _, entry in _entries(experiment)) and label_ratio(experiment) == 1:
         raise InputError(
             "filter.keep_ratio is 1, or what tif keeps is: with all tokens worth keeping there is nothing to learn"
         )
+
+
+def _check_memory(experiment: Experiment) -> None:
+    """Raises InputError for a ViT whose parameters, or attention within one image, exceed the memory of this machine."""
+    fields, memory = experiment.backbone.model, psutil.virtual_memory().total
+    if experiment.backbone.init_from or not fields or fields.get("family", "vit") != "vit":
+        return
+    fields = with_defaults(fields)
+    num_patches = math.prod(grid_of(fields))
+    needs = {
+        "its parameters": 4 * fields["depth"] * 12 * fields["width"] ** 2,
+        "the attention within an image": 4 * fields["num_heads"] * num_patches**2,
+    }
+    for what, size in needs.items():
+        if size > memory:
+            raise InputError(
+                f"backbone.model needs {size / 1e9:.3g} GB for {what} alone; this machine has {memory / 1e9:.3g} GB"
+            )
 
 
 def label_ratio(experiment: Experiment) -> float | None:

@@ -69,7 +69,7 @@ def _read(settings: Settings) -> Experiment:
     if isinstance(benchmark, dict):
         entries = benchmark.get("reducers", (reducer,))
         if not isinstance(entries, tuple):
-            raise InputError(f"benchmark.reducers is {entries!r}; it is a tuple of names and dicts")
+            raise InputError(f"benchmark.reducers is {checked.shown(entries)}; it is a tuple of names and dicts")
         read = tuple(_benchmark_entry(entry, i, reducer) for i, entry in enumerate(entries))
         settings["benchmark"] = {**benchmark, "reducers": read}
     for where in ("backbone", "finetune"):
@@ -93,7 +93,7 @@ def _benchmark_entry(entry: Any, number: int, reducer: ReducerEntry) -> ReducerE
 def _model_fields(fields: Any, where: str, settings: Settings) -> Settings:
     """Fields of a model, of the right type and in range."""
     if not isinstance(fields, dict):
-        raise InputError(f"{where} is {fields!r}; it is a dict of fields of a model")
+        raise InputError(f"{where} is {checked.shown(fields)}; it is a dict of fields of a model")
     return check_fields(fields, _family(settings), where)
 
 
@@ -101,7 +101,7 @@ def _family(settings: Settings) -> str:
     model = (settings.get("backbone") or {}).get("model") or {}
     family = model.get("family", "vit")
     if family not in FAMILIES:
-        raise InputError(f"backbone.model.family is {family!r}; allowed: {', '.join(map(repr, FAMILIES))}")
+        raise InputError(f"backbone.model.family is {checked.shown(family)}; allowed: {', '.join(map(repr, FAMILIES))}")
     return family
 
 
@@ -114,14 +114,18 @@ def _overrides(arguments: list[str] | tuple[str, ...]) -> Iterator[tuple[str, st
     for argument in waiting:
         match = re.fullmatch(r"--?(no)?config\.([^=]+)(?:=(.*))?", argument, re.DOTALL)
         if not match:
-            raise InputError(f"unexpected {argument!r}; a value of the config is given as --config.KEY=VALUE")
+            raise InputError(
+                f"unexpected {checked.shown(argument)}; a value of the config is given as --config.KEY=VALUE"
+            )
         no, path, text = match.groups()
         if no:
             text = "false"
         elif text is None:
             text = next(waiting, None)
             if text is None or text.startswith("-"):
-                raise InputError(f"--config.{path} has no value; a value of the config is given as --config.KEY=VALUE")
+                raise InputError(
+                    f"--config.{path[:200]} has no value; a value of the config is given as --config.KEY=VALUE"
+                )
         yield path, text
 
 
@@ -197,7 +201,7 @@ def _known_keys(settings: Settings) -> dict[str, Any]:
 def _merged(settings: Mapping[str, Any], changes: Any) -> Settings:
     """The settings with these changes, which may be nested."""
     if not isinstance(changes, Mapping):
-        raise InputError(f"when_quick is {changes!r}; it is a dict of what --config.quick=true changes")
+        raise InputError(f"when_quick is {checked.shown(changes)}; it is a dict of what --config.quick=true changes")
     merged = dict(settings)
     for name, value in changes.items():
         nested = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from pathlib import Path
+import os
 
 from tif_jax import data
 from tif_jax.data.preprocess import PARTS
@@ -25,7 +25,7 @@ def resolved(experiment: Experiment) -> Experiment:
     """
     options, weights = experiment.data, experiment.backbone.init_from
     how = options.preprocessing
-    if weights and Path(weights).exists():
+    if weights and os.path.exists(weights):  # also False for what can be no path
         said = description_of(weights)
         given = {part: getattr(options, part) for part in PARTS}
         for part, value in said.preprocessing.items():

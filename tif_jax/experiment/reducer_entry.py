@@ -94,7 +94,8 @@ def read_entry(settings: Any, where: str, taken_over: Mapping[str, Any] | None =
     """
     own = {"name": settings} if isinstance(settings, str) else checked.plain(settings)
     if not isinstance(own, dict) or not isinstance(own.get("name"), str):
-        raise InputError(f"{where} is {settings!r}; it is a name, or a dict as in dict(name='evit', keep_ratio=0.5)")
+        example = "a name, or a dict as in dict(name='evit', keep_ratio=0.5)"
+        raise InputError(f"{where} is {checked.shown(settings)}; it is {example}")
     name = own.pop("name")
     kinds = option_kinds(name, where)
     for key in own:
@@ -109,7 +110,9 @@ def read_entry(settings: Any, where: str, taken_over: Mapping[str, Any] | None =
     budget = None
     if "budget" in given:
         if not solvable:
-            raise InputError(f"{where}.budget is {given['budget']!r}, but {name!r} has no amount to solve for")
+            raise InputError(
+                f"{where}.budget is {checked.shown(given['budget'])}, but {name!r} has no amount to solve for"
+            )
         budget = checked.value_of(float, given["budget"], f"{where}.budget", checked.Range(above=0))
         if amounts := sorted(key for key in AMOUNTS if options.get(key) is not None):
             raise InputError(f"{where} has a budget and {', '.join(amounts)}; a budget stands instead of them")
@@ -152,7 +155,9 @@ def _option(kind: Any, value: Any, where: str) -> Any:
     """An option as its annotation has it; `then` is a reducer of its own."""
     if where.endswith(".then"):
         if value is not None and not isinstance(value, Mapping):
-            raise InputError(f"{where} is {value!r}; it is a dict, as in dict(name='evo_vit', keep_ratio=0.5)")
+            raise InputError(
+                f"{where} is {checked.shown(value)}; it is a dict, as in dict(name='evo_vit', keep_ratio=0.5)"
+            )
         return None if value is None else read_entry(value, where).described
     return checked.value_of(kind, value, where)
 

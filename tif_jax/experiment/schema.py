@@ -8,14 +8,16 @@ import dataclasses
 import re
 from typing import Any
 
+from tif_jax import checked
 from tif_jax.checked import key, section
 from tif_jax.data.options import DataOptions
 from tif_jax.errors import InputError
 from tif_jax.experiment.reducer_entry import ReducerEntry
 from tif_jax.impact.oracle import ESTIMATORS, MASKS, TARGETS, check_options
-from tif_jax.training.recipe import FreshViews, NetworkRecipe, Recipe, Sharding
+from tif_jax.training.recipe import MOST_EPOCHS, MOST_IMAGES, FreshViews, NetworkRecipe, Recipe, Sharding
 
 DTYPES = ("float32", "bfloat16")
+MOST_SAMPLES = 10**5
 _ANY_SEED = dict(least=0, below=2**31)
 
 
@@ -51,12 +53,16 @@ class Score:
         "label: loss with the true label; teacher: divergence from the unmasked network's prediction",
         choices=TARGETS,
     )
-    num_samples: int = key(16, "sampled only: random masks of each image", least=1)
+    num_samples: int = key(16, "sampled only: random masks of each image", least=1, most=MOST_SAMPLES)
     keep_ratio: float = key(0.5, "sampled only: expected fraction of tokens that a random mask leaves", above=0, most=1)
-    views: int = key(1, "views of each image that are scored: the evaluation view, then augmented ones", least=1)
-    num_images: int = key(0, "how many training images are scored, evenly spaced; 0: all", least=0)
-    batch_size: int = key(32, "images at once", least=1)
-    chunk: int = key(0, "masked images at once on a device; 0: what suits and fits into its memory", least=0)
+    views: int = key(
+        1, "views of each image that are scored: the evaluation view, then augmented ones", least=1, most=1000
+    )
+    num_images: int = key(0, "how many training images are scored, evenly spaced; 0: all", least=0, below=2**31)
+    batch_size: int = key(32, "images at once", least=1, most=MOST_IMAGES)
+    chunk: int = key(
+        0, "masked images at once on a device; 0: what suits and fits into its memory", least=0, most=MOST_IMAGES
+    )
     dtype: str = key(
         "", "what the network computes in; '': float32 for exact and on CPUs, else bfloat16", choices=("", *DTYPES)
     )
@@ -64,9 +70,9 @@ class Score:
 
     def __post_init__(self):
         self.oracle_options(self.target)
-        match = re.fullmatch(r"(\d+)/(\d+)", self.part)
+        match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", self.part)
         if self.part and not (match and 1 <= int(match[1]) <= int(match[2])):
-            raise InputError(f"part is {self.part!r}; it is K/N with 1 <= K <= N, as in 3/64")
+            raise InputError(f"part is {checked.shown(self.part)}; it is K/N with 1 <= K <= N, as in 3/64")
 
     def oracle_options(self, target: str, num_samples: int | None = None) -> dict[str, Any]:
         """Arguments of the oracle for a target. InputError where they contradict each other."""
@@ -83,7 +89,7 @@ class Score:
 class Filter(Recipe):
     """What is fitted before fine-tuning while the backbone rests: tif's token filter to impact, tosa's selectors."""
 
-    num_epochs: float = key(6.0, "epochs", above=0)
+    num_epochs: float = key(6.0, "epochs", above=0, most=MOST_EPOCHS)
     labels: str = key(
         "top",
         "a token is worth keeping if it is among an image's best, above rho nats, or above the data's quantile rho",
@@ -108,7 +114,7 @@ class Filter(Recipe):
 class Adapter(Recipe):
     """tif's adapter, fitted behind its filter while the rest of the network rests."""
 
-    num_epochs: float = key(4.0, "epochs", above=0)
+    num_epochs: float = key(4.0, "epochs", above=0, most=MOST_EPOCHS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,15 +127,17 @@ class Distillation:
         choices=("", "soft", "hard"),
     )
     teacher: str = key("", "a checkpoint or weight file; '': the unreduced backbone")
-    logits_weight: float = key(0.5, "weight of the loss against the teacher's prediction", least=0)
-    tokens_weight: float = key(0.5, "soft only: weight of the loss against the teacher's output tokens", least=0)
+    logits_weight: float = key(0.5, "weight of the loss against the teacher's prediction", least=0, most=1e6)
+    tokens_weight: float = key(
+        0.5, "soft only: weight of the loss against the teacher's output tokens", least=0, most=1e6
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Finetune(NetworkRecipe):
     """The whole network with its reducer."""
 
-    num_epochs: float = key(10.0, "epochs", above=0)
+    num_epochs: float = key(10.0, "epochs", above=0, most=MOST_EPOCHS)
     model: dict[str, Any] = key({}, "fields of the model that differ from the backbone's, as in dict(class_head=True)")
     phases: tuple[dict, ...] = key((), "dict(until=EPOCH, OPTION=...): the reducer's options before that epoch")
     distillation: Distillation = section(Distillation)
@@ -149,18 +157,20 @@ class Finetune(NetworkRecipe):
 class Evaluate:
     """How checkpoints and rankings are judged on test images."""
 
-    batch_size: int = key(64, "images at once, over all devices of all processes", least=1)
+    batch_size: int = key(64, "images at once, over all devices of all processes", least=1, most=MOST_IMAGES)
     num_images: int = key(
-        500, "test images that both oracles score for the report's table of rankings; 0: all", least=0
+        500, "test images that both oracles score for the report's table of rankings; 0: all", least=0, below=2**31
     )
-    num_samples: int = key(8, "random masks of each of them, by which its impact is measured", least=1)
+    num_samples: int = key(
+        8, "random masks of each of them, by which its impact is measured", least=1, most=MOST_SAMPLES
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
     """Which reducers stand in the report, and how their speed is measured."""
 
-    batch_size: int = key(64, "images at once, over all devices of this process", least=1)
+    batch_size: int = key(64, "images at once, over all devices of this process", least=1, most=MOST_IMAGES)
     dtype: str = key("float32", "what the network computes in while its speed is measured", choices=DTYPES)
     reducers: tuple[ReducerEntry, ...] = key(
         (),

@@ -77,7 +77,7 @@ def _job(experiment: Experiment, directory: Path, workdir: Path, split: str, tar
         data=experiment.data,
         rows=rows,
         parts=parts,
-        batch_size=options.batch_size,
+        batch_size=min(options.batch_size, len(rows)),  # the rest would be black pictures
         seed=experiment.seed,
         chunk=options.chunk or None,
         options=of_oracle,

@@ -29,9 +29,14 @@ _DEFAULTS = {
     for name, family in FAMILIES.items()
 }
 MODEL_FIELDS = frozenset({"family"}).union(*_DEFAULTS.values())
-# Of fields; the numbers of all others begin with 1.
+# Of fields; of all others `_COUNT`. What is beyond is a slip, and would end in a lack of memory.
+_COUNT = checked.Range(least=1, most=2**20)
 _RANGES = {
-    "num_registers": checked.Range(least=0),
+    "image_size": checked.Range(least=1, most=2**14),
+    "width": checked.Range(least=1, most=2**16),
+    "depth": checked.Range(least=1, most=1000),
+    "depths": checked.Range(least=1, most=1000),
+    "num_registers": checked.Range(least=0, most=2**12),
     "drop_path": checked.Range(least=0, below=1),
     "layer_scale": checked.Range(above=0),
     "norm_eps": checked.Range(above=0),
@@ -57,7 +62,7 @@ def check_fields(fields: Any, family: str, where: str = "") -> dict[str, Any]:
             raise checked.unknown_key(f"{where}.{unknown[0]}", [f"{where}.{known}" for known in kinds])
         raise InputError(f"Unknown model fields {', '.join(unknown)}. Known: {', '.join(sorted(_DEFAULTS[family]))}")
     found = {name: dtype_name(value) if name == "dtype" else value for name, value in fields.items()}
-    ranges = {name: _RANGES.get(name, checked.Range(least=1)) for name in found}
+    ranges = {name: _RANGES.get(name, _COUNT) for name in found}
     return {
         name: checked.value_of(kinds[name], v, checked.dotted(where, name), ranges[name]) for name, v in found.items()
     }

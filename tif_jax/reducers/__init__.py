@@ -118,6 +118,8 @@ def _parameters(name: str) -> dict[str, inspect.Parameter]:
 
 
 def _constructor(name: str) -> Any:
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise InputError(f"{checked.shown(name)} is no name of a reducer, nor of a module: 'package.module'")
     path = name if "." in name else f"{__name__}.{name}"
     class_name = "".join(word.capitalize() for word in path.rpartition(".")[2].split("_"))
     try:
@@ -129,5 +131,5 @@ def _constructor(name: str) -> Any:
             raise  # a mistake inside the file
         raise InputError(f"No class {class_name} in a module {path} that can be imported from here") from error
     raise InputError(
-        f"Unknown reducer {name!r}. Known: {', '.join(known())}, or a module of your own, 'package.module'"
+        f"Unknown reducer {checked.shown(name)}. Known: {', '.join(known())}, or a module of your own, 'package.module'"
     )

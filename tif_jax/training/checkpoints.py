@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
-from tif_jax.errors import InputError, WorkError
+from tif_jax.errors import InputError, WorkError, is_shortage
 from tif_jax.models.params import Params
 from tif_jax.runtime import files, processes, records, workdir
 from tif_jax.runtime.digests import checksum, is_divided
@@ -149,6 +149,8 @@ def load_params(directory: str | Path) -> tuple[Params, dict[str, Any]]:
         )
         arrays, config = _read(folder, {item: abstract})
     except Exception as error:  # `_Damaged`, or what Orbax raises for a damaged folder
+        if is_shortage(error):
+            raise
         raise _is_damaged(folder, error) from None
     if (which := identity(config))["step"] < which["of"]:
         logger.warning("%s is of step %d of %d: its stage is not finished", folder, which["step"], which["of"])
@@ -174,6 +176,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         return _config_of(folder)
     except Exception as error:
+        if is_shortage(error):
+            raise
         raise _is_damaged(folder, error) from None
 
 
@@ -209,6 +213,8 @@ def _read(
             _shapes(folder / name)  # a later reader that has no template needs them
             arrays[name] = _array_reader().restore(folder / name, tree)
     except Exception as error:  # Orbax raises many kinds for a damaged folder
+        if is_shortage(error):  # the checkpoint may be whole
+            raise
         damage = _first_line(error)
     if not all_say(damage is None):
         raise _Damaged(damage or "as another process found")

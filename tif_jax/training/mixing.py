@@ -18,8 +18,10 @@ from tif_jax.checked import key
 class Mixing:
     """How batches are mixed; by default not at all. InputError on values that are not allowed."""
 
-    mixup: float = key(0.0, "alpha of mixup: shares are drawn from Beta(alpha, alpha); 0: no mixup", least=0)
-    cutmix: float = key(0.0, "alpha of CutMix: shares are drawn from Beta(alpha, alpha); 0: no CutMix", least=0)
+    mixup: float = key(0.0, "alpha of mixup: shares are drawn from Beta(alpha, alpha); 0: no mixup", least=0, most=1e6)
+    cutmix: float = key(
+        0.0, "alpha of CutMix: shares are drawn from Beta(alpha, alpha); 0: no CutMix", least=0, most=1e6
+    )
     switch: float = key(0.5, "probability of CutMix, else mixup, where both are on", least=0, most=1)
     probability: float = key(1.0, "probability that a batch is mixed", least=0, most=1)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from tif_jax import checked
 from tif_jax.errors import InputError
 
 Table = tuple[tuple[str, Any], ...]
@@ -26,8 +27,8 @@ def match(table: Table, params: Mapping[str, Any], default: Any) -> Any:
     for pattern, _ in table:
         try:
             re.compile(pattern)
-        except (re.error, TypeError):
-            raise InputError(f"{pattern!r} is no regular expression for parameter paths") from None
+        except (re.error, TypeError, OverflowError, RecursionError):
+            raise InputError(f"{checked.shown(pattern)} is no regular expression for parameter paths") from None
 
     def value(path, _leaf):
         for pattern, matched in table:
@@ -39,7 +40,7 @@ def match(table: Table, params: Mapping[str, Any], default: Any) -> Any:
     tree = jax.tree_util.tree_map_with_path(value, dict(params))
     if unused := [pattern for pattern, _ in table if pattern not in used and not pattern.startswith("^reducer/")]:
         raise InputError(
-            f"no parameter path matches {', '.join(map(repr, unused))}, or an earlier pattern takes them all"
+            f"no parameter path matches {', '.join(map(checked.shown, unused))}, or an earlier pattern takes them all"
         )
     return tree
 
@@ -84,6 +85,8 @@ def adamw(
     before first_step. decay_factors: (pattern, factor) of the weight decay; without one it is 0 for biases, scales, tokens
     and position embeddings, 1 for the rest. Both are tables as `match` takes them.
     """
+    if num_steps >= 2**31:
+        raise InputError(f"training takes {num_steps} steps; at most 2147483647 can be counted: fewer epochs will do")
     if not 0 <= warmup_steps < num_steps:
         raise InputError(f"warmup_steps is {warmup_steps}; allowed: 0 to num_steps - 1 = {num_steps - 1}")
     if not 0 < layer_decay <= 1:
