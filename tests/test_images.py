@@ -87,7 +87,9 @@ def test_exif_orientation_is_applied(orientation, format):
     exif[0x0112] = orientation
     options = {"quality": 100, "subsampling": 0} if format == "JPEG" else {}
     data = encode(Image.fromarray(np.ascontiguousarray(stored)), format, exif=exif, **options)
-    np.testing.assert_allclose(read_image(data), upright, atol=6)
+    read = read_image(data)
+    np.testing.assert_allclose(read, upright, atol=6)
+    np.testing.assert_array_equal(read_image(read), read)  # not turned again
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0II*", b"Exif\0\0" + bytes(range(99)), b"Exif\0\0" + b"\xff" * 9])

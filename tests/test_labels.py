@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import re
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from tif_jax.data.loader import training_batches
 from tif_jax.data.options import DataOptions
 from tif_jax.data.preprocess import Preprocessing
 from tif_jax.errors import InputError
-from tif_jax.experiment.schema import Evaluate, Experiment
+from tif_jax.experiment.schema import Backbone, Evaluate, Experiment
 from tif_jax.experiment.sources import check_splits, open_for_model
 from tif_jax.models import Model
 
@@ -237,6 +238,22 @@ def test_classes_in_another_order_than_the_models(tmp_path):
         open_for_model(experiment(tmp_path), "test", model)
     assert one_line(error)
     assert open_for_model(experiment(tmp_path, class_index={"cat": 1, "dog": 0}), "test", model)[0]["label"] == 1
+
+
+@pytest.mark.parametrize("names, how", [
+    (("9", "10", "11"), r"by their numbers .9, 10, 11"), (("n10", "n2", "n9"), "as text .n10, n2, n9"),
+    (("n1", "n2", "n3"), None), (("08", "09", "10"), None),
+])  # fmt: skip
+def test_an_order_that_other_programs_have_otherwise(tmp_path, caplog, names, how):
+    """Of folders 1 ... 102 torchvision makes 1, 10, 100, and timm 1, 2, 3."""
+    folders(tmp_path, {name: i for i, name in enumerate(names)})
+    ours, imported = Reader(3), dataclasses.replace(experiment(tmp_path), backbone=Backbone(init_from="weights.pth"))
+    named = Reader(3)
+    named.class_names = names
+    for of, model, warned in ((experiment(tmp_path), ours, None), (imported, named, None), (imported, ours, how)):
+        caplog.clear()
+        assert open_for_model(of, "test", model).class_names == names
+        assert bool(caplog.records) == bool(warned) and (not warned or re.search(warned, caplog.text)), caplog.text
 
 
 def test_class_index_beyond_the_head_and_none_at_all(tmp_path):

@@ -34,6 +34,8 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
+_NOTES = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # where Pillow keeps the orientation
+
 AnyImage = str | os.PathLike | bytes | np.ndarray | Image.Image
 
 
@@ -83,6 +85,8 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
     orientation = _orientation(image, name)
     if orientation in _UPRIGHT:
         image = image.transpose(_UPRIGHT[orientation])
+        for note in _NOTES:
+            image.info.pop(note, None)
     if image.mode.startswith("I"):
         image = Image.fromarray(_to_8_bit(np.asarray(image)))
     elif image.mode == "F":

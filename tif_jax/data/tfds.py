@@ -3,6 +3,7 @@
 import bisect
 import itertools
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,9 @@ from tif_jax.data.pictures import read_image
 from tif_jax.data.source import Example, UnreadableImage
 from tif_jax.data.tfrecord import TFRecords
 from tif_jax.errors import InputError, WorkError
+from tif_jax.runtime import once
+
+logger = logging.getLogger(__name__)
 
 
 class Tfds:
@@ -170,4 +174,8 @@ def _feature_names(info: Any, tfds: Any) -> tuple[str, str]:
     features = dict(info.features)
     if not isinstance(features.get(image), tfds.features.Image):
         raise InputError(f"data set {info.name} has no image feature {image!r}; it has: {', '.join(features)}")
-    return image, label if isinstance(features.get(label), tfds.features.ClassLabel) else ""
+    if label in features and not isinstance(features[label], tfds.features.ClassLabel):
+        kind = type(features[label]).__name__
+        once.warn(logger, f"labels of data set {info.name} are not read: feature {label!r} is a {kind}, no ClassLabel")
+        return image, ""
+    return image, label if label in features else ""

@@ -1,6 +1,7 @@
 """The images of an experiment, checked against the model that sees them."""
 
 import logging
+import re
 from contextlib import suppress
 from functools import cache
 
@@ -29,6 +30,8 @@ def open_for_model(experiment: Experiment, split: str, model: Model, labelled: b
     source = data.open_source(options, split)
     _check_numbers(options, split, source, num_classes)
     _check_names(options, source, model)
+    if experiment.backbone.init_from and not model.class_names:
+        _warn_of_order(options, source)
     _warn_of_classes(options, split, source)
     return Labelled(_with_labels(options, split, source), num_classes, _name(options, split)) if labelled else source
 
@@ -89,6 +92,22 @@ def _check_names(options: DataOptions, source: data.Source, model: Model) -> Non
                 f"{_CLASS_OF[options.name]} {name!r} would be class {output}, and the model's class {name!r} is "
                 f"{model.class_names.index(name)}: say in data.class_index which {_CLASS_OF[options.name]} is which class"
             )
+
+
+def _warn_of_order(options: DataOptions, source: data.Source) -> None:
+    """Programs differ in whether 10 comes after 9, and a head without names does not tell how its folders were sorted."""
+    names = list(source.class_names)
+    if options.name == "image_folder" and not options.class_index and sorted(names) != sorted(names, key=_by_numbers):
+        how = "as text" if names == sorted(names) else "by their numbers"
+        once.warn(
+            logger,
+            f"class folders of {options.root} are sorted {how} ({', '.join(names[:3])}, ...), and nothing tells how those of "
+            f"the weights were: if otherwise, say so in data.class_index",
+        )
+
+
+def _by_numbers(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", name)]
 
 
 def _numbers_of_the_other_table(options: DataOptions, split: str) -> set[str]:
