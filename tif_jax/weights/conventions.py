@@ -81,7 +81,7 @@ def pool_fits(pool: str, tensors: Tensors) -> None:
 
 def _num_heads(tensors: Tensors, known: Mapping[str, Any], averaged: bool) -> int:
     width, depth = known["width"], known["depth"]
-    ask = "the file does not say the number of heads; give num_heads"
+    ask = "the file does not say the number of heads; give num_heads, or a config.json beside the file that says it"
     if (width, depth) not in NUM_HEADS or (width == 1536 and known["class_token"]):
         raise InputError(f"{depth} blocks of width {width} are none of timm's sizes, and {ask}")
     if width == 384 and known["class_token"] and not tensors["pos_embed"][0, 0].any():

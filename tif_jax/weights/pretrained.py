@@ -161,7 +161,8 @@ def _read_pth(path: Path) -> dict[str, np.ndarray]:
         )
     if len(held) > 1 and held[0].endswith("ema") and not held[-1].endswith("ema"):
         logger.warning(
-            "%s holds the weights of the last step (%s) and their moving average (%s): the average is taken, as timm does",
+            "%s holds the weights of the last step (%s) and their moving average (%s): the average is taken, as timm does; "
+            "save the others alone to have them",
             path, held[-1], held[0],
         )  # fmt: skip
     return tensors
