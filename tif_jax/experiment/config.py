@@ -21,6 +21,7 @@ from tif_jax.experiment import checks, packaged
 from tif_jax.experiment.preprocessing import resolved
 from tif_jax.experiment.reducer_entry import ReducerEntry, option_kinds, read_entry
 from tif_jax.experiment.schema import Experiment
+from tif_jax.experiment.unread import changed, unread, warn
 from tif_jax.models import FAMILIES, check_fields, field_kinds
 from tif_jax.models.budget import AMOUNTS, SOLVED
 
@@ -45,9 +46,13 @@ def from_settings(settings: Mapping[str, Any], overrides: list[str] | tuple[str,
         with checked.named("when_quick"):
             _read(quickly)
         merged = quickly if quick else merged
+    elif quick:
+        raise InputError("quick is true, but this config has no when_quick, which says what the short version is")
+    found = unread(_read(merged), changed(merged))
     _override(merged, given)
     experiment = _read(merged)
     checks.check(experiment)
+    warn(found | unread(experiment, (path for path, _ in given)))
     # Said once, for all reducers and all stages of the run.
     labels = dataclasses.replace(experiment.filter, keep_ratio=checks.label_ratio(experiment))
     return resolved(dataclasses.replace(experiment, filter=labels))
