@@ -108,12 +108,16 @@ def test_what_deserves_a_word_is_said_once(tmp_path, caplog):
     for name in ("a.HEIC", "b.heic", "c.jp2", "d", "Thumbs.db", ".e.heic", "sub/f.png"):
         (tmp_path / "train" / "cat" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "train" / "cat" / name).write_bytes(b"")
+    save(tmp_path / "train" / "outside.png", 0)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             source = open_for_model(experiment(tmp_path), "train", Reader(1))
     said = [r.getMessage() for r in caplog.records]
     assert sum("has one class alone, 'cat'" in line for line in said) == 1
-    assert sum("passed over 2 .heic, 1 .jp2, 1 files without a suffix, 1 folders;" in line for line in said) == 1
+    passed_over = (
+        "passed over 2 .heic, 1 .jp2, 1 files without a suffix, 1 folders, 1 images outside of the class folders;"
+    )
+    assert sum(passed_over in line for line in said) == 1, said
     with caplog.at_level(logging.WARNING):
         for batch_size, text in (
             (2, "a batch of 2 shows some of the 1 images several times"),

@@ -2,6 +2,7 @@
 
 import math
 import os
+import random
 import re
 
 import ml_collections
@@ -124,6 +125,31 @@ def test_tables_as_other_programs_write_them(folder, bom, end, caplog):
     ]  # fmt: skip
     assert table.class_names == ("", "", "", "", "4", "", "", "7")
     assert "all.csv lists 1 files more than once, the first: train/cat/1.JPG" in caplog.text
+
+
+@pytest.mark.parametrize("class_index", [None, {"0": 5, "1": 6, "2": 7}])
+def test_damaged_tables_are_read_or_refused_in_a_line(tmp_path, class_index):
+    whole = b'file,label,author\r\n0.png,0,"x, y"\r\n1.png,1,z\r\n2.png,2,\r\n'
+    pieces = [b'"', b",", b"\n", b"\r", b"\0", b"\xff", b"9" * 30, b"file", b"label", b"-", b" ", "²٣".encode(), b"../"]
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(b"")
+    found = {"read": 0, "refused": 0}
+    for seed in range(300):
+        rng, changed = random.Random(seed), bytearray(whole)
+        for _ in range(rng.choice((1, 2, 5))):
+            at = rng.randrange(len(changed) + 1)
+            if rng.random() < 0.6:
+                changed[at:at] = rng.choice(pieces)
+            else:
+                del changed[at : at + rng.randrange(1, 6)]
+        (tmp_path / "all.csv").write_bytes(changed)
+        try:
+            ImageTable(tmp_path / "all.csv", class_index)
+            found["read"] += 1
+        except InputError as error:
+            assert "\n" not in str(error) and len(str(error)) < 500
+            found["refused"] += 1
+    assert min(found.values()) > 30
 
 
 def test_names_that_are_not_utf_8_have_ids_of_their_own(tmp_path):

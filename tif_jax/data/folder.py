@@ -52,15 +52,16 @@ class ImageFolder(ImageFiles):
         classes = _folders(root / split)
         if not classes:
             raise InputError(f"{root / split} has no class folders; images go into {root / split}/CLASS/")
-        passed_over: Counter[str] = Counter()
+        outside = sum(1 for _ in _images(root / split))
+        passed_over = Counter({"images outside of the class folders": outside}) if outside else Counter()
         images = {name: sorted(_images(root / split / name, passed_over)) for name in classes}
+        if passed_over:
+            found = ", ".join(f"{count} {kind}" for kind, count in sorted(passed_over.items()))
+            once.warn(logger, f"{root / split}: passed over {found}; images are {' '.join(EXTENSIONS)}")
         if empty := [name for name in classes if not images[name]]:
             raise InputError(
                 f"no images in {root / split / empty[0]}; put images ({' '.join(EXTENSIONS)}) into it or remove it"
             )
-        if passed_over:
-            found = ", ".join(f"{count} {kind}" for kind, count in sorted(passed_over.items()))
-            once.warn(logger, f"{root / split}: passed over {found}; images are {' '.join(EXTENSIONS)}")
         others = {name for other in splits if other != split for name in class_folders(root, other)}
         if class_index is not None:
             others.intersection_update(class_index)
@@ -80,7 +81,7 @@ class ImageTable(ImageFiles):
         rows = _rows(path)
         for line, file, _ in rows:
             if not file or not _is_file(path.parent / file):
-                raise InputError(f"{path} line {line}: no such image file: {file!r}, looked for in {path.parent}")
+                raise InputError(f"{path} line {line}: no such image file: {file!r:.200}, looked for in {path.parent}")
         files = [file for _, file, _ in rows]
         if again := [file for file, count in Counter(files).items() if count > 1]:
             once.warn(logger, f"{path} lists {len(again)} files more than once, the first: {again[0]}")
@@ -158,7 +159,8 @@ def _rows(path: Path) -> list[tuple[int, str, str]]:
             table = csv.DictReader(opened)
             missing = [name for name in ("file", "label") if name not in (table.fieldnames or ())]
             if missing:
-                raise InputError(f"{path} has no column {missing[0]!r}; it has: {', '.join(table.fieldnames or ())}")
+                found = " ".join(", ".join(table.fieldnames or ()).split())
+                raise InputError(f"{path} has no column {missing[0]!r}; it has: {found:.200}")
             for row in table:
                 if row["file"] is None or row["label"] is None:
                     raise InputError(f"{path} line {table.line_num}: label is None; the line has too few columns")
