@@ -28,10 +28,13 @@ def test_a_raster_that_is_given_comes_first(tmp_path, caplog):
     path = write_safetensors(tmp_path / "w.safetensors", tensors)
     logits = predict(path, x, image_size=(12, 20), **HEADS)
     np.testing.assert_allclose(logits, vit_forward(tensors, x, num_heads=2), atol=1e-4)
-    assert not caplog.messages
+    assert (
+        "taken for the 3x5 patches of image_size, and nothing is resized; it would fit 4x4 as well"
+        in caplog.messages[0]
+    )
     fields = read_weights(path, **HEADS)[0]
     assert (fields["image_size"], fields["special_positions"]) == (16, False)
-    assert "pos_embed has 16 rows: read as 4x4 patches, with no position for the class token" in caplog.messages[0]
+    assert "pos_embed has 16 rows: read as 4x4 patches, with no position for the class token" in caplog.messages[1]
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,8 @@ def read_weights(
         if wanted is None:
             return fields, params
         old, new = grid_of(fields), grid_of(fields | {"image_size": wanted})
+        if layout is timm_vit and old == new and "image_size" not in said:
+            timm_vit.tell_of_a_square(tensors, fields)
         if old != new:
             logger.info("Position embedding resized from %dx%d to %dx%d patches", *old, *new)
             params = resize_positions(params, old, new)

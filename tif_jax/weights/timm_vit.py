@@ -207,23 +207,37 @@ def _positions(
             if math.prod(grid) == rows - num_special:
                 return num_special, grid
     for num_special in candidates:
-        side = math.isqrt(max(0, rows - num_special))
-        if side and side * side == rows - num_special:
+        if side := _side(rows - num_special):
+            # DeiT III and DINOv2 with registers, all with LayerScale, have no position for the class token.
             if num_special < num_class and special_positions is None and "blocks.0.ls1.gamma" not in tensors:
-                # DeiT III and DINOv2 with registers, all with LayerScale, have no position for the class token.
                 logger.warning(
                     "pos_embed has %d rows: read as %dx%d patches, with no position for the class token (as FlexiViT); if it "
-                    "has one, the patches are no square: give image_size=(height, width)",
-                    rows,
-                    side,
-                    side,
-                )
+                    "has one, the patches are no square: give image_size=(height, width)", rows, side, side
+                )  # fmt: skip
             return num_special, (side, side)
     raise InputError(
         f"pos_embed has {rows} rows: no square raster of patches with {' or '.join(map(str, candidates))} special "
         "tokens in front; give the image_size=(height, width) of a checkpoint that is not square (positions of "
         "register tokens are not supported)"
     )
+
+
+def tell_of_a_square(tensors: Tensors, fields: Mapping[str, Any]) -> None:
+    """Warns if the raster of these fields, which the caller asked for, is no square, and the position embedding fits one too."""
+    height, width = (side // fields["patch_size"] for side in height_and_width(fields["image_size"]))
+    rows = tensors["pos_embed"].shape[1]
+    side = _side(rows - fields["class_token"] - fields["distillation_token"]) or _side(rows)
+    if height != width and side:
+        logger.warning(
+            "pos_embed is taken for the %dx%d patches of image_size, and nothing is resized; it would fit %dx%d as well",
+            height, width, side, side,
+        )  # fmt: skip
+
+
+def _side(num_patches: int) -> int:
+    """The patches on a side of their square; 0 if they are none."""
+    side = math.isqrt(max(0, num_patches))
+    return side if side * side == num_patches else 0
 
 
 def _refuse_unsupported(tensors: Tensors) -> None:
