@@ -223,7 +223,7 @@ def _positions(
 
 
 def tell_of_a_square(tensors: Tensors, fields: Mapping[str, Any]) -> None:
-    """Warns if the raster of these fields, which the caller asked for, is no square, and the position embedding fits one too."""
+    """Warns if the raster of these fields, which was asked for, is no square, and the position embedding fits one too."""
     height, width = (side // fields["patch_size"] for side in height_and_width(fields["image_size"]))
     rows = tensors["pos_embed"].shape[1]
     side = _side(rows - fields["class_token"] - fields["distillation_token"]) or _side(rows)
