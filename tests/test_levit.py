@@ -15,6 +15,7 @@ from tif_jax.layers import BatchNorm
 from tif_jax.models import LeViT, blueprint
 from tif_jax.models.cost import cost
 from tif_jax.models.params import params_of
+from tif_jax.runtime.mesh import make_mesh, shard
 from tif_jax.training import losses, optim
 from tif_jax.training.checkpoints import Checkpoints
 from tif_jax.training.state import State
@@ -175,6 +176,28 @@ def test_a_step_with_a_teacher_updates_all_statistics():
     statistics = [path for path in old if path.endswith(("/mean", "/var"))]
     assert {path.split("/")[0] for path in statistics} == {"stem", "block_0", "head", "distillation_head"}
     assert not [path for path in statistics if np.array_equal(found[path], old[path])]
+
+
+def test_statistics_of_parts_of_a_batch_on_several_devices_and_their_average():
+    """Each part of a batch moves the statistics a tenth of the way, by all of its images on all devices."""
+    model = lively(TINY | dict(widths=(16,), depths=(1,), num_heads=(2,)))
+    params = params_of(model)
+    optimizer = optim.adamw(9, learning_rate=0.0)
+    step, init = step_and_state(model, losses.classification, optimizer, mesh=make_mesh(4), accumulate=2, ema=0.99)
+    x = images(num=8)
+    state, _ = step(
+        init(params), shard({"image": np.asarray(x), "label": np.arange(8, dtype=np.int32) % 5}, make_mesh(4))
+    )
+    convolved = np.asarray(jax.jit(model.stem.layer_0.conv)(x))
+    expected = {name: np.asarray(params["stem"]["layer_0"]["norm"][name]) for name in ("mean", "var")}
+    for part in (convolved[::2], convolved[1::2]):
+        rows = part.reshape(-1, part.shape[-1])
+        newest = {"mean": rows.mean(axis=0), "var": rows.var(axis=0, ddof=1)}
+        expected = {name: 0.9 * old + 0.1 * newest[name] for name, old in expected.items()}
+    for name, value in expected.items():
+        np.testing.assert_allclose(state.params["stem"]["layer_0"]["norm"][name], value, rtol=1e-4, atol=1e-6)
+        average = 0.1 * params["stem"]["layer_0"]["norm"][name] + 0.9 * value  # of the first step
+        np.testing.assert_allclose(state.ema["stem"]["layer_0"]["norm"][name], average, rtol=1e-4, atol=1e-6)
 
 
 def test_key_log_weight_of_minus_infinity_removes_a_token():

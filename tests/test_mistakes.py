@@ -103,6 +103,11 @@ _IMPORT = "train --stage backbone --workdir=new --config.backbone.num_heads=2 --
 
 MISTAKES = {
     # the command line
+    "a reducer that the backbone to be trained does not fit": Mistake(
+        "run --workdir=new --config.backbone.model.pool=mean --config.backbone.model.class_token=false "
+        "--config.benchmark.reducers=evit",
+        ("evit ranks patches by the attention of the class token", "this model has none"),
+    ),
     "unknown command": Mistake("scroe", ("no command 'scroe'", "'score'", "tif --help")),
     "unknown flag": Mistake("score --fast", ("unknown flag --fast", "`tif score --help`")),
     "stray word": Mistake("score cat.jpg", ("unexpected 'cat.jpg'", "--config.KEY=VALUE")),

@@ -16,6 +16,7 @@ from tif_jax.impact.labels import keep_labels, position_prior
 from tif_jax.models.params import params_of
 from tif_jax.runtime import metrics_log, records
 from tif_jax.runtime.mesh import make_mesh, shard
+from tif_jax.training import checkpoints as checkpoints_file
 from tif_jax.training import losses, optim
 from tif_jax.training.checkpoints import Checkpoints, load_params
 from tif_jax.training.loop import run
@@ -174,6 +175,23 @@ def test_a_damaged_checkpoint_is_named_moved_aside_and_the_one_before_used(tmp_p
         (tmp_path / "c" / name / "params").rename(tmp_path / f"gone-{name}")
     with Checkpoints(tmp_path / "c") as checkpoints, pytest.raises(InputError, match=r"no checkpoint in .* is whole"):
         checkpoints.restore(fresh())
+
+
+@pytest.mark.parametrize("shortage", [MemoryError("x"), RuntimeError("can't start new thread")])
+def test_a_checkpoint_that_could_not_be_read_for_want_of_memory_is_not_damaged(tmp_path, monkeypatch, shortage):
+    def fail(*_):
+        raise shortage
+
+    state = State(jnp.int32(1), {"w": jnp.zeros(4)}, ())
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(state, {}, {})
+        checkpoints.wait()
+        monkeypatch.setattr(checkpoints_file, "_shapes", fail)
+        with pytest.raises(type(shortage)):
+            checkpoints.restore(state)
+        with pytest.raises(type(shortage)):
+            load_params(tmp_path / "c")
+        assert checkpoints.steps() == [1]
 
 
 def test_one_flipped_bit_in_a_large_array_is_found(tmp_path):

@@ -35,12 +35,16 @@ def run(experiment: Experiment, workdir: Path) -> None:
     """Every stage that is needed, in order. A finished one notices that itself, or is known by the file it leaves last."""
     check_splits(experiment)
     runs, filters = _finetunings(experiment), _filters(experiment)
+    if not experiment.backbone.init_from:  # else its file says what it is
+        for of_run in runs:
+            check_on_backbone(of_run, experiment.backbone.model)
     logger.info("stage backbone")
     train("backbone", experiment, workdir)
     _once(backbone_folder(workdir), evaluate.backbone, experiment, workdir)
-    fields = read_config(finished(backbone_folder(workdir))[0])["model"]
-    for of_run in runs:
-        check_on_backbone(of_run, fields)
+    if experiment.backbone.init_from:
+        fields = read_config(finished(backbone_folder(workdir))[0])["model"]
+        for of_run in runs:
+            check_on_backbone(of_run, fields)
     if filters or any(of_run.reducer.name == "prior" for of_run in runs):
         logger.info("stage score")
         score_training(experiment, workdir)
