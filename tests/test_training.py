@@ -1,6 +1,7 @@
 """Losses, optimiser, step, loop, checkpoints: what is differentiated, what rests, and that a run can be cut anywhere."""
 
 import functools
+import json
 import logging
 
 import jax
@@ -312,6 +313,26 @@ def test_a_folder_knows_what_it_was_claimed_for(tmp_path):
     ]:
         with pytest.raises(InputError, match=told):
             records.claim(tmp_path, now | {"recipe": recipe | {key: value}}, ignored=ignored)
+
+
+def test_a_record_that_was_changed_is_noticed(tmp_path):
+    path, data = (
+        tmp_path / "metrics.json",
+        {"top1": 0.5, "rows": [{"gmac": 1}], "loss": float("nan"), "by_step": {1: 2}},
+    )
+    records.write(path, data)
+    written = path.read_text()
+    assert records.read(path) == {"top1": 0.5, "rows": [{"gmac": 1}], "loss": None, "by_step": {"1": 2}}
+    path.write_text(json.dumps(dict(reversed(json.loads(written).items()))))  # neither order nor spaces count
+    assert records.read(path)["top1"] == 0.5
+    for old, new, told in [
+        ("0.5", "0.6", "does not have the sha256"), ("top1", "top2", "does not have the sha256"),
+        ('"sha256"', '"sha255"', "an earlier version wrote it"), ("null", "nul", "Expecting value"),
+        (written, "[]", "no sha256"),
+    ]:  # fmt: skip
+        path.write_text(written.replace(old, new))
+        with pytest.raises(InputError, match=rf"metrics\.json is damaged \(.*{told}"):
+            records.read(path)
 
 
 def test_frozen_statistics_rest():

@@ -32,7 +32,9 @@ def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
 def opened(data: Any) -> dict[str, Any]:
     """The entries without their seal. Raises ValueError, in one line, if that is missing or not theirs."""
     rest = dict(data) if isinstance(data, Mapping) else {}
-    if rest.pop(_SEAL, None) != digest(rest):
+    if _SEAL not in rest:
+        raise ValueError(f"it has no {_SEAL}: it was changed, or an earlier version wrote it")
+    if rest.pop(_SEAL) != digest(rest):
         raise ValueError(f"its content does not have the {_SEAL} that was written with it")
     return rest
 
