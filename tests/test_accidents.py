@@ -101,7 +101,7 @@ def test_nan_stops_and_the_same_command_goes_on_once_the_cause_is_gone(place, ca
 
 
 def test_learning_rate_out_of_reason(place, capsys):
-    line = "train --stage=backbone --workdir=new --config.backbone.learning_rate=1e30 --config.backbone.warmup_epochs=0"
+    line = "train --stage=backbone --workdir=new --config.backbone.learning_rate=1e6 --config.backbone.warmup_epochs=0"
     assert tif(line) == 1
     assert "lower the learning rate" in last_line(capsys)
 
