@@ -1,6 +1,6 @@
 """The whole pipeline on a CPU, with nothing to download: handwritten digits among fragments of other digits.
 
-tif run --config digits --workdir runs/digits
+tif run --config digits --workdir runs/digits [--config.quick=true]
 
 Measured results, and for which recipe, are in docs/results.md.
 """
@@ -85,5 +85,11 @@ def get_config() -> ConfigDict:
             ),
             evaluate=dict(batch_size=128, num_images=500, num_samples=8),
             benchmark=dict(batch_size=64, dtype="float32", reducers=("full", "random", "norm", "prior", "tif")),
+            when_quick=dict(
+                seeds=1,
+                data=dict(num_train=12_000, num_test=1_000, num_validation=500),
+                score=dict(num_images=2_000),
+                evaluate=dict(num_images=200),
+            ),
         )
     )

@@ -37,7 +37,9 @@ def test_its_cells_run(names):
 
 def test_it_shows_what_it_drew(names):
     pictures, curve = map(plt.figure, plt.get_fignums())
-    assert len([axis for axis in pictures.axes if axis.images]) == 12 and pictures.axes[-1].get_ylabel() == "impact (nats)"
+    assert (
+        len([axis for axis in pictures.axes if axis.images]) == 12 and pictures.axes[-1].get_ylabel() == "impact (nats)"
+    )
     assert {text.get_text() for text in curve.axes[0].texts} == set(names["table"])
 
 

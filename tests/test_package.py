@@ -50,7 +50,11 @@ def built(tmp_path_factory):
     pytest.importorskip("setuptools", minversion="77")
     place = tmp_path_factory.mktemp("built") / "tree"
     shutil.copytree(
-        ROOT, place, ignore=shutil.ignore_patterns(".[!c]*", "runs", "build", "dist", "__pycache__", "*.egg-info")
+        ROOT,
+        place,
+        ignore=shutil.ignore_patterns(
+            ".[!cg]*", ".git", ".gitignore", "runs", "build", "dist", "__pycache__", "*.egg-info"
+        ),
     )
     run([sys.executable, "-c", BUILD], place, PYTHONPATH=os.environ.get("PYTHONPATH", ""))
     return place / "out"

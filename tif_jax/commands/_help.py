@@ -17,11 +17,11 @@ usage: tif COMMAND --config NAME|FILE[:ARG] [--config.KEY=VALUE ...] --workdir D
 """
 _EXAMPLES = """\
 examples:
-  tif run --config digits --workdir runs/digits                  the whole pipeline; nothing to download
+  tif run --config digits --workdir runs/quick --config.quick=true    the whole pipeline in minutes; no download
   tif run --config digits --workdir runs/half --config.reducer.keep_ratio=0.5
-  tif run --config imagenette:plain --workdir runs/plain --config.quick=true
-  tif evaluate --config digits --workdir runs/digits             accuracy of its fine-tuned model
-  tif convert deit_tiny.pth deit_tiny.safetensors                weights, without PyTorch
+  tif run --config imagenette:plain --workdir runs/plain              your data folder is $TIF_DATA
+  tif evaluate --config digits --workdir runs/half --config.reducer.keep_ratio=0.5
+  tif convert deit_tiny.pth deit_tiny.safetensors                     weights, without PyTorch
 
 `tif help COMMAND` lists the flags of a command, `tif help config` the configs and their keys, `tif help
 config data` those of one section, `tif help reducers` the reducers and their options."""
