@@ -122,6 +122,19 @@ def test_more_pixels_than_honest_pictures_have(tmp_path):
     assert one_line(error)
 
 
+def test_without_memory_for_it_only_a_huge_picture_is_at_fault(monkeypatch):
+    def load(self):
+        raise MemoryError
+
+    image = Image.new("L", (1, 1))
+    monkeypatch.setattr(Image.Image, "load", load)
+    with pytest.raises(MemoryError):
+        read_image(image)
+    image._size = (20_000, 5_000)
+    with pytest.raises(UnreadableImage, match=r"there is no memory for its 20000 x 5000 pixels"):
+        read_image(image)
+
+
 @pytest.mark.parametrize("first, count", [(0, 300), pytest.param(10_000, 30_000, marks=pytest.mark.long)])
 def test_damaged_pictures_are_read_or_refused_in_a_line_within_2_gigabytes(first, count):
     program = Path(__file__).with_name("damaged_pictures.py")

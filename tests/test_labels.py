@@ -81,12 +81,13 @@ def test_folders_named_by_numbers_are_classes_in_the_order_of_the_numbers(tmp_pa
     assert ImageFolder(tmp_path, "train").class_names == tuple(names)
 
 
-def test_folders_that_are_one_number_are_refused(tmp_path):
+def test_folders_that_are_one_number_are_refused(tmp_path, caplog):
     folders(tmp_path, {"1": 0, "2": 1}, {"01": 0, "2": 1})
     with pytest.raises(InputError, match=r"'0?1' and '0?1' are the same number.*data\.class_index") as error:
         ImageFolder(tmp_path, "val")
     assert one_line(error)
     assert ImageFolder(tmp_path, "val", {"01": 0, "1": 0, "2": 1}).class_names == ("01 / 1", "2")
+    assert "data.class_index makes one class of several class folders: 01 / 1" in caplog.text
 
 
 def test_a_class_that_a_split_lacks_does_not_shift_the_others(tmp_path, caplog):

@@ -1,11 +1,17 @@
 """Which class is which output of a classification head."""
 
+import logging
 from collections.abc import Collection, Mapping
 from itertools import pairwise
 
 from tif_jax.errors import InputError
+from tif_jax.runtime import once
+
+logger = logging.getLogger(__name__)
 
 MAX_CLASSES = 1_000_000  # far above any head: a label beyond is a mistake, and must not cost memory
+
+_JOINED = " / "
 
 ClassIndex = Mapping[str, int]
 
@@ -18,7 +24,10 @@ def outputs(
     InputError, calling a class `what`, for one that class_index has no output for.
     """
     if class_index is not None:
-        return {name: _entry(name, class_index, what) for name in sorted(names)}
+        found = {name: _entry(name, class_index, what) for name in sorted(names)}
+        if shared := [name for name in names_by_output(found) if _JOINED in name]:
+            once.warn(logger, f"data.class_index makes one class of several {what}s: {'; '.join(shared[:3])}")
+        return found
     return {name: i for i, name in enumerate(in_order(names))}
 
 
@@ -41,7 +50,7 @@ def names_by_output(output_of: Mapping[str, int]) -> tuple[str, ...]:
     """The name of each output up to the last that has a class; '' for one that has none."""
     names = [""] * (1 + max(output_of.values(), default=-1))
     for name, output in output_of.items():
-        names[output] = f"{names[output]} / {name}" if names[output] else name
+        names[output] = f"{names[output]}{_JOINED}{name}" if names[output] else name
     return tuple(names)
 
 
