@@ -29,8 +29,6 @@ logger = logging.getLogger(__name__)
 # Heads that only training has: a source may have them or not, whatever the model that it is loaded into.
 TRAINING_HEADS = ("class_head/", "class_norm/", "class_distillation_head/")
 HEADS = ("head/", "distillation_head/")  # read_weights leaves them out where num_classes is another
-
-
 # Fields that no shape tells: given otherwise than the source says, they would be wrong in silence.
 _FACTS = ("num_heads", "gelu", "activation", "norm_eps")
 _REMEDY = "say tif_jax.load(..., preprocessing=dict(mean=..., std=...)), or put timm's config.json beside the file"
@@ -142,7 +140,7 @@ def _read(path: Path, given: Mapping[str, Any]) -> _Read:
 
 def description_of(source: str | Path) -> described.Description:
     """What a file, checkpoint or workdir says of its weights; nothing of one that there is not."""
-    path = Path(source)
+    path = Path(source).expanduser()
     if not path.is_dir():
         return described.of_file(path)
     return described.of_checkpoint(path, read_config(newest(checkpoint_directory(path))))
