@@ -279,7 +279,7 @@ def resolved(path, **data):
     return config_file.from_settings(settings).data
 
 
-def test_a_config_has_what_its_weights_say(tmp_path, caplog):
+def test_a_config_has_what_its_weights_say(tmp_path, caplog, monkeypatch):
     path = write(tmp_path, TIMMS)
     assert resolved(path).preprocessing == HOW and resolved(path).mean == HALF
     assert resolved(path, mean=HALF).preprocessing == HOW
@@ -289,6 +289,8 @@ def test_a_config_has_what_its_weights_say(tmp_path, caplog):
     for part, value in (("mean", (0.485, 0.456, 0.406)), ("std", HALF)):
         with pytest.raises(InputError, match=rf"data\.{part} is .* but .*config\.json says .*none"):
             resolved(path, **{part: value})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolved("~/w.safetensors").preprocessing == HOW
     silent = write(tmp_path / "silent")
     caplog.clear()
     assert resolved(silent).preprocessing == Preprocessing()

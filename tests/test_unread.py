@@ -40,7 +40,7 @@ TABLE = [
     (
         ("backbone.num_epochs=3", "backbone.model.width=64"),
         dict(backbone=dict(init_from="weights.npz")),
-        "backbone.num_epochs, backbone.model.width (the backbone is imported, not trained)",
+        "backbone.num_epochs (the backbone is imported, not trained)",
     ),
     (
         (),

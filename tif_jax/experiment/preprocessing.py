@@ -25,7 +25,7 @@ def resolved(experiment: Experiment) -> Experiment:
     """
     options, weights = experiment.data, experiment.backbone.init_from
     how = options.preprocessing
-    if weights and os.path.exists(weights):  # also False for what can be no path
+    if weights and os.path.exists(os.path.expanduser(weights)):  # also False for what can be no path
         said = description_of(weights)
         given = {part: getattr(options, part) for part in PARTS}
         for part, value in said.preprocessing.items():

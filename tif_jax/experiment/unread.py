@@ -52,7 +52,8 @@ def _unused(experiment: Experiment) -> Iterator[tuple[str, str]]:
     backbone, score, labels = experiment.backbone, experiment.score, experiment.filter
     recipe = [field.name for field in dataclasses.fields(Backbone) if field.name not in ("init_from", "num_heads")]
     if backbone.init_from:
-        yield from ((f"backbone.{name}", "the backbone is imported, not trained") for name in recipe)
+        trained = [name for name in recipe if name != "model"]
+        yield from ((f"backbone.{name}", "the backbone is imported, not trained") for name in trained)
     else:
         yield "backbone.num_heads", "it is of a weight file"
         if not backbone.num_epochs:
