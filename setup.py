@@ -5,4 +5,7 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["tif_jax*"]), "tif_jax.configs"],
     package_dir={"tif_jax.configs": "configs"},
+    package_data={
+        "": ["*.html", "*.css", "*.js", "*.json", "*.csv", "*.txt", "*.md"]
+    },  # what lies beside modules, if anything
 )

@@ -60,20 +60,22 @@ def built(tmp_path_factory):
     return place / "out"
 
 
-def modules(folder: str) -> set[str]:
-    return {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*.py")}
+def files(folder: str) -> set[str]:
+    """What lies in a folder of the tree, less what Python and editors leave there."""
+    found = [path for path in (ROOT / folder).rglob("[!.]*") if path.is_file() and "__pycache__" not in path.parts]
+    return {str(path.relative_to(ROOT)) for path in found}
 
 
 def test_a_wheel_has_the_package_and_the_configs_inside_it_and_nothing_else(built):
     (wheel,) = built.glob("*.whl")
     found = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert found == modules("tif_jax") | {f"tif_jax/{name}" for name in modules("configs")}
+    assert found == files("tif_jax") | {f"tif_jax/{name}" for name in files("configs")}
 
 
 def test_a_source_archive_has_what_its_tests_need(built):
     (archive,) = built.glob("*.tar.gz")
     found = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
-    wanted = set.union(*map(modules, ("tif_jax", "configs", "tests", "benchmarks", "docs")))
+    wanted = set.union(*map(files, ("tif_jax", "configs", "tests", "benchmarks", "docs")))
     assert wanted | {"LICENSE", "constraints.txt", ".ci/run", "launch/test.sh", "docs/config.md"} <= found
     assert not [name for name in found if "__pycache__" in name or name.startswith((".venv", "runs", "out"))]
 
