@@ -15,6 +15,7 @@ import pkgutil
 import platform
 import select
 import sys
+import threading
 import traceback
 from contextlib import suppress
 from typing import NoReturn
@@ -31,6 +32,8 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 def program() -> NoReturn:
     """The program `tif`: `main` in a process of its own, which ends even if threads of a failed write never do."""
+    # Of what worker processes shared with one that ended at once; it is cleared away all the same.
+    sys.warnoptions.append("ignore:resource_tracker")
     with preemption.handled(_end) as signals:
         try:
             status = main()
@@ -51,7 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status. Expected failures print one line on stderr."""
     argv = sys.argv[1:] if argv is None else argv
     name = f"tif {argv[0]}" if argv and argv[0] in _command_names() else "tif"
-    with preemption.handled(_end) as signals:
+    with preemption.handled() as signals:
+        signals.name = name
         try:
             status = _outcome(name, argv)
             sys.stdout.flush()
@@ -62,10 +66,6 @@ def main(argv: list[str] | None = None) -> int:
                 raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
             return 0  # `| head`; all is done but for what nobody reads
-        except Exception:
-            if signals.raised:  # a library made something else of it
-                return _fail(name, signals.message(), signals.status())
-            raise
         return status
 
 
@@ -130,10 +130,10 @@ def _end(status: int) -> None:
     if watch := sys.modules.get("tif_jax.runtime.watch"):
         watch.leave(status)  # returns where this process is alone
     for child in multiprocessing.active_children():
-        child.terminate()
-    for stream in (sys.stdout, sys.stderr):
+        child.kill()
+    if threading.current_thread() is threading.main_thread():  # or it may be at it, and stuck
         with suppress(OSError, ValueError):
-            stream.flush()
+            sys.stdout.flush()
     os._exit(status)
 
 

@@ -12,7 +12,7 @@ class WorkError(RuntimeError):
 class Preempted(BaseException):
     """SIGTERM or Ctrl-C came; what is done is saved, and the same command goes on from there. Exit status 75 or 130.
 
-    Like KeyboardInterrupt no `Exception`: it may be raised anywhere, and is not what a failure there would mean.
+    Like KeyboardInterrupt no `Exception`: where `main` is called from Python, a signal may raise it anywhere.
     """
 
 

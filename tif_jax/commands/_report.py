@@ -3,6 +3,7 @@
 import logging
 import statistics
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -237,9 +238,8 @@ def pictures(
     """For `plots.picture_page`: the chosen rows of an oracle's table of test images, and what the filter says of them."""
     rows = np.stack([table.index, table.view], axis=1)[chosen]
     source = open_for_model(config, "test", model)
-    batches = evaluation_batches(source, config.data, batch_size=len(rows), records=rows)
-    images = next(batches)["image"]
-    batches.close()
+    with closing(evaluation_batches(source, config.data, batch_size=len(rows), records=rows)) as batches:
+        images = next(batches)["image"]
     found = model(images)[1]["filter_logits"]
     # What the filter lets through, even where another reducer merges it then.
     passed = top_k(found, num_kept(getattr(model.reducer, "keep_ratio", 1.0), found.shape[1]))

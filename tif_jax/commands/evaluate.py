@@ -132,12 +132,11 @@ def accuracy(model: Model, source: Source, config: Experiment, classes: Sequence
         return sums | {"images": weight.sum()}
 
     totals = []
-    with Progress("evaluate", len(source), "image") as progress:
-        batches = evaluation_batches(source, config.data, batch_size=batch_size, shared=True)
+    batches = evaluation_batches(source, config.data, batch_size=batch_size, shared=True)
+    with Progress("evaluate", len(source), "image") as progress, closing(batches):
         for batch in batches:
             totals.append(score(params, shard(batch, mesh)))
             progress.update(min(batch_size, len(source) - progress.done))
-        batches.close()
     sums = {name: sum(float(t[name]) for t in jax.device_get(totals)) for name in totals[0]}
     images = sums.pop("images")
     if not images:

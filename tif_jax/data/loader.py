@@ -16,6 +16,10 @@ Legend: B images of a batch, R records, (Y, X) the size of a view in pixels.
 import dataclasses
 import logging
 import math
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -75,7 +79,7 @@ class Batches:
             workers = grain.MultiprocessingOptions(
                 options.worker_processes, per_worker_buffer_size=-(-ahead // options.worker_processes)
             )
-            parts = parts.mp_prefetch(workers)
+            parts = parts.mp_prefetch(workers, worker_init_fn=_end_with_parent)
         return iter(parts.batch(self._num_chunks, batch_fn=_concatenate))
 
     def __iter__(self) -> Iterator[Batch]:
@@ -129,6 +133,17 @@ class _ShuffledOrder:
     def __call__(self, position: int) -> int:
         epoch, place = divmod(position, self.num_rows)
         return int(self.shuffled[epoch * self.num_rows + place // self.repeats])
+
+
+def _end_with_parent(_worker: int, _num_workers: int) -> None:
+    """Has a worker process end when its parent does, however that ends, and not before.
+
+    Grain's workers outlive a parent that is killed, and a terminal's Ctrl-C comes to them, too.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _in_order(position: int) -> int:

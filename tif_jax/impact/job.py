@@ -10,7 +10,8 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,8 @@ def run(job: Job) -> None:
                 if shards.is_missing(directory, part, num_parts):
                     begun = shards.read_begun(directory, part, num_parts)
                     progress.skip(0 if begun is None else len(begun["index"]))
-                    scored = _scored(scorer, job, _without(job.rows_of(part), begun), meter)
-                    _write_part(job, part, begun, scored, stop)
+                    with closing(_scored(scorer, job, _without(job.rows_of(part), begun), meter)) as scored:
+                        _write_part(job, part, begun, scored, stop)
                 else:  # another job has finished it meanwhile
                     progress.skip(sizes[part])
 
@@ -130,7 +131,7 @@ def _write_part(job: Job, part: int, begun: Columns | None, scored: Iterable[Col
     shards.write_part(job.directory, part, job.num_parts, _joined(columns))
 
 
-def _scored(scorer: Scorer, job: Job, rows: Int[np.ndarray, "R 2"], meter: "_Meter") -> Iterator[Columns]:
+def _scored(scorer: Scorer, job: Job, rows: Int[np.ndarray, "R 2"], meter: "_Meter") -> Generator[Columns, None, None]:
     """The shard columns of one batch of rows after the other; the device has the next before one is waited for."""
     if not len(rows):
         return

@@ -5,7 +5,8 @@ Batches are those of `data.loader.evaluation_batches`: 'image' (B, Y, X, 3), 'la
 Legend: B images of a batch, E images in all, N patch tokens, L classes.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing, nullcontext
 from typing import Any, TypeVar
 
 import jax
@@ -84,14 +85,15 @@ def over_batches(
             return function([with_params(*pair) for pair in zip(graphdefs, params, strict=True)], images, rows)
 
     parts, num_done = [], 0
-    for batch in batches:
-        index = num_done + np.arange(len(batch["label"]))
-        of_batch = {name: array[np.minimum(index, len(array) - 1)] for name, array in (rows or {}).items()}
-        arrays = shard({"image": batch["image"], **of_batch}, mesh)
-        found = jax.device_get(compute(params, arrays.pop("image"), arrays))
-        real = batch["weight"] > 0
-        parts.append(jax.tree.map(lambda x, real=real: x[real], (found, batch["label"])))
-        num_done += len(real)
+    with closing(batches) if isinstance(batches, Generator) else nullcontext():
+        for batch in batches:
+            index = num_done + np.arange(len(batch["label"]))
+            of_batch = {name: array[np.minimum(index, len(array) - 1)] for name, array in (rows or {}).items()}
+            arrays = shard({"image": batch["image"], **of_batch}, mesh)
+            found = jax.device_get(compute(params, arrays.pop("image"), arrays))
+            real = batch["weight"] > 0
+            parts.append(jax.tree.map(lambda x, real=real: x[real], (found, batch["label"])))
+            num_done += len(real)
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 
