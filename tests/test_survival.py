@@ -234,3 +234,22 @@ def test_signals_are_heeded_before_anything_large_is_imported():
         ).returncode
         == 0
     )
+
+
+@pytest.mark.long
+def test_worker_processes_do_not_outlive_a_run_that_is_killed(place):
+    words = ["train", "--stage=backbone", "--config.data.worker_processes=2", "--config.backbone.num_epochs=1e5"]
+    with (place / "log").open("w") as log:
+        run = subprocess.Popen(
+            [sys.executable, "-m", "tif_jax", *words, *runner.LINE[1:]], stdout=log, stderr=log, start_new_session=True
+        )
+    until = time.monotonic() + 120
+    while not list(place.glob("run/backbone/checkpoints/[0-9]*")):
+        assert run.poll() is None and time.monotonic() < until, (place / "log").read_text()
+        time.sleep(0.1)
+    run.kill()
+    run.wait()
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.killpg(run.pid, 0)  # its group has members still
+            time.sleep(0.1)
