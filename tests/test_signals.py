@@ -107,8 +107,9 @@ STARTED = """
 import sys
 from tif_jax import __main__ as program
 from tif_jax.runtime import preemption
-def work(argv):
+def began():
     print("began", flush=True)
+def work(argv):
     {work}
 program._run = work
 sys.argv = ["tif", "score"]
@@ -126,14 +127,14 @@ def start(work):
 
 @pytest.mark.parametrize("number, name, status", KINDS)
 def test_the_program_ends_at_once_even_if_python_is_deaf(number, name, status):
-    run = start(STUCK)
+    run = start(f"began(); {STUCK}")
     run.send_signal(number)
     assert run.communicate(timeout=20)[1] == f"tif score: stopped by {name}; run the same command again to go on\n"
     assert run.returncode == status
 
 
 def test_a_second_ctrl_c_ends_it_at_once_whatever_it_still_has_to_save():
-    run = start(f"with preemption.stop_flag(): {STUCK}")
+    run = start(f"with preemption.stop_flag(): began(); {STUCK}")
     run.send_signal(signal.SIGINT)
     time.sleep(1)
     assert run.poll() is None
@@ -144,17 +145,17 @@ def test_a_second_ctrl_c_ends_it_at_once_whatever_it_still_has_to_save():
 
 def test_a_thread_that_never_ends_does_not_keep_a_failed_program():
     hangs = "import threading; threading.Thread(target=threading.Event().wait).start()"
-    run = start(f"{hangs}; raise program.WorkError('the disk is full')")
+    run = start(f"{hangs}; began(); raise program.WorkError('the disk is full')")
     assert run.communicate(timeout=20)[1] == "tif score: the disk is full\n" and run.returncode == 1
 
 
 def test_a_reader_who_has_seen_enough_gets_no_trace():
-    run = start("print('many lines ' * 10**6)")
+    run = start("began(); print('many lines ' * 10**6)")
     run.stdout.close()
     assert (run.stderr.read(), run.wait(20)) == ("", 0)
     run.stderr.close()
 
 
 def test_a_broken_pipe_that_is_not_that_of_the_reader_is_told():
-    run = start("raise BrokenPipeError('of a network file')")
+    run = start("began(); raise BrokenPipeError('of a network file')")
     assert "of a network file" in run.communicate(timeout=20)[1] and run.returncode == 1
