@@ -37,11 +37,13 @@ def vit_forward(
     if len(positions) > rows * columns:
         special = special + positions[: len(special)]
     patch_positions = positions[len(positions) - rows * columns :]
+    register_positions = positions[len(special) : len(positions) - rows * columns]  # if there are any
     patches = patches + patch_positions
     patches[:, list(zeroed)] = 0
     patches[:, list(position_only)] = patch_positions[list(position_only)]
     patches = np.delete(patches, list(dropped), axis=1)
     registers = w["reg_token"][0] if "reg_token" in w else special[:0]
+    registers = registers + register_positions if len(register_positions) else registers
     front = np.concatenate([special, registers])
     x = np.concatenate([np.broadcast_to(front, (num_images, *front.shape)), patches], axis=1)
 

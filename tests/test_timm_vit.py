@@ -71,6 +71,16 @@ def test_dinov2_own_names(tmp_path):
     np.testing.assert_allclose(logits, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("variant", [{}, dict(class_token=False, pool="mean")], ids=str)
+def test_positions_of_registers(tmp_path, variant):
+    tensors = tiny(num_registers=2, depth=1, **variant)
+    rows = tensors["pos_embed"].shape[1]
+    tensors["pos_embed"] = np.random.default_rng(3).normal(size=(1, rows + 2, 32)).astype(np.float32)
+    expected = vit_forward(tensors, images(), num_heads=2, pool=variant.get("pool", "class"))
+    logits = predict(write_safetensors(tmp_path / "w.safetensors", tensors), images(), num_heads=2)
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
 def test_reference_takes_patches_away():
     """Its three ways equal a smaller raster, a zero position embedding and a black patch (without patch bias)."""
     tensors, x = tiny(), images()
@@ -114,6 +124,10 @@ def changed(**by_name):
         (changed(blocks__9999999999__norm1__weight=np.zeros(32)), "surplus: blocks.9999999999.norm1.weight"),
         (changed(dist_token=np.zeros((1, 1, 32))), "pos_embed has 10 rows"),
         (changed(pos_embed=np.zeros((1, 7, 32))), r"pos_embed has 7 rows.*give the image_size=\(height, width\)"),
+        (
+            tiny(num_registers=2) | dict(pos_embed=np.zeros((1, 12, 32)), reg_token=np.zeros((1, 2, 31))),
+            "wrong: .*reg_token",
+        ),
         (changed(pos_embed=np.zeros((10, 32))), r"the shape of pos_embed \(10, 32\) is impossible"),
         (changed(pos_embed=None), "no pos_embed"),
         (changed(patch_embed__proj__weight=np.zeros((32, 1, 4, 4))), "with 1 channels"),

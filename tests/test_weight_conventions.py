@@ -54,6 +54,13 @@ def test_a_square_without_class_position_is_legitimate(variant, given, caplog):
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
+def test_a_square_without_class_position_can_be_resized_to_the_other_raster(tmp_path):
+    tensors = tiny(grid=(4, 4), no_embed_class=True, depth=1)
+    path = write_safetensors(tmp_path / "w.safetensors", tensors)
+    fields, params = read_weights(path, image_size=(12, 20), special_positions=False, **HEADS)
+    assert fields["image_size"] == (12, 20) and params["position_embedding"].shape == (1, 15, 32)
+
+
 def test_what_is_said_of_the_file_is_not_what_is_wanted(tmp_path):
     """The raster that the embedding was trained for and another image_size, both given."""
     tensors = tiny(grid=(3, 5), depth=1)

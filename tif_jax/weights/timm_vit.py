@@ -59,6 +59,7 @@ _PARAMETERS = {
     "blocks.{i}.ls1.gamma": "block_{i}/attention_scale",
     "blocks.{i}.ls2.gamma": "block_{i}/feed_forward_scale",
 }
+_REGISTERS = ("reg_token", "register_tokens")
 _IGNORED = {"mask_token"}  # DINOv2 shows it in place of masked patches in pre-training only
 
 _SAVE = "use a checkpoint of timm's ViT, DeiT, DeiT III or DINOv2 families, its state_dict() saved as .safetensors"
@@ -107,7 +108,6 @@ def infer_fields(tensors: Tensors, **given: Any) -> dict[str, Any]:
     width, patch_size = tensors["patch_embed.proj.weight"].shape[0], tensors["patch_embed.proj.weight"].shape[2]
     num_special, grid = _positions(tensors, given.get("image_size"), given.get("special_positions"))
     has_class, has_distillation = "cls_token" in tensors, "dist_token" in tensors
-    registers = tensors.get("reg_token", tensors.get("register_tokens"))
     qk_norm = "blocks.0.attn.q_norm.weight" in tensors
     fields: dict[str, Any] = dict(
         patch_size=patch_size,
@@ -116,7 +116,7 @@ def infer_fields(tensors: Tensors, **given: Any) -> dict[str, Any]:
         mlp_dim=tensors["blocks.0.mlp.fc1.weight"].shape[0],
         class_token=has_class,
         distillation_token=has_distillation,
-        num_registers=0 if registers is None else registers.shape[1],
+        num_registers=_num_registers(tensors),
         special_positions=num_special > 0 or not has_class,
         qkv_bias="blocks.0.attn.qkv.bias" in tensors,
         qk_norm=qk_norm,
@@ -161,6 +161,7 @@ def to_params(tensors: Tensors, fields: Mapping[str, Any]) -> dict[str, Any]:
         wanted = {path: shape for path, shape in wanted.items() if path not in heads}
     else:
         conventions.pool_fits(model.pool, tensors)
+    tensors = _without_register_positions(tensors, model.num_positioned + math.prod(model.grid))
     return translate(tensors, _rules(fields["depth"]), wanted, _IGNORED)
 
 
@@ -198,9 +199,9 @@ def _positions(
     """
     rows, patch_size = tensors["pos_embed"].shape[1], tensors["patch_embed.proj.weight"].shape[2]
     num_class = ("cls_token" in tensors) + ("dist_token" in tensors)
-    candidates = sorted({num_class * special for special in (True, False) if special_positions in (None, special)})[
-        ::-1
-    ]
+    candidates = [num_class * special for special in (True, False) if special_positions in (None, special)]
+    if registers := _num_registers(tensors):
+        candidates.append(num_class + registers)
     if image_size is not None:
         grid = tuple(side // patch_size for side in height_and_width(image_size))
         for num_special in candidates:
@@ -216,10 +217,28 @@ def _positions(
                 )  # fmt: skip
             return num_special, (side, side)
     raise InputError(
-        f"pos_embed has {rows} rows: no square raster of patches with {' or '.join(map(str, candidates))} special "
-        "tokens in front; give the image_size=(height, width) of a checkpoint that is not square (positions of "
-        "register tokens are not supported)"
+        f"pos_embed has {rows} rows: no square raster of patches with {' or '.join(map(str, dict.fromkeys(candidates)))} special "
+        "tokens in front; give the image_size=(height, width) of a checkpoint that is not square"
     )
+
+
+def _num_registers(tensors: Tensors) -> int:
+    return next((tensors[name].shape[1] for name in _REGISTERS if name in tensors), 0)
+
+
+def _without_register_positions(tensors: Tensors, num_rows: int) -> Tensors:
+    """The tensors with the positions of register tokens, constants like these, added to them, where there are any.
+
+    num_rows: of the position embedding without them.
+    """
+    name = next((name for name in _REGISTERS if name in tensors), None)
+    first = ("cls_token" in tensors) + ("dist_token" in tensors)
+    last = first + _num_registers(tensors)
+    before, of_registers, after = np.split(tensors["pos_embed"], (first, last), axis=1)
+    kept = np.concatenate([before, after], axis=1)
+    if name is None or kept.shape[1] != num_rows or of_registers.shape != tensors[name].shape:
+        return tensors
+    return {**tensors, name: tensors[name] + of_registers, "pos_embed": kept}
 
 
 def tell_of_a_square(tensors: Tensors, fields: Mapping[str, Any]) -> None:
