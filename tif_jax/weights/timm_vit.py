@@ -216,9 +216,10 @@ def _positions(
                     "has one, the patches are no square: give image_size=(height, width)", rows, side, side
                 )  # fmt: skip
             return num_special, (side, side)
+    numbers = " or ".join(map(str, dict.fromkeys(candidates)))
     raise InputError(
-        f"pos_embed has {rows} rows: no square raster of patches with {' or '.join(map(str, dict.fromkeys(candidates)))} special "
-        "tokens in front; give the image_size=(height, width) of a checkpoint that is not square"
+        f"pos_embed has {rows} rows: no square raster of patches with {numbers} special tokens in front; "
+        "give the image_size=(height, width) of a checkpoint that is not square"
     )
 
 
