@@ -316,11 +316,8 @@ def test_a_folder_knows_what_it_was_claimed_for(tmp_path):
 
 
 def test_a_record_that_was_changed_is_noticed(tmp_path):
-    path, data = (
-        tmp_path / "metrics.json",
-        {"top1": 0.5, "rows": [{"gmac": 1}], "loss": float("nan"), "by_step": {1: 2}},
-    )
-    records.write(path, data)
+    path = tmp_path / "metrics.json"
+    records.write(path, {"top1": 0.5, "rows": [{"gmac": 1}], "loss": float("nan"), "by_step": {1: 2}})
     written = path.read_text()
     assert records.read(path) == {"top1": 0.5, "rows": [{"gmac": 1}], "loss": None, "by_step": {"1": 2}}
     path.write_text(json.dumps(dict(reversed(json.loads(written).items()))))  # neither order nor spaces count
