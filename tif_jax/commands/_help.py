@@ -24,7 +24,8 @@ examples:
   tif convert deit_tiny.pth deit_tiny.safetensors                     weights, without PyTorch
 
 `tif help COMMAND` lists the flags of a command, `tif help config` the configs and their keys, `tif help
-config data` those of one section, `tif help reducers` the reducers and their options."""
+config data` those of one section, `tif help reducers` the reducers and their options. `tif --version` tells the
+version."""
 _CONFIG = """\
 A config is a name of this list or a Python file; some take an argument after a colon (imagenette:plain). It
 says what differs from the defaults below; --config.KEY=VALUE has the last word, as in
@@ -45,7 +46,9 @@ def help_on(topic: str, rest: list[str], commands: list[str]) -> str:
 
 
 def usage(commands: list[str]) -> str:
-    return "\n".join([_USAGE, *(f"  {name:<10} {_summary(name)}" for name in commands), "", _EXAMPLES])
+    return "\n".join(
+        [_USAGE, *(_wrapped(f"  {name:<10} {_summary(name)}", " " * 13) for name in commands), "", _EXAMPLES]
+    )
 
 
 def _describe_reducers() -> str:
