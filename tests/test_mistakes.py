@@ -248,6 +248,12 @@ MISTAKES = {
     "no token is worth keeping": Mistake(
         "train --stage=filter --config.filter.labels=above --config.filter.rho=1e9", ("0%", "filter.rho", "another rho")
     ),
+    "more parts than rows, one that has some": Mistake(
+        "score --config.score.part=1/64 --workdir=run", ("score.part is '1/64'", "only 8 rows", "fewer parts")
+    ),
+    "more parts than rows, one that has none": Mistake(
+        "score --config.score.part=64/64 --workdir=run", ("score.part is '64/64'", "only 8 rows", "fewer parts")
+    ),
     "fine-tune before the backbone": Mistake(
         "train --stage=finetune --workdir=new --config.reducer.name=full", ("new/backbone", "no checkpoint")
     ),

@@ -1,6 +1,7 @@
 """A run of two processes with two devices each: it computes what one process does, ends as one, and goes on."""
 
 import argparse
+import os
 import runpy
 import signal
 import socket
@@ -15,6 +16,7 @@ from trainer import NUM_STEPS, TINY
 from tif_jax.__main__ import main
 from tif_jax.errors import InputError
 from tif_jax.runtime import metrics_log, processes, records
+from tif_jax.runtime.workdir import only_run
 from tif_jax.training.checkpoints import Checkpoints, load_params
 
 # Parameters are divided over all four devices, so that each process writes half of a checkpoint.
@@ -94,6 +96,16 @@ def test_stopped_killed_and_finished_it_is_as_one_process(servers, tmp_path):
     np.testing.assert_allclose(*([line["loss"] for line in lines] for lines in (ours, theirs)), atol=1e-5)
     ours, theirs = (records.read(folder / "backbone" / "metrics.json") for folder in (workdir, alone))
     np.testing.assert_allclose(*([m["loss"], m["top1"]] for m in (ours, theirs)), atol=1e-5)
+
+
+def test_a_second_run_is_refused_as_a_whole(servers, tmp_path):
+    logs = [tmp_path / "log-0", tmp_path / "log-1"]
+    (tmp_path / "run").mkdir()
+    with only_run(tmp_path / "run"):
+        both = start(servers, ["0", tmp_path / "steps", f"--workdir={tmp_path / 'run'}", *DIVIDED], logs)
+        assert ends(both) == [2, 2], logs[0].read_text()
+    for log in logs:
+        assert f"process {os.getpid()} on" in log.read_text().splitlines()[-1]
 
 
 def test_without_the_first_process_the_other_ends(servers, tmp_path):
