@@ -173,17 +173,21 @@ POOLING = {  # how timm is told: the tensors, what has to be given, what is infe
 
 
 @pytest.mark.parametrize("name", POOLING)
-def test_pooling(tmp_path, name):
+def test_pooling(tmp_path, caplog, name):
+    caplog.set_level(logging.WARNING, "tif_jax")
     tensors, given, pool = POOLING[name]
     path = write_safetensors(tmp_path / "w.safetensors", tensors)
     expected = vit_forward(tensors, images(), num_heads=2, pool=pool)
     np.testing.assert_allclose(predict(path, images(), **HEADS, **given), expected, atol=1e-4)
+    assert not given or not caplog.messages
     fields, params = read_weights(path, **HEADS, **given)
     back, needed = pretrained.to_tensors(params, fields)
     assert timm_vit.infer_fields(back, **needed)["pool"] == pool
-    if given:  # what is taken if nothing is given differs, so that it is told
+    if given:  # what is taken if nothing is given differs
         other = predict(path, images(), **HEADS)
         assert np.abs(other - expected).max() > 0.1
+    told = any("a class token and fc_norm: pool 'mean' is assumed" in message for message in caplog.messages)
+    assert told == (name in ("token, fc_norm", "avg"))
 
 
 def test_features_of_a_file_without_a_head_are_timms(tmp_path):

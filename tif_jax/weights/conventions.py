@@ -44,6 +44,10 @@ def for_vit(tensors: Tensors, known: Mapping[str, Any]) -> dict[str, Any]:
         found["num_heads"] = _num_heads(tensors, known, averaged)
     if "pool" not in known:
         found["pool"] = "normed_mean" if averaged else "mean" if "fc_norm.weight" in tensors else "class"
+        if found["pool"] == "mean" and known["class_token"]:
+            logger.warning(
+                "the file has a class token and fc_norm: pool 'mean' is assumed; give pool='class' if it has that"
+            )
     if "gelu" not in known and averaged:
         size, rows = (known["patch_size"], known["width"]), tensors["pos_embed"].shape[1]
         tanh = size in _TANH or (size == _LARGE and rows >= _LARGE_TANH_ROWS)
