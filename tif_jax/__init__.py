@@ -1,6 +1,7 @@
 """tif_jax: Vision Transformers made cheaper by finding out which image tokens matter."""
 
 import importlib
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ __all__ = [name for name in _WHERE if name != "__version__"]
 
 def __getattr__(name: str):
     if name not in _WHERE:
+        with suppress(ModuleNotFoundError):
+            return importlib.import_module(f"{__name__}.{name}")  # tif_jax.models, without importing it first
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
     return value

@@ -13,8 +13,10 @@ from tif_jax.commands._plots import accuracy_cost, picture_page, training_curves
 from tif_jax.commands._tables import Column, fixed, markdown, percent
 from tif_jax.commands.evaluate import KEEP_RATIOS
 from tif_jax.data.loader import evaluation_batches
+from tif_jax.errors import WorkError
 from tif_jax.experiment import config as config_file
 from tif_jax.experiment.folders import adapter_folder, backbone_folder, filter_folder, finetune_folder, heldout_folder
+from tif_jax.experiment.predecessors import finished
 from tif_jax.experiment.schema import Experiment
 from tif_jax.experiment.sources import open_for_model
 from tif_jax.impact import shards
@@ -53,6 +55,8 @@ def write_report(
         directory = finetune_folder(of_run, workdir)
         label = of_run.reducer.label
         metrics, measured = records.read(directory / "metrics.json"), per_label[label]
+        if metrics["checkpoint"] != finished(directory)[1]:  # by `tif evaluate` that looked in between
+            raise WorkError(f"{directory}/metrics.json is of another checkpoint; run the same command again")
         row = {
             "reducer": of_run.reducer.name,
             "label": label,

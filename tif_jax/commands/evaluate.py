@@ -17,8 +17,9 @@ from jaxtyping import Bool, Float
 
 from tif_jax import checked
 from tif_jax.commands import _arguments
+from tif_jax.data import open_source
 from tif_jax.data.loader import evaluation_batches
-from tif_jax.data.source import Source
+from tif_jax.data.source import Source, fingerprint
 from tif_jax.errors import InputError
 from tif_jax.experiment.folders import backbone_folder, filter_folder, finetune_folder, heldout_folder
 from tif_jax.experiment.predecessors import made_from, oracles_of, standing
@@ -75,9 +76,8 @@ def finetuned(config: Experiment, workdir: Path) -> dict[str, Any]:
     directory = finetune_folder(config, workdir)
     checkpoint, which = standing(directory)
     begun_with = read_config(checkpoint).get("made", {}).get("made_from", {})
-    records.check_same(
-        directory, begun_with, made_from(config, workdir, "finetune")
-    )  # else `before` is of something else
+    # Else `before` is of something else. The teacher was checked when the training began.
+    records.check_same(directory, begun_with, made_from(config, workdir, "finetune"), ignored=("teacher",))
     model, _ = load_with_fields(checkpoint, dtype=config.dtype, named=config.reducer.modules)
     metrics = {"checkpoint": which, "settings": settings_of(config), **_evaluate(config, model)}
     metrics["keep_ratio"] = _keep_ratio(model.reducer)
@@ -92,7 +92,8 @@ def finetuned(config: Experiment, workdir: Path) -> dict[str, Any]:
 def settings_of(config: Experiment) -> str:
     """Digest of what decides on metrics beside the checkpoint: which images, and the dtype."""
     data = {name: value for name, value in checked.to_json(config.data).items() if name not in WITHOUT_EFFECT}
-    return records.digest({"data": data, "dtype": config.dtype})
+    examples = fingerprint(open_source(config.data, "test"))
+    return records.digest({"data": data, "examples": examples, "dtype": config.dtype})
 
 
 def _evaluate(config: Experiment, model: Model, split: str = "test") -> dict[str, Any]:
@@ -153,7 +154,8 @@ def ranking_table(config: Experiment, workdir: Path) -> dict[str, Any]:
     directory = filter_folder(config, workdir)
     checkpoint, which = standing(directory)
     model = plain_vit(load(checkpoint, dtype=config.dtype), "a ranking of patches")
-    trained_on = shards.read_impact(workdir, expected=expected_manifest(config, model)).impact
+    trained = open_source(config.data, "train")
+    trained_on = shards.read_impact(workdir, expected=expected_manifest(config, model, trained)).impact
     test = heldout(config, workdir, model, trained_on)
 
     def rank(models, images, _):
@@ -182,7 +184,8 @@ def heldout(config: Experiment, workdir: Path, model: ViT, trained_on: Float[np.
     trained_on: impacts whose labels the position prior is read off. Raises InputError if nothing is scored yet.
     """
     folders = {target: heldout_folder(workdir, target) for target in TARGETS}
-    expected = expected_manifest(config, model)
+    source = open_for_model(config, "test", model)
+    expected = expected_manifest(config, model, source)
     oracles = {t: shards.read_impact(folder, expected=expected) for t, folder in folders.items() if folder.exists()}
     if "label" not in oracles:
         raise InputError(f"{workdir}/heldout-label is missing; `tif run` makes it: score held-out images first")
@@ -192,7 +195,7 @@ def heldout(config: Experiment, workdir: Path, model: ViT, trained_on: Float[np.
     fixed = {f"{target} oracle": impact for target, impact in impacts.items()}
     fixed["position prior"] = np.broadcast_to(prior, table.impact.shape)
     return Heldout(
-        batches=partial(_batches, config, open_for_model(config, "test", model), table),
+        batches=partial(_batches, config, source, table),
         mesh=make_mesh(config.evaluate.batch_size, this_process_only=True),
         impacts=impacts,
         labels=np.asarray(keep_labels(table.impact, **labelling)),

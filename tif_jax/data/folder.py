@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tif_jax.data.classes import MAX_CLASSES, ClassIndex, names_by_output, outputs
 from tif_jax.data.pictures import read_image
-from tif_jax.data.source import Example
+from tif_jax.data.source import Example, digest_of
 from tif_jax.errors import InputError
 from tif_jax.runtime import once
 
@@ -29,6 +29,10 @@ class ImageFiles:
         self.class_names = tuple(class_names)
         self._files = files
         self._labels = labels
+
+    @property
+    def fingerprint(self) -> str:
+        return digest_of([as_id(file) for file in self._files], list(self._labels))
 
     def __len__(self) -> int:
         return len(self._files)

@@ -1,6 +1,8 @@
 """What a data set is to the rest of the library: images with labels, by position."""
 
-from typing import Protocol, TypedDict, runtime_checkable
+import hashlib
+import json
+from typing import Any, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -42,6 +44,11 @@ class Subset:
         self.class_names = source.class_names
         self._positions = positions
 
+    @property
+    def fingerprint(self) -> str | None:
+        of_all = fingerprint(self.source)
+        return of_all and digest_of(of_all, np.asarray(self._positions).tolist())
+
     def __len__(self) -> int:
         return len(self._positions)
 
@@ -62,6 +69,10 @@ class Labelled:
         self._num_outputs = num_outputs
         self._name = name
 
+    @property
+    def fingerprint(self) -> str | None:
+        return fingerprint(self.source)
+
     def __len__(self) -> int:
         return len(self.source)
 
@@ -77,6 +88,19 @@ class Labelled:
                 f"0..{self._num_outputs - 1}"
             )
         return example
+
+
+def fingerprint(source: Source) -> str | None:
+    """Digest of which examples there are, in which order, with which labels; None where a source does not tell.
+
+    The folder that they lie in is not part of it. The sources of this package have it as a property.
+    """
+    return getattr(source, "fingerprint", None)
+
+
+def digest_of(*parts: Any) -> str:
+    """For fingerprints: sha256, in hexadecimal, of plain data."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def evenly_spaced(num: int, num_examples: int) -> Int[np.ndarray, " n"]:

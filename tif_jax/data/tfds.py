@@ -15,7 +15,7 @@ from etils import epath
 from tif_jax.data import remote
 from tif_jax.data.classes import ClassIndex, names_by_output, outputs
 from tif_jax.data.pictures import read_image
-from tif_jax.data.source import Example, UnreadableImage
+from tif_jax.data.source import Example, UnreadableImage, digest_of
 from tif_jax.data.tfrecord import TFRecords
 from tif_jax.errors import InputError, WorkError
 from tif_jax.runtime import once
@@ -76,6 +76,8 @@ class Tfds:
         self.num_classes = len(self.class_names)
         self._shards = [(os.path.basename(shard.filename), shard.skip) for shard in shards]
         self._starts = list(itertools.accumulate((shard.take for shard in shards), initial=0))
+        skips = [skip for _, skip in self._shards]  # and no names of files, which differ between formats
+        self.fingerprint = digest_of(info.full_name, list(info.splits), skips, self._starts, self._outputs)
         self._features = info.features
         self._decoders = {self._image: tfds.decode.SkipDecoding()}
         self._records = TFRecords(shards) if is_tfrecord else _array_records(shards)

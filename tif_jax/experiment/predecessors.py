@@ -9,6 +9,7 @@ from tif_jax.experiment.schema import Experiment
 from tif_jax.impact.manifest import read_manifest
 from tif_jax.impact.oracle import TARGETS
 from tif_jax.training.checkpoints import identity, newest, read_config
+from tif_jax.weights.loading import checkpoint_directory
 
 _RECIPE = ("estimator", "mask", "target", "num_images", "views")  # of impacts; who computed them does not matter
 
@@ -25,12 +26,26 @@ def standing(folder: Path) -> tuple[Path, dict[str, Any]]:
 def finished(folder: Path) -> tuple[Path, dict[str, Any]]:
     """`standing` of a stage that other stages begin with. Raises InputError if it has steps to go."""
     checkpoint, which = standing(folder)
+    _check(folder, which)
+    return checkpoint, which
+
+
+def check_finished(weights: str) -> None:
+    """Raises InputError if weights to begin with are those of a run that is still being trained: they would change.
+
+    A file, or one step's folder of a run, stays what it is.
+    """
+    path = Path(weights).expanduser()
+    if path.is_dir() and not (path / "params").is_dir():
+        _check(path, identity(read_config(newest(checkpoint_directory(path)))))
+
+
+def _check(folder: Path, which: dict[str, Any]) -> None:
     if which["step"] < which["of"]:
         raise InputError(
             f"{folder} stands at step {which['step']} of {which['of']}: finish that stage first, with its `tif train` or "
             "with `tif run`"
         )
-    return checkpoint, which
 
 
 def start_folder(experiment: Experiment, workdir: Path) -> Path:

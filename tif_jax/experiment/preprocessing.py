@@ -9,7 +9,7 @@ from tif_jax.data.preprocess import PARTS
 from tif_jax.errors import InputError
 from tif_jax.experiment.schema import Experiment
 from tif_jax.models import Model
-from tif_jax.weights.described import complete
+from tif_jax.weights.described import Description, complete
 from tif_jax.weights.loading import description_of
 
 logger = logging.getLogger(__name__)
@@ -23,10 +23,11 @@ def resolved(experiment: Experiment) -> Experiment:
 
     Raises InputError where data.mean or data.std contradict the weights; of another crop or interpolation it warns.
     """
-    options, weights = experiment.data, experiment.backbone.init_from
+    options, weights = experiment.data, os.path.expanduser(experiment.backbone.init_from)
     how = options.preprocessing
-    if weights and os.path.exists(os.path.expanduser(weights)):  # also False for what can be no path
-        said = description_of(weights)
+    if weights:
+        there = os.path.exists(weights)  # also False for what can be no path
+        said = description_of(weights) if there else Description(f"backbone.init_from {weights!r}, which is not there,")
         given = {part: getattr(options, part) for part in PARTS}
         for part, value in said.preprocessing.items():
             if given[part] not in (None, value):
@@ -52,4 +53,6 @@ def check_prepared(model: Model, experiment: Experiment, what: str) -> None:
     for part in _NUMBERS:
         theirs, ours = (getattr(how, part) for how in (model.preprocessing, experiment.data.preprocessing))
         if theirs != ours:
-            raise InputError(f"{what} takes images with {part} {theirs}; those of this config have data.{part} {ours}")
+            raise InputError(
+                f"{what} takes images with {part} {theirs}; those of this config have data.{part} {ours}: set it to {theirs}"
+            )

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from tif_jax.data.source import Source
+from tif_jax.data.source import Source, fingerprint
 from tif_jax.errors import InputError
 from tif_jax.experiment.folders import backbone_folder, heldout_folder, impact_folder
 from tif_jax.experiment.predecessors import finished
@@ -38,14 +38,15 @@ def score_heldout(experiment: Experiment, workdir: Path) -> None:
             job.run(_job(experiment, heldout_folder(workdir, target), workdir, "test", target))
 
 
-def expected_manifest(experiment: Experiment, model: Model) -> dict[str, Any]:
-    """What the manifest of impact shards must say to fit this backbone and these views."""
+def expected_manifest(experiment: Experiment, model: Model, source: Source) -> dict[str, Any]:
+    """What the manifest of impact shards must say to fit this backbone, these examples and their views."""
     options = experiment.data
     return {
+        "num_examples": len(source),
         "backbone": backbone_digest(params_of(model)),
         "num_tokens": model.grid[0] * model.grid[1],
-        # These decide which image an index is.
-        "data": {key: getattr(options, key) for key in _IDENTITY},
+        # These decide which image an index is, and its label.
+        "data": {key: getattr(options, key) for key in _IDENTITY} | {"examples": fingerprint(source)},
         "image_size": list(options.size),
         "preprocessing": {**vars(options.preprocessing), "augment": options.augment},
     }
@@ -124,9 +125,8 @@ def _manifest(
     estimator = {"name": of_oracle["estimator"], "seed": experiment.seed, "dtype": np.dtype(model.dtype).name}
     if of_oracle["estimator"] == "sampled":
         estimator |= {key: of_oracle[key] for key in ("num_samples", "keep_ratio")}
-    expected = expected_manifest(experiment, model)
+    expected = expected_manifest(experiment, model, source)
     manifest = {
-        "num_examples": len(source),
         "num_images": num_rows // views,
         "views": views,
         "num_parts": num_parts,

@@ -16,7 +16,7 @@ from tif_jax.data.loader import Batches, training_batches
 from tif_jax.errors import InputError
 from tif_jax.experiment.config import to_json
 from tif_jax.experiment.folders import adapter_folder, backbone_folder, filter_folder, finetune_folder
-from tif_jax.experiment.predecessors import finished, made_from, start_folder
+from tif_jax.experiment.predecessors import check_finished, finished, made_from, start_folder
 from tif_jax.experiment.preprocessing import check_prepared, prepare
 from tif_jax.experiment.reducer_entry import FITTED, ReducerEntry, phases_of
 from tif_jax.experiment.schema import Experiment
@@ -26,7 +26,7 @@ from tif_jax.impact import shards
 from tif_jax.impact.labels import keep_labels, position_prior
 from tif_jax.models import Model, blueprint, create_model
 from tif_jax.models.budget import AMOUNTS
-from tif_jax.models.params import params_of
+from tif_jax.models.params import backbone_digest, params_of
 from tif_jax.runtime import records
 from tif_jax.training import losses
 from tif_jax.training.checkpoints import Checkpoints
@@ -83,7 +83,8 @@ def token_filter(experiment: Experiment, workdir: Path) -> Stage:
     recipe, entry = experiment.filter, _fitted_entry(experiment).without("adapter")  # it comes after the filter
     begin = made_from(experiment, workdir, "filter")
     loaded = _load(backbone_folder(workdir), entry, experiment)
-    table = shards.read_impact(workdir, expected=expected_manifest(experiment, loaded[0]))
+    source = data.open_source(experiment.data, "train")
+    table = shards.read_impact(workdir, expected=expected_manifest(experiment, loaded[0], source))
     labelled = label_options(experiment, table.impact)
     positives = float(np.mean(keep_labels(table.impact, **labelled)))
     logger.info("%.1f%% of %d tokens are labelled worth keeping (%s)", 100 * positives, table.impact.size, labelled)
@@ -92,7 +93,7 @@ def token_filter(experiment: Experiment, workdir: Path) -> Stage:
             f"{positives:.0%} of the tokens are worth keeping with filter.rho {recipe.rho}; choose another rho"
         )
     batches = training_batches(
-        data.open_source(experiment.data, "train"),
+        source,
         experiment.data,
         batch_size=recipe.batch_size,
         seed=experiment.seed,
@@ -116,14 +117,15 @@ def token_filter(experiment: Experiment, workdir: Path) -> Stage:
 def selectors(experiment: Experiment, workdir: Path) -> Stage:
     """The selectors of tosa, fitted to the attention of the blocks that they choose for; nothing is scored, no label read."""
     recipe, entry = experiment.filter, experiment.reducer.without(*AMOUNTS)  # all the same while fitting
+    loaded = _load(backbone_folder(workdir), entry, experiment, fitting=True)
     return _part_alone(
         experiment,
         entry,
-        _load(backbone_folder(workdir), entry, experiment, fitting=True),
+        loaded,
         directory=filter_folder(experiment, workdir),
         recipe=recipe,
         loss=losses.selector,
-        **_all_images(experiment, recipe),
+        **_all_images(experiment, recipe, loaded[0]),
         trainable=REDUCER_LEARNS,
         made_from=made_from(experiment, workdir, "filter"),
     )
@@ -134,14 +136,15 @@ def adapter(experiment: Experiment, workdir: Path) -> Stage:
     recipe, entry = experiment.adapter, _fitted_entry(experiment)
     if not entry.has_adapter:
         raise InputError("stage 'adapter' is for tif with reducer.adapter above 0")
+    loaded = _load(filter_folder(experiment, workdir), entry, experiment)
     return _part_alone(
         experiment,
         entry,
-        _load(filter_folder(experiment, workdir), entry, experiment),
+        loaded,
         directory=adapter_folder(experiment, workdir),
         recipe=recipe,
         loss=losses.divergence,
-        **_all_images(experiment, recipe),
+        **_all_images(experiment, recipe, loaded[0]),
         trainable=ADAPTER_LEARNS,
         teacher=load(finished(backbone_folder(workdir))[0], reducer="full", dtype=experiment.dtype),
         made_from=made_from(experiment, workdir, "adapter"),
@@ -157,6 +160,9 @@ def finetune(experiment: Experiment, workdir: Path) -> Stage:
     model, fields = before_finetuning(experiment, workdir)
     source = open_for_model(experiment, "train", model)
     loss, teacher = _finetuning_loss(experiment, workdir)
+    begin = made_from(experiment, workdir, "finetune")
+    if recipe.distillation.teacher and teacher:
+        begin["teacher"] = backbone_digest(params_of(teacher))
     rests = (entry.is_fitted_first or entry.name == "prior") and "reducer" in params_of(model)
     return _stage(
         experiment,
@@ -174,7 +180,7 @@ def finetune(experiment: Experiment, workdir: Path) -> Stage:
             for end, changed in phases_of(entry, recipe.phases)
         ],
         teacher=teacher,
-        made_from=made_from(experiment, workdir, "finetune"),
+        made_from=begin,
     )
 
 
@@ -189,7 +195,8 @@ def before_finetuning(experiment: Experiment, workdir: Path) -> tuple[Model, dic
     given = {"drop_path": recipe.drop_path, **_remat(recipe), **recipe.model}
     model, fields = _load(start_folder(experiment, workdir), entry, experiment, **given)
     if entry.name == "prior":  # nothing to train: its one parameter is read off the shards
-        table = shards.read_impact(workdir, expected=expected_manifest(experiment, model))
+        source = data.open_source(experiment.data, "train")
+        table = shards.read_impact(workdir, expected=expected_manifest(experiment, model, source))
         labels = keep_labels(table.impact, **label_options(experiment, table.impact))
         nnx.update(model, {"reducer": {"logits": position_prior(labels)}})
     return model, fields
@@ -214,8 +221,9 @@ def _part_alone(
     return _stage(experiment, model=model, fields=fields, reducer=entry.described, **frozen, **of_stage)
 
 
-def _all_images(experiment: Experiment, recipe: Recipe) -> dict[str, Any]:
+def _all_images(experiment: Experiment, recipe: Recipe, model: Model) -> dict[str, Any]:
     """Batches of all training images, and how many there are. Their labels are not read: they need not fit the model."""
+    check_prepared(model, experiment, "the network")
     source = data.open_source(experiment.data, "train")
     batches = training_batches(source, experiment.data, batch_size=recipe.batch_size, seed=experiment.seed)
     return {"batches": batches, "num_examples": len(source)}
@@ -256,8 +264,10 @@ def _finetuning_loss(experiment: Experiment, workdir: Path) -> tuple[losses.Loss
     given = recipe.distillation
     if not given.kind:
         return base, None
+    if given.teacher:
+        check_finished(given.teacher)
     teacher = load(given.teacher or finished(backbone_folder(workdir))[0], reducer="full", dtype=experiment.dtype)
-    check_prepared(teacher, experiment, f"the teacher {given.teacher}")
+    check_prepared(teacher, experiment, f"the teacher {given.teacher or backbone_folder(workdir)}")
     if given.kind == "hard":
         return partial(losses.hard_distillation, base=base, weight=given.logits_weight), teacher
     weights = dict(logits_weight=given.logits_weight, tokens_weight=given.tokens_weight)
@@ -268,6 +278,7 @@ def _begin_backbone(experiment: Experiment, directory: Path) -> None:
     """A backbone that is not trained by itself: imported, or random weights that fine-tuning begins with."""
     recipe = experiment.backbone
     if recipe.init_from:
+        check_finished(recipe.init_from)
         given: dict[str, Any] = {**recipe.model, "image_size": experiment.data.image_size, "seed": experiment.seed}
         given |= {"num_heads": recipe.num_heads} if recipe.num_heads else {}
         how = experiment.data.preprocessing  # which agrees with what the weights say
@@ -275,8 +286,8 @@ def _begin_backbone(experiment: Experiment, directory: Path) -> None:
     else:
         fields = {**recipe.model, "dtype": experiment.dtype}
         model = prepare(create_model(fields, seed=experiment.seed), experiment)
-    drawn = {} if recipe.init_from else {"seed": experiment.seed}
-    made = {"init_from": str(recipe.init_from), "model": fields, **drawn}
+    which = {"weights": backbone_digest(params_of(model))} if recipe.init_from else {"seed": experiment.seed}
+    made = {"init_from": recipe.init_from, "model": fields, **which}
     records.claim(directory, made)
     state = State(jnp.int32(0), params_of(model), ())
     with Checkpoints(directory / "checkpoints") as checkpoints:

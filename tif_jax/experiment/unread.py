@@ -50,14 +50,16 @@ def _reason(path: str, unused: Mapping[str, str]) -> str:
 def _unused(experiment: Experiment) -> Iterator[tuple[str, str]]:
     """(key or section, why nothing reads it)."""
     backbone, score, labels = experiment.backbone, experiment.score, experiment.filter
-    recipe = [field.name for field in dataclasses.fields(Backbone) if field.name not in ("init_from", "num_heads")]
+    recipe = [
+        field.name for field in dataclasses.fields(Backbone) if field.name not in ("init_from", "model", "num_heads")
+    ]
     if backbone.init_from:
         trained = [name for name in recipe if name != "model"]
         yield from ((f"backbone.{name}", "the backbone is imported, not trained") for name in trained)
     else:
         yield "backbone.num_heads", "it is of a weight file"
         if not backbone.num_epochs:
-            untrained = [name for name in recipe if name not in ("model", "num_epochs")]
+            untrained = [name for name in recipe if name != "num_epochs"]
             yield from ((f"backbone.{name}", "the backbone is not trained") for name in untrained)
     if score.estimator != "sampled":
         for key in ("score.num_samples", "score.keep_ratio", "evaluate.num_samples"):

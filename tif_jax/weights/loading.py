@@ -14,7 +14,7 @@ from jaxtyping import Array, Key
 from tif_jax import checked, reducers
 from tif_jax.data.preprocess import Preprocessing, replaced
 from tif_jax.errors import InputError
-from tif_jax.models import MODEL_FIELDS, Model, blueprint, check_seed, grid_of, model_fields
+from tif_jax.models import MODEL_FIELDS, Model, blueprint, check_seed, grid_of, model_fields, with_defaults
 from tif_jax.models.budget import AMOUNTS
 from tif_jax.models.model import dtype_name
 from tif_jax.models.params import params_of
@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 # Heads that only training has: a source may have them or not, whatever the model that it is loaded into.
 TRAINING_HEADS = ("class_head/", "class_norm/", "class_distillation_head/")
 HEADS = ("head/", "distillation_head/")  # read_weights leaves them out where num_classes is another
+
+
 # Fields that no shape tells: given otherwise than the source says, they would be wrong in silence.
 _FACTS = ("num_heads", "gelu", "activation", "norm_eps")
 _REMEDY = "say tif_jax.load(..., preprocessing=dict(mean=..., std=...)), or put timm's config.json beside the file"
@@ -133,13 +135,13 @@ def _read(path: Path, given: Mapping[str, Any]) -> _Read:
         raise InputError(
             f"{path} does not say which model and reducer its weights are of: it is no checkpoint of tif_jax"
         )
-    _check_facts(path, own, given)
+    _check_facts(path, with_defaults(own), given)
     fields = {**own, **given}
     return _Read(fields, _resized(params, own, fields), reducer, may_be_fresh, described.of_checkpoint(path, stored))
 
 
 def description_of(source: str | Path) -> described.Description:
-    """What a file, checkpoint or workdir says of its weights; nothing of one that there is not."""
+    """What a file, checkpoint or workdir says of its weights. A file that does not exist says nothing."""
     path = Path(source).expanduser()
     if not path.is_dir():
         return described.of_file(path)

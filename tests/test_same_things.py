@@ -1,0 +1,127 @@
+"""What stages are made from, told when it is not what it was: weights, teachers, examples, labels."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from PIL import Image
+from small_project import finish, forget_handlers, last_line, tif
+
+import tif_jax
+from tif_jax.__main__ import main
+from tif_jax.data import open_source
+from tif_jax.data.source import fingerprint
+from tif_jax.runtime import records
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return finish(tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture
+def place(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    forget_handlers()
+
+
+def write_weights(place, bias: float):
+    """The backbone as a weight file, its head's bias moved."""
+    path = place / "weights.safetensors"
+    path.unlink(missing_ok=True)
+    assert main(["convert", str(place / "run" / "backbone"), str(path)]) == 0
+    tensors = safetensors.numpy.load_file(path)
+    with safetensors.safe_open(path, framework="numpy") as file:
+        metadata = file.metadata()
+    tensors["head.bias"] += bias
+    safetensors.numpy.save_file(tensors, path, metadata=metadata)
+
+
+def unfinished(run):
+    """The backbone's newest checkpoint says that there are steps to go."""
+    newest = max((run / "backbone" / "checkpoints").iterdir(), key=lambda step: int(step.name))
+    path = newest / "config" / "metadata"
+    config = records.opened(json.loads(path.read_bytes()))
+    path.write_text(json.dumps(records.sealed(config | {"of": config["step"] + 1})))
+
+
+def test_an_imported_backbone_is_that_of_its_file(place, capsys):
+    imported = "train --stage=backbone --workdir=other --config.backbone.init_from=weights.safetensors"
+    write_weights(place, 0.0)
+    assert tif(imported) == tif(imported) == 0
+    write_weights(place, 1.0)
+    assert tif(imported) == 2
+    assert "was made with weights" in last_line(capsys)
+
+
+@pytest.mark.parametrize(
+    "line", ["train --stage=backbone --workdir=other --config.backbone.init_from=run/backbone",
+             "train --stage=finetune --config.reducer.name=random --config.finetune.distillation.kind=hard "
+             "--config.finetune.distillation.teacher=copy/backbone"],
+)  # fmt: skip
+def test_nothing_begins_with_a_run_that_is_still_training(place, capsys, line):
+    shutil.copytree(place / "run", place / "copy")
+    unfinished(place / ("copy" if "copy" in line else "run"))
+    assert tif(line) == 2
+    assert "stands at step" in last_line(capsys)
+
+
+def test_fine_tuning_goes_on_with_the_same_teacher_alone(place, capsys):
+    write_weights(place, 0.0)
+    line = (
+        "train --stage=finetune --config.reducer.name=random --config.finetune.distillation.kind=hard "
+        "--config.finetune.distillation.teacher=weights.safetensors"
+    )
+    assert tif(line) == tif(line) == 0
+    write_weights(place, 1.0)
+    assert tif(line) == 2
+    assert "made_from.teacher" in last_line(capsys)
+
+
+def an_image_more(place):
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(place / "data" / "8.png")
+    table = place / "data" / "train.csv"
+    table.write_text(table.read_text().replace("file,label\n", "file,label\n8.png,0\n"))
+
+
+def other_labels(place):
+    table = place / "data" / "train.csv"
+    head, *rows = table.read_text().splitlines()
+    table.write_text("\n".join([head, *(f"{row[:-1]}{1 - int(row[-1])}" for row in rows)]))
+
+
+def another_order(place):
+    table = place / "data" / "train.csv"
+    head, *rows = table.read_text().splitlines()
+    table.write_text("\n".join([head, *rows[::-1]]))
+
+
+@pytest.mark.parametrize("change", [an_image_more, other_labels, another_order])
+def test_impacts_are_of_the_examples_that_were_scored(place, capsys, change):
+    before = fingerprint(open_source(dict(name="image_table", root="data", train_split="train.csv"), "train"))
+    change(place)
+    after = fingerprint(open_source(dict(name="image_table", root="data", train_split="train.csv"), "train"))
+    assert before != after
+    assert tif("train --stage=filter") == 2
+    assert "impact in run/impact does not match" in last_line(capsys)
+
+
+def test_the_folder_may_be_another(place):
+    (place / "data").rename(place / "moved")
+    assert tif("train --stage=filter --config.data.root=moved") == 0
+
+
+@pytest.mark.parametrize("given", [dict(gelu="tanh"), dict(norm_eps=1e-2), dict(num_heads=4)])
+def test_what_a_checkpoint_leaves_at_its_default_is_known_too(place, given):
+    with pytest.raises(tif_jax.InputError, match="contradicts"):
+        tif_jax.load("run/backbone", **given)
+
+
+def test_rooms_are_attributes_of_the_package():
+    assert tif_jax.models.create_model is tif_jax.create_model
+    with pytest.raises(AttributeError, match="'nothing'"):
+        tif_jax.nothing  # noqa: B018
