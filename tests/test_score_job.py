@@ -13,6 +13,7 @@ import pytest
 from forks import Server
 from scorer import NUM_PARTS, ROWS_PER_PART
 
+from tif_jax.data import open_source
 from tif_jax.errors import Preempted, WorkError
 from tif_jax.experiment import config as config_file
 from tif_jax.experiment import scoring
@@ -346,5 +347,6 @@ def test_the_dtype_follows_the_device_and_the_estimator(monkeypatch):
 
 def test_impacts_fit_the_filter(finished):
     """What `read_impact` is asked for by `tif train` matches what `tif score` writes."""
-    expected = scoring.expected_manifest(_config(), load(finished / "run" / "backbone"))
+    model, source = load(finished / "run" / "backbone"), open_source(_config().data, "train")
+    expected = scoring.expected_manifest(_config(), model, source)
     assert shards.read_impact(finished / "run", expected=expected).impact.shape == (80, 16)
