@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from small_project import CONFIG, contents, forget_handlers, last_line, prepare, tif
+from small_project import contents, forget_handlers, last_line, prepare, tif
 
 from tif_jax.commands import _report, benchmark, evaluate
 from tif_jax.experiment import config
@@ -213,14 +213,12 @@ def test_what_was_made_from_another_backbone_is_refused_or_made_again(place, cap
 
 @pytest.mark.parametrize(
     "flag, same",
-    [("data.num_workers=1", True), ("data.test_split=train.csv", False), ("data.crop_fraction=0.9", False),
-     ("dtype=bfloat16", False)],
+    [("data.num_workers=1", True), ("data.test_split=train.csv", False), ("data.num_test=4", False),
+     ("data.crop_fraction=0.9", False), ("dtype=bfloat16", False)],
 )  # fmt: skip
-def test_other_data_are_measured_anew(tmp_path, caplog, flag, same):
-    (tmp_path / "config.py").write_text(CONFIG)
-    before, now = (
-        evaluate.settings_of(config.load(str(tmp_path / "config.py"), f)) for f in ([], [f"--config.{flag}"])
-    )
+def test_other_data_are_measured_anew(tmp_path, monkeypatch, caplog, flag, same):
+    monkeypatch.chdir(prepare(tmp_path))
+    before, now = (evaluate.settings_of(config.load("config.py", f)) for f in ([], [f"--config.{flag}"]))
     records.write(tmp_path / "metrics.json", {"loss": 1.0, "settings": before})
     found = records.read_result(tmp_path / "metrics.json", {"settings": now})
     assert (found is not None) == same

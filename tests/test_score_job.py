@@ -321,14 +321,8 @@ def test_sigterm_in_process(place, monkeypatch):
 def test_progress_says_speed_and_wait(place, caplog):
     caplog.set_level("INFO")
     scoring.score_training(_config(), place / "run")
-    for text in (
-        "images_per_second",
-        "masked_forwards_per_second",
-        "data_wait",
-        "left",
-        "masked images at once on each",
-    ):
-        assert text in caplog.text
+    said = "images_per_second", "masked_forwards_per_second", "data_wait", "left", "masked images at once on each"
+    assert [text for text in said if text not in caplog.text] == []
 
 
 def test_another_number_of_images_is_another_job(place):
@@ -345,8 +339,7 @@ def test_the_dtype_follows_the_device_and_the_estimator(monkeypatch):
     assert scoring._dtype("", "exact") == "float32"
 
 
-def test_impacts_fit_the_filter(finished):
-    """What `read_impact` is asked for by `tif train` matches what `tif score` writes."""
-    model, source = load(finished / "run" / "backbone"), open_source(_config().data, "train")
-    expected = scoring.expected_manifest(_config(), model, source)
+def test_impacts_fit_the_filter(finished):  # what `tif train` asks for is what `tif score` writes
+    source = open_source(_config().data, "train")
+    expected = scoring.expected_manifest(_config(), load(finished / "run" / "backbone"), source)
     assert shards.read_impact(finished / "run", expected=expected).impact.shape == (80, 16)
