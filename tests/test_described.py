@@ -105,6 +105,9 @@ def test_heads_and_gelu_are_timms(tmp_path):
         (TIMMS | {"model_args": {"act_layer": "quick_gelu"}}, "config.json: act_layer 'quick_gelu' is not supported"),
         (TIMMS | {"pretrained_cfg": {"mean": [123.7] * 3, "std": HALF}}, "config.json: mean is .* divide by 255"),
         (TIMMS | {"pretrained_cfg": 7}, "config.json: .* no dict"),
+        (TIMMS | {"pretrained_cfg": WEIGHTS | {"input_size": "224"}}, "config.json: image_size is '224'"),
+        (TIMMS | {"model_args": {"num_heads": "4"}}, "config.json: num_heads is '4'; it is a whole number"),
+        (TIMMS | {"global_pool": ["token"]}, "config.json: global_pool .* is not supported"),
     ],
 )
 def test_description_that_can_not_be(tmp_path, config, message):
@@ -171,7 +174,9 @@ def test_a_conversion_does_not_say_what_was_assumed(place, caplog):
         assert f"{made} does not say" in caplog.text
 
 
-@pytest.mark.parametrize("said", ["{", "7", '{"fields": 7}', '{"fields": {}, "preprocessing": {"mean": [9, 9, 9]}}'])
+@pytest.mark.parametrize("said", [
+    "{", "7", '{"fields": 7}', '{"fields": {"num_heads": "4"}}', '{"fields": {}, "preprocessing": {"mean": [9, 9, 9]}}',
+])  # fmt: skip
 def test_damaged_metadata(tmp_path, said):
     tensors = random_timm_tensors(np.random.default_rng(0), **SIZE)
     safetensors.numpy.save_file(tensors, tmp_path / "w.safetensors", metadata={"tif_jax": said})
@@ -249,7 +254,7 @@ def test_a_report_can_not_lead_out_of_its_workdir(place, best, message):
         tif_jax.load("run")
 
 
-def test_a_name_is_no_file(place):
+def test_a_name_is_no_file():
     with pytest.raises(InputError, match=r"is the name of a model.*tif_jax\.create_model\('deit_tiny_patch16_224'\)"):
         tif_jax.load("deit_tiny_patch16_224")
     with pytest.raises(InputError, match="the source is None"):

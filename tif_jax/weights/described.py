@@ -7,7 +7,7 @@ them. Whatever says it, it becomes a `Description`.
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import safetensors
 from tif_jax import checked
 from tif_jax.data.preprocess import INTERPOLATIONS, PARTS, Preprocessing, replaced
 from tif_jax.errors import InputError
-from tif_jax.models import model_fields
+from tif_jax.models import check_fields, field_kinds, model_fields
 
 logger = logging.getLogger(__name__)
 
@@ -111,8 +111,8 @@ def _ours(origin: str, said: Any) -> Description:
     fields, how, names = (said.get(key) for key in ("fields", "preprocessing", "class_names"))
     if not isinstance(fields, Mapping) or not isinstance(how or {}, Mapping):
         raise InputError(f"{origin}: what it says of its model is damaged; write it again")
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
-    return Description(origin, fields, _checked(origin, how or {}), _names(names))
+    family = "levit" if "activation" in fields else "vit"
+    return Description(origin, _typed(origin, fields, family), _checked(origin, how or {}), _names(names))
 
 
 def _timms(origin: str, config: Mapping[str, Any]) -> Description:
@@ -132,8 +132,7 @@ def _timms(origin: str, config: Mapping[str, Any]) -> Description:
             origin, how["interpolation"], weights.get("crop_mode"), ", ".join(INTERPOLATIONS),
         )  # fmt: skip
         how["interpolation"] = how["interpolation"] if how["interpolation"] in INTERPOLATIONS else None
-    names = [config.get("label_names", weights.get("label_names"))]
-    names.append(config.get("label_descriptions", weights.get("label_descriptions")))
+    names = [config.get(key) or weights.get(key) for key in ("label_names", "label_descriptions")]
     return Description(
         origin,
         _timms_fields(origin, config, weights, arguments),
@@ -150,22 +149,37 @@ def _timms_fields(
         named = model_fields(str(config.get("architecture")))
     except InputError:  # of another of timm's models
         named = {}
-    pool = arguments.get("global_pool", config.get("global_pool"))
-    if pool and pool not in _POOLS:
-        raise InputError(f"{origin}: global_pool {pool!r} is not supported; known: {', '.join(_POOLS)}")
-    size = arguments.get("img_size") or (weights.get("input_size") or (None,))[1:]
+    shape = weights.get("input_size")  # channels, rows, columns
     fields = {
         "num_heads": arguments.get("num_heads", named.get("num_heads")),
         "width": config.get("num_features") or arguments.get("embed_dim"),
-        "num_classes": config.get("num_classes"),
-        "image_size": tuple(size) if isinstance(size, Sequence) else size,
-        "pool": _POOLS.get(pool),
+        "num_classes": config.get("num_classes") or None,  # 0: without a head
+        "image_size": arguments.get("img_size") or (shape[1:] if isinstance(shape, list) else shape),
+        "pool": _ours_of(
+            origin, "global_pool", arguments.get("global_pool", config.get("global_pool")) or None, _POOLS
+        ),
+        "gelu": _ours_of(origin, "act_layer", arguments.get("act_layer"), _GELUS),
+        "norm_eps": arguments.get("norm_eps"),
     }
-    if (activation := arguments.get("act_layer")) is not None:
-        if activation not in _GELUS:
-            raise InputError(f"{origin}: act_layer {activation!r} is not supported; known: {', '.join(_GELUS)}")
-        fields["gelu"] = _GELUS[activation]
-    return {name: value for name, value in fields.items() if value}
+    return _typed(origin, fields, named.get("family", "vit"))
+
+
+def _ours_of(origin: str, name: str, value: Any, known: Mapping[str, str]) -> str | None:
+    """What we call timm's value of one of its arguments."""
+    if value is None:
+        return None
+    if not isinstance(value, str) or value not in known:
+        raise InputError(f"{origin}: {name} {value!r} is not supported; known: {', '.join(known)}")
+    return known[value]
+
+
+def _typed(origin: str, fields: Mapping[str, Any], family: str) -> dict[str, Any]:
+    """Those that are said and that the family has. Raises InputError for a value of another type or out of range."""
+    known = field_kinds(family)
+    try:
+        return check_fields({key: v for key, v in fields.items() if key in known and v is not None}, family)
+    except InputError as error:
+        raise InputError(f"{origin}: {error}") from None
 
 
 def _checked(origin: str, how: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,9 +195,10 @@ def _described_names(names: Any, descriptions: Any) -> tuple[str, ...] | None:
     if isinstance(names, Mapping):  # by number
         names = [names[key] for key in sorted(names, key=lambda key: int(key) if str(key).isdecimal() else -1)]
     if isinstance(names, list) and isinstance(descriptions, Mapping):
-        return _names([descriptions.get(name, name) for name in names])
+        return _names([descriptions.get(str(name), name) for name in names])
     return _names(names or descriptions)
 
 
 def _names(names: Any) -> tuple[str, ...] | None:
-    return tuple(map(str, names)) if isinstance(names, list | tuple) and names else None
+    is_list = isinstance(names, list) and names and all(isinstance(name, str | int) for name in names)
+    return tuple(map(str, names)) if is_list else None
