@@ -142,6 +142,10 @@ def test_interpolation_is_pillows(interpolation):
     expected = (np.asarray(resized, np.float32) / 255 - 0.25) / 0.5
     how = dict(mean=(0.25,) * 3, std=(0.5,) * 3, interpolation=interpolation, crop_fraction=1.0)
     np.testing.assert_allclose(preprocess([image], image_size=(16, 20), **how)[0], expected, atol=1e-6)
+    whole = how | dict(scale=(1.0, 1.0), ratio=(1.25, 1.25), flip=False)
+    del whole["crop_fraction"]
+    view = augmented_view(image, (16, 20), np.random.default_rng(0), **whole)
+    np.testing.assert_allclose(view, expected, atol=1e-6)
 
 
 def test_random_crop_has_the_distribution_of_random_resized_crop():
