@@ -122,6 +122,8 @@ def finished(tmp_path_factory):
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    # Of programs that are killed; this process has its own already.
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     runner.line_of(tmp_path)
     yield tmp_path
     forget_handlers()
@@ -152,7 +154,7 @@ def test_ended_in_the_middle_of_every_stage(place, finished, capfd, turn):
     """By kills and signals in turn. A signal is answered in one line; the same command goes on, and ends as if uncut."""
     killed = signal.SIGKILL
     ends = itertools.cycle([killed, signal.SIGTERM, killed, signal.SIGINT, killed, signal.SIGHUP])
-    server = Server("runner", JAX_COMPILATION_CACHE_DIR=str(place / "cache"))
+    server = Server("runner")
     for stage, number in zip(runner.STAGES, itertools.islice(ends, turn, None), strict=False):
         if number == killed:
             run = server.start(stage, log=place / "log")
