@@ -55,7 +55,7 @@ def test_an_imported_backbone_is_that_of_its_file(place, capsys):
     assert tif(imported) == tif(imported) == 0
     write_weights(place, 1.0)
     assert tif(imported) == 2
-    assert "was made with weights" in last_line(capsys)
+    assert "was made with another weights, which has changed" in last_line(capsys)
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def is_measured(config: Experiment, workdir: Path) -> bool:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as text. of GMAC: the share of the speed-up that the multiply-adds promise which is there."""
+    """The rows as text. The column `of GMAC` is the measured speed-up over the one that the multiply-adds promise."""
     full = next((row for row in rows if row["reducer"] == "full"), None)
 
     def beside_full(row: dict[str, Any]) -> dict[str, float]:

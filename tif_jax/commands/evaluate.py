@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     stage = dict(choices=stages, default="finetune", help="whose checkpoint (default: finetune)")
     arguments = _arguments.parse("evaluate", __doc__, argv, stage=stage, **processes.FLAGS)
     processes.join(arguments)
-    # Beside a run that is training, too: the numbers say of which step they are, and that run makes them again.
+    # Beside a run that is training, too: the numbers name their step, and that run makes them again.
     metrics = stages[arguments.stage](arguments.config, arguments.workdir)
     if processes.is_first():
         print(json.dumps(records.strict(metrics), indent=2))

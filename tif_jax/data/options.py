@@ -56,7 +56,7 @@ class DataOptions:
         None, f"subtracted from each channel, whose values are in [0, 1]; {_ELSE} ImageNet's", least=0, **FRACTIONS
     )
     std: tuple[float, float, float] | None = key(
-        None, f"by which each channel is divided then; {_ELSE} ImageNet's", above=0, **FRACTIONS
+        None, f"each channel is divided by it after that; {_ELSE} ImageNet's", above=0, **FRACTIONS
     )
     interpolation: str | None = key(None, f"how an image is resized; {_ELSE} bicubic", choices=(None, *INTERPOLATIONS))
     augment: str = key(

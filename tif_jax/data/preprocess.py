@@ -42,7 +42,9 @@ class Preprocessing:
 
     crop_fraction: float = key(0.875, "share of the resized image that the view shows", above=0, most=1)
     mean: tuple[float, float, float] = key(IMAGENET_MEAN, "subtracted from each channel", least=0, **FRACTIONS)
-    std: tuple[float, float, float] = key(IMAGENET_STD, "by which each channel is divided then", above=0, **FRACTIONS)
+    std: tuple[float, float, float] = key(
+        IMAGENET_STD, "each channel is divided by it after that", above=0, **FRACTIONS
+    )
     interpolation: str = key("bicubic", "how the image is resized", choices=INTERPOLATIONS)
 
     def __post_init__(self):

@@ -1,4 +1,4 @@
-"""What a stage is made from: at which step that stands, and which it is."""
+"""What a stage is made from: which checkpoint, and whether its own stage is finished."""
 
 from pathlib import Path
 from typing import Any

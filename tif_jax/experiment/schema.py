@@ -162,7 +162,7 @@ class Evaluate:
         500, "test images that both oracles score for the report's table of rankings; 0: all", least=0, below=2**31
     )
     num_samples: int = key(
-        8, "random masks of each of them, by which its impact is measured", least=1, most=MOST_SAMPLES
+        8, "random masks with which the impact is measured on each of them", least=1, most=MOST_SAMPLES
     )
 
 

@@ -21,7 +21,7 @@ _SUM = "crc32"
 
 
 class MetricsLog:
-    """Appends to DIRECTORY/metrics.jsonl. start: the step of which the run begins."""
+    """Appends to DIRECTORY/metrics.jsonl. start: the step at which the run begins."""
 
     def __init__(self, directory: Path, start: int):
         self.path = directory / _NAME

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -116,9 +117,9 @@ def check_same(directory: Path, there: Any, here: Mapping[str, Any], *, ignored:
     """Raises InputError that names the first difference between what the folder was made with and what is wanted."""
     for key, (was, wanted) in sorted(differences(there, here).items()):
         if not {*key.split(".")} & {*ignored}:
-            raise InputError(
-                f"{directory} was made with {key} {was!r}, not {wanted!r}; choose another --workdir or delete that folder"
-            )
+            both_digests = all(re.fullmatch("[0-9a-f]{64}", str(value)) for value in (was, wanted))
+            made = f"another {key}, which has changed since" if both_digests else f"{key} {was!r}, not {wanted!r}"
+            raise InputError(f"{directory} was made with {made}; choose another --workdir or delete that folder")
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -63,11 +63,15 @@ def _holder(path: Path) -> str:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Removes what writers that were killed left unfinished anywhere in the folder; nobody may be writing there.
+    """Removes what writers that were killed left unfinished in the folder; nobody may be writing there.
 
-    Except to impact shards, which have locks of their own: beside them only what no writer can still be at is removed.
+    A workdir below it is left alone: it has a lock of its own. Impact shards have locks, too: beside
+    them only what no writer can still be at is removed.
     """
     for parent, folders, names in os.walk(folder):
+        if _LOCK in names and Path(parent) != folder:
+            folders.clear()
+            continue
         shared = any(name.startswith(("manifest.json", "part-")) for name in names)
         for name in [name for name in (*folders, *names) if _UNFINISHED.fullmatch(name)]:
             path = Path(parent, name)

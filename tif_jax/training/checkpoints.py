@@ -127,7 +127,10 @@ class Checkpoints:
             raise files.not_written(self.directory, error) from error
         except Exception as error:  # tensorstore has kinds of its own, whose messages are pages
             if not (number := re.search(r"os_error_code='(\d+)'", str(error))):
-                raise WorkError(f"checkpoint not written to {self.directory}: {_first_line(error)}") from error
+                raise WorkError(
+                    f"checkpoint not written to {self.directory}: {_first_line(error)}; what is finished is intact: check "
+                    "the disk, then run the same command again"
+                ) from error
             code = int(number[1])
             raise files.not_written(self.directory, OSError(code, os.strerror(code))) from error
 

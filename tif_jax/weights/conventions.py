@@ -1,7 +1,7 @@
 """What names and shapes of a file leave open, and timm's own models decide: heads, pooling, kind of activation.
 
 timm builds a model by its name and then fills in the weights. A file without that name is read as the model of timm's that
-it looks like. Where it looks like none, or like several that differ, it is an error that asks.
+it looks like. Where it looks like none, or like several that differ, an error asks.
 """
 
 import logging
@@ -37,9 +37,8 @@ def for_vit(tensors: Tensors, known: Mapping[str, Any]) -> dict[str, Any]:
     Raises InputError where timm has no such model, or two that differ.
     """
     found: dict[str, Any] = {}
-    averaged = (
-        not known["class_token"] and "norm.weight" in tensors
-    )  # SigLIP, I-JEPA and timm's first without class token
+    # SigLIP, I-JEPA and timm's first without class token.
+    averaged = not known["class_token"] and "norm.weight" in tensors
     if "num_heads" not in known:
         found["num_heads"] = _num_heads(tensors, known, averaged)
     if "pool" not in known:

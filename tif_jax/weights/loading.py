@@ -232,7 +232,7 @@ def _with_steps(path: Path) -> Path | None:
 
 def _best(workdir: Path) -> Path | None:
     """The checkpoints of the run that report.json calls best. Raises InputError if that lies outside of the workdir."""
-    report = records.read(workdir / "report.json")
+    report = records.read(workdir / "report.json", "`tif run` writes it anew")
     best = report.get("best") if isinstance(report, dict) else None
     if not best:
         return None

@@ -3,6 +3,7 @@
 import io
 import logging
 import math
+import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -87,6 +88,8 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
         raise InputError(f"No weight file {path}; give the path of a {', '.join(READERS)} file")
     if path.suffix not in READERS:
         raise InputError(f"{path} is not a weight file by its name; allowed: {', '.join(READERS)}")
+    if not os.access(path, os.R_OK):
+        raise InputError(f"{path} can not be read: no permission")
     if path.stat().st_size == 0:
         raise InputError(f"{path} is empty; copy or download it again")
     tensors = {k: v for k, v in READERS[path.suffix](path).items() if not k.endswith(_NO_WEIGHTS)}
