@@ -296,13 +296,17 @@ def test_a_config_has_what_its_weights_say(tmp_path, caplog, monkeypatch):
             resolved(path, **{part: value})
     monkeypatch.setenv("HOME", str(tmp_path))
     assert resolved("~/w.safetensors").preprocessing == HOW
+    (tmp_path / "v.safetensors").write_bytes(b"")
+    assert resolved(path).preprocessing == HOW and "lies beside v.safetensors as well" in caplog.text
     silent = write(tmp_path / "silent")
     caplog.clear()
     assert resolved(silent).preprocessing == Preprocessing()
     assert "silent/w.safetensors does not say" in caplog.text and "data.mean" in caplog.text
     caplog.clear()
     assert resolved(silent, mean=HALF, std=HALF).mean == HALF
-    assert resolved(tmp_path / "none.safetensors").preprocessing == Preprocessing() and not caplog.records
+    assert not caplog.records
+    assert resolved(tmp_path / "none.safetensors").preprocessing == Preprocessing()
+    assert "none.safetensors', which is not there, does not say" in caplog.text
 
 
 def test_every_stage_and_who_loads_it_prepare_images_alike(place, capsys):

@@ -51,7 +51,7 @@ def of_checkpoint(origin: str | Path, stored: Mapping[str, Any]) -> Description:
 
 
 def of_file(path: str | Path) -> Description:
-    """What a weight file says, or timm's config.json beside it. A file that there is not, or that is damaged, says nothing.
+    """What a weight file says, or timm's config.json beside it. A file that is missing or damaged says nothing.
 
     Raises InputError where what is said can not be.
     """
@@ -68,8 +68,14 @@ def of_file(path: str | Path) -> Description:
         config = json.loads(beside.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{beside} can not be read ({error}); mend or remove it") from None
-    is_timms = isinstance(config, dict) and ("pretrained_cfg" in config or {"mean", "std"} <= config.keys())
-    return _timms(str(beside), config) if is_timms else Description(str(path))
+    if not (isinstance(config, dict) and ("pretrained_cfg" in config or {"mean", "std"} <= config.keys())):
+        return Description(str(path))
+    if others := sorted(other.name for other in path.parent.glob(f"*{path.suffix}") if other.name != path.name):
+        logger.warning(
+            "%s is taken to describe %s, but it lies beside %s as well; give each weight file a folder of its own",
+            beside, path.name, others[0],
+        )  # fmt: skip
+    return _timms(str(beside), config)
 
 
 def carried(said: Description) -> dict[str, Any]:
