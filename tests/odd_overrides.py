@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+from peak import peak
 from small_project import forget_handlers, prepare, tif
 
 from tif_jax import __main__ as program
@@ -83,7 +84,7 @@ def main(folder):
             status = program.main([*("score" if command == "loaded" else command).split(), *words])
         outcome = {"call": [command, override], "status": status, "stderr": errors.getvalue()}
         print(json.dumps(outcome | {"seconds": time.perf_counter() - began}), flush=True)
-    print(json.dumps({"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+    print(json.dumps({"peak": peak()}))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
+from peak import peak
 from reference import random_timm_tensors
 from torch_bytes import write_state_dict
 
@@ -182,7 +183,7 @@ def main(folder, count, seed):
         if found not in GOOD:
             (folder / f"bad_{i}{suffix}").write_bytes(data)
             bad[f"{i} {kind}{suffix}"] = found[-2000:]
-    print(json.dumps({"outcomes": outcomes, "bad": bad, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
+    print(json.dumps({"outcomes": outcomes, "bad": bad, "peak": peak()}))
 
 
 if __name__ == "__main__":
