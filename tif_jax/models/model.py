@@ -113,7 +113,8 @@ def check_images(model: Model, images: Any) -> None:
         raise InputError(f"images are {images.dtype}; this model takes normalised floats; {_PREPARE}")
     if isinstance(images, jax.core.Tracer) or not getattr(images, "is_fully_addressable", True):
         return
-    largest = float(np.abs(np.asarray(images, np.float32)).max(initial=0))
+    on = jnp if isinstance(images, jax.Array) else np  # where the images are
+    largest = float(on.abs(images).max(initial=0))
     if not largest <= max(_FAR, _FAR_BEYOND * _largest(model.preprocessing)):
         raise InputError(f"images have values up to {largest:g}, which is not normalised; {_PREPARE}")
 

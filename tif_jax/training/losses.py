@@ -29,22 +29,22 @@ def classification(prediction, aux, batch, *, label_smoothing: float = 0.0) -> d
     loss is the mean over these instead; every aux['loss/...'] is added. A label that is no class makes the loss NaN.
     """
     num_classes = prediction.shape[-1]
-    target = _one_hot(batch["label"], num_classes)
+    target, beyond = jax.nn.one_hot(batch["label"], num_classes), _nan_beyond(batch["label"], num_classes)
     if "other_label" in batch:
         weight = batch["label_weight"][:, None]
-        target = weight * target + (1 - weight) * _one_hot(batch["other_label"], num_classes)
+        target = weight * target + (1 - weight) * jax.nn.one_hot(batch["other_label"], num_classes)
+        beyond = beyond + _nan_beyond(batch["other_label"], num_classes)
     target = optax.smooth_labels(target, label_smoothing)
     # A model with several heads predicts with some of them, or their mean, but is trained through each.
     heads = [v for k, v in aux.items() if k.startswith("logits/")] or [prediction]
     loss = sum(optax.softmax_cross_entropy(logits, target) for logits in heads) / len(heads)
-    loss = loss + sum(v for k, v in aux.items() if k.startswith("loss/"))
+    loss = loss + sum(v for k, v in aux.items() if k.startswith("loss/")) + beyond
     return {"loss": loss, "top1": (prediction.argmax(-1) == batch["label"]).astype(jnp.float32)}
 
 
-def _one_hot(label: Int[Array | np.ndarray, " B"], num_classes: int) -> Float[Array, "B L"]:
-    """NaN for what is no class: jax.nn.one_hot makes zeros of it, and the loss would be 0, as if all were learned."""
-    is_class = (label >= 0) & (label < num_classes)
-    return jnp.where(is_class[:, None], jax.nn.one_hot(label, num_classes), jnp.nan)
+def _nan_beyond(label: Int[Array | np.ndarray, " B"], num_classes: int) -> Float[Array, " B"]:
+    """NaN for what is no class, else 0: jax.nn.one_hot makes zeros of it, whose loss is 0, as if all were learned."""
+    return jnp.where((label >= 0) & (label < num_classes), 0.0, jnp.nan)
 
 
 def distillation(
