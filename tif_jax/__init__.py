@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tif_jax.impact.shards import read_impact as read_impact
     from tif_jax.models import create_model as create_model
     from tif_jax.models.cost import cost as cost
+    from tif_jax.models.predictions import predict_images as predict_images
     from tif_jax.runtime.version import __version__ as __version__
     from tif_jax.weights.loading import load as load
 
@@ -23,6 +24,7 @@ _WHERE = {
     "cost": "models.cost",
     "create_model": "models",
     "load": "weights.loading",
+    "predict_images": "models.predictions",
     "preprocess": "data.preprocess",
     "read_impact": "impact.shards",
     "token_impact": "impact.oracle",

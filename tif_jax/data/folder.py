@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from tif_jax.data.classes import MAX_CLASSES, ClassIndex, names_by_output, outputs
 from tif_jax.data.pictures import read_image
@@ -108,6 +109,21 @@ def table_labels(csv_path: str | os.PathLike) -> set[str]:
     return {label for _, _, label in _rows(Path(csv_path))}
 
 
+def image_files(folder: str) -> list[str]:
+    """Paths of the images in a folder and in those below it, sorted as text; what is hidden is passed over.
+
+    Raises InputError if there are none, or a folder can not be read.
+    """
+    found = []
+    for at, folders, names in os.walk(folder, onerror=_refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        images = [name for name in names if not name.startswith(".") and name.lower().endswith(EXTENSIONS)]
+        found += [os.path.join(at, name) for name in images]
+    if not found:
+        raise InputError(f"no images in {as_id(folder)} or below; images are {' '.join(EXTENSIONS)}")
+    return sorted(found)
+
+
 def as_id(file: str) -> str:
     r"""A file name as text that every file format can hold, and that no other name has.
 
@@ -144,6 +160,10 @@ def _images(folder: Path, passed_over: Counter[str] | None = None) -> Iterator[s
             elif passed_over is not None:
                 kind = "folders" if entry.is_dir() else os.path.splitext(name)[1] or "files without a suffix"
                 passed_over[kind] += 1
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise InputError(f"can not read {as_id(str(error.filename))}: {error.strerror}") from error
 
 
 def _is_file(path: Path) -> bool:

@@ -6,6 +6,7 @@
     build       names or fields -> a model with random weights, which a budget may size
     budget      multiply-adds allowed -> how many tokens a reducer keeps
     cost        a model -> its multiply-adds, parameters and token counts
+    predictions pictures -> their likeliest classes
     params      a model's weights as nested dicts, and back
 
 A model is described by a dict of fields: plain data that `create_model` takes and checkpoints carry. Its entry `family`

@@ -17,6 +17,7 @@ from tif_jax import checked
 from tif_jax.data.pictures import AnyImage
 from tif_jax.data.preprocess import Preprocessing, preprocess
 from tif_jax.errors import InputError
+from tif_jax.models.predictions import Prediction, predict_images
 from tif_jax.reducers import Aux, Full, Reducer
 from tif_jax.tokens import Tokens, row_numbers
 
@@ -87,6 +88,10 @@ class Model(nnx.Module):
     def preprocess(self, images: Iterable[AnyImage]) -> Float32[Array, "B Y X 3"]:
         """Pictures (paths, bytes of files, uint8 arrays, PIL images) as this model takes them (`tif_jax.preprocess`)."""
         return preprocess(images, self)
+
+    def predict_images(self, files: Iterable[AnyImage] | AnyImage, top: int = 5) -> list[Prediction]:
+        """The likeliest classes of pictures and of those in folders, with names (`tif_jax.predict_images`)."""
+        return predict_images(self, files, top)
 
     def tokens(self, num_images: int) -> Tokens:
         """What the rows of `embed`'s output are."""
