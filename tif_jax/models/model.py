@@ -119,7 +119,8 @@ def check_images(model: Model, images: Any) -> None:
     if isinstance(images, jax.core.Tracer) or not getattr(images, "is_fully_addressable", True):
         return
     on = jnp if isinstance(images, jax.Array) else np  # where the images are
-    largest = float(on.abs(images).max(initial=0))
+    with jax.ensure_compile_time_eval():  # of a function that is traced they may be a constant
+        largest = float(on.abs(images).max(initial=0))
     if not largest <= max(_FAR, _FAR_BEYOND * _largest(model.preprocessing)):
         raise InputError(f"images have values up to {largest:g}, which is not normalised; {_PREPARE}")
 
