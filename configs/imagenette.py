@@ -79,6 +79,8 @@ def _config() -> ConfigDict:
                 test_split="val",
                 num_validation=300,
                 image_size=224,
+                mean=(0.485, 0.456, 0.406),  # of ImageNet, as DeiT was trained: the file does not say it
+                std=(0.229, 0.224, 0.225),
                 class_index=FOLDERS,
                 augment="crop_flip",
                 on_error="raise",

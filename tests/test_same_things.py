@@ -11,9 +11,10 @@ from small_project import finish, forget_handlers, last_line, tif
 
 import tif_jax
 from tif_jax.__main__ import main
+from tif_jax.commands import _report
 from tif_jax.data import open_source
 from tif_jax.data.source import fingerprint
-from tif_jax.runtime import records
+from tif_jax.runtime import records, workdir
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +126,36 @@ def test_rooms_are_attributes_of_the_package():
     assert tif_jax.models.create_model is tif_jax.create_model
     with pytest.raises(AttributeError, match="'nothing'"):
         tif_jax.nothing  # noqa: B018
+
+
+def test_a_stage_that_several_workdirs_link_to_is_trained_by_one_of_them(place, capsys):
+    """As soon as there is something to train: to look at what is finished takes no lock."""
+    (place / "other").mkdir()
+    (place / "other" / "backbone").symlink_to(place / "run" / "backbone")
+    with workdir.only_run(place / "run" / "backbone"):
+        assert tif("train --stage=backbone --workdir=other") == 0
+        newest = max((place / "run" / "backbone" / "checkpoints").iterdir(), key=lambda step: int(step.name))
+        shutil.rmtree(newest)
+        assert tif("train --stage=backbone --workdir=other") == 2
+    assert "run/backbone is in use by" in last_line(capsys)
+
+
+def test_rows_of_a_report_that_are_not_of_the_same_images_are_told(caplog):
+    row = dict(
+        reducer="full", keep_ratio=1.0, tokens_left=4, gmac=1.0, images_per_second=1.0, top1=0.5, top1_before=0.5
+    )
+    rows = [row | dict(label="full-1", num_images=16), row | dict(label="evit-0.5", num_images=15)]
+    assert [row["num_images"] for row in _report.summarise(rows)] == ["16", "15"]
+    assert "not of the same images: 15 or 16" in caplog.text
+    assert "num_images" not in _report.summarise(rows[:1])[0]
+
+
+def test_an_imported_backbone_that_guesses_worse_than_chance_is_told(place, capsys):
+    write_weights(place, 0.0)
+    imported = "--workdir=other --config.backbone.init_from=weights.safetensors"
+    assert tif(f"train --stage=backbone {imported}") == tif(f"evaluate --stage=backbone {imported}") == 0
+    assert "worse than guessing" not in capsys.readouterr().err
+    other_labels(place)
+    shutil.copy(place / "data" / "train.csv", place / "data" / "test.csv")
+    assert tif(f"evaluate --stage=backbone {imported}") == 0
+    assert "worse than guessing" in capsys.readouterr().err

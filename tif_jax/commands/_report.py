@@ -34,6 +34,7 @@ _SUMMARY = (
     Column("before %", ("top1_before",), percent),
     Column("top-1 %", ("top1",), percent),
     Column("among classes %", ("top1_among_classes",), percent),  # where the data set has fewer classes than the model
+    Column("images", ("num_images",)),  # where the rows are not of the same ones
     Column("tokens left", ("tokens_left",)),
     Column("GMAC", ("gmac",), fixed(4)),
     Column("images/s", ("images_per_second",), fixed(1)),
@@ -65,6 +66,7 @@ def write_report(
             "seed": of_run.seed,
             "top1": metrics["top1"],
             "top1_before": metrics["before"]["top1"],
+            "num_images": metrics["num_images"],
             "gmac": metrics["gmac"],
             "images_per_second": measured["images_per_second"],
             "checkpoint": metrics["checkpoint"],
@@ -134,6 +136,14 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 values = [r[metric] for r in of_label]
                 row[metric] = statistics.mean(values), statistics.stdev(values) if len({*values}) > 1 else None
         summary.append(row | {"num_seeds": len(of_label)})
+    if len(counts := sorted({row["num_images"] for row in rows})) > 1:
+        for row in summary:
+            read = sorted({r["num_images"] for r in rows if r["label"] == row["label"]})
+            row["num_images"] = " and ".join(map(str, read))
+        logger.warning(
+            "the rows of the report are not of the same images: %s of them could be read; delete the metrics.json of the "
+            "rows with fewer and run the same command again", " or ".join(map(str, counts)),
+        )  # fmt: skip
     full = next((row["images_per_second"] for row in summary if row["reducer"] == "full"), None)
     return [row | ({"speed_up": row["images_per_second"] / full} if full else {}) for row in summary]
 

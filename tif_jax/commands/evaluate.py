@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
@@ -44,6 +46,8 @@ from tif_jax.training.checkpoints import read_config
 from tif_jax.training.recipe import WITHOUT_EFFECT
 from tif_jax.weights.loading import load, load_with_fields
 
+logger = logging.getLogger(__name__)
+
 KEEP_RATIOS = (0.7, 0.5, 0.25)  # of the ranking table: 137, 98 and 49 of 196 tokens
 
 
@@ -62,8 +66,14 @@ def backbone(config: Experiment, workdir: Path) -> dict[str, Any]:
     """DIR/backbone/metrics.json. Like the others it says which checkpoint it belongs to."""
     directory = backbone_folder(workdir)
     checkpoint, which = standing(directory)
-    metrics = {"checkpoint": which, "settings": settings_of(config)}
-    metrics |= _evaluate(config, load(checkpoint, dtype=config.dtype))
+    model = load(checkpoint, dtype=config.dtype)
+    metrics = _evaluate(config, model)
+    if config.backbone.init_from and metrics["loss"] > math.log(max(2, model.head.out_features)):
+        logger.warning(
+            "the imported backbone has a loss of %.2f nats, worse than guessing: are data.class_index, the labels or "
+            "data.mean and data.std those of its training?", metrics["loss"],
+        )  # fmt: skip
+    metrics = {"checkpoint": which, "settings": settings_of(config), **metrics}
     records.write(directory / "metrics.json", metrics)
     return metrics
 
@@ -89,11 +99,11 @@ def finetuned(config: Experiment, workdir: Path) -> dict[str, Any]:
     return metrics
 
 
-def settings_of(config: Experiment) -> str:
-    """Digest of what decides on metrics beside the checkpoint: which images, and the dtype."""
+def settings_of(config: Experiment) -> dict[str, Any]:
+    """What decides on metrics beside the checkpoint: which images, and the dtype."""
     data = {name: value for name, value in checked.to_json(config.data).items() if name not in WITHOUT_EFFECT}
     examples = fingerprint(open_source(config.data, "test"))
-    return records.digest({"data": data, "examples": examples, "dtype": config.dtype})
+    return {"data": data, "examples": examples, "dtype": config.dtype}
 
 
 def _evaluate(config: Experiment, model: Model, split: str = "test") -> dict[str, Any]:

@@ -74,9 +74,9 @@ def _check_numbers(options: DataOptions, split: str, source: data.Source, num_cl
         # Labels of a table are numbers of the head. Few of them that are scattered were chosen from it; few that begin
         # at 0 without a gap were numbered by themselves, one or the other missing in a split.
         highest = max(map(int, numbers))
-        if highest + 1 == num_classes:
+        if highest + 1 == num_classes and "0" in numbers:
             return
-        if 2 * len(numbers) <= highest + 1:
+        if highest + 1 == num_classes or 2 * len(numbers) <= highest + 1:
             taken = f"its {len(numbers)} labels, up to {highest}, are taken for outputs of the head, of {num_classes}"
             once.warn(logger, f"{_name(options, split)}: {taken}; say in data.class_index if they are not")
             return

@@ -91,7 +91,10 @@ def read_result(path: Path, made_from: Mapping[str, Any]) -> Any:
     if data is None:
         return None
     if stale := differences({key: data.get(key) for key in made_from}, made_from):
-        told = "; ".join(f"{key} was {there!r}, is {here!r}" for key, (there, here) in sorted(stale.items()))
+        told = "; ".join(
+            f"{key} has changed" if _are_digests(there, here) else f"{key} was {there!r}, is {here!r}"
+            for key, (there, here) in sorted(stale.items())
+        )
         logger.warning("%s was made from something else and is made again: %s", path, told)
         return None
     return data
@@ -117,8 +120,11 @@ def check_same(directory: Path, there: Any, here: Mapping[str, Any], *, ignored:
     """Raises InputError that names the first difference between what the folder was made with and what is wanted."""
     for key, (was, wanted) in sorted(differences(there, here).items()):
         if not {*key.split(".")} & {*ignored}:
-            both_digests = all(re.fullmatch("[0-9a-f]{64}", str(value)) for value in (was, wanted))
-            made = f"another {key}, which has changed since" if both_digests else f"{key} {was!r}, not {wanted!r}"
+            made = (
+                f"another {key}, which has changed since"
+                if _are_digests(was, wanted)
+                else f"{key} {was!r}, not {wanted!r}"
+            )
             raise InputError(f"{directory} was made with {made}; choose another --workdir or delete that folder")
 
 
@@ -127,6 +133,11 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, 
     there, here = (flatten_dict(json.loads(json.dumps(strict(record))), sep=".") for record in (there, here))
     keys = dict.fromkeys((*there, *here))
     return {key: (there.get(key), here.get(key)) for key in keys if there.get(key) != here.get(key)}
+
+
+def _are_digests(*values: Any) -> bool:
+    """Whether a reader has nothing of these values but that they differ."""
+    return all(re.fullmatch("[0-9a-f]{64}", str(value)) for value in values)
 
 
 def digest(data: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from tif_jax.models.params import Params, params_of
 from tif_jax.runtime import processes, records
 from tif_jax.runtime.mesh import make_mesh, shard
 from tif_jax.runtime.metrics_log import MetricsLog
+from tif_jax.runtime.workdir import only_run
 from tif_jax.training import optim, speed
 from tif_jax.training.checkpoints import Checkpoints
 from tif_jax.training.loop import run
@@ -152,7 +153,10 @@ def fit(stage: Stage) -> None:
     made |= {key: stage.settings[key] for key in ("seed", "dtype", "data")} | {"made_from": dict(stage.made_from)}
     records.claim(directory, made, ignored=WITHOUT_EFFECT)
     processes.wait_for_all(f"{directory.name} claimed")
-    with processes.stop_asked() as stop, closing(batches), Checkpoints(directory / "checkpoints") as checkpoints:
+    with (
+        processes.stop_asked() as stop, closing(batches), ExitStack() as held,
+        Checkpoints(directory / "checkpoints") as checkpoints,
+    ):  # fmt: skip
         if restored := checkpoints.restore(prepared.abstract):
             state, stored = restored
             records.check_same(directory, stored.get("made"), made, ignored=WITHOUT_EFFECT)
@@ -161,6 +165,7 @@ def fit(stage: Stage) -> None:
             state = prepared.fresh(weights)
         del weights, restored  # the state has its own, and a step takes it
         if (start := int(jax.device_get(state.step))) < num_steps:
+            held.enter_context(only_run(directory.resolve()))  # several workdirs may have a link to it
             logger.info(
                 "%s: steps %d to %d on %d %s devices%s", directory, start, num_steps, prepared.mesh.size,
                 jax.default_backend(), f" of {jax.process_count()} processes" if jax.process_count() > 1 else "",

@@ -151,6 +151,8 @@ def _timms_fields(
     origin: str, config: Mapping[str, Any], weights: Mapping[str, Any], arguments: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The fields that timm's arguments, or its name of the model, say."""
+    if "quickgelu" in str(config.get("architecture")):
+        raise InputError(f"{origin}: the activation of {config['architecture']}, QuickGELU, is not supported")
     try:
         named = model_fields(str(config.get("architecture")))
     except InputError:  # of another of timm's models

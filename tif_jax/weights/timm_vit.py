@@ -249,7 +249,8 @@ def tell_of_a_square(tensors: Tensors, fields: Mapping[str, Any]) -> None:
     side = _side(rows - fields["class_token"] - fields["distillation_token"]) or _side(rows)
     if height != width and side:
         logger.warning(
-            "pos_embed is taken for the %dx%d patches of image_size, and nothing is resized; it would fit %dx%d as well",
+            "pos_embed is taken for the %dx%d patches of image_size, and nothing is resized; it would fit %dx%d as well: if "
+            "that is what it was trained for, say so by input_size in a config.json beside the file",
             height, width, side, side,
         )  # fmt: skip
 
