@@ -14,8 +14,8 @@ from tif_jax.runtime import metrics_log, records
 
 def row(label, seed, top1, before, **others):
     return {
-        "reducer": label.partition("-")[0], "label": label, "keep_ratio": None, "tokens_left": 41, "seed": seed, "num_images": 9,
-        "gmac": 0.731, "images_per_second": 100.0, "top1": top1, "top1_before": before,
+        "reducer": label.partition("-")[0], "label": label, "keep_ratio": None, "tokens_left": 41, "seed": seed,
+        "num_images": 9, "gmac": 0.731, "images_per_second": 100.0, "top1": top1, "top1_before": before,
         "directory": f"finetune/{label}-{seed}", **others,
     }  # fmt: skip
 
