@@ -30,7 +30,7 @@ def test_a_file_is_replaced_or_written_once(tmp_path):
         (errno.EIO, WorkError, "check the disk"),
         (errno.ESTALE, WorkError, "check the disk"),  # a network file system has lost it
         (errno.EFBIG, WorkError, "ulimit -f"),
-        (errno.EROFS, InputError, "choose a place"),
+        (errno.EROFS, InputError, "choose a folder"),
     ],
 )
 def test_what_could_not_be_written_is_named_and_the_old_file_stays(tmp_path, monkeypatch, number, kind, remedy):

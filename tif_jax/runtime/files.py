@@ -97,7 +97,7 @@ def not_written(path: Path, error: OSError) -> InputError | WorkError:
     """The error to raise where `path` could not be written."""
     failed = f"can not write {path}: {error.strerror}"
     if error.errno in _CAN_NOT_BE_WRITTEN:
-        return InputError(f"{failed}; choose a place (--workdir) that can be written to")
+        return InputError(f"{failed}; choose a folder that can be written to")
     remedy = _REMEDIES.get(error.errno or 0, "check the disk")
     return WorkError(f"{failed}; what is finished is intact: {remedy}, then run the same command again")
 
