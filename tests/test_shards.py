@@ -243,7 +243,7 @@ def test_a_read_only_folder(tmp_path, monkeypatch, number):
         with pytest.raises(InputError) as error:
             use()
         assert str(tmp_path) in one_line(error) and os.strerror(number) in str(error.value)
-        assert "--workdir" in str(error.value)
+        assert "choose a folder" in str(error.value)
 
 
 def test_a_file_where_the_folder_should_be(tmp_path):
