@@ -38,7 +38,10 @@ def run(seconds, file, *argv):
 
     def slowly(batch, mesh):
         if processes.is_first():
-            begun.write_text(str(int(begun.read_text()) + 1 if begun.exists() else 1))
+            count = int(begun.read_text()) + 1 if begun.exists() else 1
+            whole = begun.with_suffix(".new")  # whenever this process is killed
+            whole.write_text(str(count))
+            whole.replace(begun)
         time.sleep(float(seconds))
         return mesh_module.shard(batch, mesh)
 
