@@ -4,6 +4,7 @@ import gc
 import importlib.metadata
 import logging
 import os
+import shutil
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
@@ -59,3 +60,22 @@ def data_root() -> Path:
 def _log_propagates():
     """`main` gives our logger a handler of its own and cuts it off from the root, where caplog listens."""
     logging.getLogger("tif_jax").propagate = True
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Path:
+    """A small project with a trained backbone and its impacts."""
+    from small_project import finish
+
+    return finish(tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture
+def place(finished, tmp_path, monkeypatch):
+    """A copy of `finished` as the current folder: free to damage."""
+    from small_project import forget_handlers
+
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    forget_handlers()

@@ -8,23 +8,9 @@ from pathlib import Path
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from small_project import contents, finish, forget_handlers, last_line, tif
+from small_project import contents, last_line, tif
 
 from tif_jax.data import loader
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory):
-    return finish(tmp_path_factory.mktemp("finished"))
-
-
-@pytest.fixture
-def place(finished, tmp_path, monkeypatch):
-    """A copy of `finished` as the current folder: free to damage."""
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    forget_handlers()
 
 
 def flipped_byte(path: Path) -> None:

@@ -12,25 +12,10 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 from reference import random_timm_tensors
-from small_project import CONFIG, contents, finish, forget_handlers, last_line, tif
+from small_project import CONFIG, contents, last_line, tif
 
 from tif_jax.__main__ import main
 from tif_jax.runtime import records
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory):
-    return finish(tmp_path_factory.mktemp("finished"))
-
-
-@pytest.fixture
-def place(finished, tmp_path, monkeypatch):
-    """A copy of `finished` as the current folder: free to damage."""
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    forget_handlers()
-
 
 # Preparations: what the user, or somebody before, did to the folder
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from PIL import Image
-from small_project import finish, forget_handlers, last_line, tif
+from small_project import last_line, tif
 
 import tif_jax
 from tif_jax.__main__ import main
@@ -15,19 +15,6 @@ from tif_jax.commands import _report
 from tif_jax.data import open_source
 from tif_jax.data.source import fingerprint
 from tif_jax.runtime import records, workdir
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    return finish(tmp_path_factory.mktemp("finished"))
-
-
-@pytest.fixture
-def place(finished, tmp_path, monkeypatch):
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    forget_handlers()
 
 
 def write_weights(place, bias: float):

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from small_project import finish, forget_handlers, last_line, tif
+from small_project import last_line, tif
 
 from tif_jax.commands.evaluate import _batches
 from tif_jax.data import open_source
@@ -17,19 +17,11 @@ from tif_jax.runtime import records
 SKIP = "--config.data.on_error=skip"
 
 
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory):
-    return finish(tmp_path_factory.mktemp("finished"))
-
-
 @pytest.fixture
-def place(finished, tmp_path, monkeypatch):
-    """A copy of `finished` as the current folder, with nothing scored."""
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    shutil.rmtree(tmp_path / "run" / "impact")
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    forget_handlers()
+def place(place):
+    """With nothing scored."""
+    shutil.rmtree(place / "run" / "impact")
+    return place
 
 
 def cut(place, numbers):
