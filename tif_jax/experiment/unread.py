@@ -54,8 +54,7 @@ def _unused(experiment: Experiment) -> Iterator[tuple[str, str]]:
         field.name for field in dataclasses.fields(Backbone) if field.name not in ("init_from", "model", "num_heads")
     ]
     if backbone.init_from:
-        trained = [name for name in recipe if name != "model"]
-        yield from ((f"backbone.{name}", "the backbone is imported, not trained") for name in trained)
+        yield from ((f"backbone.{name}", "the backbone is imported, not trained") for name in recipe)
     else:
         yield "backbone.num_heads", "it is of a weight file"
         if not backbone.num_epochs:
