@@ -15,6 +15,7 @@ from tif_jax.commands import _report
 from tif_jax.data import open_source
 from tif_jax.data.source import fingerprint
 from tif_jax.runtime import records, workdir
+from tif_jax.training.checkpoints import newest
 
 
 def write_weights(place, bias: float):
@@ -31,8 +32,7 @@ def write_weights(place, bias: float):
 
 def unfinished(run):
     """The backbone's newest checkpoint says that there are steps to go."""
-    newest = max((run / "backbone" / "checkpoints").iterdir(), key=lambda step: int(step.name))
-    path = newest / "config" / "metadata"
+    path = newest(run / "backbone" / "checkpoints") / "config" / "metadata"
     config = records.opened(json.loads(path.read_bytes()))
     path.write_text(json.dumps(records.sealed(config | {"of": config["step"] + 1})))
 
@@ -121,8 +121,7 @@ def test_a_stage_that_several_workdirs_link_to_is_trained_by_one_of_them(place, 
     (place / "other" / "backbone").symlink_to(place / "run" / "backbone")
     with workdir.only_run(place / "run" / "backbone"):
         assert tif("train --stage=backbone --workdir=other") == 0
-        newest = max((place / "run" / "backbone" / "checkpoints").iterdir(), key=lambda step: int(step.name))
-        shutil.rmtree(newest)
+        shutil.rmtree(newest(place / "run" / "backbone" / "checkpoints"))
         assert tif("train --stage=backbone --workdir=other") == 2
     assert "run/backbone is in use by" in last_line(capsys)
 

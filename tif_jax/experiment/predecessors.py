@@ -19,8 +19,7 @@ def standing(folder: Path) -> tuple[Path, dict[str, Any]]:
 
     Raises InputError if there is none, or if it is damaged.
     """
-    checkpoint = newest(folder / "checkpoints")
-    return checkpoint, identity(read_config(checkpoint))
+    return _newest_of(folder / "checkpoints")
 
 
 def finished(folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -37,7 +36,12 @@ def check_finished(weights: str) -> None:
     """
     path = Path(weights).expanduser()
     if path.is_dir() and not (path / "params").is_dir():
-        _check(path, identity(read_config(newest(checkpoint_directory(path)))))
+        _check(path, _newest_of(checkpoint_directory(path))[1])
+
+
+def _newest_of(directory: Path) -> tuple[Path, dict[str, Any]]:
+    checkpoint = newest(directory)
+    return checkpoint, identity(read_config(checkpoint))
 
 
 def _check(folder: Path, which: dict[str, Any]) -> None:
