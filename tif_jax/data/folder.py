@@ -10,9 +10,9 @@ from typing import NoReturn
 
 from tif_jax.data.classes import MAX_CLASSES, ClassIndex, names_by_output, outputs
 from tif_jax.data.pictures import read_image
-from tif_jax.data.source import Example, digest_of
+from tif_jax.data.source import Example
 from tif_jax.errors import InputError
-from tif_jax.runtime import once
+from tif_jax.runtime import once, records
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class ImageFiles:
 
     @property
     def fingerprint(self) -> str:
-        return digest_of([as_id(file) for file in self._files], list(self._labels))
+        return records.digest([[as_id(file) for file in self._files], list(self._labels)])
 
     def __len__(self) -> int:
         return len(self._files)

@@ -63,11 +63,12 @@ def read_image(image: AnyImage, name: str = "") -> Image.Image:
         raise
     except Exception as error:  # Pillow's decoders raise every kind of exception on corrupt files
         unknown = isinstance(error, Image.UnidentifiedImageError)
-        reason = f"not an image of a kind that is read ({', '.join(FORMATS)})" if unknown else _described(error)
+        reason = f"not an image of a kind that is read ({', '.join(FORMATS)})" if unknown else described(error)
         raise UnreadableImage(f"cannot read image {name}: {reason}") from error
 
 
-def _described(error: Exception) -> str:
+def described(error: Exception) -> str:
+    """What a decoder says, in one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -101,7 +102,7 @@ def _orientation(image: Image.Image, name: str) -> int:
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception as error:  # Pillow raises every kind; what a camera notes beside the pixels is no part of them
-        logger.debug("EXIF of %s is damaged and ignored: %s", name, _described(error))
+        logger.debug("EXIF of %s is damaged and ignored: %s", name, described(error))
         return 1
 
 

@@ -1,14 +1,13 @@
 """What a data set is to the rest of the library: images with labels, by position."""
 
-import hashlib
-import json
-from typing import Any, Protocol, TypedDict, runtime_checkable
+from typing import Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image
 
 from tif_jax.errors import InputError
+from tif_jax.runtime import records
 
 
 class UnreadableImage(InputError):
@@ -47,7 +46,7 @@ class Subset:
     @property
     def fingerprint(self) -> str | None:
         of_all = fingerprint(self.source)
-        return of_all and digest_of(of_all, np.asarray(self._positions).tolist())
+        return of_all and records.digest([of_all, np.asarray(self._positions).tolist()])
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -96,11 +95,6 @@ def fingerprint(source: Source) -> str | None:
     The folder that they lie in is not part of it. The sources of this package have it as a property.
     """
     return getattr(source, "fingerprint", None)
-
-
-def digest_of(*parts: Any) -> str:
-    """For fingerprints: sha256, in hexadecimal, of plain data."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def evenly_spaced(num: int, num_examples: int) -> Int[np.ndarray, " n"]:

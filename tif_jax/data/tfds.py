@@ -14,11 +14,11 @@ from etils import epath
 
 from tif_jax.data import remote
 from tif_jax.data.classes import ClassIndex, names_by_output, outputs
-from tif_jax.data.pictures import read_image
-from tif_jax.data.source import Example, UnreadableImage, digest_of
+from tif_jax.data.pictures import described, read_image
+from tif_jax.data.source import Example, UnreadableImage
 from tif_jax.data.tfrecord import TFRecords
 from tif_jax.errors import InputError, WorkError
-from tif_jax.runtime import once
+from tif_jax.runtime import once, records
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class Tfds:
         self._shards = [(os.path.basename(shard.filename), shard.skip) for shard in shards]
         self._starts = list(itertools.accumulate((shard.take for shard in shards), initial=0))
         skips = [skip for _, skip in self._shards]  # and no names of files, which differ between formats
-        self.fingerprint = digest_of(info.full_name, list(info.splits), skips, self._starts, self._outputs)
+        self.fingerprint = records.digest([info.full_name, list(info.splits), skips, self._starts, self._outputs])
         self._features = info.features
         self._decoders = {self._image: tfds.decode.SkipDecoding()}
         self._records = TFRecords(shards) if is_tfrecord else _array_records(shards)
@@ -96,7 +96,7 @@ class Tfds:
         except (InputError, WorkError, MemoryError):
             raise
         except Exception as error:  # of array_record's reader, of protobuf, of TFDS
-            raise UnreadableImage(f"can not read {name}: the record is damaged ({_described(error)})") from error
+            raise UnreadableImage(f"can not read {name}: the record is damaged ({described(error):.200})") from error
         return Example(id=name.replace(".tfrecord-", ".array_record-"), image=read_image(image, name), label=label)
 
     def _output_of(self, label: int) -> int:
@@ -161,13 +161,9 @@ def _damage_named(folder: Any) -> Iterator[None]:
         if remote.is_url(folder):
             raise  # it may be the network
         raise InputError(
-            f"{folder}: dataset_info.json or features.json is damaged ({_described(error)}); copy or prepare the data set "
-            "again"
+            f"{folder}: dataset_info.json or features.json is damaged ({described(error):.200}); copy or prepare the "
+            "data set again"
         ) from error
-
-
-def _described(error: Exception) -> str:
-    return f"{' '.join(str(error).split()) or type(error).__name__:.200}"
 
 
 def _feature_names(info: Any, tfds: Any) -> tuple[str, str]:

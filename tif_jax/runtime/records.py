@@ -140,7 +140,7 @@ def _are_digests(*values: Any) -> bool:
     return all(re.fullmatch("[0-9a-f]{64}", str(value)) for value in values)
 
 
-def digest(data: Mapping[str, Any]) -> str:
+def digest(data: Any) -> str:
     """sha256, in hexadecimal, of the data as JSON."""
     plain = json.loads(json.dumps(data))  # as it will be read: keys are strings, tuples lists
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
