@@ -14,6 +14,7 @@ from tif_jax.models import blueprint
 from tif_jax.models.cost import cost
 from tif_jax.models.params import params_of
 from tif_jax.models.vit import ViT
+from tif_jax.tokens import raster_tokens
 
 
 def mostly_long(cases, short=(0,)):
@@ -71,6 +72,11 @@ def numpy_images(num, size=(32, 32), seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal((num, *size, 3)), jnp.float32)
 
 
+def row_of(x, num_special=0):
+    """`Tokens` for rows of which no more is known than how many are special: the patches of one row of a raster."""
+    return raster_tokens(x.shape[0], num_special, (1, x.shape[1] - num_special), has_class=num_special > 0)
+
+
 def write_safetensors(path, tensors):
     """The path, at which the tensors are now."""
     safetensors.numpy.save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, path)
@@ -80,6 +86,6 @@ def write_safetensors(path, tensors):
 # A model and its steps as one program each, for walks written by hand; models and blocks of equal shape share one.
 call = jax.jit(lambda model, images: model(images))
 embed = jax.jit(lambda model, images: model.embed(images))
-attend = jax.jit(lambda block, x, key_log_weight=None: block.attend(x, key_log_weight))
+attend = jax.jit(lambda block, x, key_log_weight=None: block.attend(x, row_of(x), key_log_weight))
 feed_forward = jax.jit(lambda block, x: block.feed_forward(x))
 predict = jax.jit(lambda model, x: model.predict(x, {})[0])

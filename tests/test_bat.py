@@ -191,7 +191,8 @@ def test_source_names_the_row_and_lone_patches_pass_unchanged():
     scores = jax.random.uniform(jax.random.key(1), (2, 36))
     counts = counts_at(36, 0.5)
     assert counts == Counts(18, 4, 7)
-    merged, left, row = map(np.asarray, jax.jit(lambda x, scores: reduce(x, scores, counts))(x, scores))
+    position = np.stack(np.divmod(np.arange(x.shape[1]), 4), axis=-1)[None].astype(np.float32).repeat(len(x), axis=0)
+    merged, at, left, row = map(np.asarray, jax.jit(lambda *given: reduce(*given, counts))(x, position, scores))
     assert merged.shape == (2, 21, 8) and left.shape == (2, 21) and row.shape == (2, 36)
     for b in range(2):
         assert set(row[b].tolist()) == set(range(21)) and (np.diff(left[b]) > 0).all()
@@ -200,6 +201,10 @@ def test_source_names_the_row_and_lone_patches_pass_unchanged():
         assert alone
         for n in alone:
             np.testing.assert_array_equal(merged[b, row[b, n]], x[b, n])
+            np.testing.assert_array_equal(at[b, row[b, n]], position[b, n])
+        for m in range(21):  # a merged token lies between its members
+            members = position[b][row[b] == m]
+            assert (members.min(axis=0) - 1e-5 <= at[b, m]).all() and (at[b, m] <= members.max(axis=0) + 1e-5).all()
 
 
 @pytest.mark.long
@@ -233,7 +238,7 @@ def test_strict_dtypes(variant, strict_dtypes):
 def test_attention_that_underflows_makes_no_nan():
     x = jax.random.normal(jax.random.key(0), (1, 16, 4))
     scores = jnp.zeros((1, 16)).at[0, 3].set(1.0)
-    merged = lambda x, scores: reduce(x, scores, Counts(4, 2, 3))[0].sum()  # noqa: E731
+    merged = lambda x, scores: reduce(x, x[..., :2], scores, Counts(4, 2, 3))[0].sum()  # noqa: E731
     value, grads = jax.jit(jax.value_and_grad(merged, (0, 1)))(x, scores)
     assert np.isfinite(value) and all(bool(jnp.isfinite(g).all()) for g in grads)
 

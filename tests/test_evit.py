@@ -17,6 +17,7 @@ from tif_jax.models import blueprint, create_model
 from tif_jax.models.cost import cost
 from tif_jax.models.params import params_of
 from tif_jax.reducers.evit import Evit, reorganise
+from tif_jax.tokens import at_rows
 
 TINY = dict(image_size=32, patch_size=8, width=32, depth=4, num_heads=2, num_classes=5)
 SPECIAL = TINY | dict(distillation_token=True, num_registers=2, pool="mean", qk_norm=True, layer_scale=0.3)
@@ -146,7 +147,7 @@ def test_source_follows_the_order_of_the_index_and_kept_is_raster():
     x = embed(model, images())
     index = jnp.tile(jnp.asarray([[1, 3, 4, 6, 9, 10, 14, 15]], jnp.int32), (3, 1))
     x = jnp.concatenate([x[:, :1], jnp.take_along_axis(x[:, 1:], index[..., None], axis=1)], axis=1)
-    x, aux = jax.jit(lambda x: model.reducer(model.blocks, x, model.tokens(3)._replace(index=index)))(x)
+    x, aux = jax.jit(lambda x: model.reducer(model.blocks, x, at_rows(model.tokens(3), index)))(x)
     assert x.shape[1] == 1 + 4 + 1 and aux["source"].shape == (3, 8) and aux["kept"].shape == (3, 4)
     for kept, source in zip(np.asarray(aux["kept"]), np.asarray(aux["source"]), strict=True):
         np.testing.assert_array_equal(np.asarray(index)[0][source < 4], kept)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import attend, cost_of, feed_forward, lively, mostly_long, numpy_images
+from cases import attend, cost_of, feed_forward, lively, mostly_long, numpy_images, row_of
 from flax import nnx
 from test_evo_vit import class_attention_of
 
@@ -12,7 +12,7 @@ from tif_jax.errors import InputError
 from tif_jax.models import blueprint
 from tif_jax.models.params import params_of
 from tif_jax.reducers.evo_levit import EvoLevit
-from tif_jax.tokens import QueryKey, Tokens
+from tif_jax.tokens import QueryKey
 
 VIT = dict(image_size=32, patch_size=8, width=16, depth=4, num_heads=2, num_classes=5)
 LEVIT = dict(family="levit", image_size=(64, 80), widths=(16, 24), depths=(3, 2), num_heads=(2, 3), key_dim=8,
@@ -120,7 +120,7 @@ class Straight:
     def __init__(self, logits):
         self.logits = logits
 
-    def __call__(self, x, key_log_weight=None, rngs=None):
+    def __call__(self, x, tokens, key_log_weight=None, rngs=None):
         logits = jnp.zeros(x.shape[:2]).at[:, 1 : 1 + len(self.logits)].set(self.logits[None])
         return x**2, QueryKey(jnp.ones((*x.shape[:2], 1, 1)), logits[:, :, None, None])
 
@@ -130,8 +130,8 @@ class Shrink(Straight):
 
     stride = 2
 
-    def __call__(self, x, key_log_weight=None, rngs=None):
-        _, qk = super().__call__(x)
+    def __call__(self, x, tokens, key_log_weight=None, rngs=None):
+        _, qk = super().__call__(x, tokens)
         return jnp.concatenate([x[:, :1], self.subsample(x[:, 1:])], axis=1), qk
 
     def subsample(self, rows):
@@ -141,8 +141,7 @@ class Shrink(Straight):
 def evolve(x, theta, *blocks, **options):
     reducer = EvoLevit(depth=len(blocks), **options)
     reducer.theta[...] = theta
-    index = jnp.arange(x.shape[1] - 1, dtype=jnp.int32)[None]
-    return reducer(blocks, x, Tokens(1, (1, x.shape[1] - 1), index, has_class=True), None)
+    return reducer(blocks, x, row_of(x, num_special=1), None)
 
 
 def test_loss_reaches_theta_and_attention_through_the_weights_alone():

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import attend, cost_of, embed, feed_forward, mostly_long, numpy_images, numpy_model
+from cases import attend, cost_of, embed, feed_forward, mostly_long, numpy_images, numpy_model, row_of
 from flax import nnx
 
 from tif_jax.errors import InputError
 from tif_jax.models import create_model
 from tif_jax.reducers.evo_vit import EvoVit
-from tif_jax.tokens import QueryKey, Tokens, put, take
+from tif_jax.tokens import QueryKey, put, take
 
 TINY = dict(image_size=32, patch_size=8, width=32, depth=6, num_heads=2, num_classes=5)
 EVERYTHING = dict(pool="mean", distillation_token=True, num_registers=2, qk_norm=True, layer_scale=0.7)
@@ -117,8 +117,8 @@ def test_placeholders_move_by_one_vector_per_image_or_not_at_all(rngs):
 
     def walk(x, representative):
         draw = lambda: None if rngs is None else nnx.Rngs(rngs)  # noqa: E731
-        dense, _ = model.blocks[0](x, rngs=(stream := draw()))
-        dense, _ = model.blocks[1](dense, rngs=stream)
+        dense, _ = model.blocks[0](x, model.tokens(len(x)), rngs=(stream := draw()))
+        dense, _ = model.blocks[1](dense, model.tokens(len(x)), rngs=stream)
         return dense, *EvoVit(stages=(2,), representative=representative)(model.blocks, x, model.tokens(len(x)), draw())
 
     both = jax.jit(lambda x: [walk(x, representative) for representative in (False, True)])
@@ -153,16 +153,14 @@ class Straight:
     def __init__(self, logits, step=0.0):
         self.logits, self.step = logits, step
 
-    def __call__(self, x, key_log_weight=None, rngs=None):
+    def __call__(self, x, tokens, key_log_weight=None, rngs=None):
         logits = jnp.zeros(x.shape[:2]).at[:, 1 : 1 + len(self.logits)].set(self.logits[None])
         query = jnp.ones((*x.shape[:2], 1, 1))
         return x + self.step, QueryKey(query, logits[:, :, None, None])
 
 
 def walk_straight(x, *blocks, **options):
-    index = np.arange(x.shape[1] - 1, dtype=np.int32)[None]
-    walk = jax.jit(lambda x, index: EvoVit(**options)(blocks, x, Tokens(1, (1, x.shape[1] - 1), index, True), None))
-    return walk(x, index)
+    return jax.jit(lambda x: EvoVit(**options)(blocks, x, row_of(x, num_special=1), None))(x)
 
 
 @pytest.mark.long
@@ -170,8 +168,8 @@ def test_weights_and_ranking_pass_no_gradient():
     x = jax.random.normal(jax.random.key(0), (1, 7, 4))
 
     class Square(Straight):  # the representative's increment depends on the representative
-        def __call__(self, x, key_log_weight=None, rngs=None):
-            y, qk = super().__call__(x)
+        def __call__(self, x, tokens, key_log_weight=None, rngs=None):
+            y, qk = super().__call__(x, tokens)
             return y**2, qk
 
     def last(logits, x):

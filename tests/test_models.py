@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import attend, call, embed, numpy_images, numpy_model
+from cases import attend, call, embed, numpy_images, numpy_model, row_of
 from flax import nnx
 
 from tif_jax import cost
@@ -45,7 +45,7 @@ def test_drop_path_drops_whole_branches_and_keeps_the_mean():
     model = numpy_model(TINY | dict(drop_path=0.5))
     x = np.tile(tokens(1, 5), (2000, 1, 1))
     first, block = model.blocks  # rates rise linearly from 0: the last block has 0.5
-    train = jax.jit(lambda block, x: block.attend(x, rngs=nnx.Rngs(0))[0])
+    train = jax.jit(lambda block, x: block.attend(x, row_of(x), rngs=nnx.Rngs(0))[0])
     clean = np.asarray(attend(block, x[:1])[0]) - x[:1]
     dropped = np.asarray(train(block, x)) - x
     is_zero = (np.abs(dropped) < 1e-6).all(axis=(1, 2))
@@ -58,7 +58,7 @@ def test_key_log_weight_of_minus_infinity_removes_a_token():
     block = numpy_model(TINY).blocks[0]
     x, weight = tokens(2, 6), np.zeros((2, 6), np.float32)
     weight[:, 3] = -np.inf
-    run = jax.jit(lambda *args: block(*args)[0])
+    run = jax.jit(lambda x, *args: block(x, row_of(x), *args)[0])
     np.testing.assert_allclose(np.delete(run(x, weight), 3, axis=1), run(np.delete(x, 3, axis=1)), atol=1e-5)
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import embed, mostly_long, numpy_images, numpy_model
+from cases import embed, mostly_long, numpy_images, numpy_model, row_of
 from flax import nnx
 from reference import random_timm_tensors, vit_forward
 from scipy.special import log_softmax, softmax
@@ -91,7 +91,7 @@ def test_exact_is_brute_force_for_every_kind_of_block(fields, mask):
     @jax.jit
     def loss(x):
         for block in model.blocks:
-            x, _ = block(x)
+            x, _ = block(x, row_of(x))
         return -jax.nn.log_softmax(model.predict(x, {})[0])[jnp.arange(2), labels]
 
     x = np.asarray(embed(model, images))
@@ -114,7 +114,7 @@ def gated_loss(model, images, gates):
     x = model.embed(images)
     weight = gates_to_log_weight(gates, model.num_special)
     for block in model.blocks:
-        x, _ = block(x, weight)
+        x, _ = block(x, model.tokens(len(x)), weight)
     logits = model.predict(x, {}, gates)[0]
     return -jax.nn.log_softmax(logits)[jnp.arange(3), LABELS]
 
@@ -153,7 +153,7 @@ def test_sampled_is_unbiased():
         x = model.embed(images)
         weight = gates_to_log_weight(gates, 1)
         for block in model.blocks:
-            x, _ = block(x, weight)
+            x, _ = block(x, model.tokens(len(x)), weight)
         return -jax.nn.log_softmax(model.predict(x, {})[0])[jnp.arange(3), labels].sum()
 
     at = jax.jit(jax.vmap(lambda mask: -jax.grad(loss)(jnp.broadcast_to(jnp.maximum(mask, 1e-3)[None], (3, 4)))))(masks)

@@ -92,7 +92,9 @@ def test_the_reducer_of_ones_own(names):
     assert mine(images)[1]["kept"].shape == (2, round(0.7 * 9))
     everything = tif_jax.load(names["folder"] / WEIGHTS, reducer="my_reducers.key_norm", keep_ratio=1.0)
     np.testing.assert_array_equal(everything(images)[0], plain(images)[0])
-    keys = np.linalg.norm(np.asarray(plain.blocks[0].attend(plain.embed(images))[1].key)[:, 1:], axis=(2, 3))
+    keys = np.linalg.norm(
+        np.asarray(plain.blocks[0].attend(plain.embed(images), plain.tokens(2))[1].key)[:, 1:], axis=(2, 3)
+    )
     np.testing.assert_array_equal(mine(images)[1]["kept"], np.sort(np.argsort(-keys, axis=1)[:, :6], axis=1))
 
 

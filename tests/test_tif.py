@@ -4,7 +4,7 @@ import functools
 
 import jax
 import numpy as np
-from cases import embed, numpy_images, numpy_model
+from cases import embed, numpy_images, numpy_model, row_of
 from flax.core import FrozenDict
 from scipy.special import erf
 
@@ -86,7 +86,7 @@ def test_the_adapter_is_what_is_written():
 
 def predict_after(model, x):
     for block in model.blocks:
-        x, _ = block(x)
+        x, _ = block(x, row_of(x))
     return model.predict(x, {})[0]
 
 
@@ -101,7 +101,7 @@ def test_tif_then_another_is_the_other_on_the_tokens_that_tif_keeps():
     @jax.jit
     def by_hand(x):
         special, patches = tokens.split(model.embed(x), 1)
-        state = model.tokens(4)._replace(index=kept)
+        state = tokens.at_rows(model.tokens(4), kept)
         y, aux = tome.Tome(num_merged=2)(model.blocks, tokens.join(special, tokens.take(patches, kept)), state)
         return model.predict(y, {})[0], aux["source"]
 

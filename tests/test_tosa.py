@@ -16,6 +16,7 @@ from tif_jax.models import blueprint, create_model
 from tif_jax.models.cost import cost
 from tif_jax.models.params import params_of
 from tif_jax.reducers.tosa import Tosa, _divergence
+from tif_jax.tokens import at_rows
 from tif_jax.training import losses
 
 TINY = dict(image_size=32, patch_size=8, width=32, depth=4, num_heads=2, num_classes=5)
@@ -100,7 +101,7 @@ def test_who_skips_stays_as_it_is(rngs):
     @jax.jit
     def both(x):
         draw = lambda: None if rngs is None else nnx.Rngs(rngs)  # noqa: E731
-        return model.blocks[0](x, rngs=draw())[0], *model.encode(x, draw())
+        return model.blocks[0](x, model.tokens(len(x)), rngs=draw())[0], *model.encode(x, draw())
 
     dense, out, aux = map(jax.device_get, both(embed(model, images())))
     for b, kept in enumerate(aux["kept"]):
@@ -136,7 +137,7 @@ def test_kept_follows_the_index():
     model = tosa()
     index = jnp.tile(jnp.asarray([[1, 3, 4, 6, 9, 10, 14, 15]], jnp.int32), (3, 1))
     x, tokens = model.embed(images())[:, :9], model.tokens(3)
-    walk = jax.jit(lambda x, index: model.reducer(model.blocks, x, tokens._replace(index=index))[1]["kept"])
+    walk = jax.jit(lambda x, index: model.reducer(model.blocks, x, at_rows(tokens, index))[1]["kept"])
     kept = walk(x, index)
     assert kept.shape == (3, 6) and np.isin(kept, index).all()
 

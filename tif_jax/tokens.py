@@ -3,7 +3,7 @@
 Legend: B images, T and S tokens, N patch tokens, K kept patch tokens, D width, H heads, C channels of a head.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,42 @@ class Tokens(NamedTuple):
 
     num_special: int  # class, distillation and register tokens in front: never reduced
     grid: tuple[int, int]  # rows, columns of the patch raster
-    index: Int[Array, "B N"]  # type: ignore[assignment]  # (hides tuple.index)  raster position of each patch token
+    index: Int[Array, "B N"]  # type: ignore[assignment]  # (hides tuple.index)  number in the raster of each patch token
     has_class: bool  # whether the first special token is a class token
+    # Row and column in the raster, from 0, of each patch token of x: what blocks read, if their positions are rotary. A
+    # token made of several patches lies at their mean, weighted as they are in it (our choice), and has no index.
+    position: Float[Array, "B N 2"]
+
+
+def raster_tokens(
+    num_images: int, num_special: int, grid: tuple[int, int], has_class: bool, dtype: Any = jnp.float32
+) -> Tokens:
+    """Before anything is reduced: the special tokens, then all patches in raster order. dtype: of positions."""
+    index = row_numbers(num_images, grid[0] * grid[1])
+    position = jnp.stack(jnp.divmod(index, grid[1]), axis=-1).astype(dtype)
+    return Tokens(num_special, grid, index, has_class, position)
+
+
+def at_rows(tokens: Tokens, rows: Int[Array, "B K"]) -> Tokens:
+    """Of those patch tokens alone, by their places among all of them."""
+    return tokens._replace(index=take(tokens.index, rows), position=take(tokens.position, rows))
+
+
+def mean_position(position: Float[Array, "B N 2"], weight: Float[Array, "B N"]) -> Float[Array, "B 1 2"]:
+    """Where a token lies that is made of these patch tokens with these weights. No gradient."""
+    weight = jax.lax.stop_gradient(weight).astype(position.dtype) + jnp.finfo(position.dtype).tiny
+    weight = weight / weight.sum(axis=1, keepdims=True)
+    return jnp.einsum("bn,bnp->bp", weight, position, precision="highest")[:, None]
+
+
+def check_rows(x: Float[Array, "B T D"], tokens: Tokens) -> None:
+    """Raises InputError unless `tokens` has a position for each patch token of x."""
+    if x.shape[1] != tokens.num_special + tokens.position.shape[1]:
+        raise InputError(
+            f"a block got {x.shape[1]} tokens and the positions of {tokens.position.shape[1]} patches behind "
+            f"{tokens.num_special} special tokens; a reducer that changes the rows of x has to change `tokens` with it "
+            "(tif_jax.tokens: keep, keep_rows, at_rows)"
+        )
 
 
 def require_class(tokens: Tokens, method: str) -> None:
@@ -94,7 +128,7 @@ def keep_rows(
     """
     special, patches = split(x, tokens.num_special)
     source = rows_of(rows, patches.shape[1], others=-1)
-    return join(special, take(patches, rows)), tokens._replace(index=take(tokens.index, rows)), source
+    return join(special, take(patches, rows)), at_rows(tokens, rows), source
 
 
 def rows_of(kept: Int[Array, "B K"], num_patches: int, others: int) -> Int[Array, "B N"]:

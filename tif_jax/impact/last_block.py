@@ -16,18 +16,22 @@ from jaxtyping import Array, Float
 from tif_jax.layers import widened
 from tif_jax.models.vit import ViT
 from tif_jax.models.vit_blocks import Block
-from tif_jax.tokens import attention_logits, gates_to_log_weight
+from tif_jax.tokens import Tokens, attention_logits, gates_to_log_weight
 
 
 def logits_after(
-    model: ViT, blocks: Sequence[Block], x: Float[Array, "B T D"], gates: Float[Array, "B N"] | None = None
+    model: ViT,
+    blocks: Sequence[Block],
+    x: Float[Array, "B T D"],
+    tokens: Tokens,
+    gates: Float[Array, "B N"] | None = None,
 ) -> Float[Array, "B L"]:
     """Class logits when x goes through `blocks`, the last of which is the model's last. gates: of `token_impact`."""
     log_weight = None if gates is None else gates_to_log_weight(gates, model.num_special)
     # Mean pooling reads every token. Otherwise the class token and the distillation token are in front.
     shortened = model.pool == "class" and bool(blocks)
     for block in blocks[:-1] if shortened else blocks:
-        x, _ = block(x, log_weight)
+        x, _ = block(x, tokens, log_weight)
     if shortened:
         x = _last_block(blocks[-1], x, 1 + model.has_distillation, log_weight)
     return model.predict(x, {}, gates)[0]

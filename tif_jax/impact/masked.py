@@ -27,7 +27,7 @@ from tif_jax.impact.last_block import logits_after
 from tif_jax.layers import widened
 from tif_jax.models.vit import ViT
 from tif_jax.models.vit_blocks import Block
-from tif_jax.tokens import attention_logits
+from tif_jax.tokens import at_rows, attention_logits
 
 
 def masked_logits(
@@ -41,7 +41,12 @@ def masked_logits(
     after_first = _first_block(first, x, model.num_special, _stand_in(model, x, mask))
 
     def logits(positions: Int[Array, " M"]) -> Float[Array, "BM L"]:
-        return logits_after(model, rest, rearrange(after_first(positions), "b m s d -> (b m) s d"))
+        y = rearrange(after_first(positions), "b m s d -> (b m) s d")
+        tokens = model.tokens(y.shape[0])
+        if mask == "drop":
+            others = _slots_without(positions, tokens.index.shape[1])
+            tokens = at_rows(tokens, jnp.tile(others, (x.shape[0], 1)))
+        return logits_after(model, rest, y, tokens)
 
     return logits
 
@@ -180,6 +185,10 @@ def _with(y: Float[Array, "B M T D"], rows: Int[Array, " M"], token: Float[Array
 
 def _without(y: Float[Array, "B M T D"], rows: Int[Array, " M"]) -> Float[Array, "B M S D"]:
     """y without row rows[m] of y[b, m]: one token fewer."""
-    slots = jnp.arange(y.shape[2] - 1)[None]
-    slots = slots + (slots >= rows[:, None])
-    return jnp.take_along_axis(y, slots[None, :, :, None], axis=2)
+    return jnp.take_along_axis(y, _slots_without(rows, y.shape[2])[None, :, :, None], axis=2)
+
+
+def _slots_without(rows: Int[Array, " M"], num_rows: int) -> Int[Array, "M S"]:
+    """The numbers below num_rows without rows[m]."""
+    slots = jnp.arange(num_rows - 1)[None]
+    return slots + (slots >= rows[:, None])

@@ -194,7 +194,7 @@ def _scores(
         impact, logits = _gate_gradient(model, x, goal(onehot), gates)
         impact = jnp.where(share == 0, impact, 0)
     else:
-        logits = logits_after(model, model.blocks, x)
+        logits = logits_after(model, model.blocks, x, model.tokens(x.shape[0]))
         if estimator == "exact":
             impact = _exact(model, x, goal(logits), mask, share, num_shares, chunk)
             impact = impact - _divergence(goal(logits), logits)[:, None]
@@ -237,7 +237,7 @@ def _gate_gradient(model, x, goal, gates) -> tuple[Float[Array, "B N"], Float[Ar
     """-dL/dw at w = gates, and the logits there. Images do not interact: the summed loss has each image's own gradient."""
 
     def total_loss(gates):
-        logits = logits_after(model, model.blocks, x, gates)
+        logits = logits_after(model, model.blocks, x, model.tokens(x.shape[0]), gates)
         return _divergence(goal, logits).sum(), logits
 
     gradient, logits = jax.grad(total_loss, has_aux=True)(gates)

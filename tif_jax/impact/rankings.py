@@ -40,8 +40,9 @@ def untrained_rankings(
 def class_attention_ranking(model: ViT, images: Float[Array, "B Y X 3"]) -> Float[Array, "B N"]:
     """Attention of the class token to each patch, mean over heads, summed over all layers of the unreduced model."""
     x, attention = model.embed(images), []
+    tokens = model.tokens(x.shape[0])
     for block in model.blocks:
-        x, qk = block(x)
+        x, qk = block(x, tokens)
         attention.append(class_attention(qk, model.num_special))
     return jnp.stack(attention).sum(axis=0)
 

@@ -52,8 +52,8 @@ class _Recorder:
         self.lengths.append(x.shape[1])
         return self.block.feed_forward(x, *args, **kwargs)
 
-    def __call__(self, x, key_log_weight=None, rngs=None):
-        x, qk = self.attend(x, key_log_weight, rngs)
+    def __call__(self, x, tokens, key_log_weight=None, rngs=None):
+        x, qk = self.attend(x, tokens, key_log_weight, rngs)
         return self.feed_forward(x, rngs), qk
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from tif_jax.errors import InputError
 from tif_jax.layers import BatchNorm, Linear, drop_path
 from tif_jax.models.model import token_embedding
-from tif_jax.tokens import QueryKey, attention_logits
+from tif_jax.tokens import QueryKey, Tokens, attention_logits
 
 _STRIDE = 2  # of a shrink block
 ACTIVATIONS = {"hard_swish": jax.nn.hard_swish, "silu": jax.nn.silu}
@@ -138,9 +138,13 @@ class Block(nnx.Module):
         self.drop_path = drop_path
 
     def attend(
-        self, x: Float[Array, "B T D"], key_log_weight: Float[Array, "B T"] | None = None, rngs: nnx.Rngs | None = None
+        self,
+        x: Float[Array, "B T D"],
+        tokens: Tokens,
+        key_log_weight: Float[Array, "B T"] | None = None,
+        rngs: nnx.Rngs | None = None,
     ) -> tuple[Float[Array, "B T D"], QueryKey]:
-        """x plus attention. key_log_weight is added to the logits of each key before the softmax."""
+        """x plus attention. key_log_weight is added to the logits of each key before the softmax; tokens is not read."""
         y, qk = self.attention(x, key_log_weight, rngs is not None)
         return x + drop_path(y, self.drop_path, rngs), qk
 
@@ -149,9 +153,13 @@ class Block(nnx.Module):
         return x + drop_path(self.mlp(x, rngs is not None), self.drop_path, rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], key_log_weight: Float[Array, "B T"] | None = None, rngs: nnx.Rngs | None = None
+        self,
+        x: Float[Array, "B T D"],
+        tokens: Tokens,
+        key_log_weight: Float[Array, "B T"] | None = None,
+        rngs: nnx.Rngs | None = None,
     ) -> tuple[Float[Array, "B T D"], QueryKey]:
-        x, qk = self.attend(x, key_log_weight, rngs)
+        x, qk = self.attend(x, tokens, key_log_weight, rngs)
         return self.feed_forward(x, rngs), qk
 
 
@@ -189,9 +197,13 @@ class Shrink(nnx.Module):
         return subsample(rows, self.grid)
 
     def attend(
-        self, x: Float[Array, "B T D"], key_log_weight: Float[Array, "B T"] | None = None, rngs: nnx.Rngs | None = None
+        self,
+        x: Float[Array, "B T D"],
+        tokens: Tokens,
+        key_log_weight: Float[Array, "B T"] | None = None,
+        rngs: nnx.Rngs | None = None,
     ) -> tuple[Float[Array, "B S E"], QueryKey]:
-        """The tokens of the smaller raster, behind the special ones. The query has S rows, the key T."""
+        """The tokens of the smaller raster, behind the special ones. The query has S rows, the key T. tokens is not read."""
         if self.num_positions:
             x = x + self.position_embedding[...].astype(x.dtype)
         return self.attention(x, key_log_weight, rngs is not None)
@@ -201,9 +213,13 @@ class Shrink(nnx.Module):
         return x + drop_path(self.mlp(x, rngs is not None), self.drop_path, rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], key_log_weight: Float[Array, "B T"] | None = None, rngs: nnx.Rngs | None = None
+        self,
+        x: Float[Array, "B T D"],
+        tokens: Tokens,
+        key_log_weight: Float[Array, "B T"] | None = None,
+        rngs: nnx.Rngs | None = None,
     ) -> tuple[Float[Array, "B S E"], QueryKey]:
-        x, qk = self.attend(x, key_log_weight, rngs)
+        x, qk = self.attend(x, tokens, key_log_weight, rngs)
         return self.feed_forward(x, rngs), qk
 
 

@@ -3,7 +3,6 @@
 Legend: B images, Y X height and width, T tokens, S tokens left, N patch tokens, D width in, E width out, L classes.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,9 +16,10 @@ from tif_jax import checked
 from tif_jax.data.pictures import AnyImage
 from tif_jax.data.preprocess import Preprocessing, preprocess
 from tif_jax.errors import InputError
+from tif_jax.layers import widened
 from tif_jax.models.predictions import Prediction, predict_images
 from tif_jax.reducers import Aux, Full, Reducer
-from tif_jax.tokens import Tokens, row_numbers
+from tif_jax.tokens import Tokens, raster_tokens
 
 FULL = Full()
 # Normalised images lie within about 3, with noise in place of erased parts within 6; those from 0 to 255 far beyond.
@@ -95,8 +95,9 @@ class Model(nnx.Module):
 
     def tokens(self, num_images: int) -> Tokens:
         """What the rows of `embed`'s output are."""
-        index = row_numbers(num_images, math.prod(self.grid))
-        return Tokens(self.num_special, self.grid, index, has_class=hasattr(self, "class_token"))
+        return raster_tokens(
+            num_images, self.num_special, self.grid, hasattr(self, "class_token"), widened(jnp.dtype(self.dtype))
+        )
 
 
 def carried(model: Model) -> dict[str, Any]:

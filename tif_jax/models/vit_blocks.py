@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from tif_jax.layers import Linear, drop_path, gelu
-from tif_jax.tokens import QueryKey, attention_logits
+from tif_jax.tokens import QueryKey, Tokens, attention_logits, check_rows
 
 _SMOOTHING = 1e-6  # of the softmax with masked keys, DynamicViT's
 
@@ -133,15 +133,20 @@ class Block(nnx.Module):
     def attend(
         self,
         x: Float[Array, "B T D"],
+        tokens: Tokens,
         key_log_weight: Float[Array, "B T"] | None = None,
         rngs: nnx.Rngs | None = None,
         key_weight: Float[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], QueryKey]:
         """x plus attention. key_log_weight is added to the logits of each key before the softmax.
 
+        tokens: what the rows of x are. Raises InputError if it has another number of rows.
+
         key_weight, in [0, 1], is a soft mask: it multiplies each key's exponential for every query but the key's own, so
         that a masked token still attends to itself. Unlike a logarithm, it has a gradient where it is 0.
         """
+
+        check_rows(x, tokens)
 
         def branch(x, key_log_weight, key_weight):
             y, qk = self.attention(self.attention_norm(x), key_log_weight, key_weight)
@@ -168,9 +173,13 @@ class Block(nnx.Module):
         return x + drop_path(self._kept(branch)(x), self.drop_path, rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], key_log_weight: Float[Array, "B T"] | None = None, rngs: nnx.Rngs | None = None
+        self,
+        x: Float[Array, "B T D"],
+        tokens: Tokens,
+        key_log_weight: Float[Array, "B T"] | None = None,
+        rngs: nnx.Rngs | None = None,
     ) -> tuple[Float[Array, "B T D"], QueryKey]:
-        x, qk = self.attend(x, key_log_weight, rngs)
+        x, qk = self.attend(x, tokens, key_log_weight, rngs)
         return self.feed_forward(x, rngs), qk
 
 

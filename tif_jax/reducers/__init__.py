@@ -6,6 +6,11 @@ A reducer is an nnx.Module (if it has parameters) or a frozen dataclass, called 
 
     reducer(blocks, x, tokens, rngs) -> (x, aux)
 
+Blocks have to be told what the rows of x are: block(x, tokens, ...) and block.attend(x, tokens, ...) -> (x, QueryKey).
+A reducer that takes patch tokens away, moves or joins them changes `tokens` with them (`tokens.keep`, `keep_rows`, `at_rows`;
+`position` of a joined one), because rotary positions turn queries and keys by where in the raster each token lies. A block
+refuses tokens of another number.
+
 A pyramid's shrink blocks (`models/levit_blocks.py`) have `stride` 2 and need the complete raster. A reducer that leads
 tokens through them says so by an attribute `walks_pyramids = True`; the others are refused by such models.
 

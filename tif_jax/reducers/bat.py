@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from tif_jax.layers import widened
 from tif_jax.reducers import _schedule as schedule
 from tif_jax.tokens import (
+    at_rows,
     class_attention,
     identity_source,
     join,
@@ -65,12 +66,13 @@ class Bat:
         amounts = schedule.amounts(self.keep_ratio, self.sites, self.num_kept, len(blocks))
         source = identity_source(tokens)
         for i, block in enumerate(blocks):
-            x, qk = block.attend(x, rngs=rngs)
+            x, qk = block.attend(x, tokens, rngs=rngs)
             counts = counts_at(tokens.index.shape[1], amounts.get(i, 1.0))
             if counts.clusters:
                 special, patches = split(x, tokens.num_special)
-                patches, left, row = reduce(patches, class_attention(qk, tokens.num_special), counts)
-                x, tokens = join(special, patches), tokens._replace(index=take(tokens.index, left))
+                scores = class_attention(qk, tokens.num_special)
+                patches, position, left, row = reduce(patches, tokens.position, scores, counts)
+                x, tokens = join(special, patches), at_rows(tokens, left)._replace(position=position)
                 source = take(row, source)
             x = block.feed_forward(x, rngs=rngs)
         return x, {"kept": tokens.index, "source": source}
@@ -104,10 +106,11 @@ def row_count(counts: Counts) -> int:
 
 
 def reduce(
-    x: Float[Array, "B N D"], scores: Float[Array, "B N"], counts: Counts
-) -> tuple[Float[Array, "B M D"], Int[Array, "B M"], Int[Array, "B N"]]:
-    """The tokens left, in raster order; the position of each (of a merged one: where it was merged to); where each
-    of the N tokens went. Gradients pass through the tokens and the weights, not through the assignment."""
+    x: Float[Array, "B N D"], position: Float[Array, "B N 2"], scores: Float[Array, "B N"], counts: Counts
+) -> tuple[Float[Array, "B M D"], Float[Array, "B M 2"], Int[Array, "B M"], Int[Array, "B N"]]:
+    """The tokens left, in raster order; where in the raster they lie; the row that each had (of a merged one: of the token
+    it was merged to); where each of the N tokens went. Gradients pass through the tokens and the weights, not through the
+    assignment."""
     order = decouple(scores)
     attentive, inattentive = order[:, : counts.attentive], order[:, counts.attentive :]
     compared = jax.lax.stop_gradient(x)
@@ -115,7 +118,9 @@ def reduce(
     centre = cluster(take(compared, inattentive), counts.clusters, _NEIGHBOURS)
     joined = jnp.concatenate([take(attentive, partner), take(inattentive, centre)], axis=1)
     joined = take(joined, jnp.argsort(order, axis=1))  # back to raster order
-    return merge(x, shares(jnp.maximum(scores, _LEAST_WEIGHT), joined), joined, row_count(counts))
+    share = shares(jnp.maximum(scores, _LEAST_WEIGHT), joined)
+    merged, left, row = merge(x, share, joined, row_count(counts))
+    return merged, merge(position, jax.lax.stop_gradient(share), joined, row_count(counts))[0], left, row
 
 
 def decouple(scores: Float[Array, "B N"]) -> Int[Array, "B N"]:

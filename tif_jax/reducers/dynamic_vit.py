@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from tif_jax.errors import InputError
 from tif_jax.layers import Linear, gelu, widened
 from tif_jax.reducers import _schedule as schedule
-from tif_jax.tokens import identity_source, join, rows_of, split, take, top_k
+from tif_jax.tokens import at_rows, identity_source, join, rows_of, split, take, top_k
 
 
 class Left(NamedTuple):
@@ -95,16 +95,16 @@ class DynamicVit(nnx.Module):
         return self._gather(sites, blocks, x, tokens) if rngs is None else self._mask(sites, blocks, x, tokens, rngs)
 
     def _gather(self, sites, blocks, x, tokens):
-        own = identity_source(tokens)
+        own, left = identity_source(tokens), tokens
         for i, block in enumerate(blocks):
             if i in sites:
                 special, patches = split(x, tokens.num_special)
                 everyone = jnp.ones(patches.shape[:2], widened(x.dtype))
                 kept = top_k(self._predict(i, patches, everyone)[..., 0], sites[i].number)
-                x, own = join(special, take(patches, kept)), take(own, kept)
-            x, _ = block(x)
+                x, own, left = join(special, take(patches, kept)), take(own, kept), at_rows(left, kept)
+            x, _ = block(x, left)
         source = rows_of(own, tokens.index.shape[1], others=-1)
-        return x, {"kept": take(tokens.index, own), "source": source}
+        return x, {"kept": left.index, "source": source}
 
     def _mask(self, sites, blocks, x, tokens, rngs):
         num_special = tokens.num_special
@@ -118,7 +118,7 @@ class DynamicVit(nnx.Module):
                 mask = mask * decide(log_probs, noise)  # what is gone does not come back
                 deviations.append((mask.mean(axis=1) - sites[i].share) ** 2)
                 key_weight = jnp.pad(mask, ((0, 0), (num_special, 0)), constant_values=1)
-            x, _ = block.attend(x, key_weight=key_weight, rngs=rngs)
+            x, _ = block.attend(x, tokens, key_weight=key_weight, rngs=rngs)
             x = block.feed_forward(x, rngs)
         ratio = self.ratio_weight / max(1, len(sites)) * sum(deviations)
         return x, {"mask": mask, "loss/ratio": ratio}

@@ -20,6 +20,7 @@ from tif_jax.tokens import (
     follow,
     identity_source,
     join,
+    mean_position,
     require_class,
     rows_of,
     split,
@@ -55,13 +56,15 @@ class Evit:
         own = tokens.index  # raster positions of the patches that are tokens of their own, while their number is known
         source = identity_source(tokens)
         for i, block in enumerate(blocks):
-            x, qk = block.attend(x, rngs=rngs)
+            x, qk = block.attend(x, tokens, rngs=rngs)
             num_patches = x.shape[1] - tokens.num_special
             if (num_kept := self._num_kept(amounts.get(i, 1.0), num_patches)) < num_patches:
                 scores = class_attention(qk, tokens.num_special)
                 kept = top_k(scores, num_kept)
                 rows = rows_of(kept, num_patches, others=num_kept if self.fuse else -1)
-                x = reorganise(x, scores, kept, rows == num_kept if self.fuse else None)
+                fused = rows == num_kept if self.fuse else None
+                x = reorganise(x, scores, kept, fused)
+                tokens = tokens._replace(position=_positions(tokens.position, scores, kept, fused))
                 source = follow(source, rows)
                 own = take(own, kept) if own is not None and own.shape[1] == num_patches else None
             x = block.feed_forward(x, rngs=rngs)
@@ -72,6 +75,17 @@ class Evit:
         # Ratios are of the kept tokens, numbers of the tokens left: the fused one is among those.
         is_number = isinstance(amount, int) and num_kept < num_patches
         return max(1, num_kept - 1) if is_number and self.fuse else num_kept
+
+
+def _positions(
+    position: Float[Array, "B M 2"],
+    scores: Float[Array, "B M"],
+    kept: Int[Array, "B K"],
+    fused: Bool[Array, "B M"] | None,
+) -> Float[Array, "B _ 2"]:
+    """Where the patch tokens lie that `reorganise` leaves."""
+    left = take(position, kept)
+    return left if fused is None else join(left, mean_position(position, jnp.where(fused, scores, 0)))
 
 
 def reorganise(

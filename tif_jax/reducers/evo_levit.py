@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from tif_jax.reducers.evo_vit import evolve
 from tif_jax.reducers.full import Full
-from tif_jax.tokens import check_keep_ratio, class_attention, identity_source, require_class, take, top_k
+from tif_jax.tokens import Tokens, check_keep_ratio, class_attention, identity_source, require_class, take, top_k
 
 _DENSE = 2  # blocks of the first stage before the first selection
 
@@ -46,33 +46,32 @@ class EvoLevit(nnx.Module):
         self.theta = nnx.Param(jnp.zeros((depth or 0,)))
 
     def __call__(self, blocks, x, tokens, rngs=None):
-        num_special, index = tokens.num_special, tokens.index
         require_class(tokens, "evo_levit")
         source = identity_source(tokens)
         if num_shrinks := sum(_shrinks(block) for block in blocks):
-            source = jnp.broadcast_to(_cells(tokens.grid, num_shrinks)[None], index.shape)
+            source = jnp.broadcast_to(_cells(tokens.grid, num_shrinks)[None], source.shape)
         if self.keep_ratio == 1:
             x, _ = Full()(blocks, x, tokens, rngs)
             for block in filter(_shrinks, blocks):
-                index = block.subsample(index)
-            return x, {"kept": index, "source": source}
+                tokens = _subsample(block, tokens)
+            return x, {"kept": tokens.index, "source": source}
 
         share = jax.nn.sigmoid(self.theta[...])
         momenta = [0.0] + [1 - share[i] for i in range(1, len(blocks))]  # the first block has nothing to average with
         runs, num_dense = _runs(blocks, self.layer_wise)
-        score = jnp.zeros(index.shape, share.dtype)
+        score = jnp.zeros(tokens.index.shape, share.dtype)
         for start, stop in runs:
             if _shrinks(blocks[start]):
-                x, score = _shrink(blocks[start], x, score, momenta[start], num_special, rngs)
-                index = blocks[start].subsample(index)
+                x, score = _shrink(blocks[start], x, tokens, score, momenta[start], rngs)
+                tokens = _subsample(blocks[start], tokens)
                 continue
-            num_patches = index.shape[1]
+            num_patches = tokens.index.shape[1]
             num_slow = num_patches if start < num_dense else max(1, math.floor(self.keep_ratio * num_patches))
             slow = top_k(score, num_slow)
             x, score = evolve(
-                blocks[start:stop], x, score, slow, num_special, momenta[start:stop], self.representative, rngs
+                blocks[start:stop], x, tokens, score, slow, momenta[start:stop], self.representative, rngs
             )
-        return x, {"kept": take(index, slow), "source": source}
+        return x, {"kept": take(tokens.index, slow), "source": source}
 
 
 def _shrinks(block: Any) -> bool:
@@ -89,15 +88,20 @@ def _runs(blocks: Sequence[Any], layer_wise: bool) -> tuple[list[tuple[int, int]
 
 
 def _shrink(
-    block: Any, x: Float[Array, "B T D"], score: Float[Array, "B N"], momentum: Any, num_special: int, rngs: Any
+    block: Any, x: Float[Array, "B T D"], tokens: Tokens, score: Float[Array, "B N"], momentum: Any, rngs: Any
 ) -> tuple[Float[Array, "B S E"], Float[Array, "B M"]]:
     """The tokens and the global class attention of the smaller raster; the latter keeps its sum."""
     total = score.sum(axis=1, keepdims=True)
-    x, qk = block(x, rngs=rngs)
-    newest = block.subsample(class_attention(qk, num_special))
+    x, qk = block(x, tokens, rngs=rngs)
+    newest = block.subsample(class_attention(qk, tokens.num_special))
     score = momentum * block.subsample(score) + (1 - momentum) * newest
     # `tiny` matters only where the class token attends to none of these patches.
     return x, score * (total / jnp.maximum(score.sum(axis=1, keepdims=True), jnp.finfo(score.dtype).tiny))
+
+
+def _subsample(block: Any, tokens: Tokens) -> Tokens:
+    """The tokens that a shrink block leaves of a complete raster."""
+    return tokens._replace(index=block.subsample(tokens.index), position=block.subsample(tokens.position))
 
 
 def _cells(grid: tuple[int, int], num_shrinks: int) -> Int[Array, " N"]:

@@ -19,7 +19,19 @@ from tif_jax.errors import InputError
 from tif_jax.layers import widened
 from tif_jax.reducers import _schedule as schedule
 from tif_jax.reducers.full import Full
-from tif_jax.tokens import class_attention, identity_source, join, put, require_class, split, take, top_k
+from tif_jax.tokens import (
+    Tokens,
+    at_rows,
+    class_attention,
+    identity_source,
+    join,
+    mean_position,
+    put,
+    require_class,
+    split,
+    take,
+    top_k,
+)
 
 _MOMENTUM = (
     0.5  # how much of a slow token's global class attention is kept when a block's is averaged into it: the authors'
@@ -48,20 +60,20 @@ class EvoVit:
 
     def __call__(self, blocks, x, tokens, rngs=None):
         require_class(tokens, "evo_vit")
-        num_special, num_patches, source = tokens.num_special, tokens.index.shape[1], identity_source(tokens)
+        num_patches, source = tokens.index.shape[1], identity_source(tokens)
         stages = self._stages(len(blocks), num_patches)
         if not stages:
             x, _ = Full()(blocks, x, tokens, rngs)
             return x, {"kept": tokens.index, "source": source}
 
         for block in blocks[: min(stages)]:
-            x, qk = block(x, rngs=rngs)
-        score = class_attention(qk, num_special)  # of the newest dense block alone: nothing is averaged yet
+            x, qk = block(x, tokens, rngs=rngs)
+        score = class_attention(qk, tokens.num_special)  # of the newest dense block alone: nothing is averaged yet
         for (start, num_slow), stop in zip(stages.items(), (*list(stages)[1:], len(blocks)), strict=True):
             score = jax.lax.stop_gradient(score)
             slow = top_k(score, num_slow)
             momenta = [_MOMENTUM] * (stop - start)
-            x, score = evolve(blocks[start:stop], x, score, slow, num_special, momenta, self.representative, rngs)
+            x, score = evolve(blocks[start:stop], x, tokens, score, slow, momenta, self.representative, rngs)
         return x, {"kept": take(tokens.index, slow), "source": source}
 
     def _stages(self, depth: int, num_patches: int) -> dict[int, int]:
@@ -80,9 +92,9 @@ class EvoVit:
 def evolve(
     blocks: Sequence[Any],
     x: Float[Array, "B T D"],
+    tokens: Tokens,
     score: Float[Array, "B N"],
     slow: Int[Array, "B K"],
-    num_special: int,
     momenta: Sequence[Any],
     representative: bool,
     rngs: Any,
@@ -92,34 +104,33 @@ def evolve(
     momenta: for each block, how much of the global class attention is kept. Its gradient passes through the weights of
     the representative. Without placeholders (K = N) the blocks are dense.
     """
+    num_special, num_slow = tokens.num_special, slow.shape[1]
     special, patches = split(x, num_special)
-    num_slow = slow.shape[1]
+    walking = at_rows(tokens, slow)
     representative &= num_slow < patches.shape[1]
     y = join(special, take(patches, slow))
     if representative:
-        before = _represent(patches, score, slow)
+        weight = _placeholder_weights(score, slow)
+        wide = widened(x.dtype)
+        before = jnp.einsum("bn,bnd->bd", weight.astype(wide), patches.astype(wide))[:, None].astype(x.dtype)
         y = join(y, before)
+        walking = walking._replace(position=join(walking.position, mean_position(tokens.position, weight)))
     slow_score = take(score, slow)
     for block, momentum in zip(blocks, momenta, strict=True):
-        y, qk = block(y, rngs=rngs)
+        y, qk = block(y, walking, rngs=rngs)
         newest = class_attention(qk, num_special)[:, :num_slow]  # without the representative's column
         slow_score = momentum * slow_score + (1 - momentum) * newest
     if representative:
         # The sum of the residual increments of all branches telescopes. Slow tokens get it too and are overwritten.
-        wide = widened(x.dtype)
         increment = y[:, -1:].astype(wide) - before.astype(wide)
         patches = (patches.astype(wide) + increment).astype(x.dtype)
     patches = put(patches, slow, y[:, num_special : num_special + num_slow])
     return join(y[:, :num_special], patches), put(score, slow, slow_score)
 
 
-def _represent(
-    patches: Float[Array, "B N D"], score: Float[Array, "B N"], slow: Int[Array, "B K"]
-) -> Float[Array, "B 1 D"]:
-    """The mean of the placeholders, weighted by their global class attention."""
-    wide = widened(patches.dtype)
+def _placeholder_weights(score: Float[Array, "B N"], slow: Int[Array, "B K"]) -> Float[Array, "B N"]:
+    """What each patch weighs in the representative: the placeholders in proportion to their global class attention."""
     # `tiny` matters only where the attention to every placeholder is 0: they then count alike.
     weight = score + jnp.finfo(score.dtype).tiny
     weight = put(weight, slow, jnp.zeros(slow.shape, score.dtype))
-    weight = (weight / weight.sum(axis=1, keepdims=True)).astype(wide)
-    return jnp.einsum("bn,bnd->bd", weight, patches.astype(wide))[:, None].astype(patches.dtype)
+    return weight / weight.sum(axis=1, keepdims=True)

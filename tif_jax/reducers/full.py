@@ -9,5 +9,5 @@ class Full:
 
     def __call__(self, blocks, x, tokens, rngs=None):
         for block in blocks:
-            x, _ = block(x, rngs=rngs)
+            x, _ = block(x, tokens, rngs=rngs)
         return x, {}

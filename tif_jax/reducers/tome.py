@@ -75,12 +75,14 @@ class Tome:
         size = jnp.ones(source.shape, widened(x.dtype))
         log_size = None  # nothing to add while every size is 1
         for block, num_merged in zip(blocks, per_block, strict=True):
-            x, qk = block.attend(x, log_size, rngs)
+            x, qk = block.attend(x, tokens, log_size, rngs)
             special, patches = split(x, tokens.num_special)
             num_patches = patches.shape[1]
             if num_merged := min(num_merged, num_patches // 2):
                 pairs = match(unit_keys(qk, tokens.num_special), num_merged)
+                position, _ = merge(tokens.position, size, pairs)
                 patches, size = merge(patches, size, pairs)
+                tokens = tokens._replace(position=position)
                 x = join(special, patches)
                 source = take(destination(pairs, num_patches), source)
                 log_size = gates_to_log_weight(size, tokens.num_special) if self.proportional else None

@@ -19,6 +19,8 @@ from tif_jax.reducers import _schedule as schedule
 from tif_jax.reducers.random import draw_keys
 from tif_jax.tokens import (
     QueryKey,
+    Tokens,
+    at_rows,
     attention_logits,
     class_attention,
     identity_source,
@@ -150,28 +152,28 @@ class Tosa(nnx.Module):
         for i, block in enumerate(blocks):
             num_kept = schedule.count(amounts.get(i, 1.0), num_patches, math.floor)
             if num_kept == num_patches:
-                x, qk = block(x, rngs=rngs)
+                x, qk = block(x, tokens, rngs=rngs)
                 continue
             if self.selector == "random":
                 scores = _draw(self.draw_seed, i, embedded, rngs)
             elif self.selector == "class":
                 scores = class_attention(qk, num_special)
             else:
-                scores = self._attention_received(i, block, x, qk, num_special)
+                scores = self._attention_received(i, block, x, tokens, qk)
             selected = top_k(scores, num_kept)
             rows = _with_special(selected, num_special)
-            y, _ = block(take(x, rows), rngs=rngs)
+            y, _ = block(take(x, rows), at_rows(tokens, selected), rngs=rngs)
             x, kept = put(x, rows, y), take(tokens.index, selected)
         return x, {"kept": kept, "source": identity_source(tokens)}
 
     def _attention_received(
-        self, i: int, block, x: Float[Array, "B T D"], qk: QueryKey, num_special: int
+        self, i: int, block, x: Float[Array, "B T D"], tokens: Tokens, qk: QueryKey
     ) -> Float[Array, "B N"]:
         """How much attention each patch is taken to get in block i, which gets x; qk: of the block before."""
-        logits = attention_logits(*(block.attend(x)[1] if self.selector == "oracle" else qk))
+        logits = attention_logits(*(block.attend(x, tokens)[1] if self.selector == "oracle" else qk))
         if self.selector == "learned":
             logits = self._selector(i)(logits)
-        return _column_sums(logits)[:, num_special:]
+        return _column_sums(logits)[:, tokens.num_special :]
 
     def _selector(self, i: int) -> Selector:
         """What predicts the attention logits of block i from those of the block before."""
@@ -182,7 +184,7 @@ class Tosa(nnx.Module):
         divergences = []
         for i, block in enumerate(blocks):
             predicted = self._selector(i)(attention_logits(*qk)) if i in self.layers else None
-            x, qk = block(x, rngs=rngs)
+            x, qk = block(x, tokens, rngs=rngs)
             if predicted is not None:
                 divergences.append(_divergence(attention_logits(*qk), predicted))
         loss = sum(divergences) / len(divergences)
