@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from tif_jax.models.cost import cost as cost
     from tif_jax.models.predictions import predict_images as predict_images
     from tif_jax.runtime.version import __version__ as __version__
+    from tif_jax.sharing.model_folder import save_pretrained as save_pretrained
+    from tif_jax.weights.loading import from_pretrained as from_pretrained
     from tif_jax.weights.loading import load as load
 
 # Where each name is. It is imported when it is first used, so that the program can heed signals before JAX is there.
@@ -23,10 +25,12 @@ _WHERE = {
     "WorkError": "errors",
     "cost": "models.cost",
     "create_model": "models",
+    "from_pretrained": "weights.loading",
     "load": "weights.loading",
     "predict_images": "models.predictions",
     "preprocess": "data.preprocess",
     "read_impact": "impact.shards",
+    "save_pretrained": "sharing.model_folder",
     "token_impact": "impact.oracle",
 }
 

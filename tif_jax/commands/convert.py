@@ -3,7 +3,9 @@
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import safetensors.numpy
@@ -12,14 +14,15 @@ from tif_jax.commands import _arguments
 from tif_jax.data import remote
 from tif_jax.data.tfrecord import TFRecords
 from tif_jax.errors import InputError, WorkError
+from tif_jax.models import built_with
 from tif_jax.models.params import params_of
 from tif_jax.runtime import files
 from tif_jax.runtime.progress import Progress
 from tif_jax.training.checkpoints import Checkpoints, load_params
 from tif_jax.training.state import State
-from tif_jax.weights import described, pretrained
+from tif_jax.weights import described, hub, pretrained
 from tif_jax.weights.layout import shortened
-from tif_jax.weights.loading import TRAINING_HEADS, checkpoint_directory, description_of, load_with_fields
+from tif_jax.weights.loading import TRAINING_HEADS, checkpoint_directory, description_of, load_with_fields, located
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +35,9 @@ _WRITER_OPTIONS = "group_size:1,uncompressed"
 def main(argv: list[str]) -> None:
     parser = _arguments.Parser(prog="tif convert", description=__doc__, allow_abbrev=False)
     parser.add_argument(
-        "src", metavar="SRC", help="a weight file, a checkpoint or workdir, or a TFDS folder with dataset_info.json"
+        "src",
+        metavar="SRC",
+        help="weights (a file, a folder, hf:OWNER/NAME), a checkpoint or workdir, or a TFDS folder with dataset_info.json",
     )
     parser.add_argument("dst", metavar="DST", help="what to make of it; nothing may be there yet")
     parser.add_argument(
@@ -45,8 +50,9 @@ def main(argv: list[str]) -> None:
     for path in (arguments.src, arguments.dst):
         if remote.is_url(path):
             raise InputError(f"{path}: convert works on local files; {remote.LOCALLY}")
-    src, dst = Path(arguments.src).expanduser(), Path(arguments.dst).expanduser()
-    possible = _possible(src)
+    src = hub.pinned(arguments.src) if hub.is_name(arguments.src) else located(arguments.src)
+    dst = Path(arguments.dst).expanduser()
+    possible = _possible(located(src))
     to = arguments.to or possible[0]
     if to not in possible:
         raise InputError(f"{src} can not be converted to {to}; allowed: {', '.join(possible)}")
@@ -59,7 +65,7 @@ def _possible(src: Path) -> tuple[str, ...]:
     if not src.exists():
         raise InputError(f"no such file or folder: {src}")
     if src.is_file():
-        if src.suffix not in pretrained.READERS:
+        if not pretrained.is_weight_file(src):
             raise InputError(f"{src} is not a weight file by its name; allowed: {', '.join(pretrained.READERS)}")
         return "orbax", "safetensors"
     if (src / _INFO).is_file():
@@ -79,30 +85,30 @@ def _possible(src: Path) -> tuple[str, ...]:
 # Weights
 
 
-def _to_orbax(src: Path, dst: Path) -> None:
+def _to_orbax(src: str | Path, dst: Path) -> None:
     """DST/checkpoints, as a training stage leaves them."""
     with files.appearing(dst) as partial:
         model, fields = load_with_fields(src)
         with Checkpoints(partial / "checkpoints") as checkpoints:
             description = {
                 "model": fields,
-                "reducer": {"name": "full"},
-                "config": {"init_from": str(src)},
+                "reducer": built_with(model)["reducer"],
+                "config": {"init_from": model.origin or str(src)},
                 **described.carried(description_of(src)),
             }
             checkpoints.save(State(jnp.int32(0), params_of(model), ()), description, {})
 
 
-def _to_safetensors(src: Path, dst: Path) -> None:
+def _to_safetensors(src: str | Path, dst: Path) -> None:
     """The backbone alone, in timm's layout; what that leaves open is in the file's metadata."""
     if dst.suffix != ".safetensors":
         raise InputError(f"{dst} has to end in .safetensors")
     with files.appearing(dst) as partial:
-        if src.is_file():
+        if located(src).is_file():
             model, fields = load_with_fields(src)
             params, said = params_of(model), description_of(src)
         else:
-            params, stored = load_params(checkpoint_directory(src))
+            params, stored = load_params(checkpoint_directory(Path(src)))
             fields, said = stored["model"], described.of_checkpoint(src, stored)
         left_out = [name for name in params if name == "reducer" or f"{name}/" in TRAINING_HEADS]
         if left_out:
@@ -166,4 +172,8 @@ def _write_array_record(path: str, records: TFRecords, positions: range) -> None
         raise WorkError(f"{path} has {num_written} records, not the {len(positions)} written; check the disk")
 
 
-_CONVERSIONS = {"orbax": _to_orbax, "safetensors": _to_safetensors, "array_record": _to_array_record}
+_CONVERSIONS: dict[str, Callable[[Any, Path], None]] = {
+    "orbax": _to_orbax,
+    "safetensors": _to_safetensors,
+    "array_record": _to_array_record,
+}

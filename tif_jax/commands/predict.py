@@ -24,7 +24,11 @@ def main(argv: list[str]) -> None:
     parser = _arguments.Parser(prog="tif predict", description=__doc__, allow_abbrev=False)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--workdir", metavar="DIR", help="what a run left; or a folder in it, as DIR/backbone")
-    source.add_argument("--weights", metavar="FILE", help="a weight file (.safetensors, .npz, .pth) or a checkpoint")
+    source.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="a weight file (.safetensors, .npz, .pth), its folder, hf:OWNER/NAME, or a checkpoint",
+    )
     parser.add_argument("images", nargs="+", metavar="IMAGE|FOLDER", help="folders are searched with those below them")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="how many classes a picture (default: 5)")
     parser.add_argument("--csv", metavar="FILE", help=f"also write a table: {','.join(COLUMNS)}")

@@ -9,7 +9,7 @@ from tif_jax.experiment.schema import Experiment
 from tif_jax.impact.manifest import read_manifest
 from tif_jax.impact.oracle import TARGETS
 from tif_jax.training.checkpoints import identity, newest, read_config
-from tif_jax.weights.loading import checkpoint_directory
+from tif_jax.weights.loading import checkpoint_directory, located
 
 _RECIPE = ("estimator", "mask", "target", "num_images", "views")  # of impacts; who computed them does not matter
 
@@ -34,7 +34,7 @@ def check_finished(weights: str) -> None:
 
     A file, or one step's folder of a run, stays what it is.
     """
-    path = Path(weights).expanduser()
+    path = located(weights)
     if path.is_dir() and not (path / "params").is_dir():
         _check(path, _newest_of(checkpoint_directory(path))[1])
 

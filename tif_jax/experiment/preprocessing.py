@@ -9,6 +9,7 @@ from tif_jax.data.preprocess import PARTS
 from tif_jax.errors import InputError
 from tif_jax.experiment.schema import Experiment
 from tif_jax.models import Model
+from tif_jax.weights import hub
 from tif_jax.weights.described import Description, complete
 from tif_jax.weights.loading import description_of
 
@@ -21,12 +22,14 @@ _REMEDY = "set data.mean and data.std, or put timm's config.json beside the file
 def resolved(experiment: Experiment) -> Experiment:
     """With numbers for what `data` leaves to the weights: theirs, else the defaults, which a warning names.
 
-    Raises InputError where data.mean or data.std contradict the weights; of another crop or interpolation it warns.
+    Names on the hub get the commit that they stand for now. Raises InputError where data.mean or data.std contradict the
+    weights; of another crop or interpolation it warns.
     """
+    experiment = _pinned(experiment)
     options, weights = experiment.data, os.path.expanduser(experiment.backbone.init_from)
     how = options.preprocessing
     if weights:
-        there = os.path.exists(weights)  # also False for what can be no path
+        there = hub.is_name(weights) or os.path.exists(weights)  # also False for what can be no path
         said = description_of(weights) if there else Description(f"backbone.init_from {weights!r}, which is not there,")
         given = {part: getattr(options, part) for part in PARTS}
         for part, value in said.preprocessing.items():
@@ -37,6 +40,18 @@ def resolved(experiment: Experiment) -> Experiment:
                 logger.warning("%s: the config's is taken", differing)
         how = complete(said, given, _REMEDY)
     return dataclasses.replace(experiment, data=dataclasses.replace(options, **vars(how)))
+
+
+def _pinned(experiment: Experiment) -> Experiment:
+    """With the commit in every name on the hub, so that what is made from it says which weights those were."""
+    replaced = dataclasses.replace
+    begun, recipe = experiment.backbone, experiment.finetune
+    if hub.is_name(begun.init_from):
+        experiment = replaced(experiment, backbone=replaced(begun, init_from=hub.pinned(begun.init_from)))
+    if hub.is_name(given := recipe.distillation.teacher):
+        distillation = replaced(recipe.distillation, teacher=hub.pinned(given))
+        experiment = replaced(experiment, finetune=replaced(recipe, distillation=distillation))
+    return experiment
 
 
 def prepare(model: Model, experiment: Experiment, source: data.Source | None = None) -> Model:

@@ -25,7 +25,9 @@ _ANY_SEED = dict(least=0, below=2**31)
 class Backbone(NetworkRecipe):
     """The ViT before reduction: imported, trained from random weights, or (num_epochs 0) random weights."""
 
-    init_from: str = key("", "a weight file or a checkpoint; '': random weights of `model`")
+    init_from: str = key(
+        "", "a weight file, its folder, hf:OWNER/NAME[@REVISION] or a checkpoint; '': random weights of `model`"
+    )
     model: dict[str, Any] = key(
         {}, "fields of the model, as in dict(image_size=64, patch_size=8, ...); with init_from: those it does not say"
     )

@@ -16,6 +16,7 @@ says whose fields they are, 'vit' or 'levit'; without it they are a `ViT`'s.
 from tif_jax.models.build import FAMILIES as FAMILIES
 from tif_jax.models.build import MODEL_FIELDS as MODEL_FIELDS
 from tif_jax.models.build import blueprint as blueprint
+from tif_jax.models.build import built_with as built_with
 from tif_jax.models.build import check_fields as check_fields
 from tif_jax.models.build import check_seed as check_seed
 from tif_jax.models.build import create_model as create_model

@@ -125,9 +125,26 @@ def blueprint(
     def build(key: Key[Array, ""]) -> Model:
         rngs = Rngs(key)
         built = reducers.build(reducer, **_shape(fields), rngs=rngs, **options)
-        return FAMILIES[fields["family"]](**own, reducer=built, rngs=rngs)
+        model = FAMILIES[fields["family"]](**own, reducer=built, rngs=rngs)
+        described = checked.to_json({"model": fields, "reducer": {"name": reducer, **options}})
+        model.built = json.dumps(
+            described, default=lambda value: value.item() if hasattr(value, "item") else str(value)
+        )
+        return model
 
     return build
+
+
+def built_with(model: Model) -> dict[str, Any]:
+    """{"model": fields, "reducer": {"name", its options}}: `create_model` makes the same model of them.
+
+    A budget is the amount that it came to. Raises InputError for a model that neither `create_model` nor `load` has made.
+    """
+    if not model.built:
+        raise InputError(
+            "the model does not say what it was built with; make it by tif_jax.create_model or tif_jax.load"
+        )
+    return json.loads(model.built)
 
 
 @functools.cache  # a run asks for the same solution several times

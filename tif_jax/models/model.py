@@ -47,6 +47,8 @@ class Model(nnx.Module):
     reducer: Reducer
     preprocessing: Preprocessing = Preprocessing()  # of the images that its weights were trained with
     class_names: tuple[str, ...] | None = None  # one per output of the head
+    built: str = ""  # the fields and the reducer that it was built with, as JSON (`models.built_with`)
+    origin: str = ""  # what its weights were loaded from, where others know it: hf:OWNER/NAME@COMMIT
 
     @property
     def blocks(self) -> Sequence[Any]:

@@ -37,12 +37,16 @@ class Description:
     fields: of the model that the weights are from, by the names of `ViT` and `LeViT`.
     preprocessing: parts of a `Preprocessing`.
     class_names: one per output of the head, or None.
+    reducer: the reducer that the weights were saved with, its name and options; {}: none is said.
+    reducer_digest: of the reducer's parameters, which lie beside the weights; '': it has none.
     """
 
     origin: str
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     preprocessing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     class_names: tuple[str, ...] | None = None
+    reducer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    reducer_digest: str = ""
 
 
 def of_checkpoint(origin: str | Path, stored: Mapping[str, Any]) -> Description:
@@ -70,7 +74,9 @@ def of_file(path: str | Path) -> Description:
         raise InputError(f"{beside} can not be read ({error}); mend or remove it") from None
     if not (isinstance(config, dict) and ("pretrained_cfg" in config or {"mean", "std"} <= config.keys())):
         return Description(str(path))
-    if others := sorted(other.name for other in path.parent.glob(f"*{path.suffix}") if other.name != path.name):
+    if path.suffix != ".json" and (
+        others := sorted(other.name for other in path.parent.glob(f"*{path.suffix}") if other.name != path.name)
+    ):
         logger.warning(
             "%s is taken to describe %s, but it lies beside %s as well; give each weight file a folder of its own",
             beside, path.name, others[0],
@@ -86,7 +92,10 @@ def carried(said: Description) -> dict[str, Any]:
 
 def metadata(said: Description, fields: Mapping[str, Any]) -> dict[str, str]:
     """For a .safetensors file. fields: those of the model that no shape tells."""
-    return {"format": "pt", _OURS: json.dumps({"fields": dict(fields), **carried(said)})}
+    told = {"fields": dict(fields), **carried(said)}
+    if said.reducer:
+        told |= {"reducer": dict(said.reducer), "reducer_digest": said.reducer_digest}
+    return {"format": "pt", _OURS: json.dumps(told)}
 
 
 def complete(said: Description, given: Mapping[str, Any], remedy: str) -> Preprocessing:
@@ -115,10 +124,13 @@ def _ours(origin: str, said: Any) -> Description:
     """What `carried` and `metadata` wrote."""
     said = said if isinstance(said, Mapping) else {}
     fields, how, names = (said.get(key) for key in ("fields", "preprocessing", "class_names"))
-    if not isinstance(fields, Mapping) or not isinstance(how or {}, Mapping):
+    reducer, digest = said.get("reducer") or {}, said.get("reducer_digest") or ""
+    sound = isinstance(fields, Mapping) and isinstance(how or {}, Mapping) and isinstance(digest, str)
+    if not sound or not (reducer == {} or (isinstance(reducer, Mapping) and isinstance(reducer.get("name"), str))):
         raise InputError(f"{origin}: what it says of its model is damaged; write it again")
     family = "levit" if "activation" in fields else "vit"
-    return Description(origin, _typed(origin, fields, family), _checked(origin, how or {}), _names(names))
+    prepared = _checked(origin, how or {})
+    return Description(origin, _typed(origin, fields, family), prepared, _names(names), reducer, digest)
 
 
 def _timms(origin: str, config: Mapping[str, Any]) -> Description:

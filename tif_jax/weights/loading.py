@@ -20,7 +20,7 @@ from tif_jax.models.model import dtype_name
 from tif_jax.models.params import params_of
 from tif_jax.runtime import records
 from tif_jax.training.checkpoints import load_params, newest, read_config
-from tif_jax.weights import described, pretrained
+from tif_jax.weights import described, folders, hub, pretrained
 from tif_jax.weights.layout import shortened
 from tif_jax.weights.positions import resize_positions
 
@@ -47,9 +47,12 @@ def load(
 ) -> Model:
     """A model with the weights of a timm-layout file (.safetensors, .npz, .pth), an Orbax checkpoint or a workdir.
 
-    A workdir stands for its own checkpoints, else for the fine-tuned model that its report.json calls best.
-    reducer: None is the checkpoint's own ('full' for a file). The same weights run under any reducer: parameters under
-    `reducer/` that the source lacks are freshly drawn from `seed`, which a warning says; any other difference is an error.
+    hf:OWNER/NAME[@REVISION] names weights on the Hugging Face hub, which are downloaded once (`from_pretrained`).
+    A workdir stands for its own checkpoints, else for the fine-tuned model that its report.json calls best; any other folder
+    for the model.safetensors in it, or its shards.
+    reducer: None is the one that the weights were saved with ('full' where they do not say). The same weights run under any
+    reducer: parameters under `reducer/` that the source lacks are freshly drawn from `seed`, which a warning says; any other
+    difference is an error.
     A module that is none of `tif_jax.reducers` is imported only if it is named here.
     preprocessing: mean, std, crop_fraction, interpolation, those that the source does not say, or says wrong. What nobody
     says is ImageNet's, with a warning. The model has it as `model.preprocessing`, and its classes as `model.class_names`.
@@ -63,6 +66,18 @@ def load(
     options |= dict(reducer=reducer, dtype=dtype_name(dtype), seed=check_seed(seed), preprocessing=preprocessing)
     # Who asks for a reducer here may not know that it has something to learn.
     return load_with_fields(source, fresh_told_at=logging.WARNING, **options)[0]
+
+
+def from_pretrained(name: str, revision: str | None = None, **options: Any) -> Model:
+    """`load` of weights on the Hugging Face hub: OWNER/NAME and a branch, tag or commit of it (None: main, which may move).
+
+    Only config.json and the weights are downloaded, into the library's cache, and read from there the next time. The model's
+    `origin` is hf:OWNER/NAME@COMMIT. A path is a path, as `load` takes it. options: those of `load`. Raises InputError for
+    what is not on the hub or may not be read, and without a connection where the cache does not have it.
+    """
+    if os.path.isdir(name) and revision is None:
+        return load(name, **options)
+    return load(f"hf:{name.removeprefix('hf:')}" + (f"@{revision}" if revision else ""), **options)
 
 
 def load_with_fields(
@@ -81,13 +96,15 @@ def load_with_fields(
     named: further modules of reducers that the caller names. fresh_told_at: the level of the log line that names parameters
     drawn afresh.
     """
-    path = Path(source).expanduser()
+    if hub.is_name(source):
+        source = hub.pinned(str(source))
+    path = located(source)
     given = {key: options.pop(key) for key in MODEL_FIELDS & options.keys()}
     given = {key: value for key, value in given.items() if value is not None}
     named = {*named, *reducers.modules_in({"name": reducer, **options})}
     how = vars(preprocessing) if isinstance(preprocessing, Preprocessing) else preprocessing or {}
     replaced(Preprocessing(), how)  # a mistake in it is told before the weights are read
-    fields, params, own, may_be_fresh, said = _read(path, given)
+    fields, params, own, may_be_fresh, said = _read(path, given, reducer)
     fields["dtype"] = dtype
     reducer_name = own["name"] if reducer is None else reducer
     if reducer_name == own["name"]:
@@ -107,6 +124,7 @@ def load_with_fields(
     model.preprocessing = described.complete(said, how, _REMEDY)
     if said.class_names and len(said.class_names) == model.head.out_features:
         model.class_names = said.class_names
+    model.origin = str(source) if hub.is_name(source) else ""
     return model, fields
 
 
@@ -120,15 +138,18 @@ class _Read(NamedTuple):
     said: described.Description
 
 
-def _read(path: Path, given: Mapping[str, Any]) -> _Read:
-    """given: fields of the model that stand instead of the source's."""
+def _read(path: Path, given: Mapping[str, Any], reducer_name: str | None) -> _Read:
+    """given: fields of the model that stand instead of the source's; reducer_name: of the reducer, None for the source's."""
     may_be_fresh = ["reducer/", *TRAINING_HEADS]
     if not _is_checkpoint(path):
         said = described.of_file(path)
         _check_facts(said.origin, said.fields, given)
         fields, params = pretrained.read_weights(path, said.fields, **given)
         _check_described(said, fields, given)
-        return _Read(fields, params, {"name": "full"}, [*may_be_fresh, *HEADS], said)
+        saved_with = said.reducer or {"name": "full"}
+        if said.reducer_digest and reducer_name in (None, saved_with["name"]):
+            params["reducer"] = folders.read_reducer(path, said.reducer_digest)
+        return _Read(fields, params, saved_with, [*may_be_fresh, *HEADS], said)
     params, stored = load_params(checkpoint_directory(path))
     own, reducer = stored.get("model"), stored.get("reducer")
     if not isinstance(own, dict) or not isinstance(reducer, dict) or not isinstance(reducer.get("name"), str):
@@ -140,9 +161,21 @@ def _read(path: Path, given: Mapping[str, Any]) -> _Read:
     return _Read(fields, _resized(params, own, fields), reducer, may_be_fresh, described.of_checkpoint(path, stored))
 
 
+def located(source: str | Path) -> Path:
+    """Where the weights are: a weight file, or a folder of ours. A folder that is none of ours stands for the file in it.
+
+    What the hub has (hf:OWNER/NAME) is downloaded.
+    """
+    path = hub.folder_of(str(source)) if hub.is_name(source) else Path(source).expanduser()
+    ours = ("params", "checkpoints", "report.json")
+    if path.is_dir() and not any((path / name).exists() for name in ours) and not _with_steps(path):
+        return folders.weight_file(path) or path
+    return path
+
+
 def description_of(source: str | Path) -> described.Description:
     """What a file, checkpoint or workdir says of its weights. A file that does not exist says nothing."""
-    path = Path(source).expanduser()
+    path = located(source)
     if not path.is_dir():
         return described.of_file(path)
     return described.of_checkpoint(path, read_config(newest(checkpoint_directory(path))))
@@ -245,7 +278,7 @@ def _is_checkpoint(path: Path) -> bool:
     """Whether this is, or would be if it existed, a folder of ours and no weight file."""
     if path.is_dir():
         return True
-    if path.exists() or path.suffix in pretrained.READERS:
+    if path.exists() or pretrained.is_weight_file(path):
         return False
     try:
         model_fields(str(path))

@@ -1,6 +1,7 @@
 """Pretrained weights: reads the files of other programs as parameters of our models."""
 
 import io
+import json
 import logging
 import math
 import os
@@ -14,9 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
+from flax import traverse_util
 
 from tif_jax.errors import InputError
 from tif_jax.models import grid_of, with_defaults
+from tif_jax.runtime import files
 from tif_jax.weights import timm_levit, timm_vit
 from tif_jax.weights.layout import shortened
 from tif_jax.weights.positions import resize_positions
@@ -25,6 +28,7 @@ from tif_jax.weights.torch_file import NESTED, read_torch
 logger = logging.getLogger(__name__)
 
 _SAFETENSORS_FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+_INDEX = ".safetensors.index.json"  # of weights in several files: which tensor is in which
 # An .npz may be compressed. Weights hardly get smaller; zeros, a thousandfold.
 _MOST_COMPRESSED, _FREELY_UNPACKED = 32, 2**26  # times; bytes
 _WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
@@ -78,21 +82,34 @@ def to_tensors(params: dict[str, Any], fields: dict[str, Any]) -> tuple[dict[str
     return tensors, free
 
 
-def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
-    """The tensors of a .safetensors, .npz or .pth/.pt file by name, floats as float32. Runs no code that it carries.
+def names_of(params: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, str]:
+    """By the path of each of the backbone's parameters: the name of its tensor in timm's layout."""
+    layout = timm_levit if with_defaults(fields)["family"] == "levit" else timm_vit
+    flat = traverse_util.flatten_dict(params, sep="/")
+    # Each parameter is filled with its number, which is then looked for among the tensors.
+    marked = {path: np.full(leaf.shape, number) for number, (path, leaf) in enumerate(flat.items())}
+    tensors = layout.to_tensors(traverse_util.unflatten_dict(marked, sep="/"), fields)
+    by_number = {int(tensor.flat[0]): name for name, tensor in tensors.items()}
+    return {path: by_number[number] for number, path in enumerate(flat)}
 
-    Raises InputError for a file that is missing, damaged or of another kind, and for weights that are NaN or infinite.
+
+def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
+    """The tensors of a .safetensors, .npz or .pth/.pt/.bin file by name, floats as float32. Runs no code that it carries.
+
+    An index (.safetensors.index.json) stands for the shards beside it. Raises InputError for a file that is missing, damaged
+    or of another kind, and for weights that are NaN or infinite.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"No weight file {path}; give the path of a {', '.join(READERS)} file")
-    if path.suffix not in READERS:
+    if not is_weight_file(path):
         raise InputError(f"{path} is not a weight file by its name; allowed: {', '.join(READERS)}")
     if not os.access(path, os.R_OK):
         raise InputError(f"{path} can not be read: no permission")
     if path.stat().st_size == 0:
         raise InputError(f"{path} is empty; copy or download it again")
-    tensors = {k: v for k, v in READERS[path.suffix](path).items() if not k.endswith(_NO_WEIGHTS)}
+    read = _read_shards if path.name.endswith(_INDEX) else READERS[path.suffix]
+    tensors = {k: v for k, v in read(path).items() if not k.endswith(_NO_WEIGHTS)}
     if not tensors:
         raise InputError(f"{path} holds no tensors")
     for wrapper in _WRAPPERS:
@@ -103,6 +120,32 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
         tensors = {k: v.astype(np.float32, copy=False) if k in floats else v for k, v in tensors.items()}
     if broken := [name for name in tensors if name in floats and not np.isfinite(tensors[name]).all()]:
         raise InputError(f"{path} holds NaN or infinite weights in {shortened(broken)}; use an earlier checkpoint")
+    return tensors
+
+
+def is_weight_file(path: Path) -> bool:
+    """Whether this is a weight file, or the index of several, by its name."""
+    return path.suffix in READERS or path.name.endswith(_INDEX)
+
+
+def _read_shards(index: Path) -> dict[str, np.ndarray]:
+    try:
+        where = json.loads(files.read(index))["weight_map"]
+        names = sorted({*where.values()})
+        if any(Path(name).name != name or Path(name).suffix != ".safetensors" for name in names):
+            raise ValueError("a shard is no .safetensors file beside it")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(index, error) from error
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        raise InputError(f"{index} names shards that are not beside it: {shortened(missing)}; download them as well")
+    tensors: dict[str, np.ndarray] = {}
+    for name in names:
+        tensors |= _read_safetensors(index.parent / name)
+    if tensors.keys() != where.keys():
+        different = sorted(tensors.keys() ^ where.keys())
+        raise InputError(
+            f"{index} is of other shards than those beside it: {shortened(different)}; download them again"
+        )
     return tensors
 
 
@@ -175,7 +218,9 @@ def _read_pth(path: Path) -> dict[str, np.ndarray]:
 
 def _damaged(path: Path, error: Exception) -> InputError:
     reason = str(error).split("\n")[0][:200]  # zipfile quotes the names that it finds, whatever they are
-    return InputError(f"{path} is damaged or no {path.suffix} file ({reason}); copy or download it again")
+    # In the hub's cache a name is a link, and what it leads to is taken as long as it is there.
+    remedy = f"delete {path.resolve()}, then download it again" if path.is_symlink() else "copy or download it again"
+    return InputError(f"{path} is damaged or no {path.suffix} file ({reason}); {remedy}")
 
 
 @contextmanager
@@ -190,5 +235,5 @@ def _naming(path: str | Path) -> Iterator[None]:
 READERS = {
     ".safetensors": _read_safetensors,
     ".npz": _read_npz,
-    **dict.fromkeys((".pth", ".pt", ".tar"), _read_pth),  # timm names training checkpoints .pth.tar
+    **dict.fromkeys((".pth", ".pt", ".tar", ".bin"), _read_pth),  # timm names training checkpoints .pth.tar
 }

@@ -1,0 +1,1 @@
+"""What others read: a folder of weights with a model card, the same on the Hugging Face hub, impacts as a data set."""

@@ -1,0 +1,109 @@
+"""A model as a folder that `load`, timm and plain Flax read.
+
+model.safetensors    the backbone under timm's names; our description is in its metadata
+reducer.safetensors  what the reducer owns, by our paths; only where it has parameters
+config.json          timm's, and under 'tif_jax' the fields and the reducer
+parameters.json      by our path of each parameter: the tensor's name, its axes in our order, our shape
+README.md            the model card
+"""
+
+import itertools
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from flax import traverse_util
+
+from tif_jax.errors import InputError
+from tif_jax.models import Model, built_with
+from tif_jax.models.params import params_of
+from tif_jax.runtime import files
+from tif_jax.runtime.digests import digest
+from tif_jax.sharing.card import model_card
+from tif_jax.sharing.facts import Facts, of_workdir
+from tif_jax.weights import described, pretrained
+from tif_jax.weights.folders import REDUCER, WEIGHTS
+from tif_jax.weights.loading import TRAINING_HEADS, load
+from tif_jax.weights.timm_config import config_of
+
+logger = logging.getLogger(__name__)
+
+
+def save_pretrained(
+    model: Model | str | os.PathLike[str], folder: str | os.PathLike[str], *, license: str = "", base_model: str = ""
+) -> Path:
+    """Writes a model, or the one that a workdir stands for, as a folder that `tif_jax.load` reads back bit for bit.
+
+    The reducer goes with it: its options and what it has learned. timm reads the backbone where it has such a model. Of a
+    workdir the model card (README.md) tells the images and what was measured. license: a name as hubs know it, 'apache-2.0';
+    base_model: hf:OWNER/NAME of the weights that these were made from, where they do not say it. There must be no such folder
+    yet. Raises InputError for a model that timm's layout can not hold.
+    """
+    if not isinstance(model, Model):
+        source = Path(model).expanduser()
+        model, facts = load(source), of_workdir(source)
+    else:
+        facts = Facts(base_model=model.origin)
+    facts = facts.with_(license=license, base_model=base_model)
+    contents = contents_of(model, facts)
+    folder = Path(folder).expanduser()
+    with files.appearing(folder) as partial:
+        for name, data in contents.items():
+            files.write(partial / name, data)
+    return folder
+
+
+def contents_of(model: Model, facts: Facts) -> dict[str, bytes]:
+    """The files of the folder by name."""
+    built, params = built_with(model), params_of(model)
+    fields = built["model"]
+    if left_out := [name for name in params if f"{name}/" in TRAINING_HEADS]:
+        logger.warning("left out, because only training has it: %s", ", ".join(left_out))
+    backbone = {name: value for name, value in params.items() if name not in ("reducer", *left_out)}
+    tensors, free = pretrained.to_tensors(backbone, fields)
+    reducer = params.get("reducer", {})
+    said = described.Description(
+        "",
+        preprocessing=vars(model.preprocessing),
+        class_names=model.class_names,
+        reducer=built["reducer"],
+        reducer_digest=digest(reducer) if reducer else "",
+    )
+    config = config_of(fields, model.preprocessing, model.class_names) | {"tif_jax": built}
+    found = {WEIGHTS: safetensors.numpy.save(tensors, metadata=described.metadata(said, free))}
+    if reducer:
+        flat = traverse_util.flatten_dict({"reducer": reducer}, sep="/")
+        found[REDUCER] = safetensors.numpy.save({path: np.ascontiguousarray(leaf) for path, leaf in flat.items()})
+    found["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
+    found["parameters.json"] = _lines(_where(backbone, tensors, fields))
+    found["README.md"] = model_card(model, facts, config, bool(reducer)).encode()
+    return found
+
+
+def _where(backbone: dict[str, Any], tensors: Mapping[str, np.ndarray], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Where each parameter is: `tensors[name].transpose(axes).reshape(shape)` is the parameter of the path."""
+    flat = traverse_util.flatten_dict(backbone, sep="/")
+    names = pretrained.names_of(backbone, fields)
+    return {path: [names[path], *_axes(tensors[names[path]], np.asarray(leaf))] for path, leaf in flat.items()}
+
+
+def _axes(tensor: np.ndarray, parameter: np.ndarray) -> tuple[list[int], list[int]]:
+    """The order of the tensor's axes that gives the parameter, and the parameter's shape."""
+    for axes in itertools.permutations(range(tensor.ndim)):
+        if np.array_equal(tensor.transpose(axes).reshape(parameter.shape), parameter):
+            return list(axes), list(parameter.shape)
+    raise InputError(
+        f"a tensor of shape {tensor.shape} is no parameter of shape {parameter.shape} with its axes in order"
+    )
+
+
+def _lines(data: Mapping[str, Any]) -> bytes:
+    """JSON with a line for each entry."""
+    return (
+        "{\n" + ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in data.items()) + "\n}\n"
+    ).encode()
