@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import huggingface_hub.constants as constants
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from cases import lively
 from fake_hub import serving
 from reference import random_timm_tensors
 from small_project import forget_handlers
@@ -16,9 +18,10 @@ from torch_bytes import write_state_dict
 
 import tif_jax
 from tif_jax.__main__ import main
-from tif_jax.errors import InputError
+from tif_jax.errors import InputError, WorkError
 from tif_jax.experiment import config as config_file
 from tif_jax.experiment.stages import train
+from tif_jax.models import built_with
 from tif_jax.models.params import params_of
 from tif_jax.weights import hub as names
 
@@ -29,6 +32,11 @@ CONFIG = {
     "pretrained_cfg": {"input_size": [3, 16, 16], "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
 }  # fmt: skip
 NAME = "timm/vit_of_mine.in1k"
+FIELDS = dict(image_size=16, patch_size=8, width=16, depth=1, num_heads=2, num_classes=3)
+
+
+# What the library's upload over HTTP says of itself; the hub's own protocol, Xet, is switched off here.
+uploads = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 
 def tensors(seed=0):
@@ -185,3 +193,52 @@ def test_a_config_says_which_commit(hub):
     hub.commit(NAME, files_of(1))
     moved = config_file.from_settings(settings)
     refused(rf"made with init_from 'hf:{NAME}@{hub.first}', not", train, "backbone", moved, Path("run"))
+
+
+# Out
+
+
+@uploads
+def test_pushed_and_loaded_again(hub):
+    model = lively(FIELDS, reducer="tif", keep_ratio=0.5, adapter=4)
+    address = tif_jax.push_to_hub(model, "me/mine", private=True, license="mit", base_model=f"hf:{NAME}@{hub.first}")
+    (commit,) = hub.repositories["me/mine"]
+    assert address == f"{hub.address}/me/mine/commit/{commit}" and hub.private["me/mine"]
+    again = tif_jax.load("hf:me/mine")
+    jax.tree.map(np.testing.assert_array_equal, params_of(again), params_of(model))
+    assert built_with(again)["reducer"] == built_with(model)["reducer"] and again.origin == f"hf:me/mine@{commit}"
+    card = hub.repositories["me/mine"][commit]["README.md"].decode()
+    assert 'tif_jax.load("hf:me/mine")' in card and "hf-hub:me/mine" in card
+    assert f'base_model: "{NAME}"' in card and f"`{NAME}`, commit `{hub.first}`" in card
+    tif_jax.push_to_hub(again, "me/mine")  # a second commit; what it was made from is known
+    assert len(hub.repositories["me/mine"]) == 2
+    assert 'base_model: "me/mine"' in hub.repositories["me/mine"][hub.at("me/mine", "main")[0]]["README.md"].decode()
+
+
+def test_what_can_not_be_pushed(hub, monkeypatch):
+    model = lively(FIELDS)
+    for name in ("mine", "me/mine@v1", "me/../mine", ""):
+        refused("is no (place to push to|name on the hub)", tif_jax.push_to_hub, model, name)
+    refused("impacts are those of a workdir", tif_jax.push_to_hub, model, "me/a", impact=True)
+    hub.denied["me/theirs"] = "private"
+    refused("hf:me/theirs: the hub refuses it .*with a token that may write", tif_jax.push_to_hub, model, "me/theirs")
+    hub.broken = 404
+    refused("hf:me/a: .*check the network", tif_jax.push_to_hub, model, "me/a", kind=WorkError)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    refused("HF_HUB_OFFLINE is set", tif_jax.push_to_hub, model, "me/a")
+
+
+@uploads
+def test_the_program_shares(hub, finished, capsys):
+    run = finished / "run"
+    assert main(["share", f"--workdir={run}/backbone", "--to=model"]) == 0
+    assert main(["share", f"--workdir={run}", "--impact", "--to=impact", "--license=cc0-1.0"]) == 0
+    assert main(["share", f"--workdir={run}", "--impact", "--to=hf:me/impact", "--private"]) == 0
+    assert capsys.readouterr().out.startswith(f"{hub.address}/datasets/me/impact/commit/")
+    pushed = hub.at("datasets/me/impact", "main")[1]
+    assert {*pushed} == {"data/part-00001-of-00001.parquet", "manifest.json", "README.md"}
+    assert pushed["data/part-00001-of-00001.parquet"] == Path("impact/data/part-00001-of-00001.parquet").read_bytes()
+    assert main(["share", f"--workdir={run}", "--to=nowhere", "--private"]) == 2
+    assert "--private is for the hub" in capsys.readouterr().err
+    assert main(["share", f"--workdir={run}/backbone", "--impact", "--to=nowhere"]) == 2
+    assert "holds no impact shards" in capsys.readouterr().err and not Path("nowhere").exists()

@@ -7,8 +7,10 @@ import shutil
 
 import jax
 import numpy as np
+import pyarrow.parquet
 import pytest
 import safetensors.numpy
+import yaml
 from cases import lively, numpy_images
 from flax import nnx
 
@@ -168,8 +170,34 @@ def test_the_card_of_a_run(place):
         'license: "cc0-1.0"', 'base_model: "me/it"', "`me/it`, commit `v1`", 'library_name: "tif_jax"',
     ):  # fmt: skip
         assert said in card
-    assert str(place) not in card
+    assert str(place) not in card and yaml.safe_load(card.split("---")[1])["pipeline_tag"] == "image-classification"
     records.write(stage / "metrics.json", {**other, "top1": 0.625, "num_images": 8})
     records.write(place / "run" / "report.json", {"rows": [{**row, **other}], "best": "backbone"})
     card = (tif_jax.save_pretrained("run", "b") / "README.md").read_text()
     assert "no run's figures belong to these weights" in card and "license" not in card
+
+
+def test_impacts_as_a_data_set(finished, tmp_path):
+    """Anybody's Parquet reader has the numbers of `read_impact`; the card says what they are."""
+    run = finished / "run"
+    folder = tif_jax.save_impact(run, tmp_path / "set", license="cc0-1.0")
+    table, expected = pyarrow.parquet.read_table(folder / "data"), tif_jax.read_impact(run)
+    for column, values in vars(expected).items():
+        np.testing.assert_array_equal(np.stack(table[column].to_numpy()), values)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest == json.loads((run / "impact" / "manifest.json").read_text())
+    card = (folder / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["license"] == "cc0-1.0" and front["configs"][0]["data_files"][0]["path"] == "data/part-*.parquet"
+    explained = re.findall(r"^\| `(\w+)` \|", card, re.MULTILINE)
+    assert explained == table.column_names
+    for said in (
+        "4 patch tokens (2 x 2,",
+        manifest["backbone"],
+        manifest["data"]["examples"],
+        "8 images",
+        "num_samples 2",
+    ):
+        assert said in card
+    with pytest.raises(InputError, match="holds no impact shards"):
+        tif_jax.save_impact(run / "backbone", tmp_path / "none")

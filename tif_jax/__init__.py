@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from tif_jax.models.cost import cost as cost
     from tif_jax.models.predictions import predict_images as predict_images
     from tif_jax.runtime.version import __version__ as __version__
-    from tif_jax.sharing.model_folder import save_pretrained as save_pretrained
+    from tif_jax.sharing.share import push_to_hub as push_to_hub
+    from tif_jax.sharing.share import save_impact as save_impact
+    from tif_jax.sharing.share import save_pretrained as save_pretrained
     from tif_jax.weights.loading import from_pretrained as from_pretrained
     from tif_jax.weights.loading import load as load
 
@@ -29,8 +31,10 @@ _WHERE = {
     "load": "weights.loading",
     "predict_images": "models.predictions",
     "preprocess": "data.preprocess",
+    "push_to_hub": "sharing.share",
     "read_impact": "impact.shards",
-    "save_pretrained": "sharing.model_folder",
+    "save_impact": "sharing.share",
+    "save_pretrained": "sharing.share",
     "token_impact": "impact.oracle",
 }
 

@@ -23,6 +23,7 @@ examples:
   tif evaluate --config digits --workdir runs/half --config.reducer.keep_ratio=0.5
   tif convert deit_tiny.pth deit_tiny.safetensors                     weights, without PyTorch
   tif predict --workdir runs/half photos --top 3                       classes of your pictures
+  tif share --workdir runs/half --to shared                           the model with its card, for others
 
 `tif help COMMAND` lists the flags of a command, `tif help config` the configs and their keys, `tif help
 config data` those of one section, `tif help reducers` the reducers and their options. `tif --version` tells the

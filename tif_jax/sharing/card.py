@@ -15,7 +15,7 @@ _LOAD = """\
 ```python
 import tif_jax
 
-model = tif_jax.load("hf:OWNER/NAME")  # or this folder's path
+model = tif_jax.load("NAME")  # or this folder's path
 print(model.predict_images(["cat.jpg"], top=3))
 ```
 """
@@ -42,13 +42,16 @@ timm reads the backbone, without the reducer:
 ```python
 import timm
 
-model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True)  # or "hf-hub:OWNER/NAME"
+model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True)  # or "hf-hub:NAME"
 ```
 """
 
 
-def model_card(model: Model, facts: Facts, config: Mapping[str, Any], has_learned: bool) -> str:
-    """The text of README.md. config: the content of config.json; has_learned: whether the reducer has parameters."""
+def model_card(model: Model, facts: Facts, config: Mapping[str, Any], has_learned: bool, name: str) -> str:
+    """The text of README.md.
+
+    config: the content of config.json; has_learned: whether the reducer has parameters; name: what to load, hf:OWNER/NAME.
+    """
     reducer = config["tif_jax"]["reducer"]
     options = ", ".join(f"{name} {value!r}" for name, value in reducer.items() if name != "name")
     how = model.preprocessing
@@ -70,9 +73,11 @@ def model_card(model: Model, facts: Facts, config: Mapping[str, Any], has_learne
         "",
         "## Load",
         "",
-        _LOAD,
+        _LOAD.replace("NAME", name),
         _PLAIN + (_REDUCER if has_learned else "") + _UPDATE,
-        _TIMM if "architecture" in config else "timm has no model of this kind.\n",
+        _TIMM.replace("NAME", name.removeprefix("hf:"))
+        if "architecture" in config
+        else "timm has no model of this kind.\n",
         "## Images",
         "",
         f"Resized and cut from the centre to {' x '.join(map(str, model.image_size))} pixels ({how.crop_fraction:g} of the "

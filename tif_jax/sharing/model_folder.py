@@ -10,9 +10,7 @@ README.md            the model card
 import itertools
 import json
 import logging
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,44 +20,22 @@ from flax import traverse_util
 from tif_jax.errors import InputError
 from tif_jax.models import Model, built_with
 from tif_jax.models.params import params_of
-from tif_jax.runtime import files
 from tif_jax.runtime.digests import digest
 from tif_jax.sharing.card import model_card
-from tif_jax.sharing.facts import Facts, of_workdir
+from tif_jax.sharing.facts import Facts
 from tif_jax.weights import described, pretrained
 from tif_jax.weights.folders import REDUCER, WEIGHTS
-from tif_jax.weights.loading import TRAINING_HEADS, load
+from tif_jax.weights.loading import TRAINING_HEADS
 from tif_jax.weights.timm_config import config_of
 
 logger = logging.getLogger(__name__)
 
 
-def save_pretrained(
-    model: Model | str | os.PathLike[str], folder: str | os.PathLike[str], *, license: str = "", base_model: str = ""
-) -> Path:
-    """Writes a model, or the one that a workdir stands for, as a folder that `tif_jax.load` reads back bit for bit.
+def contents_of(model: Model, facts: Facts, name: str) -> dict[str, bytes]:
+    """The files of the folder by name. name: what the card says to load.
 
-    The reducer goes with it: its options and what it has learned. timm reads the backbone where it has such a model. Of a
-    workdir the model card (README.md) tells the images and what was measured. license: a name as hubs know it, 'apache-2.0';
-    base_model: hf:OWNER/NAME of the weights that these were made from, where they do not say it. There must be no such folder
-    yet. Raises InputError for a model that timm's layout can not hold.
+    Raises InputError for a model that timm's layout can not hold.
     """
-    if not isinstance(model, Model):
-        source = Path(model).expanduser()
-        model, facts = load(source), of_workdir(source)
-    else:
-        facts = Facts(base_model=model.origin)
-    facts = facts.with_(license=license, base_model=base_model)
-    contents = contents_of(model, facts)
-    folder = Path(folder).expanduser()
-    with files.appearing(folder) as partial:
-        for name, data in contents.items():
-            files.write(partial / name, data)
-    return folder
-
-
-def contents_of(model: Model, facts: Facts) -> dict[str, bytes]:
-    """The files of the folder by name."""
     built, params = built_with(model), params_of(model)
     fields = built["model"]
     if left_out := [name for name in params if f"{name}/" in TRAINING_HEADS]:
@@ -81,7 +57,7 @@ def contents_of(model: Model, facts: Facts) -> dict[str, bytes]:
         found[REDUCER] = safetensors.numpy.save({path: np.ascontiguousarray(leaf) for path, leaf in flat.items()})
     found["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     found["parameters.json"] = _lines(_where(backbone, tensors, fields))
-    found["README.md"] = model_card(model, facts, config, bool(reducer)).encode()
+    found["README.md"] = model_card(model, facts, config, bool(reducer), name).encode()
     return found
 
 

@@ -68,8 +68,11 @@ def library() -> Any:
 
 
 @contextmanager
-def failures(name: str, page: str) -> Iterator[None]:
-    """Around calls of the library: what was asked for in vain is an InputError, what the network did a WorkError."""
+def failures(name: str, page: str, writing: bool = False) -> Iterator[None]:
+    """Around calls of the library: what was asked for in vain is an InputError, what the network did a WorkError.
+
+    writing: whether what is asked for is to be written.
+    """
     errors = library().errors
     try:
         yield
@@ -78,6 +81,8 @@ def failures(name: str, page: str) -> Iterator[None]:
     except errors.GatedRepoError:
         raise InputError(f"{name} is gated: accept its terms at {page}, then {LOGIN}") from None
     except errors.RepositoryNotFoundError:
+        if writing:
+            raise InputError(f"{name} may not be written by you: {LOGIN}, with a token that may write") from None
         raise InputError(
             f"there is no {name}, or it is private: check the name at {page}; if it is yours, {LOGIN}"
         ) from None
@@ -91,10 +96,11 @@ def failures(name: str, page: str) -> Iterator[None]:
             raise
         response = getattr(error, "response", None)
         if response is not None and response.status_code in (401, 403):
-            raise InputError(f"{name}: the hub refuses it ({_first_line(error)}); {LOGIN}") from None
+            token = ", with a token that may write" if writing else ""
+            raise InputError(f"{name}: the hub refuses it ({_first_line(error)}); {LOGIN}{token}") from None
+        again = "" if writing else ": a download goes on where it stopped"
         raise WorkError(
-            f"{name}: {_first_line(error)}; check the network, then run the same command again: a download goes on where it "
-            "stopped"
+            f"{name}: {_first_line(error)}; check the network, then run the same command again{again}"
         ) from error
 
 
