@@ -24,6 +24,7 @@ examples:
   tif convert deit_tiny.pth deit_tiny.safetensors                     weights, without PyTorch
   tif predict --workdir runs/half photos --top 3                       classes of your pictures
   tif share --workdir runs/half --to shared                           the model with its card, for others
+  tif export --workdir runs/half --to onnx                             a file that runs without this program
 
 `tif help COMMAND` lists the flags of a command, `tif help config` the configs and their keys, `tif help
 config data` those of one section, `tif help reducers` the reducers and their options. `tif --version` tells the

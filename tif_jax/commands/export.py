@@ -1,0 +1,59 @@
+"""A model as StableHLO or ONNX, with manifest and a loader that needs no tif_jax."""
+
+import ast
+from pathlib import Path
+from typing import Any
+
+from tif_jax.commands import _arguments
+from tif_jax.errors import InputError
+from tif_jax.export import FORMATS
+from tif_jax.weights.loading import load
+
+
+def main(argv: list[str]) -> None:
+    parser = _arguments.Parser(prog="tif export", description=__doc__, allow_abbrev=False)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--workdir", metavar="DIR", help="what a run left; or a folder in it, as DIR/backbone")
+    source.add_argument("--weights", metavar="FILE", help="a weight file (.safetensors, .npz, .pth) or a checkpoint")
+    parser.add_argument("--to", required=True, choices=FORMATS, help="the format")
+    parser.add_argument(
+        "--reducer", metavar="NAME[:OPTION=VALUE...]", help="another than the model's own, as in tome:num_merged=8"
+    )
+    parser.add_argument(
+        "--dtype", default="float32", help="to compute in: float32 (default) or, as StableHLO, bfloat16"
+    )
+    parser.add_argument("--output", metavar="DIR", help="a new folder (default with --workdir: WORKDIR/export/FORMAT)")
+    arguments = parser.parse_args(argv)
+    _arguments.log_to_stderr()
+    output = _output(arguments.output, arguments.workdir, arguments.to)
+    options = {} if arguments.reducer is None else _reducer(arguments.reducer)
+    model = load(
+        arguments.weights if arguments.workdir is None else arguments.workdir, dtype=arguments.dtype, **options
+    )
+    manifest = FORMATS[arguments.to](model, output)
+    print(f"{output / manifest['model']}: {manifest['reducer']['name']}, {manifest['cost']['gmac']:.3g} GMAC")
+
+
+def _output(given: str | None, workdir: str | None, form: str) -> Path:
+    """The folder to make. Raises InputError where there is something already."""
+    if given is None and workdir is None:
+        raise InputError("--output is missing: with --weights, say which folder is to be made")
+    output = Path(given if given is not None else Path(str(workdir)) / "export" / form).expanduser()
+    if given == "" or output.exists():
+        raise InputError(f"--output is {str(output)!r}, which exists already; give the name of a new folder")
+    return output
+
+
+def _reducer(text: str) -> dict[str, Any]:
+    """'tome:num_merged=8' as arguments of `load`."""
+    name, *options = text.split(":")
+    if not name or not all("=" in option for option in options):
+        raise InputError(f"--reducer is {text!r}; it is as in tome:num_merged=8")
+    return {"reducer": name, **{key: _value(value) for key, _, value in (option.partition("=") for option in options)}}
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

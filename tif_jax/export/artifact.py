@@ -1,0 +1,157 @@
+"""What every format has in common: what is exported, the reload check, the folder with manifest and loader.
+
+A folder has the model's file, manifest.json and predict.py, which runs it without this package.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from tif_jax import checked, reducers
+from tif_jax.errors import InputError, WorkError
+from tif_jax.layers import true_float32
+from tif_jax.models import Model
+from tif_jax.models.cost import cost
+from tif_jax.models.model import carried
+from tif_jax.runtime import files, records
+
+logger = logging.getLogger(__name__)
+
+Call = Callable[[np.ndarray], Mapping[str, np.ndarray]]
+
+MANIFEST, LOADER = "manifest.json", "predict.py"
+MEANING = {
+    "logits": "of the classes, before the softmax",
+    "kept": "raster positions of the patches that stay tokens of their own, ascending",
+    "source": "for each patch the row, among the patch tokens that come out, in which it lives; -1: it is gone",
+}
+# Of logits, times the largest of them, if that is above 1: sums in another order. Where two patches are all but equally
+# worth keeping, that may decide between them, and what follows is another computation: such images' logits are not compared.
+_TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2, "float64": 1e-3}
+_NUM_IMAGES = 4  # of the check: one alone, then the others as a batch
+
+
+def forward(model: Model) -> Callable[[Float[Array, "B Y X 3"]], dict[str, Array]]:
+    """From images to what is exported: logits, and which tokens were kept where the reducer says it (`MEANING`)."""
+
+    def call(images):
+        with true_float32(model.dtype):
+            logits, aux = model(images)
+        told = next(({name: aux[name]} for name in ("kept", "source") if name in aux), {})
+        return {"logits": logits, **told}
+
+    return call
+
+
+def check(model: Any, folder: str | Path) -> None:
+    """Raises InputError for what is no model, for forms of reducers that training alone has, and if the folder exists."""
+    if not isinstance(model, Model):
+        raise InputError(f"the model is {model!r:.60}; it is what tif_jax.load or tif_jax.create_model returns")
+    if os.path.lexists(os.path.expanduser(folder)):
+        raise InputError(f"{folder} exists already; give the name of a new folder")
+    aux = jax.eval_shape(lambda images: model(images)[1], jax.ShapeDtypeStruct((1, *model.image_size, 3), jnp.float32))
+    if told := sorted(name for name in aux if name == "mask" or name.startswith("loss/")):
+        raise InputError(
+            f"reducer {reducer_of(model)['name']!r} is in a form for training alone (it computes {', '.join(told)}); load "
+            "the model without that option"
+        )
+
+
+def reducer_of(model: Model) -> dict[str, Any]:
+    """Its name, and those of its options that it keeps under their names."""
+    kind = type(model.reducer)
+    name = re.sub("(?<=.)(?=[A-Z])", "_", kind.__name__).lower()
+    if not kind.__module__.startswith(f"{reducers.__name__}."):
+        name = f"{kind.__module__.rpartition('.')[0]}.{name}".lstrip(".")
+    options = reducers.options(name)
+    kept = {key: getattr(model.reducer, key) for key in options if key != "then" and hasattr(model.reducer, key)}
+    plain = {key: value for key, value in kept.items() if isinstance(value, str | int | float | tuple | None)}
+    return {"name": name, **checked.to_json(plain)}
+
+
+def write(
+    model: Model, folder: str | Path, form: str, contents: Mapping[str, bytes], reloaded: Callable[[Path], Call]
+) -> dict[str, Any]:
+    """Makes the folder, and returns its manifest. The first of `contents` is the model's file.
+
+    reloaded: what the model's file, read again, computes. Raises InputError if there is such a folder already, WorkError
+    where that is not what the model computes; then nothing is left.
+    """
+    folder = Path(folder).expanduser()
+    with files.appearing(folder) as partial:
+        contents = {**contents, LOADER: Path(__file__).with_name(LOADER).read_bytes()}
+        for name, data in contents.items():
+            files.write(partial / name, data)
+        main = next(iter(contents))
+        found = compared(model, reloaded(partial / main))
+        manifest = _manifest(model, form, main, contents, found)
+        files.write(partial / MANIFEST, (json.dumps(manifest, indent=2, allow_nan=False) + "\n").encode())
+    logger.info("%s is written; largest difference of logits %.1e", folder, found["max_difference"])
+    return manifest
+
+
+def compared(model: Model, call: Call) -> dict[str, Any]:
+    """How far the outputs of `call` are from the model's. Raises WorkError where they are others."""
+    images = np.random.default_rng(0).standard_normal((_NUM_IMAGES, *model.image_size, 3), np.float32)
+    wanted = {name: np.asarray(value) for name, value in jax.jit(forward(model))(images).items()}
+    found = [{name: np.asarray(value) for name, value in call(batch).items()} for batch in (images[:1], images[1:])]
+    shapes = [{name: (1, *value.shape[1:]) for name, value in one.items()} for one in (wanted, *found)]
+    if shapes[0] != shapes[1] or [one["logits"].shape[0] for one in found] != [1, _NUM_IMAGES - 1]:
+        raise WorkError(f"the exported model gives {shapes[1]} for one image, the model {shapes[0]}; please report it")
+    joined = {name: np.concatenate([one[name] for one in found]) for name in wanted}
+    tokens = [(joined[name] == wanted[name]).all(axis=1) for name in wanted if name != "logits"]
+    same_tokens = tokens[0] if tokens else np.ones(_NUM_IMAGES, bool)
+    ours, theirs = (np.asarray(one["logits"], np.float32) for one in (wanted, joined))
+    worst = float(np.abs(ours - theirs).max(axis=1, where=same_tokens[:, None], initial=0).max())
+    largest = float(np.abs(ours).max())
+    tolerance = _TOLERANCE[jnp.dtype(model.dtype).name] * max(1.0, largest)
+    if not worst <= tolerance or 2 * same_tokens.sum() < _NUM_IMAGES:
+        raise WorkError(
+            f"the exported model, read again, differs from the model: logits by {worst:.2g}, the same tokens for "
+            f"{same_tokens.sum()} of {_NUM_IMAGES} images; please report it"
+        )
+    return {
+        "images": f"{_NUM_IMAGES} of random pixels",
+        "max_difference": worst,
+        "largest_logit": largest,
+        "same_class": int((ours.argmax(axis=1) == theirs.argmax(axis=1)).sum()),
+        "same_tokens": int(same_tokens.sum()),
+    }
+
+
+def _manifest(
+    model: Model, form: str, main: str, contents: Mapping[str, bytes], found: Mapping[str, Any]
+) -> dict[str, Any]:
+    height, width = model.image_size
+    batch = jax.ShapeDtypeStruct((2, height, width, 3), jnp.float32)
+    outputs = jax.eval_shape(forward(model), batch)
+    own = carried(model)
+    counted = cost(model)
+    return {
+        "format": form,
+        "model": main,
+        "files": {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
+        "preprocessing": {"image_size": [height, width], **own["preprocessing"]},
+        "class_names": own["class_names"],
+        "inputs": [{"name": "images", "shape": ["batch", height, width, 3], "dtype": "float32"}],
+        "outputs": [
+            {"name": name, "shape": ["batch", *outputs[name].shape[1:]], "meaning": meaning}
+            for name, meaning in MEANING.items()
+            if name in outputs
+        ],
+        "reducer": reducer_of(model),
+        "cost": {"gmac": counted.gmac, "parameters": counted.parameters, "tokens": list(counted.tokens)},
+        "dtype": jnp.dtype(model.dtype).name,
+        "check": dict(found),
+        "versions": records.versions(),
+    }
