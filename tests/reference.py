@@ -28,7 +28,7 @@ def vit_forward(
     p = kernel.shape[-1]
     rows, columns = height // p, width // p
     patches = np.asarray(images).astype(dtype).reshape(num_images, rows, p, columns, p, 3)
-    patches = np.einsum("byqxrc,dcqr->byxd", patches, kernel) + w["patch_embed.proj.bias"]
+    patches = np.einsum("byqxrc,dcqr->byxd", patches, kernel) + w.get("patch_embed.proj.bias", 0)
     patches = patches.reshape(num_images, rows * columns, -1)
 
     special = [w[name][0] for name in ("cls_token", "dist_token") if name in w]
@@ -39,13 +39,14 @@ def vit_forward(
     patch_positions = positions[len(positions) - rows * columns :]
     register_positions = positions[len(special) : len(positions) - rows * columns]  # if there are any
     patches = patches + patch_positions
-    patches[:, list(zeroed)] = 0
     patches[:, list(position_only)] = patch_positions[list(position_only)]
-    patches = np.delete(patches, list(dropped), axis=1)
     registers = w["reg_token"][0] if "reg_token" in w else special[:0]
     registers = registers + register_positions if len(register_positions) else registers
     front = np.concatenate([special, registers])
     x = np.concatenate([np.broadcast_to(front, (num_images, *front.shape)), patches], axis=1)
+    x = _norm(w, "norm_pre", x, eps) if "norm_pre.weight" in w else x
+    x[:, [len(front) + i for i in zeroed]] = 0
+    x = np.delete(x, [len(front) + i for i in dropped], axis=1)
 
     depth = 1 + max(int(name.split(".")[1]) for name in w if name.startswith("blocks."))
     for i in range(depth):
@@ -56,13 +57,18 @@ def vit_forward(
         y = _linear(block, "mlp.fc2", _gelu(y, gelu))
         x = x + y * block.get("ls2.gamma", 1)
 
+    head = lambda name, features: _linear(w, name, features) if f"{name}.weight" in w else features  # noqa: E731
     if pool == "mean":
-        return _linear(w, "head", _norm(w, "fc_norm", x[:, len(front) :].mean(axis=1), eps))
+        return head("head", _norm(w, "fc_norm", x[:, len(front) :].mean(axis=1), eps))
     x = _norm(w, "norm" if "norm.weight" in w else "fc_norm", x, eps)
+    if pool == "attention":
+        return head("head", _attention_pool(w, x[:, len(front) :], num_heads, gelu, eps))
     if pool == "normed_mean":
-        return _linear(w, "head", x[:, len(front) :].mean(axis=1))
-    logits = _linear(w, "head", x[:, 0])
-    return (logits + _linear(w, "head_dist", x[:, 1])) / 2 if "dist_token" in w else logits
+        return head("head", x[:, len(front) :].mean(axis=1))
+    if pool == "class_and_mean":
+        return head("head", np.concatenate([x[:, 0], x[:, len(front) :].mean(axis=1)], axis=1))
+    logits = head("head", x[:, 0])
+    return (logits + head("head_dist", x[:, 1])) / 2 if "dist_token" in w else logits
 
 
 # Of the tensors below: one for each kind of checkpoint that is read.
@@ -79,6 +85,21 @@ VARIANTS = {
     "mean_registers_no_class": dict(pool="mean", class_token=False, num_registers=1),
     "normed_mean_no_class": dict(pool="normed_mean", class_token=False),
     "wide_mlp_four_heads": dict(mlp_dim=80, num_heads=4),
+    "clip": dict(pre_norm=True),
+    "clip_no_class_position": dict(pre_norm=True, no_embed_class=True),
+    "siglip": dict(pool="attention", class_token=False),
+    "attention_registers_class": dict(pool="attention", num_registers=2),
+    "class_and_mean_registers": dict(pool="class_and_mean", num_registers=2, no_embed_class=True, layer_scale=True),
+    "headless": dict(head=False),
+    "siglip_headless": dict(pool="attention", class_token=False, head=False),
+    "distilled_headless": dict(distilled=True, head=False),
+}
+# How those are computed for which names and shapes leave the activation open, or mean another epsilon.
+COMPUTED = {
+    "clip": dict(gelu="quick", eps=1e-5),
+    "clip_no_class_position": dict(gelu="exact"),
+    "siglip": dict(gelu="tanh"),
+    "siglip_headless": dict(gelu="tanh"),
 }
 
 
@@ -101,6 +122,7 @@ def random_timm_tensors(
     qkv_bias=True,
     pool="class",
     head=True,
+    pre_norm=False,
 ):
     """Random float32 weights of a ViT by timm's names; every kind of parameter matters to the logits."""
     tensors = {}
@@ -118,11 +140,13 @@ def random_timm_tensors(
         draw(f"{name}.bias", size)
 
     num_positioned = (class_token + distilled) * (not no_embed_class)
-    linear("patch_embed.proj", width, 3, patch_size, patch_size)
+    linear("patch_embed.proj", width, 3, patch_size, patch_size, bias=not pre_norm)
     draw("pos_embed", 1, grid[0] * grid[1] + num_positioned, width)
     for name, number in {"cls_token": class_token, "dist_token": distilled, "reg_token": num_registers}.items():
         if number:
             draw(name, 1, int(number), width)
+    for name in ["norm_pre"] * pre_norm:
+        norm(name, width)
     for block in (f"blocks.{i}" for i in range(depth)):
         norm(f"{block}.norm1", width)
         linear(f"{block}.attn.qkv", 3 * width, width, bias=qkv_bias)
@@ -135,8 +159,14 @@ def random_timm_tensors(
         for name in ("ls1", "ls2") * layer_scale:
             draw(f"{block}.{name}.gamma", width)
     norm("fc_norm" if pool == "mean" else "norm", width)
+    if pool == "attention":
+        draw("attn_pool.latent", 1, 1, width)
+        for name, outputs in {"q": width, "kv": 2 * width, "proj": width, "mlp.fc1": mlp_dim}.items():
+            linear(f"attn_pool.{name}", outputs, width)
+        linear("attn_pool.mlp.fc2", width, mlp_dim)
+        norm("attn_pool.norm", width)
     for name in ("head", *["head_dist"] * distilled) * head:
-        linear(name, num_classes, width)
+        linear(name, num_classes, width * (1 + (pool == "class_and_mean")))
     return tensors
 
 
@@ -151,6 +181,8 @@ def _norm(w, name, x, eps):
 
 
 def _gelu(x, kind):
+    if kind == "quick":
+        return x / (1 + np.exp(-1.702 * x))
     if kind == "exact":
         return x * (1 + erf(x / np.sqrt(2))) / 2
     return x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2
@@ -169,3 +201,17 @@ def _attention(block, x, num_heads, eps):
         weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
         mixed.append(weights / weights.sum(axis=-1, keepdims=True) @ value)
     return _linear(block, "attn.proj", np.concatenate(mixed, axis=-1))
+
+
+def _attention_pool(w, patches, num_heads, gelu, eps):
+    """timm's AttentionPoolLatent: one query, a row of numbers that does not depend on the image."""
+    pool = {name.removeprefix("attn_pool."): tensor for name, tensor in w.items() if name.startswith("attn_pool.")}
+    query = _linear(pool, "q", pool["latent"][0, 0])
+    key, value = np.split(_linear(pool, "kv", patches), 2, axis=-1)
+    mixed = []
+    for channels in np.arange(len(query)).reshape(num_heads, -1):
+        logits = key[..., channels] @ query[channels] / np.sqrt(len(channels))
+        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+        mixed.append(np.einsum("bn,bnc->bc", weights / weights.sum(axis=1, keepdims=True), value[..., channels]))
+    y = _linear(pool, "proj", np.concatenate(mixed, axis=-1))
+    return y + _linear(pool, "mlp.fc2", _gelu(_linear(pool, "mlp.fc1", _norm(pool, "norm", y, eps)), gelu))

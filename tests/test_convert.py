@@ -14,7 +14,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 from cases import lively, numpy_images, write_safetensors
 from PIL import Image
-from reference import VARIANTS, random_timm_tensors
+from reference import COMPUTED, VARIANTS, random_timm_tensors
 from reference_levit import random_levit_tensors
 
 from benchmarks.tfds_folder import write_tfds_folder
@@ -75,6 +75,8 @@ def test_layout_and_back(place, name):
     variant = VARIANTS[name]
     tensors = vit(**variant)
     given = {} if "qk_norm" in variant else {"num_heads": variant.get("num_heads", 2)}
+    given |= {"gelu": COMPUTED[name]["gelu"]} if name in COMPUTED else {}
+    given |= {} if variant.get("head", True) else {"num_classes": 0}
     fields, params = pretrained.read_weights(write_safetensors(place / "w.safetensors", tensors), **given)
     back, free = pretrained.to_tensors(params, fields)
     assert (

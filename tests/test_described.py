@@ -102,7 +102,7 @@ def test_heads_and_gelu_are_timms(tmp_path):
         (TIMMS | {"num_classes": 4}, "config.json is not of these weights: it says num_classes 4, the tensors 3"),
         (TIMMS | {"num_features": 64}, "config.json is not of these weights: it says width 64, the tensors 32"),
         (TIMMS | {"global_pool": "avgmax"}, "config.json: global_pool 'avgmax' is not supported"),
-        (TIMMS | {"model_args": {"act_layer": "quick_gelu"}}, "config.json: act_layer 'quick_gelu' is not supported"),
+        (TIMMS | {"model_args": {"act_layer": "silu"}}, "config.json: act_layer 'silu' is not supported"),
         (TIMMS | {"pretrained_cfg": {"mean": [123.7] * 3, "std": HALF}}, "config.json: mean is .* divide by 255"),
         (TIMMS | {"pretrained_cfg": 7}, "config.json: .* no dict"),
         (TIMMS | {"pretrained_cfg": WEIGHTS | {"input_size": "224"}}, "config.json: image_size is '224'"),

@@ -121,7 +121,7 @@ def test_a_head_on_the_class_token_predicts_nothing():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(class_head=True), "class_head needs class_token=True and pool 'mean' or"),
+        (dict(class_head=True), "class_head needs class_token=True and pool 'mean',"),
         (dict(image_size=30), "30x30 is not a multiple of patch_size 8"),
         (dict(num_heads=3), "width 32 is not a multiple of num_heads 3"),
         (dict(pool="max"), "pool is 'max'"),

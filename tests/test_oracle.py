@@ -19,7 +19,8 @@ from tif_jax.weights.loading import load
 
 NUM_PATCHES, NUM_HEADS = 6, 2
 LABELS = np.array([0, 3, 1])
-POOLS = ("class", "mean", "normed_mean")
+POOLS = ("class", "mean", "normed_mean", "class_and_mean", "attention")
+PRE_NORM = ("attention",)  # one of them has a norm before the first block
 KEYWORD = {"zero": "zeroed", "content": "position_only", "drop": "dropped"}
 
 
@@ -27,13 +28,15 @@ KEYWORD = {"zero": "zeroed", "content": "position_only", "drop": "dropped"}
 def network(request, tmp_path_factory):
     """(tensors in timm's layout, pool, our model in float64, images)."""
     rng = np.random.default_rng(0)
-    tensors = random_timm_tensors(rng, width=16, depth=2, patch_size=4, grid=(2, 3), num_classes=5, pool=request.param)
+    variant = dict(pool=request.param, pre_norm=request.param in PRE_NORM)
+    tensors = random_timm_tensors(rng, width=16, depth=2, patch_size=4, grid=(2, 3), num_classes=5, **variant)
     import safetensors.numpy
 
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
     safetensors.numpy.save_file(tensors, path)
     with jax.enable_x64(True):
-        model = load(path, num_heads=NUM_HEADS, image_size=(8, 12), dtype="float64", pool=request.param)
+        given = dict(num_heads=NUM_HEADS, gelu="exact", norm_eps=1e-6)
+        model = load(path, image_size=(8, 12), dtype="float64", pool=request.param, **given)
         nnx.update(model, jax.tree.map(lambda x: x.astype(jnp.float64), nnx.state(model, nnx.Param)))
     return tensors, request.param, model, rng.normal(size=(3, 8, 12, 3))
 
@@ -55,7 +58,7 @@ def brute_force(tensors, pool, images, mask, target):
     "network, mask, target",
     mostly_long(
         [(pool, mask, target) for pool in POOLS for mask in oracle.MASKS for target in oracle.TARGETS],
-        short=(0, 2, 3, 4, 7, 8, 10, 13, 16),
+        short=(0, 2, 3, 4, 7, 8, 10, 13, 16, 21, 24, 27, 28),
     ),
     indirect=["network"],
 )
@@ -73,13 +76,19 @@ def test_exact_is_brute_force(network, mask, target):
 ONE_BLOCK = dict(depth=1)
 EVERYTHING = dict(depth=3, layer_scale=0.5, qk_norm=True, num_registers=2, distillation_token=True, drop_path=0.1)
 NO_SPECIAL_TOKENS = dict(depth=3, qk_norm=True, pool="mean", class_token=False, layer_scale=0.5)
+CLIP = dict(depth=2, pre_norm=True, gelu="quick")
+SIGLIP = dict(depth=2, pool="attention", class_token=False, gelu="tanh")
 
 
 @pytest.mark.parametrize(
     "fields, mask",
     mostly_long(
-        [(fields, mask) for fields in (ONE_BLOCK, EVERYTHING, NO_SPECIAL_TOKENS) for mask in oracle.MASKS],
-        short=(0, 2, 3, 4, 5, 8),
+        [
+            (fields, mask)
+            for fields in (ONE_BLOCK, EVERYTHING, NO_SPECIAL_TOKENS, CLIP, SIGLIP)
+            for mask in oracle.MASKS
+        ],
+        short=(0, 2, 3, 4, 5, 8, 10, 12, 14),
     ),
 )
 def test_exact_is_brute_force_for_every_kind_of_block(fields, mask):

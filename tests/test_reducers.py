@@ -25,6 +25,8 @@ VARIANTS = {
         image_size=(32, 16), pool="mean", distillation_token=True, num_registers=2, qk_norm=True, layer_scale=0.3,
         gelu="tanh", qkv_bias=False, special_positions=False,
     ),
+    "clip": dict(pre_norm=True, gelu="quick"),
+    "siglip": dict(pool="attention", class_token=False, gelu="tanh"),
 }  # fmt: skip
 FRONT = ("norm", "prior", "random", "tif")  # choose once, before the first block: what follows is a plain walk
 
@@ -65,10 +67,12 @@ def name(request):
 ONE_BASELINE = pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.long) if n in ("norm", "prior") else n for n in reducers.known()]
 )
-BIT_FOR_BIT = [(name, variant) for name in reducers.known() for variant in VARIANTS]
+CLASS_RANKED = ("bat", "evit", "evo_vit", "evo_levit")
+BIT_FOR_BIT = [(n, v) for n in reducers.known() for v in VARIANTS if v != "siglip" or n not in CLASS_RANKED]
 # The baselines choose tokens as tif does; other reducers are compared with a reference on such a model, in their own tests.
 EVERYTHING = ("tif", "bat", "evo_levit")
-ALWAYS = [i for i, (name, variant) in enumerate(BIT_FOR_BIT) if variant == "plain" or name in EVERYTHING]
+SHORT = {("evit", "clip"), ("tome", "siglip"), *((name, "everything") for name in EVERYTHING)}
+ALWAYS = [i for i, (name, variant) in enumerate(BIT_FOR_BIT) if variant == "plain" or (name, variant) in SHORT]
 
 
 def test_parameters_are_the_plain_vits_and_its_own(name):
@@ -261,7 +265,7 @@ def test_a_budget_is_spent_to_one_percent(reducer, options, budget):
     assert 0.99 * budget < counted.gmac <= budget
 
 
-@pytest.mark.parametrize("reducer", ["bat", "evit", "evo_vit", "evo_levit"])
+@pytest.mark.parametrize("reducer", CLASS_RANKED)
 def test_registers_are_no_class_token(reducer):
     model = numpy_model(TINY | dict(class_token=False, pool="mean", num_registers=2), reducer=reducer)
     with pytest.raises(InputError, match="attention of the class token; this model has none"):

@@ -58,7 +58,7 @@ def prepare(model: Model, experiment: Experiment, source: data.Source | None = N
     """Has the model carry how the experiment's images are prepared, and names of its classes, if it has none."""
     model.preprocessing = experiment.data.preprocessing
     names = tuple(source.class_names) if source else ()
-    if model.class_names is None and len(names) == model.head.out_features and all(names):
+    if model.class_names is None and len(names) == model.num_classes and all(names):
         model.class_names = names
     return model
 

@@ -11,7 +11,7 @@ from tif_jax.data.source import Labelled, UnreadableImage
 from tif_jax.errors import InputError
 from tif_jax.experiment.preprocessing import check_prepared
 from tif_jax.experiment.schema import Experiment
-from tif_jax.models import Model
+from tif_jax.models import Model, require_head
 from tif_jax.runtime import once
 
 logger = logging.getLogger(__name__)
@@ -25,8 +25,9 @@ def open_for_model(experiment: Experiment, split: str, model: Model, labelled: b
     labelled: every example must have a label. Raises InputError for labels that are missing, beyond the head, or numbered
     otherwise than the head for all that is known.
     """
+    require_head(model, "an experiment")
     check_prepared(model, experiment, "the network")
-    options, num_classes = experiment.data, model.head.out_features
+    options, num_classes = experiment.data, model.num_classes
     source = data.open_source(options, split)
     _check_numbers(options, split, source, num_classes)
     _check_names(options, source, model)

@@ -23,7 +23,7 @@ from tif_jax.errors import InputError
 from tif_jax.impact.last_block import logits_after
 from tif_jax.impact.masked import masked_logits
 from tif_jax.layers import true_float32, widened
-from tif_jax.models import Model, ViT, check_images, check_seed, plain_vit
+from tif_jax.models import Model, ViT, check_images, check_seed, plain_vit, require_head
 from tif_jax.tokens import image_keys
 
 ESTIMATORS = ("exact", "gradient", "sampled")
@@ -57,7 +57,7 @@ def token_impact(
     estimator:
       'exact'     N masked forwards minus the clean one.
       'gradient'  -dL/dw at w = 1, one backward pass, where the gate w_i in [0, 1] multiplies exp(logit to key i) in
-                  every attention layer (and the token's share under mean pooling): `drop` to first order.
+                  every attention layer (also of attention pooling; and the token's share in a mean): `drop` to first order.
       'sampled'   mean of -dL/dw at w = max(m, 1e-3) over num_samples random masks m ~ Bernoulli(keep_ratio)^N: what a
                   token is worth among half-empty neighbours. The masks depend on `seed` and the image alone.
     mask (exact): 'zero' (default: the token's input to the first block becomes 0), 'content' (only its position
@@ -70,11 +70,12 @@ def token_impact(
     classes, and for a LeViT.
     """
     model = plain_vit(model, "impact")
+    require_head(model, "impact, a difference of losses,")
     options = check_options(estimator, mask, target, num_samples, keep_ratio)
     options["seed"] = check_seed(seed)
     options["chunk"] = checked.value_of(int | None, chunk, "chunk", checked.Range(least=1))
     check_images(model, images)
-    num_images, num_classes = len(images), model.head.out_features
+    num_images, num_classes = len(images), model.num_classes
     if target == "label" and labels is None:
         raise InputError("target 'label' needs labels; target 'teacher' does without")
     if labels is None:
@@ -184,7 +185,7 @@ def _scores(
     """chunk: of each image."""
     x = model.embed(images)
     num_patches = x.shape[1] - model.num_special
-    onehot = jax.nn.one_hot(labels, model.head.out_features, dtype=widened(x.dtype))
+    onehot = jax.nn.one_hot(labels, model.num_classes, dtype=widened(x.dtype))
 
     def goal(logits: Float[Array, "B L"]) -> Float[Array, "B L"]:
         return onehot if target == "label" else jax.nn.softmax(logits)

@@ -2,6 +2,7 @@
 
     model       what every family has: `embed`, `encode`, `predict`, a reducer
     vit, levit  the families, each with its blocks in vit_blocks, levit_blocks
+    pooling     from the tokens left to what the head reads
     names       timm's names -> fields
     build       names or fields -> a model with random weights, which a budget may size
     budget      multiply-adds allowed -> how many tokens a reducer keeps
@@ -28,5 +29,6 @@ from tif_jax.models.model import Model as Model
 from tif_jax.models.model import carried as carried
 from tif_jax.models.model import check_images as check_images
 from tif_jax.models.names import model_fields as model_fields
+from tif_jax.models.predictions import require_head as require_head
 from tif_jax.models.vit import ViT as ViT
 from tif_jax.models.vit import plain_vit as plain_vit

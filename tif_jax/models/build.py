@@ -36,6 +36,7 @@ _RANGES = {
     "width": checked.Range(least=1, most=2**16),
     "depth": checked.Range(least=1, most=1000),
     "depths": checked.Range(least=1, most=1000),
+    "num_classes": checked.Range(least=0, most=2**20),
     "num_registers": checked.Range(least=0, most=2**12),
     "drop_path": checked.Range(least=0, below=1),
     "layer_scale": checked.Range(above=0),

@@ -102,6 +102,8 @@ class LeViT(Model):
         self.image_size = height, columns = height_and_width(image_size)
         _check(height, columns, widths, depths, num_heads, key_dim, positions, class_token, class_head, activation)
         _check_reducer(reducer, class_token)
+        if not num_classes:
+            raise InputError("num_classes is 0; a LeViT has a head: give 1 or more")
         self.dtype = dtype_named(dtype)
         self.patch_size, self.grid = PATCH_SIZE, (height // PATCH_SIZE, columns // PATCH_SIZE)
         self.num_special, self.absolute, self.reducer = int(class_token), positions == "absolute", reducer

@@ -43,12 +43,16 @@ class Model(nnx.Module):
     num_special: int  # class, distillation and register tokens, in front of the patches
     depth: int  # blocks
     dtype: Any  # of the computation; parameters and logits are float32
-    head: Any  # `head.out_features` is the number of classes
     reducer: Reducer
     preprocessing: Preprocessing = Preprocessing()  # of the images that its weights were trained with
     class_names: tuple[str, ...] | None = None  # one per output of the head
     built: str = ""  # the fields and the reducer that it was built with, as JSON (`models.built_with`)
     origin: str = ""  # what its weights were loaded from, where others know it: hf:OWNER/NAME@COMMIT
+
+    @property
+    def num_classes(self) -> int:
+        """Outputs of the head; 0 without one."""
+        return self.head.out_features if hasattr(self, "head") else 0
 
     @property
     def blocks(self) -> Sequence[Any]:
@@ -83,7 +87,7 @@ class Model(nnx.Module):
     def __call__(
         self, images: Float[Array | np.ndarray, "B Y X 3"], rngs: nnx.Rngs | None = None
     ) -> tuple[Float[Array, "B L"], Aux]:
-        """Class logits and the reducer's side channel."""
+        """Class logits (without a head, the pooled features) and the reducer's side channel."""
         x, aux = self.encode(self.embed(images, rngs), rngs)
         return self.predict(x, aux, rngs=rngs)
 

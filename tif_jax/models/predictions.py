@@ -51,6 +51,14 @@ def predict_images(model: Any, files: Iterable[AnyImage] | AnyImage, top: int = 
     return list(predictions(model, pictures_of(files), top))
 
 
+def require_head(model: Any, what: str) -> None:
+    """Raises InputError for a model that returns features: `what` asks for its classes."""
+    if not model.num_classes:
+        raise InputError(
+            f"{what} needs classes, and this model has no head: its outputs are features; give num_classes for a fresh head"
+        )
+
+
 def pictures_of(files: Iterable[AnyImage] | AnyImage) -> list[tuple[str, AnyImage]]:
     """Names and pictures that `files` stands for (`predict_images`). Raises InputError where there are none."""
     several = not isinstance(files, AnyImage) or (isinstance(files, np.ndarray) and files.ndim == 4)
@@ -73,6 +81,7 @@ def pictures_of(files: Iterable[AnyImage] | AnyImage) -> list[tuple[str, AnyImag
 
 def predictions(model: Any, pictures: list[tuple[str, AnyImage]], top: int) -> Iterator[Prediction]:
     """A prediction per picture, a batch at a time. Errors as of `predict_images`, some of them when all are given."""
+    require_head(model, "a prediction")
     checked.value_of(int, top, "top", checked.Range(least=1))
     graphdef, state = nnx.split(model)
     last_error = ""

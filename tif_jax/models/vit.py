@@ -1,6 +1,7 @@
 """The Vision Transformer (Dosovitskiy et al. 2021; Touvron et al. 2021, 2022).
 
-Legend: B images, Y X height and width, T tokens, S tokens left, N patch tokens, D width, L classes.
+Legend: B images, Y X height and width, T tokens, S tokens left, N patch tokens, D width, F features,
+L classes.
 """
 
 import math
@@ -16,7 +17,8 @@ from jaxtyping import Array, Float
 from tif_jax.errors import InputError
 from tif_jax.layers import Linear, at_least_float32
 from tif_jax.models.model import FULL, Model, check_images, dtype_named, height_and_width, token_embedding
-from tif_jax.models.vit_blocks import Block
+from tif_jax.models.pooling import POOLS, AttentionPooling, weighted_mean
+from tif_jax.models.vit_blocks import GELUS, Block
 from tif_jax.reducers import Aux, Reducer
 
 
@@ -24,8 +26,12 @@ class ViT(Model):
     """Vision Transformer: `embed`, `encode` with a reducer, `predict`. Parameters are float32 for every dtype.
 
     Fields beyond the obvious, with the checkpoints that need them:
-      pool: 'class' (the class token), 'mean' (of the patch tokens left, then the norm: timm's fc_norm) or 'normed_mean' (the
-        norm of each patch token left, then their mean: SigLIP, I-JEPA; timm's fc_norm=False).
+      pool: 'class' (the class token), 'mean' (of the patch tokens left, then the norm: timm's fc_norm), 'normed_mean' (the
+        norm of each patch token left, then their mean: I-JEPA, SigLIP's gap; timm's fc_norm=False), 'class_and_mean' (both,
+        after the norm, one behind the other: DINOv2's linear classifiers) or 'attention' (`AttentionPooling`: SigLIP).
+      num_classes: 0 is a model without a head, whose logits are the pooled features (DINOv2, SigLIP as published).
+      pre_norm: a norm before the first block, and patches without a bias (CLIP).
+      gelu: of the feed-forward networks, 'exact', 'tanh' (SigLIP) or 'quick' (OpenAI's CLIP).
       class_head: with a mean, a further norm and head on the class token. Its logits, aux['logits/class'], are trained
         and predict nothing (Evo-ViT: they teach the class token where to look).
       distillation_token: a second head's token (DeiT distilled): the prediction is the mean of both heads.
@@ -53,6 +59,7 @@ class ViT(Model):
         distillation_token: bool = False,
         num_registers: int = 0,
         special_positions: bool = True,
+        pre_norm: bool = False,
         qkv_bias: bool = True,
         qk_norm: bool = False,
         layer_scale: float | None = None,
@@ -65,7 +72,8 @@ class ViT(Model):
         rngs: nnx.Rngs,
     ):
         self.image_size = height, columns = height_and_width(image_size)
-        _check(height, columns, patch_size, width, num_heads, pool, class_token, class_head, gelu)
+        _check(height, columns, patch_size, width, num_heads, pool, class_token, gelu)
+        _check_heads(num_classes, pool, class_token, class_head, distillation_token)
         self.dtype = dtype_named(dtype)
         self.grid = (height // patch_size, columns // patch_size)
         self.patch_size, self.pool, self.depth, self.reducer = patch_size, pool, depth, reducer
@@ -73,7 +81,7 @@ class ViT(Model):
         num_class = int(class_token) + int(distillation_token)
         self.num_positioned, self.num_special = num_class * special_positions, num_class + num_registers
         embedding = partial(token_embedding, rngs, width=width)
-        self.patch_embedding = Linear(3 * patch_size**2, width, dtype=self.dtype, rngs=rngs)
+        self.patch_embedding = Linear(3 * patch_size**2, width, use_bias=not pre_norm, dtype=self.dtype, rngs=rngs)
         self.position_embedding = embedding(self.num_positioned + math.prod(self.grid))
         if class_token:
             self.class_token = embedding(1)
@@ -83,14 +91,24 @@ class ViT(Model):
             self.register_tokens = embedding(num_registers)
         options: dict[str, Any] = dict(qkv_bias=qkv_bias, qk_norm=qk_norm, layer_scale=layer_scale, gelu=gelu)
         options |= dict(norm_eps=norm_eps, remat=remat, dtype=self.dtype, rngs=rngs)
+        norm = partial(nnx.LayerNorm, width, epsilon=norm_eps, dtype=self.dtype, use_fast_variance=False, rngs=rngs)
+        if pre_norm:
+            self.pre_norm = norm()
         for i in range(depth):
             rate = drop_path * i / max(1, depth - 1)
             setattr(self, f"block_{i}", Block(width, num_heads, mlp_dim or 4 * width, drop_path=rate, **options))
-        norm = partial(nnx.LayerNorm, width, epsilon=norm_eps, dtype=self.dtype, use_fast_variance=False, rngs=rngs)
-        normal = nnx.initializers.truncated_normal(0.02)
-        head = partial(nnx.Linear, width, num_classes, kernel_init=normal, dtype=self.dtype, rngs=rngs)
-        self.norm, self.head = norm(), head()
-        if distillation_token:
+        if pool == "attention":
+            of_pool = dict(gelu=gelu, norm_eps=norm_eps, dtype=self.dtype, rngs=rngs)
+            self.attention_pool = AttentionPooling(width, num_heads, mlp_dim or 4 * width, **of_pool)
+        self._add_heads(num_classes, width, class_head, norm, rngs)
+
+    def _add_heads(self, num_classes: int, width: int, class_head: bool, norm: Any, rngs: nnx.Rngs) -> None:
+        normal, num_features = nnx.initializers.truncated_normal(0.02), width * (1 + (self.pool == "class_and_mean"))
+        head = partial(nnx.Linear, num_features, num_classes, kernel_init=normal, dtype=self.dtype, rngs=rngs)
+        self.norm = norm()
+        if num_classes:
+            self.head = head()
+        if num_classes and self.has_distillation:
             self.distillation_head = head()
         if class_head:
             self.class_norm, self.class_head = norm(), head()
@@ -102,12 +120,13 @@ class ViT(Model):
         check_images(self, images)
         p = self.patch_size
         patches = rearrange(jnp.asarray(images), "b (y p) (x q) c -> b (y x) (p q c)", p=p, q=p).astype(self.dtype)
-        patches = self.patch_embedding(patches) + self.patch_positions()
+        patches = self.patch_embedding(patches) + self._patch_positions()
         special = [
             jnp.broadcast_to(token.astype(self.dtype), (images.shape[0], *token.shape[1:]))
             for token in self._special_tokens()
         ]
-        return jnp.concatenate([*special, patches], axis=1)
+        x = jnp.concatenate([*special, patches], axis=1)
+        return self.pre_norm(x) if hasattr(self, "pre_norm") else x
 
     def predict(
         self,
@@ -116,35 +135,40 @@ class ViT(Model):
         patch_weight: Float[Array, "B N"] | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> tuple[Float[Array, "B L"], Aux]:
-        """Class logits, float32. patch_weight: each patch token's share in the mean, if one is pooled (the oracle's gates).
+        """Class logits, float32. patch_weight: each patch token's share where patches are pooled (the oracle's gates).
 
         Where a reducer masks patches instead of removing them, aux['mask'] is their share.
         """
-        if patch_weight is None:
-            patch_weight = aux.get("mask")
-        if self.pool == "class":
-            features = self.norm(x[:, 0])
-        else:
-            patches = x[:, self.num_special :]
-            patches = at_least_float32(self.norm(patches) if self.pool == "normed_mean" else patches)
-            weight = jnp.ones(patches.shape[:2], patches.dtype) if patch_weight is None else patch_weight
-            total = weight.sum(axis=1, keepdims=True)  # 0 where a mask left nothing: the features are then 0
-            pooled = jnp.einsum("bnd,bn->bd", patches, weight) / jnp.where(total > 0, total, 1)
-            features = pooled.astype(self.dtype)
-            if self.pool == "mean":
-                features = self.norm(features)
-        logits = at_least_float32(self.head(features))
+        features = self._pooled(x, aux.get("mask") if patch_weight is None else patch_weight)
+        logits = at_least_float32(self.head(features) if self.num_classes else features)
         if hasattr(self, "class_head"):
             aux = {**aux, "logits/main": logits}
             aux["logits/class"] = at_least_float32(self.class_head(self.class_norm(x[:, 0])))
         if self.has_distillation:
-            distilled = at_least_float32(self.distillation_head(self.norm(x[:, 1])))
+            distilled = self.norm(x[:, 1])
+            distilled = at_least_float32(self.distillation_head(distilled) if self.num_classes else distilled)
             aux = {**aux, "logits/main": logits, "logits/distillation": distilled}
             logits = (logits + distilled) / 2
         return logits, aux
 
+    def _pooled(self, x: Float[Array, "B S D"], weight: Float[Array, "B N"] | None) -> Float[Array, "B F"]:
+        """The features that the head reads."""
+        if self.pool == "class":
+            return self.norm(x[:, 0])
+        patches = x[:, self.num_special :]
+        if self.pool == "mean":
+            return self.norm(weighted_mean(patches, weight))
+        if self.pool == "attention":
+            return self.attention_pool(self.norm(patches), weight)
+        mean = weighted_mean(self.norm(patches), weight)
+        return mean if self.pool == "normed_mean" else jnp.concatenate([self.norm(x[:, 0]), mean], axis=-1)
+
     def patch_positions(self) -> Float[Array, "1 N D"]:
-        """Position embedding of the patch tokens: what `content` masking leaves of a token."""
+        """What `content` masking leaves of the patch tokens: their position embedding, as the first block gets it."""
+        positions = self._patch_positions()
+        return self.pre_norm(positions) if hasattr(self, "pre_norm") else positions
+
+    def _patch_positions(self) -> Float[Array, "1 N D"]:
         return self.position_embedding[...][:, self.num_positioned :].astype(self.dtype)
 
     def _special_tokens(self) -> list[Float[Array, "1 _ D"]]:
@@ -162,7 +186,7 @@ def plain_vit(model: Model, what: str) -> ViT:
     return model
 
 
-def _check(height, columns, patch_size, width, num_heads, pool, class_token, class_head, gelu) -> None:
+def _check(height, columns, patch_size, width, num_heads, pool, class_token, gelu) -> None:
     """Raises InputError for fields that do not fit together."""
     if height % patch_size or columns % patch_size:
         raise InputError(
@@ -170,13 +194,22 @@ def _check(height, columns, patch_size, width, num_heads, pool, class_token, cla
         )
     if width % num_heads:
         raise InputError(f"width {width} is not a multiple of num_heads {num_heads}")
-    if pool not in ("class", "mean", "normed_mean"):
-        raise InputError(f"pool is {pool!r}; allowed: 'class', 'mean', 'normed_mean'")
-    if pool == "class" and not class_token:
-        raise InputError("pool 'class' needs class_token=True")
-    if class_head and not (class_token and pool != "class"):
+    if pool not in POOLS:
+        raise InputError(f"pool is {pool!r}; allowed: {', '.join(map(repr, POOLS))}")
+    if pool.startswith("class") and not class_token:
+        raise InputError(f"pool {pool!r} needs class_token=True")
+    if gelu not in GELUS:
+        raise InputError(f"gelu is {gelu!r}; allowed: {', '.join(map(repr, GELUS))}")
+
+
+def _check_heads(num_classes, pool, class_token, class_head, distillation_token) -> None:
+    """Raises InputError for heads that do not fit the pooling."""
+    if class_head and not (class_token and not pool.startswith("class") and num_classes):
         raise InputError(
-            "class_head needs class_token=True and pool 'mean' or 'normed_mean'; otherwise the class token has the head"
+            "class_head needs class_token=True and pool 'mean', 'normed_mean' or 'attention', and num_classes; otherwise "
+            "the class token has the head"
         )
-    if gelu not in ("exact", "tanh"):
-        raise InputError(f"gelu is {gelu!r}; allowed: 'exact', 'tanh'")
+    if distillation_token and pool == "class_and_mean":
+        raise InputError(
+            "pool 'class_and_mean' does not go with a distillation token, whose head reads the token alone"
+        )

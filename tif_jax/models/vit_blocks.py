@@ -3,6 +3,7 @@
 Legend: B images, T tokens, D width, H heads, C channels of a head.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -11,10 +12,15 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
-from tif_jax.layers import Linear, drop_path, gelu
+from tif_jax.layers import Linear, drop_path, gelu, quick_gelu
 from tif_jax.tokens import QueryKey, Tokens, attention_logits, check_rows
 
 _SMOOTHING = 1e-6  # of the softmax with masked keys, DynamicViT's
+GELUS: dict[str, Callable[[Array], Array]] = {
+    "exact": partial(gelu, approximate=False),  # erf: timm, DeiT
+    "tanh": partial(gelu, approximate=True),  # big_vision, SigLIP
+    "quick": quick_gelu,  # OpenAI's CLIP
+}
 
 
 class Attention(nnx.Module):
@@ -86,7 +92,7 @@ def _masked_softmax(logits: Float[Array, "B H T T"], key_weight: Float[Array, "B
 
 
 class FeedForward(nnx.Module):
-    """Two linear layers with GELU between: 'exact' (erf: timm, DeiT) or 'tanh' (big_vision, SigLIP)."""
+    """Two linear layers with a GELU between, one of `GELUS`."""
 
     def __init__(self, width: int, mlp_dim: int, *, gelu: str, dtype, rngs: nnx.Rngs):
         linear = partial(Linear, kernel_init=nnx.initializers.truncated_normal(0.02), dtype=dtype, rngs=rngs)
@@ -94,7 +100,7 @@ class FeedForward(nnx.Module):
         self.gelu = gelu
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down(gelu(self.up(x), approximate=self.gelu == "tanh"))
+        return self.down(GELUS[self.gelu](self.up(x)))
 
 
 class Block(nnx.Module):

@@ -29,10 +29,14 @@ _HARD_SWISH = {
     *((widths, (4, 4, 4)) for widths in ((128, 256, 384), (192, 288, 384), (256, 384, 512), (384, 512, 768))),
 }
 _POOLS = "'class' (timm: token), 'mean' (avg with fc_norm) or 'normed_mean' (avg with fc_norm=False)"
+_CLIP_EPS = 1e-5
+# (width, depth) of the CLIPs that there are with either activation; outputs of timm's classifiers made of those with GELU.
+_EITHER_GELU = {(768, 12), (1024, 24), (1280, 32), (1664, 48)}
+_CLASSIFIERS = (1000, 11821, 21841)
 
 
 def for_vit(tensors: Tensors, known: Mapping[str, Any]) -> dict[str, Any]:
-    """num_heads, pool and gelu of a ViT, those that are not known. known: its fields so far, and those given.
+    """num_heads, pool, gelu and norm_eps of a ViT, those that are not known. known: its fields so far, and those given.
 
     Raises InputError where timm has no such model, or two that differ.
     """
@@ -42,7 +46,7 @@ def for_vit(tensors: Tensors, known: Mapping[str, Any]) -> dict[str, Any]:
     if "num_heads" not in known:
         found["num_heads"] = _num_heads(tensors, known, averaged)
     if "pool" not in known:
-        found["pool"] = "normed_mean" if averaged else "mean" if "fc_norm.weight" in tensors else "class"
+        found["pool"] = _pool(tensors, known["width"], averaged)
         if found["pool"] == "mean" and known["class_token"]:
             logger.warning(
                 "the file has a class token and fc_norm: pool 'mean' is assumed; give pool='class' if it has that"
@@ -51,9 +55,32 @@ def for_vit(tensors: Tensors, known: Mapping[str, Any]) -> dict[str, Any]:
         size, rows = (known["patch_size"], known["width"]), tensors["pos_embed"].shape[1]
         tanh = size in _TANH or (size == _LARGE and rows >= _LARGE_TANH_ROWS)
         found["gelu"] = "tanh" if tanh else "exact"
+    if known["pre_norm"] and "gelu" not in known:
+        found["gelu"] = _gelu_of_clip(tensors, known)
+    if known["pre_norm"] and "norm_eps" not in known and known["special_positions"]:
+        found["norm_eps"] = _CLIP_EPS
     if found:
         logger.info("%s: what timm's models of this form have, for the file does not say it", _listed(found))
     return found
+
+
+def _pool(tensors: Tensors, width: int, averaged: bool) -> str:
+    if "attn_pool.latent" in tensors:
+        return "attention"
+    if "head.weight" in tensors and tensors["head.weight"].shape[1] == 2 * width:
+        return "class_and_mean"
+    return "normed_mean" if averaged else "mean" if "fc_norm.weight" in tensors else "class"
+
+
+def _gelu_of_clip(tensors: Tensors, known: Mapping[str, Any]) -> str:
+    """The activation of a CLIP tower. Raises InputError where there are towers of both kinds."""
+    is_classifier = "head.weight" in tensors and tensors["head.weight"].shape[0] in _CLASSIFIERS
+    if known["special_positions"] and (known["width"], known["depth"]) in _EITHER_GELU and not is_classifier:
+        raise InputError(
+            "the file does not say whether this is a CLIP with QuickGELU (OpenAI's, DFN's, MetaCLIP's) or with GELU "
+            "(LAION's, DataComp's); give gelu='quick' or gelu='exact', or a config.json beside the file that says it"
+        )
+    return "exact"
 
 
 def for_levit(known: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,7 +102,12 @@ def for_levit(known: Mapping[str, Any]) -> dict[str, Any]:
 def pool_fits(pool: str, tensors: Tensors) -> None:
     """Raises InputError if the head of these tensors was not trained with this pooling."""
     norm = "fc_norm" if "fc_norm.weight" in tensors else "norm"
-    if pool not in {"fc_norm": ("class", "mean"), "norm": ("class", "normed_mean")}[norm]:
+    if "attn_pool.latent" in tensors:
+        if pool != "attention":
+            raise InputError(
+                f"pool {pool!r} does not go with this head, which has attention pooling before it; leave it out"
+            )
+    elif pool not in {"fc_norm": ("class", "mean"), "norm": ("class", "normed_mean", "class_and_mean")}[norm]:
         raise InputError(
             f"pool {pool!r} does not go with this head, which has {norm}.* before it; pool is {_POOLS}; give another "
             "num_classes to start a fresh head"
@@ -91,7 +123,8 @@ def _num_heads(tensors: Tensors, known: Mapping[str, Any], averaged: bool) -> in
         raise InputError(
             f"a class token without position at width 384 is MoCo v3's (12 heads) or a masked autoencoder's (6), and {ask}"
         )
-    if width == 768 and averaged and known["patch_size"] == 16 and "head.weight" in tensors:
+    is_either = width == 768 and averaged and known["patch_size"] == 16 and "attn_pool.latent" not in tensors
+    if is_either and "head.weight" in tensors:
         raise InputError(
             f"without class token and fc_norm this is SigLIP's (12 heads) or vit_base_patch16_gap's (16): {ask}"
         )

@@ -25,8 +25,9 @@ _TIMMS = "config.json"
 _POOLS = {
     "token": "class",
     "avg": "mean",
+    "map": "attention",
 }  # timm's global_pool; 'mean' stands for a mean with whatever norm the file has
-_GELUS = {"gelu": "exact", "gelu_tanh": "tanh"}
+_GELUS = {"gelu": "exact", "gelu_tanh": "tanh", "quick_gelu": "quick"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,23 +164,22 @@ def _timms_fields(
     origin: str, config: Mapping[str, Any], weights: Mapping[str, Any], arguments: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The fields that timm's arguments, or its name of the model, say."""
-    if "quickgelu" in str(config.get("architecture")):
-        raise InputError(f"{origin}: the activation of {config['architecture']}, QuickGELU, is not supported")
+    architecture = str(config.get("architecture"))
     try:
-        named = model_fields(str(config.get("architecture")))
+        named = model_fields(architecture)
     except InputError:  # of another of timm's models
         named = {}
     shape = weights.get("input_size")  # channels, rows, columns
     fields = {
         "num_heads": arguments.get("num_heads", named.get("num_heads")),
         "width": config.get("num_features") or arguments.get("embed_dim"),
-        "num_classes": config.get("num_classes") or None,  # 0: without a head
+        "num_classes": config.get("num_classes"),  # 0: without a head
         "image_size": arguments.get("img_size") or (shape[1:] if isinstance(shape, list) else shape),
         "pool": _ours_of(
             origin, "global_pool", arguments.get("global_pool", config.get("global_pool")) or None, _POOLS
         ),
-        "gelu": _ours_of(origin, "act_layer", arguments.get("act_layer"), _GELUS),
-        "norm_eps": arguments.get("norm_eps"),
+        "gelu": _ours_of(origin, "act_layer", arguments.get("act_layer"), _GELUS) or named.get("gelu"),
+        "norm_eps": arguments.get("norm_eps", named.get("norm_eps")),
     }
     return _typed(origin, fields, named.get("family", "vit"))
 

@@ -122,7 +122,7 @@ def load_with_fields(
     found = {name: jnp.asarray(found[name]) for name in wanted}
     nnx.update(model, traverse_util.unflatten_dict(found, sep="/"))
     model.preprocessing = described.complete(said, how, _REMEDY)
-    if said.class_names and len(said.class_names) == model.head.out_features:
+    if said.class_names and len(said.class_names) == model.num_classes:
         model.class_names = said.class_names
     model.origin = str(source) if hub.is_name(source) else ""
     return model, fields

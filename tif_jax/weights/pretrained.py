@@ -48,7 +48,10 @@ def read_weights(
     """
     tensors = read_tensors(path)
     layout = timm_levit if timm_levit.is_levit(tensors) else timm_vit
-    said, wanted = {key: value for key, value in (said or {}).items() if key in layout.FREE}, given.get("image_size")
+    headless = layout is timm_vit and "head.weight" not in tensors and (said or {}).get("num_classes") == 0
+    said = {key: value for key, value in (said or {}).items() if key in layout.FREE}
+    said |= {"num_classes": 0} if headless else {}  # it says so, so that nobody has to
+    wanted = given.get("image_size")
     if said.get("pool") == "mean" and "fc_norm.weight" not in tensors:  # timm has one name for both
         said["pool"] = "normed_mean"
     trained_for = said.get("image_size", wanted)
@@ -76,6 +79,7 @@ def to_tensors(params: dict[str, Any], fields: dict[str, Any]) -> tuple[dict[str
     fields = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
     tensors = layout.to_tensors(params, fields)
     free = {key: value for key, value in with_defaults(fields).items() if key in layout.FREE}
+    free |= {} if fields.get("num_classes", 1) else {"num_classes": 0}
     again = layout.to_params(tensors, layout.infer_fields(tensors, **free))
     if not jax.tree.all(jax.tree.map(np.array_equal, again, params)):
         raise InputError("timm's layout can not tell this model from another; keep its Orbax checkpoint")

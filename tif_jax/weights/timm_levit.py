@@ -128,7 +128,7 @@ def to_params(tensors: Tensors, fields: Mapping[str, Any]) -> dict[str, Any]:
     own = {name: value for name, value in fields.items() if name != "family"}
     model = nnx.eval_shape(lambda: LeViT(**own, rngs=nnx.Rngs(0)))
     wanted = traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(model, WEIGHTS)), sep="/")
-    if "head.linear.weight" not in tensors or tensors["head.linear.weight"].shape[0] != model.head.out_features:
+    if "head.linear.weight" not in tensors or tensors["head.linear.weight"].shape[0] != model.num_classes:
         tensors = {name: tensor for name, tensor in tensors.items() if not re.match(r"head(_dist)?\.", name)}
         wanted = {path: shape for path, shape in wanted.items() if not re.match(r"(distillation_)?head/", path)}
     return translate(tensors, _rules(fields["depths"]), wanted)

@@ -39,15 +39,22 @@ _LINEARS = {
     "blocks.{i}.attn.proj": "block_{i}/attention/out",
     "blocks.{i}.mlp.fc1": "block_{i}/mlp/up",
     "blocks.{i}.mlp.fc2": "block_{i}/mlp/down",
+    "attn_pool.q": "attention_pool/query",
+    "attn_pool.kv": "attention_pool/key_value",
+    "attn_pool.proj": "attention_pool/out",
+    "attn_pool.mlp.fc1": "attention_pool/mlp/up",
+    "attn_pool.mlp.fc2": "attention_pool/mlp/down",
     "head": "head",
     "head_dist": "distillation_head",
 }
 _NORMS = {
+    "norm_pre": "pre_norm",
     "blocks.{i}.norm1": "block_{i}/attention_norm",
     "blocks.{i}.attn.q_norm": "block_{i}/attention/query_norm",
     "blocks.{i}.attn.k_norm": "block_{i}/attention/key_norm",
     "blocks.{i}.norm2": "block_{i}/feed_forward_norm",
     "norm": "norm",
+    "attn_pool.norm": "attention_pool/norm",
     "fc_norm": "norm",  # instead of `norm`, with mean pooling
 }
 _PARAMETERS = {
@@ -56,6 +63,7 @@ _PARAMETERS = {
     "reg_token": "register_tokens",
     "register_tokens": "register_tokens",  # in DINOv2's own files
     "pos_embed": "position_embedding",
+    "attn_pool.latent": "attention_pool/latent",
     "blocks.{i}.ls1.gamma": "block_{i}/attention_scale",
     "blocks.{i}.ls2.gamma": "block_{i}/feed_forward_scale",
 }
@@ -71,8 +79,6 @@ _UNSUPPORTED = {  # pattern of a parameter's name: what it belongs to, the remed
     r"^(teacher|student|backbone|encoder|decoder)\w*\.": ("a whole training setup", "save its backbone alone"),
     r"^decoder": ("a masked autoencoder with its decoder", "save the encoder alone"),
     r"^blocks\.\d+\.\d+\.": ("DINOv2 in chunks of blocks", "save it with block_chunks=0"),
-    r"^attn_pool\.": ("attention pooling (SigLIP)", _SAVE),
-    r"^norm_pre\.": ("a norm before the first block (CLIP)", _SAVE),
     r"\.mlp\.(w12|w3|w1|w2|fc1_g|fc1_x)\.": ("a SwiGLU feed-forward network (DINOv2 giant, EVA-02)", _SAVE),
     r"\.(attn|mlp)\.(inner_)?norm\.|lambda_": ("norms inside attention or feed-forward network", _SAVE),
     r"rope|freqs_cis": ("rotary position embedding (EVA-02, DINOv3)", _SAVE),
@@ -90,6 +96,7 @@ _RANKS = dict(zip(_NEEDED, (4, 3, 2, 2), strict=True)) | {
     "reg_token": 3,
     "register_tokens": 3,
     "head.weight": 2,
+    "attn_pool.latent": 3,
 }
 # Fields that names and shapes may leave open.
 FREE = ("image_size", "num_heads", "pool", "gelu", "norm_eps")
@@ -100,8 +107,8 @@ def infer_fields(tensors: Tensors, **given: Any) -> dict[str, Any]:
     """Fields of `ViT` for a file's tensors; `given` fields override those that names and shapes cannot tell.
 
     These are image_size (what the position embedding was trained for: the one given if its raster fits, else a square;
-    needed where neither fits), num_classes (needed without a head), num_heads, pool and gelu (`conventions.for_vit`),
-    norm_eps, drop_path. image_size is the file's in the result, whatever was given.
+    needed where neither fits), num_classes (needed without a head; 0 leaves it out), num_heads, pool, gelu and norm_eps
+    (`conventions.for_vit`), drop_path. image_size is the file's in the result, whatever was given.
     Raises InputError for another architecture, by name, and for given fields that contradict the file.
     """
     _refuse_unsupported(tensors)
@@ -118,6 +125,7 @@ def infer_fields(tensors: Tensors, **given: Any) -> dict[str, Any]:
         distillation_token=has_distillation,
         num_registers=_num_registers(tensors),
         special_positions=num_special > 0 or not has_class,
+        pre_norm="norm_pre.weight" in tensors,
         qkv_bias="blocks.0.attn.qkv.bias" in tensors,
         qk_norm=qk_norm,
         layer_scale=_LAYER_SCALE if "blocks.0.ls1.gamma" in tensors else None,
@@ -130,7 +138,10 @@ def infer_fields(tensors: Tensors, **given: Any) -> dict[str, Any]:
     if "head.weight" in tensors:
         fields["num_classes"] = tensors["head.weight"].shape[0]
     elif "num_classes" not in given:
-        raise InputError("the weights have no head (head.weight); give num_classes to start a fresh one")
+        raise InputError(
+            "the weights have no head (head.weight); give num_classes to start a fresh one, or num_classes=0 for a model "
+            "that returns its features"
+        )
     side = grid[0] * patch_size
     own_size = side if grid[0] == grid[1] else (side, grid[1] * patch_size)
     return fields | given | {"image_size": own_size}
@@ -156,7 +167,7 @@ def to_params(tensors: Tensors, fields: Mapping[str, Any]) -> dict[str, Any]:
     block = {path.removeprefix("block_0/"): shape for path, shape in wanted.items() if path.startswith("block_0/")}
     wanted |= {f"block_{i}/{path}": shape for i in range(fields["depth"]) for path, shape in block.items()}
     heads = [path for path in wanted if re.match(r"(distillation_)?head/", path)]
-    if "head.weight" not in tensors or tensors["head.weight"].shape[0] != model.head.out_features:
+    if "head.weight" not in tensors or tensors["head.weight"].shape[0] != model.num_classes:
         tensors = {name: tensor for name, tensor in tensors.items() if not re.match(r"head(_dist)?\.", name)}
         wanted = {path: shape for path, shape in wanted.items() if path not in heads}
     else:
