@@ -20,7 +20,7 @@ from tif_jax.weights.loading import load
 NUM_PATCHES, NUM_HEADS = 6, 2
 LABELS = np.array([0, 3, 1])
 POOLS = ("class", "mean", "normed_mean", "class_and_mean", "attention")
-PRE_NORM = ("attention",)  # one of them has a norm before the first block
+PRE_NORM = ("class",)  # one of them has a norm before the first block
 KEYWORD = {"zero": "zeroed", "content": "position_only", "drop": "dropped"}
 
 

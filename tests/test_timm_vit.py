@@ -137,6 +137,7 @@ def changed(**by_name):
         (changed(patch_embed__proj__weight=np.zeros((32, 3, 4, 8))), "patches of 4x8"),
         (changed(blocks__0__mlp__fc1__weight=np.zeros((96, 32))), "packed SwiGLU"),
         (tiny(class_token=False, pool="mean", qkv_bias=False), r"post-norm ViT \(rpn\)"),
+        (tiny(pre_norm=True, pool="attention"), "Perception Encoder"),
         ({"a": np.zeros(3)}, "not a ViT in timm's layout: no patch_embed.proj.weight"),
     ],
 )
