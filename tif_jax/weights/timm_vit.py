@@ -70,7 +70,7 @@ _PARAMETERS = {
 _REGISTERS = ("reg_token", "register_tokens")
 _IGNORED = {"mask_token"}  # DINOv2 shows it in place of masked patches in pre-training only
 
-_SAVE = "use a checkpoint of timm's ViT, DeiT, DeiT III, DINOv2, CLIP or SigLIP families, its state_dict() saved as .safetensors"
+_SAVE = "use a checkpoint of timm's ViT, DeiT, DINOv2, CLIP or SigLIP families, its state_dict() saved as .safetensors"
 _FROM_TIMM = "use timm's conversion of the same weights: timm.create_model(..., pretrained=True).state_dict()"
 _UNSUPPORTED = {  # pattern of a parameter's name: what it belongs to, the remedy
     r"(^|/)Transformer/encoderblock": ("the Flax layout (AugReg, big_vision)", _FROM_TIMM),
@@ -292,7 +292,7 @@ def _refuse_unsupported(tensors: Tensors) -> None:
         raise InputError(f"blocks.0.mlp is a packed SwiGLU network (DINOv2 giant), which is not supported; {_SAVE}")
     if {"norm_pre.weight", "attn_pool.latent"} <= tensors.keys():  # rotary positions leave no name of their own
         raise InputError(
-            f"with both norm_pre and attn_pool this is a Perception Encoder, whose rotary positions are not supported; {_SAVE}"
+            f"norm_pre and attn_pool are a Perception Encoder's, whose rotary positions are not supported; {_SAVE}"
         )
     lacking = {"cls_token", "reg_token", "blocks.0.attn.qkv.bias", "blocks.0.ls1.gamma"}
     if "fc_norm.weight" in tensors and not lacking & tensors.keys():
