@@ -116,7 +116,7 @@ def _sentence(model: Model, reducer: Mapping[str, Any], options: str) -> str:
         f"Its reducer is `{reducer['name']}`{f' ({options})' if options else ''}. " if reducer["name"] != "full" else ""
     )
     return (
-        f"{kept}It has {count.parameters / 1e6:.3g} million parameters and {model.head.out_features} classes, and takes "
+        f"{kept}It has {count.parameters / 1e6:.3g} million parameters and {model.num_classes} classes, and takes "
         f"{count.gmac:.3g} GMAC (10⁹ multiply-adds) an image."
     )
 

@@ -9,13 +9,13 @@ from tif_jax.models import with_defaults
 from tif_jax.models.model import height_and_width
 from tif_jax.models.names import LEVIT_SIZES, SIZES
 
-_POOLS = {"class": "token", "mean": "avg", "normed_mean": "avg"}
-_GELUS = {"exact": "gelu", "tanh": "gelu_tanh"}
-_EPS = 1e-6  # timm's, which no argument in JSON changes
+_POOLS = {"class": "token", "mean": "avg", "normed_mean": "avg", "attention": "map"}
+_GELUS = {"exact": "gelu", "tanh": "gelu_tanh", "quick": "quick_gelu"}
+_EPS, _CLIP_EPS = 1e-6, 1e-5  # timm's, which no argument in JSON changes, but its names of CLIPs do
 # Fields of a ViT that arguments of timm's say, or that are of no account once it is trained.
 _SAID = {
     "image_size", "patch_size", "width", "depth", "num_heads", "mlp_dim", "num_classes", "pool", "class_token",
-    "distillation_token", "num_registers", "special_positions", "qkv_bias", "qk_norm", "layer_scale", "gelu",
+    "distillation_token", "num_registers", "special_positions", "qkv_bias", "qk_norm", "layer_scale", "gelu", "pre_norm",
 }  # fmt: skip
 _OF_NO_ACCOUNT = {"family", "class_head", "drop_path", "remat", "dtype"}
 
@@ -41,7 +41,8 @@ def config_of(fields: Mapping[str, Any], how: Preprocessing, class_names: tuple[
     }
     named = {"architecture": architecture} if architecture else {}
     config = named | {"num_classes": fields["num_classes"], "num_features": width}
-    config |= {"global_pool": "avg" if levit else _POOLS[fields["pool"]]}
+    pool = "avg" if levit else _POOLS.get(fields["pool"])
+    config |= {"global_pool": pool} if pool else {}
     config |= {"model_args": arguments} if arguments else {}
     config |= {"pretrained_cfg": weights}
     return config | ({"label_names": list(class_names)} if class_names else {})
@@ -62,10 +63,11 @@ def _vit(fields: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
         return None
     if distilled and not (fields["pool"] == "class" and fields["special_positions"]):
         return None
-    if fields["norm_eps"] != _EPS or int(width * (mlp_dim / width)) != mlp_dim or fields["pool"] not in _POOLS:
+    clip = fields["pre_norm"] and fields["norm_eps"] == _CLIP_EPS
+    if not (clip or fields["norm_eps"] == _EPS) or int(width * (mlp_dim / width)) != mlp_dim or fields["pool"] not in _POOLS:
         return None
     shape = {name: fields[name] for name in ("width", "depth", "num_heads")}
-    size = next((size for size, of_size in SIZES.items() if of_size == shape), "base")
+    size = next((size for size in ("tiny", "small", "base", "large") if SIZES[size] == shape), "base")
     arguments = {
         "img_size": fields["image_size"],
         "patch_size": fields["patch_size"],
@@ -80,11 +82,12 @@ def _vit(fields: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
         "qk_norm": fields["qk_norm"],
         "global_pool": _POOLS[fields["pool"]],
         "fc_norm": fields["pool"] == "mean",
-        "act_layer": _GELUS.get(fields["gelu"]),
+        "act_layer": _GELUS[fields["gelu"]],
+        "pre_norm": fields["pre_norm"],
     }
-    if arguments["act_layer"] is None:
-        return None
     arguments |= {} if fields["layer_scale"] is None else {"init_values": fields["layer_scale"]}
+    if clip:
+        return "vit_base_patch16_clip_224", arguments
     return "deit_base_distilled_patch16_224" if distilled else f"vit_{size}_patch16_224", arguments
 
 
