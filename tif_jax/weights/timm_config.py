@@ -64,7 +64,11 @@ def _vit(fields: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
     if distilled and not (fields["pool"] == "class" and fields["special_positions"]):
         return None
     clip = fields["pre_norm"] and fields["norm_eps"] == _CLIP_EPS
-    if not (clip or fields["norm_eps"] == _EPS) or int(width * (mlp_dim / width)) != mlp_dim or fields["pool"] not in _POOLS:
+    if (
+        not (clip or fields["norm_eps"] == _EPS)
+        or int(width * (mlp_dim / width)) != mlp_dim
+        or fields["pool"] not in _POOLS
+    ):
         return None
     shape = {name: fields[name] for name in ("width", "depth", "num_heads")}
     size = next((size for size in ("tiny", "small", "base", "large") if SIZES[size] == shape), "base")
