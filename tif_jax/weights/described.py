@@ -1,7 +1,7 @@
 """What weights say of themselves beside their numbers: the images that they take, their classes, fields no shape tells.
 
-Our checkpoints say it in their `config`, our .safetensors files in their metadata, and timm's files in a config.json beside
-them. Whatever says it, it becomes a `Description`.
+Our checkpoints say it in their `config`, our .safetensors files in their metadata, files of timm and of HF transformers in a
+config.json beside them (`transformers_config`). Whatever says it, it becomes a `Description`.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from tif_jax import checked
 from tif_jax.data.preprocess import INTERPOLATIONS, PARTS, Preprocessing, replaced
 from tif_jax.errors import InputError
 from tif_jax.models import check_fields, field_kinds, model_fields
+from tif_jax.weights import transformers_config
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +57,9 @@ def of_checkpoint(origin: str | Path, stored: Mapping[str, Any]) -> Description:
 
 
 def of_file(path: str | Path) -> Description:
-    """What a weight file says, or timm's config.json beside it. A file that is missing or damaged says nothing.
+    """What a weight file says, or the config.json of timm or transformers beside it.
 
-    Raises InputError where what is said can not be.
+    A file that is missing or damaged says nothing. Raises InputError where what is said can not be.
     """
     path = Path(path)
     if said := _metadata(path).get(_OURS):
@@ -73,7 +74,8 @@ def of_file(path: str | Path) -> Description:
         config = json.loads(beside.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{beside} can not be read ({error}); mend or remove it") from None
-    if not (isinstance(config, dict) and ("pretrained_cfg" in config or {"mean", "std"} <= config.keys())):
+    of_timm = isinstance(config, dict) and ("pretrained_cfg" in config or {"mean", "std"} <= config.keys())
+    if not (of_timm or transformers_config.is_known(config)):
         return Description(str(path))
     if path.suffix != ".json" and (
         others := sorted(other.name for other in path.parent.glob(f"*{path.suffix}") if other.name != path.name)
@@ -82,7 +84,7 @@ def of_file(path: str | Path) -> Description:
             "%s is taken to describe %s, but it lies beside %s as well; give each weight file a folder of its own",
             beside, path.name, others[0],
         )  # fmt: skip
-    return _timms(str(beside), config)
+    return (_timms if of_timm else _transformers)(str(beside), config)
 
 
 def carried(said: Description) -> dict[str, Any]:
@@ -158,6 +160,16 @@ def _timms(origin: str, config: Mapping[str, Any]) -> Description:
         _checked(origin, {part: value for part, value in how.items() if value is not None}),
         _described_names(*names),
     )
+
+
+def _transformers(origin: str, config: Mapping[str, Any]) -> Description:
+    """What the config.json of transformers says, and the file beside it about preprocessing."""
+    fields, (says_how, how) = (
+        transformers_config.fields_of(origin, config),
+        transformers_config.preprocessing_of(Path(origin).parent),
+    )
+    names = _names(transformers_config.class_names_of(config))
+    return Description(origin, _typed(origin, fields, "vit"), _checked(says_how, how), names)
 
 
 def _timms_fields(

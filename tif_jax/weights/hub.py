@@ -16,7 +16,7 @@ from tif_jax.errors import InputError, WorkError, is_shortage
 from tif_jax.weights.folders import REDUCER, SHARDED, TORCH, WEIGHTS, weight_file
 
 _NAME = re.compile(r"hf:(?P<repository>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[^@\s]+))?")
-_SAYING = ("config.json", "preprocessor_config.json")
+_SAYING = ("config.json", "preprocessor_config.json", "processor_config.json")
 _FILES = (*_SAYING, WEIGHTS, SHARDED, "model-?????-of-?????.safetensors", REDUCER)
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 
