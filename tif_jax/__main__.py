@@ -14,6 +14,7 @@ import os
 import pkgutil
 import platform
 import select
+import shlex
 import sys
 import threading
 import traceback
@@ -22,7 +23,7 @@ from typing import NoReturn
 
 from tif_jax import commands
 from tif_jax.errors import InputError, Preempted, WorkError, is_shortage
-from tif_jax.runtime import preemption
+from tif_jax.runtime import log_file, preemption
 from tif_jax.runtime.version import __version__
 
 _HELP = ("--help", "-h", "help")
@@ -53,19 +54,25 @@ def program() -> NoReturn:
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status. Expected failures print one line on stderr."""
     argv = sys.argv[1:] if argv is None else argv
+    log_file.command = shlex.join(["tif", *argv])
     name = f"tif {argv[0]}" if argv and argv[0] in _command_names() else "tif"
     with preemption.handled() as signals:
-        signals.name = name
+        signals.name, status = name, 1
         try:
             status = _outcome(name, argv)
             sys.stdout.flush()
         except Preempted as error:
-            return _fail(name, error, signals.status())
+            status = _fail(name, error, signals.status())
         except BrokenPipeError:
             if not _reader_is_gone():
                 raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
-            return 0  # `| head`; all is done but for what nobody reads
+            status = 0  # `| head`; all is done but for what nobody reads
+        except BaseException:
+            log_file.note(traceback.format_exc())
+            raise
+        finally:
+            log_file.end(status)
         return status
 
 
@@ -127,6 +134,7 @@ def _command_names() -> list[str]:
 
 def _end(status: int) -> None:
     """Ends this process at once: threads of a failed write print long after it, or never end."""
+    log_file.end(status)
     if watch := sys.modules.get("tif_jax.runtime.watch"):
         watch.leave(status)  # returns where this process is alone
     for child in multiprocessing.active_children():
@@ -175,7 +183,9 @@ def _num_cores() -> int:
 
 
 def _fail(name: str, error: object, status: int) -> int:
-    print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+    line = f"{name}: {' '.join(str(error).split())}"
+    log_file.note(line)
+    print(line, file=sys.stderr)
     return status
 
 

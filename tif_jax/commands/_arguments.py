@@ -10,7 +10,7 @@ from pathlib import Path
 from tif_jax.data import remote
 from tif_jax.errors import InputError
 from tif_jax.experiment import config as config_file
-from tif_jax.runtime import workdir
+from tif_jax.runtime import log_file, workdir
 
 
 class Parser(argparse.ArgumentParser):
@@ -73,6 +73,7 @@ def log_to_stderr() -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         logger.addHandler(handler)
+        logger.addHandler(log_file.Handler())
         logger.setLevel(logging.INFO)
         logger.propagate = False
         logging.getLogger("absl").setLevel(logging.CRITICAL)

@@ -23,7 +23,7 @@ from tif_jax.models.cost import cost
 from tif_jax.models.params import params_of, with_params
 from tif_jax.runtime import records, timing
 from tif_jax.runtime.mesh import make_mesh, replicate, shard
-from tif_jax.runtime.workdir import only_run
+from tif_jax.runtime.workdir import begin_log, only_run
 from tif_jax.weights.loading import load_with_fields
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ _COLUMNS = (
 def main(argv: list[str]) -> None:
     arguments = _arguments.parse("benchmark", __doc__, argv)
     with only_run(arguments.workdir):
+        begin_log(arguments.workdir)
         result = benchmark(arguments.config, arguments.workdir)
     print(table(result["rows"]))
 

@@ -41,6 +41,7 @@ from tif_jax.reducers import Full, Reducer
 from tif_jax.runtime import processes, records
 from tif_jax.runtime.mesh import make_mesh, replicate, shard
 from tif_jax.runtime.progress import Progress
+from tif_jax.runtime.workdir import begin_log
 from tif_jax.training import losses
 from tif_jax.training.checkpoints import read_config
 from tif_jax.training.recipe import WITHOUT_EFFECT
@@ -56,6 +57,7 @@ def main(argv: list[str]) -> None:
     stage = dict(choices=stages, default="finetune", help="whose checkpoint (default: finetune)")
     arguments = _arguments.parse("evaluate", __doc__, argv, stage=stage, **processes.FLAGS)
     processes.join(arguments)
+    begin_log(arguments.workdir)
     # Beside a run that is training, too: the numbers name their step, and that run makes them again.
     metrics = stages[arguments.stage](arguments.config, arguments.workdir)
     if processes.is_first():

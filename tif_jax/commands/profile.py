@@ -16,6 +16,7 @@ from tif_jax.experiment.schema import Experiment
 from tif_jax.experiment.stages import STAGES
 from tif_jax.runtime import processes, records
 from tif_jax.runtime.mesh import shard
+from tif_jax.runtime.workdir import begin_log
 from tif_jax.training import speed
 from tif_jax.training.stage import Stage, prepare
 from tif_jax.training.state import State
@@ -39,6 +40,7 @@ def main(argv: list[str]) -> None:
     if arguments.steps < 1:
         raise InputError(f"--steps is {arguments.steps}; at least 1")
     processes.join(arguments)
+    begin_log(arguments.workdir)
     found = profile(arguments.stage, arguments.config, arguments.workdir, arguments.steps)
     if processes.is_first():
         print(json.dumps(records.strict(found), indent=2))

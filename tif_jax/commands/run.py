@@ -16,7 +16,7 @@ from tif_jax.experiment.scoring import score_heldout, score_training
 from tif_jax.experiment.sources import check_splits
 from tif_jax.experiment.stages import train
 from tif_jax.runtime import processes, records
-from tif_jax.runtime.workdir import only_run
+from tif_jax.runtime.workdir import begin_log, only_run
 from tif_jax.training.checkpoints import read_config
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,7 @@ def main(argv: list[str]) -> None:
     arguments = _arguments.parse("run", __doc__, argv, **processes.FLAGS)
     processes.join(arguments)
     with only_run(arguments.workdir):
+        begin_log(arguments.workdir)
         run(arguments.config, arguments.workdir)
     if processes.is_first():
         print((arguments.workdir / "report.md").read_text())

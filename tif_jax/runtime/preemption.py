@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from tif_jax.errors import Preempted
+from tif_jax.runtime import log_file
 
 _SECONDS_TO_STOP = 20.0  # after everything is saved
 _SECONDS_OF_ONE_CTRL_C = 0.3  # shells and wrappers hand the terminal's signal on to those who have it already
@@ -43,6 +44,7 @@ class _Handling:
         if self.received or self.over.is_set():
             if number == signal.SIGINT and now - self.at > _SECONDS_OF_ONE_CTRL_C:
                 self._say("ended at once by Ctrl-C; what is finished is intact")
+                log_file.end(130)
                 os._exit(130)
             return
         self.received, self.at = number, now
@@ -69,6 +71,7 @@ class _Handling:
         return 130 if self.received == signal.SIGINT else 75
 
     def _say(self, text: str) -> None:
+        log_file.note(f"{self.name}: {text}")
         with suppress(OSError):
             new_line = "\n" if os.isatty(2) else ""  # below a bar, or behind the terminal's ^C
             os.write(2, f"{new_line}{self.name}: {text}\n".encode())

@@ -6,6 +6,8 @@ import time
 
 from tqdm import tqdm
 
+from tif_jax.runtime import log_file
+
 logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -39,16 +41,12 @@ class Progress:
         if not self.bar.disable:
             self.bar.set_postfix(figures, refresh=False)
             self.bar.update(n)
-        elif (now := time.monotonic()) - self.spoke > _SECONDS_BETWEEN_LINES or self.done == self.total:
+        if (now := time.monotonic()) - self.spoke > _SECONDS_BETWEEN_LINES or self.done == self.total:
             self.spoke = now
             left = (now - self.began) / max(1, self.done - self.start) * (self.total - self.done)
             extra = "".join(f", {name} {value}" for name, value in figures.items())
-            logger.info(
-                "%s: %d of %d %s%s, %s left",
-                self.title,
-                self.done,
-                self.total,
-                self.unit,
-                extra,
-                tqdm.format_interval(left),
-            )
+            line = f"{self.title}: {self.done} of {self.total} {self.unit}{extra}, {tqdm.format_interval(left)} left"
+            if self.bar.disable:
+                logger.info("%s", line)
+            else:  # the terminal has the bar
+                log_file.note(line)

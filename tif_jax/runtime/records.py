@@ -13,10 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flax.traverse_util import flatten_dict
-
 from tif_jax.errors import InputError
-from tif_jax.runtime import files, processes
+from tif_jax.runtime import files
 from tif_jax.runtime.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -45,6 +43,8 @@ def write(path: Path, data: Mapping[str, Any]) -> None:
 
     Raises InputError if the folder can not be written to, WorkError if the disk is full.
     """
+    from tif_jax.runtime import processes  # it imports JAX, and who only reads does not need that
+
     if processes.is_first():
         files.write(path, text(data))
 
@@ -106,6 +106,8 @@ def claim(directory: Path, record: Mapping[str, Any], *, ignored: Sequence[str] 
     Raises InputError that names the first difference, before anything is overwritten. Of the processes of one run the
     first one does so. ignored: keys, at any depth, that may differ.
     """
+    from tif_jax.runtime import processes
+
     if not processes.is_first():
         return
     path = directory / "config.json"
@@ -130,9 +132,17 @@ def check_same(directory: Path, there: Any, here: Mapping[str, Any], *, ignored:
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Where two nested records differ as JSON: dotted key -> (value there, value here); None stands for no value."""
-    there, here = (flatten_dict(json.loads(json.dumps(strict(record))), sep=".") for record in (there, here))
+    there, here = (_flat(json.loads(json.dumps(strict(record)))) for record in (there, here))
     keys = dict.fromkeys((*there, *here))
     return {key: (there.get(key), here.get(key)) for key in keys if there.get(key) != here.get(key)}
+
+
+def _flat(record: Any, prefix: str = "") -> dict[str, Any]:
+    """Values by dotted keys; a dict without entries has none."""
+    if not isinstance(record, Mapping):
+        return {prefix: record}
+    inner = [_flat(value, f"{prefix}.{key}" if prefix else key) for key, value in record.items()]
+    return {key: value for part in inner for key, value in part.items()}
 
 
 def _are_digests(*values: Any) -> bool:

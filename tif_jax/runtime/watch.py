@@ -24,6 +24,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from tif_jax.runtime import log_file
+
 logger = logging.getLogger(__name__)
 
 _SECONDS_TO_CONNECT = 20.0
@@ -129,5 +131,7 @@ def _watch(connection: socket.socket, lost: str) -> None:
             while connection.recv(1):
                 pass
         return
+    log_file.note(lost)
+    log_file.end(1)
     print(lost, file=sys.stderr, flush=True)
     os._exit(1)

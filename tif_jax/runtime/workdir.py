@@ -2,17 +2,19 @@
 
 import json
 import os
+import platform
 import re
 import shutil
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
+import jax
+
 from tif_jax.errors import InputError
-from tif_jax.runtime import processes
+from tif_jax.runtime import log_file, processes, records
 from tif_jax.runtime.locks import lock
 
 _LOCK = ".lock"
@@ -42,7 +44,7 @@ def only_run(workdir: Path) -> Iterator[None]:
     run the first one holds it for all.
     """
     path = workdir / _LOCK
-    who = {"command": " ".join(["tif", *sys.argv[1:]]), "host": socket.gethostname(), "pid": os.getpid()}
+    who = {"command": log_file.command, "host": socket.gethostname(), "pid": os.getpid()}
     who["since"] = time.strftime("%Y-%m-%d %H:%M:%S %Z")
     with lock(path, json.dumps(who)) if processes.is_first() else nullcontext() as ours:
         if not processes.first_says(ours is not False):
@@ -52,6 +54,15 @@ def only_run(workdir: Path) -> Iterator[None]:
         if ours:
             _remove_abandoned(workdir)
         yield
+
+
+def begin_log(workdir: Path, part: str = "") -> None:
+    """DIR/log.txt; of the further processes of a run, and of an array job's part K/N, DIR/logs/NAME.txt."""
+    names = ["score-{:0>5}-of-{:0>5}".format(*part.split("/"))] if part else []
+    names += [] if processes.is_first() else [f"process-{jax.process_index()}"]
+    path = workdir / "logs" / f"{'-'.join(names)}.txt" if names else workdir / "log.txt"
+    versions = ", ".join(f"{name} {version}" for name, version in records.versions().items())
+    log_file.begin(path, f"{versions}, Python {platform.python_version()}, on {socket.gethostname()}")
 
 
 def _holder(path: Path) -> str:
