@@ -24,9 +24,11 @@ from typing import NoReturn
 from tif_jax import commands
 from tif_jax.errors import InputError, Preempted, WorkError, is_shortage
 from tif_jax.runtime import log_file, preemption
+from tif_jax.runtime.machine import num_cores
 from tif_jax.runtime.version import __version__
 
 _HELP = ("--help", "-h", "help")
+_WITHOUT_JAX = ("status",)
 _BAD_WORKDIR = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -121,9 +123,10 @@ def _run(argv: list[str]) -> int:
     if name not in names:
         nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
         raise InputError(f"no command {name!r}; did you mean {nearest[0]!r}? `tif --help` lists all")
-    use_all_cores()
-    # Compiled programs are kept between runs and seeds.
-    _unless_given("jax_compilation_cache_dir", os.path.expanduser("~/.cache/tif_jax"))
+    if name not in _WITHOUT_JAX:
+        use_all_cores()
+        # Compiled programs are kept between runs and seeds.
+        _unless_given("jax_compilation_cache_dir", os.path.expanduser("~/.cache/tif_jax"))
     importlib.import_module(f"tif_jax.commands.{name}").main(rest)
     return 0
 
@@ -164,7 +167,7 @@ def use_all_cores() -> None:
         # On a busy machine one core's share of a step can come late by more than XLA's 40 s, which then aborts.
         os.environ["XLA_FLAGS"] = f"{xla_flags} --xla_cpu_collective_call_terminate_timeout_seconds=1200".strip()
     if "xla_force_host_platform_device_count" not in xla_flags:
-        _unless_given("jax_num_cpu_devices", 2 ** (_num_cores().bit_length() - 1))
+        _unless_given("jax_num_cpu_devices", 2 ** (num_cores().bit_length() - 1))
     # Two programs in flight at once on the same CPU devices can wait for each other's all-reduce for ever.
     _unless_given("jax_cpu_enable_async_dispatch", False)
 
@@ -175,11 +178,6 @@ def _unless_given(option: str, value: object) -> None:
 
     if option.upper() not in os.environ:
         jax.config.update(option, value)
-
-
-def _num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _fail(name: str, error: object, status: int) -> int:

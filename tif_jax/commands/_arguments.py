@@ -7,17 +7,11 @@ import sys
 import warnings
 from pathlib import Path
 
+from tif_jax.commands._parser import Parser
 from tif_jax.data import remote
 from tif_jax.errors import InputError
 from tif_jax.experiment import config as config_file
 from tif_jax.runtime import log_file, workdir
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises InputError where argparse would exit."""
-
-    def error(self, message: str):
-        raise InputError(f"{message}; `{self.prog} --help` lists the flags")
 
 
 def parse(command: str, description: str, argv: list[str], **flags: dict) -> argparse.Namespace:

@@ -22,6 +22,7 @@ from tif_jax.models import Model
 from tif_jax.models.cost import cost
 from tif_jax.models.params import params_of, with_params
 from tif_jax.runtime import records, timing
+from tif_jax.runtime.machine import machine
 from tif_jax.runtime.mesh import make_mesh, replicate, shard
 from tif_jax.runtime.workdir import begin_log, only_run
 from tif_jax.weights.loading import load_with_fields
@@ -82,7 +83,7 @@ def benchmark(config: Experiment, workdir: Path) -> dict[str, Any]:
         row["images_per_second_range"] = [min(rates), max(rates)]
     versions = records.versions()
     device = f"{mesh.size} x {jax.devices()[0].device_kind}"
-    result = {"checkpoint": which, "device": device, "versions": versions, "rows": rows}
+    result = {"checkpoint": which, "device": device, "machine": machine(), "versions": versions, "rows": rows}
     records.write(workdir / "benchmark.json", result)
     return result
 

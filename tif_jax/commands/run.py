@@ -8,7 +8,9 @@ from typing import Any
 from tif_jax.commands import _arguments, evaluate
 from tif_jax.commands._report import write_report
 from tif_jax.commands.benchmark import benchmark, is_measured
+from tif_jax.experiment import plan
 from tif_jax.experiment.checks import check_on_backbone
+from tif_jax.experiment.earlier import check as check_earlier
 from tif_jax.experiment.folders import backbone_folder, filter_folder, finetune_folder
 from tif_jax.experiment.predecessors import finished, oracles_of
 from tif_jax.experiment.schema import Experiment
@@ -23,24 +25,36 @@ logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str]) -> None:
-    arguments = _arguments.parse("run", __doc__, argv, **processes.FLAGS)
+    earlier = dict(
+        dest="earlier",
+        metavar="DIR",
+        help="another workdir: what is finished there and has the same settings is taken over, the rest is made anew",
+    )
+    arguments = _arguments.parse("run", __doc__, argv, **{"from": earlier}, **processes.FLAGS)
     processes.join(arguments)
+    if arguments.earlier is not None:
+        arguments.earlier = Path(arguments.earlier).expanduser()
+        check_earlier(arguments.earlier, arguments.workdir)
     with only_run(arguments.workdir):
         begin_log(arguments.workdir)
-        run(arguments.config, arguments.workdir)
+        run(arguments.config, arguments.workdir, arguments.earlier)
     if processes.is_first():
         print((arguments.workdir / "report.md").read_text())
 
 
-def run(experiment: Experiment, workdir: Path) -> None:
-    """Every stage that is needed, in order. A finished one notices that itself, or is known by the file it leaves last."""
+def run(experiment: Experiment, workdir: Path, earlier: Path | None = None) -> None:
+    """Every stage that is needed, in order. A finished one notices that itself, or is known by the file it leaves last.
+
+    earlier: another workdir, whose finished stages are taken over where they are the same.
+    """
     check_splits(experiment)
     runs, filters = _finetunings(experiment), _filters(experiment)
     if not experiment.backbone.init_from:  # else its file says what it is
         for of_run in runs:
             check_on_backbone(of_run, experiment.backbone.model)
+    plan.write(experiment, workdir, runs, filters, earlier)
     logger.info("stage backbone")
-    train("backbone", experiment, workdir)
+    train("backbone", experiment, workdir, earlier)
     _once(backbone_folder(workdir), evaluate.backbone, experiment, workdir)
     if experiment.backbone.init_from:
         fields = read_config(finished(backbone_folder(workdir))[0])["model"]
@@ -48,16 +62,16 @@ def run(experiment: Experiment, workdir: Path) -> None:
             check_on_backbone(of_run, fields)
     if filters or any(of_run.reducer.name == "prior" for of_run in runs):
         logger.info("stage score")
-        score_training(experiment, workdir)
+        score_training(experiment, workdir, earlier)
     if filters:
-        score_heldout(experiment, workdir)
+        score_heldout(experiment, workdir, earlier)
     processes.wait_for_all("scored")
     for of_seed in filters:
         logger.info("stage filter, seed %d", of_seed.seed)
-        train("filter", of_seed, workdir)
+        train("filter", of_seed, workdir, earlier)
         _once(filter_folder(of_seed, workdir), evaluate.ranking_table, of_seed, workdir, oracles=oracles_of(workdir))
     for of_run in runs:
-        _finetune(of_run, workdir)
+        _finetune(of_run, workdir, earlier)
     logger.info("stage benchmark")
     if not processes.first_says(is_measured(experiment, workdir)):
         benchmark(experiment, workdir)
@@ -67,17 +81,17 @@ def run(experiment: Experiment, workdir: Path) -> None:
     processes.wait_for_all("reported")
 
 
-def _finetune(of_run: Experiment, workdir: Path) -> None:
+def _finetune(of_run: Experiment, workdir: Path, earlier: Path | None) -> None:
     """Fine-tunes one reducer, after what it has to learn before, and evaluates it."""
     entry, folder = of_run.reducer, finetune_folder(of_run, workdir)
     if entry.is_fitted_first and entry.name != "tif":
         logger.info("stage filter, %s, seed %d", entry.label, of_run.seed)
-        train("filter", of_run, workdir)
+        train("filter", of_run, workdir, earlier)
     if entry.has_adapter:
         logger.info("stage adapter, %s", folder.name)
-        train("adapter", of_run, workdir)
+        train("adapter", of_run, workdir, earlier)
     logger.info("stage finetune, %s", folder.name)
-    train("finetune", of_run, workdir)
+    train("finetune", of_run, workdir, earlier)
     _once(folder, evaluate.finetuned, of_run, workdir)
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from tif_jax.data.source import Source, fingerprint
 from tif_jax.errors import InputError
+from tif_jax.experiment.earlier import take_impacts
 from tif_jax.experiment.folders import backbone_folder, heldout_folder, impact_folder
 from tif_jax.experiment.predecessors import finished
 from tif_jax.experiment.schema import Experiment
@@ -26,16 +27,30 @@ _ROWS_PER_PART = 256
 _IDENTITY = ("name", "tfds_name", "train_split", "test_split", "num_train", "num_validation", "num_test", "seed")
 
 
-def score_training(experiment: Experiment, workdir: Path) -> None:
-    """DIR/impact: shards of the training split, with the estimator, mask, target and views of the section `score`."""
-    job.run(_job(experiment, impact_folder(workdir), workdir, "train", experiment.score.target))
+def score_training(experiment: Experiment, workdir: Path, earlier: Path | None = None) -> None:
+    """DIR/impact: shards of the training split, with the estimator, mask, target and views of the section `score`.
+
+    earlier: another workdir, which they are taken over from if they are the same there.
+    """
+    _score(_job(experiment, impact_folder(workdir), workdir, "train", experiment.score.target), workdir, earlier)
 
 
-def score_heldout(experiment: Experiment, workdir: Path) -> None:
+def score_heldout(experiment: Experiment, workdir: Path, earlier: Path | None = None) -> None:
     """DIR/heldout-label and DIR/heldout-teacher: both oracles on evaluate.num_images test images."""
-    for target in TARGETS:
-        if (experiment.score.estimator, target) != ("gradient", "teacher"):  # zero everywhere
-            job.run(_job(experiment, heldout_folder(workdir, target), workdir, "test", target))
+    for target in heldout_targets(experiment):
+        _score(_job(experiment, heldout_folder(workdir, target), workdir, "test", target), workdir, earlier)
+
+
+def heldout_targets(experiment: Experiment) -> list[str]:
+    """The oracles that test images are scored by."""
+    by_gradient = experiment.score.estimator == "gradient"
+    return [target for target in TARGETS if not (by_gradient and target == "teacher")]  # zero everywhere
+
+
+def _score(of_stage: job.Job, workdir: Path, earlier: Path | None) -> None:
+    if earlier:
+        take_impacts(earlier, workdir, of_stage.directory, of_stage.manifest)
+    job.run(of_stage)
 
 
 def expected_manifest(experiment: Experiment, model: Model, source: Source) -> dict[str, Any]:

@@ -13,8 +13,10 @@ from flax import nnx
 
 from tif_jax import data
 from tif_jax.data.loader import Batches, training_batches
+from tif_jax.data.source import fingerprint
 from tif_jax.errors import InputError
 from tif_jax.experiment.config import to_json
+from tif_jax.experiment.earlier import take_stage
 from tif_jax.experiment.folders import adapter_folder, backbone_folder, filter_folder, finetune_folder
 from tif_jax.experiment.predecessors import check_finished, finished, made_from, start_folder
 from tif_jax.experiment.preprocessing import check_prepared, prepare
@@ -31,7 +33,7 @@ from tif_jax.runtime import records
 from tif_jax.training import losses
 from tif_jax.training.checkpoints import Checkpoints
 from tif_jax.training.recipe import NetworkRecipe, Recipe
-from tif_jax.training.stage import Stage, describe, fit
+from tif_jax.training.stage import Stage, claim_of, describe, fit
 from tif_jax.training.state import State
 from tif_jax.weights.loading import load, load_with_fields
 
@@ -42,12 +44,18 @@ REDUCER_LEARNS = ((r"^reducer/", True),)
 ADAPTER_LEARNS = ((r"^reducer/adapter/", True),)
 
 
-def train(stage: str, experiment: Experiment, workdir: Path) -> None:
-    """Makes, or goes on with, DIR/backbone, DIR/filter, DIR/adapter or DIR/finetune/LABEL-SEED."""
+def train(stage: str, experiment: Experiment, workdir: Path, earlier: Path | None = None) -> None:
+    """Makes, or goes on with, DIR/backbone, DIR/filter, DIR/adapter or DIR/finetune/LABEL-SEED.
+
+    earlier: another workdir, which the stage is taken over from if it is the same there.
+    """
     if stage == "backbone" and (experiment.backbone.init_from or not experiment.backbone.num_epochs):
-        _begin_backbone(experiment, backbone_folder(workdir))
-    else:
-        fit(STAGES[stage](experiment, workdir))
+        _begin_backbone(experiment, workdir, earlier)
+        return
+    made = STAGES[stage](experiment, workdir)
+    if earlier:
+        take_stage(earlier, workdir, made.directory, claim_of(made), made.num_steps)
+    fit(made)
 
 
 def backbone(experiment: Experiment, workdir: Path) -> Stage:
@@ -66,6 +74,7 @@ def backbone(experiment: Experiment, workdir: Path) -> Stage:
         loss=partial(losses.classification, label_smoothing=recipe.label_smoothing),
         batches=_fresh_views(experiment, recipe, source),
         num_examples=len(source),
+        examples=fingerprint(source),
     )
 
 
@@ -109,6 +118,7 @@ def token_filter(experiment: Experiment, workdir: Path) -> Stage:
         loss=partial(losses.impact, **labelled, positive_weight=(1 / positives - 1) if recipe.balance else 1.0),
         batches=batches,
         num_examples=len(table.index),
+        examples=fingerprint(source),
         trainable=REDUCER_LEARNS,
         made_from=begin,
     )
@@ -174,6 +184,7 @@ def finetune(experiment: Experiment, workdir: Path) -> Stage:
         loss=loss,
         batches=_fresh_views(experiment, recipe, source),
         num_examples=len(source),
+        examples=fingerprint(source),
         trainable=REDUCER_RESTS if rests else (),
         early=[
             (end, nnx.eval_shape(blueprint(fields, reducer=changed.name, **changed.arguments), jax.random.key(0)))
@@ -226,7 +237,7 @@ def _all_images(experiment: Experiment, recipe: Recipe, model: Model) -> dict[st
     check_prepared(model, experiment, "the network")
     source = data.open_source(experiment.data, "train")
     batches = training_batches(source, experiment.data, batch_size=recipe.batch_size, seed=experiment.seed)
-    return {"batches": batches, "num_examples": len(source)}
+    return {"batches": batches, "num_examples": len(source), "examples": fingerprint(source)}
 
 
 def _load(folder: Path, entry: ReducerEntry, experiment: Experiment, **given: Any) -> tuple[Model, dict[str, Any]]:
@@ -274,9 +285,9 @@ def _finetuning_loss(experiment: Experiment, workdir: Path) -> tuple[losses.Loss
     return partial(losses.distillation, base=base, **weights), teacher
 
 
-def _begin_backbone(experiment: Experiment, directory: Path) -> None:
+def _begin_backbone(experiment: Experiment, workdir: Path, earlier: Path | None) -> None:
     """A backbone that is not trained by itself: imported, or random weights that fine-tuning begins with."""
-    recipe = experiment.backbone
+    recipe, directory = experiment.backbone, backbone_folder(workdir)
     if recipe.init_from:
         check_finished(recipe.init_from)
         given: dict[str, Any] = {**recipe.model, "image_size": experiment.data.image_size, "seed": experiment.seed}
@@ -288,6 +299,8 @@ def _begin_backbone(experiment: Experiment, directory: Path) -> None:
         model = prepare(create_model(fields, seed=experiment.seed), experiment)
     which = {"weights": backbone_digest(params_of(model))} if recipe.init_from else {"seed": experiment.seed}
     made = {"init_from": recipe.init_from, "model": fields, **which}
+    if earlier:
+        take_stage(earlier, workdir, directory, made, 0)
     records.claim(directory, made)
     state = State(jnp.int32(0), params_of(model), ())
     with Checkpoints(directory / "checkpoints") as checkpoints:

@@ -5,6 +5,7 @@ gets every lock.
 """
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -35,6 +36,20 @@ def lock(path: Path, note: str = "") -> Iterator[bool | None]:
         with suppress(OSError):
             path.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def is_held(path: Path) -> bool | None:
+    """Whether some process of this machine holds the lock, as the system's table says; None where there is no such table.
+
+    Nothing is locked for that.
+    """
+    try:
+        held = re.findall(r"FLOCK .*:(\d+) \d+ \w+$", Path("/proc/locks").read_text(), re.MULTILINE)
+        return str(path.stat().st_ino) in held
+    except FileNotFoundError:
+        return None if path.exists() else False
+    except OSError:
+        return None
 
 
 def _lock(path: Path) -> tuple[int | None, bool | None]:

@@ -55,6 +55,7 @@ class Stage:
     it only the structure is used (`nnx.eval_shape`).
     teacher: the model whose outputs the loss reads; None if it reads none.
     made_from: what it begins with, such as the digests of checkpoints: a folder made from something else is refused.
+    examples: which training images with which labels (`data.source.fingerprint`); None where they do not tell.
     """
 
     directory: Path
@@ -75,6 +76,7 @@ class Stage:
     early: Sequence[tuple[float, Model]] = ()
     teacher: Model | None = None
     made_from: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    examples: str | None = None
 
     @property
     def steps_per_epoch(self) -> float:
@@ -141,6 +143,13 @@ def prepare(stage: Stage) -> Prepared:
     return Prepared(mesh, abstract, fresh, step)
 
 
+def claim_of(stage: Stage) -> dict[str, Any]:
+    """What the stage's folder is claimed for: all that decides on the numbers in it."""
+    made = {"model": dict(stage.fields), "reducer": dict(stage.reducer), "recipe": checked.to_json(stage.recipe)}
+    made |= {key: stage.settings[key] for key in ("seed", "dtype", "data")}
+    return made | {"made_from": dict(stage.made_from), "examples": stage.examples}
+
+
 def fit(stage: Stage) -> None:
     """Trains, or goes on where an interrupted run of the same recipe stopped, until recipe.num_epochs are done.
 
@@ -149,8 +158,7 @@ def fit(stage: Stage) -> None:
     weights, stage = stage.model, dataclasses.replace(stage, model=structure_of(stage.model))
     directory, batches, num_steps = stage.directory, stage.batches, stage.num_steps
     prepared = prepare(stage)  # before a mistake in the recipe can be noted as what is made here
-    made = {"model": dict(stage.fields), "reducer": dict(stage.reducer), "recipe": checked.to_json(stage.recipe)}
-    made |= {key: stage.settings[key] for key in ("seed", "dtype", "data")} | {"made_from": dict(stage.made_from)}
+    made = claim_of(stage)
     records.claim(directory, made, ignored=WITHOUT_EFFECT)
     processes.wait_for_all(f"{directory.name} claimed")
     with (

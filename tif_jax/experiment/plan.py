@@ -1,0 +1,71 @@
+"""DIR/run.json: what `tif run` is to make in a workdir, by which command and config. `tif status` and reports read it."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tif_jax.experiment import config as config_file
+from tif_jax.experiment.folders import (
+    adapter_folder,
+    backbone_folder,
+    filter_folder,
+    finetune_folder,
+    heldout_folder,
+    impact_folder,
+)
+from tif_jax.experiment.schema import Experiment
+from tif_jax.experiment.scoring import heldout_targets
+from tif_jax.runtime import log_file, records
+from tif_jax.runtime.machine import machine
+
+NAME = "run.json"
+
+
+def write(
+    experiment: Experiment,
+    workdir: Path,
+    runs: Sequence[Experiment],
+    filters: Sequence[Experiment],
+    earlier: Path | None = None,
+) -> None:
+    """Writes it anew where something but the date has changed.
+
+    runs: one config per fine-tuning; filters: one per token filter. earlier: the workdir that stages are taken over from.
+    """
+    noted = {
+        "command": log_file.command,
+        "config": config_file.to_json(experiment),
+        "from": earlier and str(earlier.absolute()),
+        "versions": records.versions(),
+        "machine": machine(),
+        "stages": stages(experiment, workdir, runs, filters),
+    }
+    before = records.read_result(workdir / NAME, {}) or {}
+    if records.differences({key: value for key, value in before.items() if key != "date"}, noted):
+        records.write(workdir / NAME, {"date": time.strftime(log_file.TIME), **noted})
+
+
+def stages(
+    experiment: Experiment, workdir: Path, runs: Sequence[Experiment], filters: Sequence[Experiment]
+) -> list[dict[str, Any]]:
+    """The stages that leave a folder, in order: its name in the workdir, what it is made by, and of fine-tunings what of."""
+    found: list[tuple[Path, str, dict[str, Any]]] = [(backbone_folder(workdir), "train", {})]
+    if filters or any(of_run.reducer.name == "prior" for of_run in runs):
+        found.append((impact_folder(workdir), "score", {}))
+    if filters:
+        found += [(heldout_folder(workdir, target), "score", {}) for target in heldout_targets(experiment)]
+    found += [(filter_folder(of_seed, workdir), "train", {}) for of_seed in filters]
+    for of_run in runs:
+        entry = of_run.reducer
+        if entry.is_fitted_first:
+            found.append((filter_folder(of_run, workdir), "train", {}))
+        if entry.has_adapter:
+            found.append((adapter_folder(of_run, workdir), "train", {}))
+        of_what = {"reducer": entry.name, "label": entry.label, "seed": of_run.seed}
+        found.append((finetune_folder(of_run, workdir), "train", of_what))
+    listed: dict[str, dict[str, Any]] = {}  # several reducers of a seed share a filter and an adapter
+    for folder, kind, of_what in found:
+        name = str(folder.relative_to(workdir))
+        listed.setdefault(name, {"folder": name, "kind": kind, **of_what})
+    return [*listed.values()]
