@@ -6,7 +6,7 @@ import math
 import numpy as np
 from small_project import forget_handlers
 
-from tif_jax.commands import _report
+from tif_jax.commands import _report, _results
 from tif_jax.commands._plots import accuracy_cost
 from tif_jax.commands._tables import fixed, percent
 from tif_jax.runtime import metrics_log, records
@@ -26,13 +26,31 @@ ROWS = [row("full-1", seed, 0.8 + seed / 100, 0.75, **FULL) for seed in (0, 1)] 
 ]
 
 
+RESULT = {
+    "command": "tif run --config a|b", "date": "2026-01-02 03:04:05 UTC", "versions": {"jax": "1.2"}, "device": "2 x cpu",
+    "machine": {"host": "here", "processor": "Z80", "cores": 2, "system": ""}, "taken_from": {"backbone": "/old/backbone"},
+    "test": {"num_images": 9, "data": {"name": "image_folder", "root": "/data/birds", "test_split": "val"}},
+    "backbone": {"top1": 0.8}, "rankings": None, "best": None, "best_chosen_on": None, "left_out": [], "unfinished": [],
+}  # fmt: skip
+
+
+def test_the_heading_says_what_was_run_on_what_where_and_when():
+    text = table(ROWS, unfinished=["finetune/x-0"])
+    for cells in (
+        "data | image_folder `birds` (`val`), 9 test images", r"command | `tif run --config a\|b`",
+        "date | 2026-01-02 03:04:05 UTC", "machine | 2 x cpu on Z80, 2 cores, here", "software | jax 1.2",
+        "taken over | backbone from `/old/backbone`",
+    ):  # fmt: skip
+        assert f"| {cells} |" in text
+    assert "Not finished, or not evaluated: `finetune/x-0`." in text
+    assert "png" not in text and "![training curves](training.png)" in _report.markdown_of(RESULT, [], ["training.png"])
+    assert "Nothing is fine-tuned yet" in table([])
+
+
 def table(rows, **others):
-    summary = _report.summarise(rows)
-    result = {
-        "device": "2 x cpu", "versions": {}, "backbone": {"top1": 0.8}, "rankings": None, "best": None,
-        "best_chosen_on": None, "left_out": [], **others,
-    }  # fmt: skip
-    return _report._markdown(result, summary)
+    summary = _results.summarise(rows)
+    result = RESULT | {"rows": rows, **others}
+    return _report.markdown_of(result, summary)
 
 
 def test_a_spread_stands_where_seeds_differ_alone():
@@ -52,11 +70,11 @@ def test_what_has_no_row_is_told(tmp_path, caplog):
     for name in ("full-1-0", "full-1-1", "full-1-2"):
         (tmp_path / "finetune" / name).mkdir(parents=True)
         (tmp_path / "finetune" / name / "metrics.json").write_text("{}")
-    left_out = _report._left_out(tmp_path, ROWS[:1])
+    left_out = _results._left_out(tmp_path, ["finetune/full-1-0"])
     assert left_out == ["finetune/full-1-1", "finetune/full-1-2"]
     assert "finetune/full-1-1, finetune/full-1-2" in caplog.text
     assert "`finetune/full-1-1`, `finetune/full-1-2`" in table(ROWS[:1], left_out=left_out)
-    assert not _report._left_out(tmp_path, [*ROWS[:2], row("full-1", 2, 0.8, 0.8)])
+    assert not _results._left_out(tmp_path, [f"finetune/full-1-{seed}" for seed in range(3)])
 
 
 def test_json_that_every_reader_takes(tmp_path):
@@ -80,5 +98,5 @@ def test_json_that_every_reader_takes(tmp_path):
 def test_numbers_that_are_not_there(tmp_path):
     assert fixed(3)(None) == fixed(3)(math.nan) == "-" and fixed(1, 100.0)(0.5) == "50.0"
     assert percent((0.861, 0.0061)) == "86.10 ± 0.61" and percent((0.861, None)) == "86.10"
-    accuracy_cost(_report.summarise(ROWS), tmp_path / "plot.png")
+    accuracy_cost(_results.summarise(ROWS), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 0

@@ -11,7 +11,7 @@ from small_project import last_line, tif
 
 import tif_jax
 from tif_jax.__main__ import main
-from tif_jax.commands import _report
+from tif_jax.commands import _results
 from tif_jax.data import open_source
 from tif_jax.data.source import fingerprint
 from tif_jax.runtime import records, workdir
@@ -131,9 +131,9 @@ def test_rows_of_a_report_that_are_not_of_the_same_images_are_told(caplog):
         reducer="full", keep_ratio=1.0, tokens_left=4, gmac=1.0, images_per_second=1.0, top1=0.5, top1_before=0.5
     )
     rows = [row | dict(label="full-1", num_images=16), row | dict(label="evit-0.5", num_images=15)]
-    assert [row["num_images"] for row in _report.summarise(rows)] == ["16", "15"]
+    assert [row["num_images"] for row in _results.summarise(rows)] == ["16", "15"]
     assert "not of the same images: 15 or 16" in caplog.text
-    assert "num_images" not in _report.summarise(rows[:1])[0]
+    assert "num_images" not in _results.summarise(rows[:1])[0]
 
 
 def test_an_imported_backbone_that_guesses_worse_than_chance_is_told(place, capsys):

@@ -22,6 +22,8 @@ examples:
   tif run --config imagenette:plain --workdir runs/plain              your data folder is $TIF_DATA
   tif evaluate --config digits --workdir runs/half --config.reducer.keep_ratio=0.5
   tif convert deit_tiny.pth deit_tiny.safetensors                     weights, without PyTorch
+  tif status runs/half                                                how far it is, and how long still
+  tif report runs/quick runs/half --output comparison                 runs side by side
   tif predict --workdir runs/half photos --top 3                       classes of your pictures
   tif share --workdir runs/half --to shared                           the model with its card, for others
   tif export --workdir runs/half --to onnx                             a file that runs without this program

@@ -6,17 +6,19 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from tif_jax.errors import InputError
-from tif_jax.runtime import log_file, metrics_log, records
+from tif_jax.runtime import locks, log_file, metrics_log, records
 
 Stage = dict[str, Any]  # folder, kind, state ("done", "begun", "to do", "broken"), done, of, unit, told
 
 _FOLDERS = ("backbone", "impact", "heldout-label", "heldout-teacher", "filter*", "adapter*", "finetune/*")
 _ENTRY = re.compile(r"(\S+ \S+) (\d+) (.*)")
 _PROGRESS = re.compile(r"(?P<title>.+): (?P<done>\d+) of (?P<of>\d+) \w+.*, (?P<left>[\d:]+) left")
+_BEGUN = re.compile(r"(?P<title>.+): steps (?P<done>\d+) to (?P<of>\d+) on .*")
 _KINDS = {"backbone": "backbone", "impact": "score", "heldout": "score", "filter": "filter", "adapter": "adapter"}
 
 
@@ -24,12 +26,11 @@ def planned(workdir: Path, plan: Mapping[str, Any] | None) -> list[dict[str, str
     """The stages of DIR/run.json with folder and kind ("train", "score"); without it, those that have a folder."""
     if plan:
         return plan["stages"]
-    found = [
-        path for pattern in _FOLDERS for path in sorted(workdir.glob(pattern)) if path.is_dir() or path.is_symlink()
-    ]
+    there = [path for path in (*workdir.glob("*"), *workdir.glob("finetune/*")) if path.is_dir() or path.is_symlink()]
+    names = sorted(str(path.relative_to(workdir)) for path in there)
+    found = [name for pattern in _FOLDERS for name in names if fnmatch(name, pattern)]
     scored = ("impact", "heldout-label", "heldout-teacher")
-    names = [str(path.relative_to(workdir)) for path in found]
-    return [{"folder": name, "kind": "score" if name in scored else "train"} for name in names]
+    return [{"folder": name, "kind": "score" if name in scored else "train"} for name in found]
 
 
 def state_of(workdir: Path, planned: Mapping[str, str]) -> Stage:
@@ -83,6 +84,8 @@ def _scored(folder: Path) -> Stage:
     told = f"{len(parts)} of {manifest['num_parts']} parts"
     if note := records.read(folder / "taken_from.json"):
         told += f", from {note['folder']}"
+    if held := sum(locks.is_held(path) is True for path in folder.glob(".part-*.lock")):
+        told += f", {held} being scored now"
     finished = len(parts) >= manifest["num_parts"]
     unreadable = finished and done < of
     return {
@@ -130,19 +133,22 @@ def seconds_of(log: Sequence[tuple[datetime, int, str]]) -> dict[str, float]:
 
 
 def last_progress(log: Sequence[tuple[datetime, int, str]], process: int) -> dict[str, Any] | None:
-    """The last progress line of a process since its last stage began: title, done, of, and seconds left from now on."""
+    """The last progress line of a process since its last stage began: title, done, of, its age in seconds.
+
+    seconds_left: from now on; None where the line does not say it.
+    """
     for at, who, text in reversed(log):
         if who != process:
             continue
         if text.startswith(("stage ", "begins: ")):
             return None
-        if match := _PROGRESS.fullmatch(text):
-            age = time.time() - at.timestamp()
-            seconds = 0
-            for part in match["left"].split(":"):
-                seconds = 60 * seconds + int(part)
-            found: dict[str, Any] = {"title": match["title"], "done": int(match["done"]), "of": int(match["of"])}
-            return found | {"seconds_left": max(0.0, seconds - age), "age": age}
+        if match := _PROGRESS.fullmatch(text) or _BEGUN.fullmatch(text):
+            age, left = time.time() - at.timestamp(), None
+            if "left" in match.groupdict():
+                seconds = [int(part) for part in match["left"].split(":")]
+                left = max(0.0, sum(60**i * part for i, part in enumerate(reversed(seconds))) - age)
+            title, done, of = Path(match["title"]).name, int(match["done"]), int(match["of"])
+            return {"title": title, "done": done, "of": of, "age": age, "seconds_left": left}
     return None
 
 

@@ -1,8 +1,6 @@
 """report.json, report.md and the figures of a finished run: what was gained, from the files its stages left."""
 
-import logging
-import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -10,24 +8,22 @@ from typing import Any
 import numpy as np
 
 from tif_jax.commands._plots import accuracy_cost, picture_page, training_curves
+from tif_jax.commands._results import curves_of, result_of, summarise
 from tif_jax.commands._tables import Column, fixed, markdown, percent
 from tif_jax.commands.evaluate import KEEP_RATIOS
 from tif_jax.data.loader import evaluation_batches
 from tif_jax.errors import WorkError
-from tif_jax.experiment import config as config_file
-from tif_jax.experiment.folders import adapter_folder, backbone_folder, filter_folder, finetune_folder, heldout_folder
-from tif_jax.experiment.predecessors import finished
+from tif_jax.experiment.folders import filter_folder, heldout_folder
 from tif_jax.experiment.schema import Experiment
 from tif_jax.experiment.sources import open_for_model
 from tif_jax.impact import shards
 from tif_jax.models import Model
 from tif_jax.models.budget import AMOUNTS
-from tif_jax.runtime import files, metrics_log, records
+from tif_jax.runtime import files, records
 from tif_jax.tokens import num_kept, top_k
 from tif_jax.weights.loading import load
 
-logger = logging.getLogger(__name__)
-
+TOKENS = "tokens.png"
 _NUM_PICTURES = 8
 _SUMMARY = (
     Column("reducer", ("label",)),
@@ -40,122 +36,51 @@ _SUMMARY = (
     Column("images/s", ("images_per_second",), fixed(1)),
     Column("x full", ("speed_up",), fixed(2)),
 )
+_SHOWN = (
+    "## Pictures",
+    "",
+    "Each row: the image; the oracle's impact; the filter's prediction; the tokens that the filter keeps.",
+    "",
+    "![impact, prediction, kept tokens](tokens.png)",
+    "",
+)
 
 
-def write_report(
-    config: Experiment, workdir: Path, runs: Sequence[Experiment], of_filter: Experiment | None = None
-) -> None:
+def write_report(workdir: Path, of_filter: Experiment | None = None) -> None:
     """DIR/report.json, DIR/report.md, accuracy_cost.png, training.png and, of a token filter, tokens.png.
 
-    runs: one config per fine-tuning. of_filter: that of the token filter of the first seed, if there is one.
+    of_filter: the config of the token filter of the first seed, if there is one.
     """
-    speed = records.read(workdir / "benchmark.json")
-    per_label = {row["label"]: row for row in speed["rows"]}
-    rows = []
-    for of_run in runs:
-        directory = finetune_folder(of_run, workdir)
-        label = of_run.reducer.label
-        metrics, measured = records.read(directory / "metrics.json"), per_label[label]
-        if metrics["checkpoint"] != finished(directory)[1]:  # by `tif evaluate` that looked in between
-            raise WorkError(f"{directory}/metrics.json is of another checkpoint; run the same command again")
-        row = {
-            "reducer": of_run.reducer.name,
-            "label": label,
-            "keep_ratio": metrics["keep_ratio"],
-            "tokens_left": metrics["tokens_left"],
-            "seed": of_run.seed,
-            "top1": metrics["top1"],
-            "top1_before": metrics["before"]["top1"],
-            "num_images": metrics["num_images"],
-            "gmac": metrics["gmac"],
-            "images_per_second": measured["images_per_second"],
-            "checkpoint": metrics["checkpoint"],
-            "directory": str(directory.relative_to(workdir)),
-        }
-        if "validation" in metrics:
-            row["validation_top1"] = metrics["validation"]["top1"]
-            row["validation_loss"] = metrics["validation"]["loss"]
-        rows.append(row | {key: metrics[key] for key in ("top1_among_classes",) if key in metrics})
-    ranking = records.read(filter_folder(of_filter, workdir) / "metrics.json") if of_filter else None
-    best, chosen_on = _best([row for row in rows if row["label"] == config.reducer.label])
-    result = {
-        "config": config_file.to_json(config),
-        "versions": records.versions(),
-        "device": speed["device"],
-        "backbone": records.read(backbone_folder(workdir) / "metrics.json"),
-        "rows": rows,
-        "filter": _filter_summary(ranking["rankings"]) if ranking else None,
-        "rankings": ranking,
-        "best": best,
-        "best_chosen_on": chosen_on,
-        "left_out": _left_out(workdir, rows),
-    }
+    result = result_of(workdir)
+    if result["unfinished"]:  # by `tif evaluate` that looked in between
+        raise WorkError(
+            f"{workdir}/{result['unfinished'][0]} has no metrics of its checkpoint; run the same command again"
+        )
     records.write(workdir / "report.json", result)
-    summary = summarise(rows)
-    accuracy_cost(summary, workdir / "accuracy_cost.png")
-    training_curves(_curves(config, workdir, runs, of_filter), workdir / "training.png")
     if of_filter:
-        picture_page(_pictures(of_filter, workdir), workdir / "tokens.png")
-    files.write(workdir / "report.md", _markdown(result, summary).encode())
+        picture_page(_pictures(of_filter, workdir), workdir / TOKENS)
+    write_markdown(workdir, result, workdir)
 
 
-def _best(rows: Sequence[dict[str, Any]]) -> tuple[str | None, str | None]:
-    """The folder of the best of these fine-tunings, and on what it was chosen: never on the test split.
-
-    Without validation images nothing is chosen: it is the first, that of the first seed.
-    """
-    if not rows:
-        return None, None
-    if "validation_top1" not in rows[0]:
-        return rows[0]["directory"], None
-    best = max(rows, key=lambda row: (row["validation_top1"], -row["validation_loss"]))
-    return best["directory"], "validation"
+def write_markdown(workdir: Path, result: Mapping[str, Any], folder: Path) -> None:
+    """FOLDER/report.md of the run in a workdir, with accuracy_cost.png and training.png; tokens.png is there or not."""
+    summary, shown = summarise(result["rows"]), ["accuracy_cost.png", "training.png"]
+    accuracy_cost(summary, folder / "accuracy_cost.png")
+    training_curves({Path(name).name: lines for name, lines in curves_of(workdir).items()}, folder / "training.png")
+    shown += [TOKENS] if result["rankings"] and (folder / TOKENS).exists() else []
+    files.write(folder / "report.md", markdown_of(result, summary, shown).encode())
 
 
-def _left_out(workdir: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Folders of evaluated fine-tunings that are not among the rows. They are told, lest a table shrink in silence."""
-    there = (str(file.parent.relative_to(workdir)) for file in (workdir / "finetune").glob("*/metrics.json"))
-    found = sorted(set(there) - {row["directory"] for row in rows})
-    if found:
-        logger.warning("the report has no row for %s, which this config does not name", ", ".join(found))
-    return found
-
-
-def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per reducer: of each top-1, mean and sample standard deviation over the seeds; speed beside the full model.
-
-    The deviation is None where nothing varies: of one seed, or of what no seed touches, as a reducer off the shelf.
-    """
-    summary = []
-    same = ("label", "reducer", "keep_ratio", "tokens_left", "gmac", "images_per_second")
-    for label in dict.fromkeys(row["label"] for row in rows):
-        of_label = [row for row in rows if row["label"] == label]
-        row = {key: of_label[0][key] for key in same}
-        for metric in ("top1", "top1_before", "top1_among_classes"):
-            if metric in of_label[0]:
-                values = [r[metric] for r in of_label]
-                row[metric] = statistics.mean(values), statistics.stdev(values) if len({*values}) > 1 else None
-        summary.append(row | {"num_seeds": len(of_label)})
-    if len(counts := sorted({row["num_images"] for row in rows})) > 1:
-        for row in summary:
-            read = sorted({r["num_images"] for r in rows if r["label"] == row["label"]})
-            row["num_images"] = " and ".join(map(str, read))
-        logger.warning(
-            "the rows of the report are not of the same images: %s of them could be read; delete the metrics.json of the "
-            "rows with fewer and run the same command again", " or ".join(map(str, counts)),
-        )  # fmt: skip
-    full = next((row["images_per_second"] for row in summary if row["reducer"] == "full"), None)
-    return [row | ({"speed_up": row["images_per_second"] / full} if full else {}) for row in summary]
-
-
-def _markdown(result: dict[str, Any], summary: list[dict[str, Any]]) -> str:
-    seeds = summary[0]["num_seeds"]
+def markdown_of(result: Mapping[str, Any], summary: Sequence[dict[str, Any]], pictures: Collection[str] = ()) -> str:
+    """The report. pictures: which figures lie beside it."""
+    seeds = max((row["num_seeds"] for row in summary), default=1)
     spread = "one seed" if seeds == 1 else f"mean ± standard deviation over {seeds} seeds, where these differ"
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     lines = [
         "# Report",
         "",
-        f"{result['device']}; {versions}. Backbone before fine-tuning: top-1 {100 * result['backbone']['top1']:.2f} %.",
+        *heading(result),
+        "",
+        f"Backbone before fine-tuning: top-1 {100 * result['backbone']['top1']:.2f} %.",
         "",
         "## Accuracy and cost after fine-tuning",
         "",
@@ -163,23 +88,68 @@ def _markdown(result: dict[str, Any], summary: list[dict[str, Any]]) -> str:
         "under the reducer, not yet fine-tuned. Tokens left: patch tokens that leave the last block. Images/s: interleaved "
         "in one process.",
         "",
-        *markdown([column for column in _SUMMARY if column.key[0] in summary[0]], summary),
+        *(table_of(summary) if summary else ["Nothing is fine-tuned yet."]),
         "",
         *_notes(result),
-        "![accuracy against cost](accuracy_cost.png)",
-        "",
+        *(["![accuracy against cost](accuracy_cost.png)", ""] if "accuracy_cost.png" in pictures else []),
         *(_of_filter(result["rankings"]) if result["rankings"] else []),
-        "![training curves](training.png)",
-        "",
+        *(_SHOWN if "tokens.png" in pictures else []),
+        *(["![training curves](training.png)", ""] if "training.png" in pictures else []),
     ]
     return "\n".join(lines)
 
 
-def _notes(result: dict[str, Any]) -> list[str]:
+def heading(result: Mapping[str, Any]) -> list[str]:
+    """A table of what was run, when and where."""
+    data = result["test"]["data"]
+    facts = {
+        "data": f"{name_of(data)}, {result['test']['num_images']} test images",
+        "command": f"`{result['command']}`",
+        "date": result["date"],
+        "machine": machine_of(result),
+        "software": ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
+    }
+    if result["taken_from"]:
+        facts["taken over"] = ", ".join(f"{name} from `{origin}`" for name, origin in result["taken_from"].items())
+    columns = [Column("run", ("key",)), Column("", ("value",), _cell)]
+    return markdown(columns, [{"key": key, "value": value} for key, value in facts.items()])
+
+
+def name_of(data: Mapping[str, Any]) -> str:
+    """Of a data set, for a reader: what it is, where it lies, which split is the test split."""
+    where = data.get("tfds_name") or Path(data.get("root") or "").name
+    name = f"{data['name']} `{where}`" if where else data["name"]
+    return name if data["name"] == "digits" else f"{name} (`{data['test_split']}`)"
+
+
+def machine_of(result: Mapping[str, Any]) -> str:
+    machine = result["machine"]
+    devices = f"{result['device']} on " if result["device"] else ""
+    return f"{devices}{machine['processor']}, {machine['cores']} cores, {machine['host']}"
+
+
+def table_of(summary: Sequence[dict[str, Any]], *columns: Column) -> list[str]:
+    """Lines: the rows of a summary, with further columns before. What a row lacks is '-'."""
+    shown = [column for column in _SUMMARY if any(row.get(column.key[0]) is not None for row in summary)]
+    rows = [{column.key[0]: None for column in shown} | row for row in summary]
+    return markdown([*columns, *(column._replace(text=_or_dash(column.text)) for column in shown)], rows)
+
+
+def _or_dash(text: Callable[[Any], str]) -> Callable[[Any], str]:
+    return lambda value: "-" if value is None else text(value)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _notes(result: Mapping[str, Any]) -> list[str]:
     """Paragraphs: which run is taken for the best, and which have no row."""
     how = "the best on validation images" if result["best_chosen_on"] else "the first: no validation images, no choice"
     left_out = ", ".join(f"`{name}`" for name in result["left_out"])
     told = [f"This folder loads as `{result['best']}`, {how}."] if result["best"] else []
+    unfinished = ", ".join(f"`{name}`" for name in result["unfinished"])
+    told += [f"Not finished, or not evaluated: {unfinished}."] if unfinished else []
     told += [f"There are runs that this config does not name: {left_out}."] if left_out else []
     return [line for paragraph in told for line in (paragraph, "")]
 
@@ -196,19 +166,7 @@ def _of_filter(found: dict[str, Any]) -> list[str]:
         "",
         *_ranking_table(found["rankings"]),
         "",
-        "## Pictures",
-        "",
-        "Each row: the image; the oracle's impact; the filter's prediction; the tokens that the filter keeps.",
-        "",
-        "![impact, prediction, kept tokens](tokens.png)",
-        "",
     ]
-
-
-def _filter_summary(rankings: dict[str, Any]) -> dict[str, Any]:
-    """AUC and Spearman correlation of the filter and of the two rankings it has to beat."""
-    known = {name: {"auc": row["auc"], "spearman": row["spearman"]["label"]} for name, row in rankings.items()}
-    return {**known["filter"], "position_prior": known["position prior"], "random": known["random"]}
 
 
 def _ranking_table(rankings: dict[str, Any]) -> list[str]:
@@ -226,16 +184,6 @@ def _ranking_table(rankings: dict[str, Any]) -> list[str]:
 
 def _outcome(outcome: dict[str, float]) -> str:
     return " / ".join(fixed(3)(outcome[key]) for key in ("cross_entropy", "top1", "agreement"))
-
-
-def _curves(
-    config: Experiment, workdir: Path, runs: Sequence[Experiment], of_filter: Experiment | None
-) -> dict[str, list[dict[str, Any]]]:
-    directories = [backbone_folder(workdir), *([filter_folder(of_filter, workdir)] if of_filter else [])]
-    for of_run in (r for r in runs if r.seed == config.seed):
-        directories += [adapter_folder(of_run, workdir)] if of_run.reducer.has_adapter else []
-        directories += [finetune_folder(of_run, workdir)]
-    return {directory.name: metrics_log.read(directory) for directory in directories}
 
 
 def _pictures(config: Experiment, workdir: Path) -> list[dict[str, np.ndarray]]:

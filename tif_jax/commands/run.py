@@ -77,7 +77,7 @@ def run(experiment: Experiment, workdir: Path, earlier: Path | None = None) -> N
         benchmark(experiment, workdir)
     logger.info("stage report")
     if processes.is_first():
-        write_report(experiment, workdir, runs, filters[0] if filters else None)
+        write_report(workdir, filters[0] if filters else None)
     processes.wait_for_all("reported")
 
 

@@ -97,7 +97,7 @@ def _time_left(
     to_come += ["benchmark"] if results and not results["benchmark.json"] else []
     begun = [_progress.kind_of(stage["folder"]) for stage in stages if stage["state"] in ("begun", "now")]
     known = sum(seconds.get(kind, 0.0) for kind in to_come)
-    if now:
+    if now and now["seconds_left"] is not None:
         known += now["seconds_left"]
     else:
         to_come = begun + to_come
@@ -133,7 +133,7 @@ def as_text(found: dict[str, Any]) -> str:
     ]
     if now := found["now"]:
         lines.append(f"  now: {now['title']}, {now['done']} of {now['of']}, said {_duration(now['age'])} ago")
-    if not found["finished"]:
+    if not found["finished"] and (found["seconds_left"] or found["not_known"]):
         lines.append(f"  time left: {_left(found)}")
     if last := found["last"]:
         lines.append(f"  log.txt, {last['date']}: {last['text']}{' (' + last['ended'] + ')' if last['ended'] else ''}")
@@ -147,7 +147,7 @@ def _headline(found: dict[str, Any]) -> str:
         sure = "running" if who["running"] else "taken (whether it still runs can be seen there alone)"
         return f"{sure}: {command}, process {who['pid']} on {who['host']} since {who['since']}"
     if found["was_killed"]:
-        return f"its process was killed; go on with {command}"
+        return f"stopped, its process is gone; go on with {command}"
     if found["finished"]:
         return f"finished: {command}"
     return f"nobody is at it; go on with {command}" if found["command"] else "nobody is at it"

@@ -36,6 +36,7 @@ def write(
     noted = {
         "command": log_file.command,
         "config": config_file.to_json(experiment),
+        "label": experiment.reducer.label,
         "from": earlier and str(earlier.absolute()),
         "versions": records.versions(),
         "machine": machine(),
@@ -49,21 +50,25 @@ def write(
 def stages(
     experiment: Experiment, workdir: Path, runs: Sequence[Experiment], filters: Sequence[Experiment]
 ) -> list[dict[str, Any]]:
-    """The stages that leave a folder, in order: its name in the workdir, what it is made by, and of fine-tunings what of."""
-    found: list[tuple[Path, str, dict[str, Any]]] = [(backbone_folder(workdir), "train", {})]
+    """The stages that leave a folder, in order: its name in the workdir, whether it is trained or scored, the seed.
+
+    Of fine-tunings also `reducer` and `label`; of token filters `ranked`: their metrics are a table of rankings.
+    """
+    seed = {"seed": experiment.seed}
+    found: list[tuple[Path, str, dict[str, Any]]] = [(backbone_folder(workdir), "train", seed)]
     if filters or any(of_run.reducer.name == "prior" for of_run in runs):
-        found.append((impact_folder(workdir), "score", {}))
+        found.append((impact_folder(workdir), "score", seed))
     if filters:
-        found += [(heldout_folder(workdir, target), "score", {}) for target in heldout_targets(experiment)]
-    found += [(filter_folder(of_seed, workdir), "train", {}) for of_seed in filters]
+        found += [(heldout_folder(workdir, target), "score", seed) for target in heldout_targets(experiment)]
+    found += [(filter_folder(of, workdir), "train", {"seed": of.seed, "ranked": True}) for of in filters]
     for of_run in runs:
-        entry = of_run.reducer
+        entry, seed = of_run.reducer, {"seed": of_run.seed}
         if entry.is_fitted_first:
-            found.append((filter_folder(of_run, workdir), "train", {}))
+            found.append((filter_folder(of_run, workdir), "train", seed))
         if entry.has_adapter:
-            found.append((adapter_folder(of_run, workdir), "train", {}))
-        of_what = {"reducer": entry.name, "label": entry.label, "seed": of_run.seed}
-        found.append((finetune_folder(of_run, workdir), "train", of_what))
+            found.append((adapter_folder(of_run, workdir), "train", seed))
+        of_what = {"reducer": entry.name, "label": entry.label}
+        found.append((finetune_folder(of_run, workdir), "train", seed | of_what))
     listed: dict[str, dict[str, Any]] = {}  # several reducers of a seed share a filter and an adapter
     for folder, kind, of_what in found:
         name = str(folder.relative_to(workdir))

@@ -1,0 +1,62 @@
+"""The figures of a comparison of runs."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tif_jax.commands._plots import _figure, _narrow, _save
+
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+_KINDS = ("backbone", "filter", "adapter", "finetune")
+
+
+def outcomes(rows: Sequence[Mapping[str, Any]], key: str, label: str, path: Path) -> None:
+    """Top-1 (mean and standard deviation) against `key`: a colour for each run, a marker for each reducer."""
+    figure, axes = _figure(9, 4)
+    runs = [*dict.fromkeys(row["run"] for row in rows)]
+    reducers = [*dict.fromkeys(row["reducer"] for row in rows)]
+    for row in rows:
+        if row[key] is not None:
+            top1, spread = row["top1"]
+            axes.errorbar(
+                row[key], 100 * top1, spread and 100 * spread, capsize=3, color=_colour(runs, row["run"]),
+                fmt="os^Dv<>pXP*"[reducers.index(row["reducer"]) % 11], label=_narrow(f"{row['run']}: {row['label']}"),
+            )  # fmt: skip
+    axes.set(xlabel=label, ylabel="top-1 (%)", xlim=(0, None))
+    figure.legend(loc="outside right upper", fontsize=7)
+    axes.grid(alpha=0.3)
+    _save(figure, path, dpi=120)
+
+
+def losses(curves: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], path: Path) -> None:
+    """Training losses by run and stage, in a panel for each kind of stage: a colour for each run."""
+    kinds = [kind for kind in _KINDS if any(_kind(name) == kind for stages in curves.values() for name in stages)]
+    figure, grid = _figure(4 * max(1, len(kinds)) + 2, 4, columns=max(1, len(kinds)))
+    runs = [*curves]
+    for kind, axes in zip(kinds, grid if len(kinds) > 1 else [grid], strict=True):
+        positive = True
+        for run, stages in curves.items():
+            own = [lines for name, lines in stages.items() if _kind(name) == kind]
+            for number, lines in enumerate(own):
+                values = [line["loss"] for line in lines]
+                positive = positive and all(value is not None and value > 0 for value in values)
+                steps, label = [line["step"] for line in lines], None if number else run
+                axes.plot(steps, values, color=_colour(runs, run), linewidth=1, alpha=0.8, label=label)
+        axes.set(title=kind, xlabel="step", yscale="log" if positive else "linear")
+        axes.grid(alpha=0.3)
+    if kinds:
+        (grid[0] if len(kinds) > 1 else grid).set_ylabel("training loss (nats)")
+    handles = {
+        label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), map(_narrow, handles), loc="outside right upper", fontsize=7)
+    _save(figure, path, dpi=120)
+
+
+def _kind(folder: str) -> str:
+    return re.split(r"[-/]", folder)[0]
+
+
+def _colour(runs: Sequence[str], run: str) -> str:
+    return _COLOURS[runs.index(run) % len(_COLOURS)]

@@ -1,0 +1,152 @@
+"""What a run found, from the files that its stages left: the content of report.json, without images or weights."""
+
+import logging
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tif_jax.errors import InputError
+from tif_jax.experiment.earlier import NOTE
+from tif_jax.experiment.predecessors import finished
+from tif_jax.runtime import metrics_log, records
+
+logger = logging.getLogger(__name__)
+
+_OF_RUN = ("command", "config", "versions", "machine", "from")  # of run.json
+
+
+def result_of(workdir: Path) -> dict[str, Any]:
+    """What there is by now: rows of the fine-tunings that are finished and evaluated, and speeds if they are measured.
+
+    Raises InputError for a folder that `tif run` has not worked in, or where nothing is evaluated yet.
+    """
+    plan = records.read(workdir / "run.json", "`tif run` writes it anew") if workdir.is_dir() else None
+    if plan is None:
+        raise InputError(f"{workdir} has no run.json: `tif run` has not worked there; give the --workdir of a run")
+    backbone = records.read(workdir / "backbone" / "metrics.json")
+    if backbone is None:
+        raise InputError(
+            f"{workdir} has no results yet: its backbone is not evaluated; `tif status {workdir}` says more"
+        )
+    speed = records.read(workdir / "benchmark.json") or {}
+    per_label = {row.get("label"): row for row in speed.get("rows", [])}
+    planned = [stage for stage in plan["stages"] if "label" in stage]
+    rows = [row for stage in planned if (row := _row(workdir, stage, per_label.get(stage["label"], {})))]
+    ranked = next((stage["folder"] for stage in plan["stages"] if stage.get("ranked")), None)
+    rankings = records.read(workdir / ranked / "metrics.json") if ranked else None
+    best, chosen_on = _best([row for row in rows if row["label"] == plan["label"]])
+    return {
+        **{key: plan[key] for key in _OF_RUN},
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        "device": speed.get("device"),
+        "speed": speed and {**{key: speed["rows"][0][key] for key in ("batch_size", "dtype")}, **speed["machine"]},
+        "test": {"num_images": backbone["num_images"], **backbone["settings"]},
+        "taken_from": _taken_from(workdir, plan["stages"]),
+        "backbone": backbone,
+        "rows": rows,
+        "filter": _filter_summary(rankings["rankings"]) if rankings else None,
+        "rankings": rankings,
+        "best": best,
+        "best_chosen_on": chosen_on,
+        "unfinished": [stage["folder"] for stage in planned if stage["folder"] not in {r["directory"] for r in rows}],
+        "left_out": _left_out(workdir, [stage["folder"] for stage in planned]),
+    }
+
+
+def _row(workdir: Path, stage: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Of a fine-tuning; None if it is not finished, or its metrics are of another checkpoint."""
+    directory = workdir / stage["folder"]
+    metrics = records.read(directory / "metrics.json")
+    try:
+        if metrics is None or metrics["checkpoint"] != finished(directory)[1]:
+            return None
+    except InputError:  # it has steps to go
+        return None
+    row = {
+        "reducer": stage["reducer"],
+        "label": stage["label"],
+        "keep_ratio": metrics["keep_ratio"],
+        "tokens_left": metrics["tokens_left"],
+        "seed": stage["seed"],
+        "top1": metrics["top1"],
+        "top1_before": metrics["before"]["top1"],
+        "num_images": metrics["num_images"],
+        "gmac": metrics["gmac"],
+        "images_per_second": measured.get("images_per_second"),
+        "checkpoint": metrics["checkpoint"],
+        "directory": stage["folder"],
+    }
+    if "validation" in metrics:
+        row["validation_top1"] = metrics["validation"]["top1"]
+        row["validation_loss"] = metrics["validation"]["loss"]
+    return row | {key: metrics[key] for key in ("top1_among_classes",) if key in metrics}
+
+
+def _best(rows: Sequence[dict[str, Any]]) -> tuple[str | None, str | None]:
+    """The folder of the best of these fine-tunings, and on what it was chosen: never on the test split.
+
+    Without validation images nothing is chosen: it is the first, that of the first seed.
+    """
+    if not rows:
+        return None, None
+    if "validation_top1" not in rows[0]:
+        return rows[0]["directory"], None
+    best = max(rows, key=lambda row: (row["validation_top1"], -row["validation_loss"]))
+    return best["directory"], "validation"
+
+
+def _taken_from(workdir: Path, stages: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The stages that were taken over from an earlier run: the folder here, and where it came from."""
+    notes = {stage["folder"]: records.read(workdir / stage["folder"] / NOTE) for stage in stages}
+    return {folder: note["folder"] for folder, note in notes.items() if note}
+
+
+def _left_out(workdir: Path, planned: Sequence[str]) -> list[str]:
+    """Folders of evaluated fine-tunings that this config does not name. They are told, lest a table shrink in silence."""
+    there = (str(file.parent.relative_to(workdir)) for file in (workdir / "finetune").glob("*/metrics.json"))
+    found = sorted({*there} - {*planned})
+    if found:
+        logger.warning("the report has no row for %s, which this config does not name", ", ".join(found))
+    return found
+
+
+def _filter_summary(rankings: dict[str, Any]) -> dict[str, Any]:
+    """AUC and Spearman correlation of the filter and of the two rankings it has to beat."""
+    known = {name: {"auc": row["auc"], "spearman": row["spearman"]["label"]} for name, row in rankings.items()}
+    return {**known["filter"], "position_prior": known["position prior"], "random": known["random"]}
+
+
+def curves_of(workdir: Path) -> dict[str, list[dict[str, Any]]]:
+    """The training logs of the stages of the first seed, by their folder."""
+    plan = records.read(workdir / "run.json")
+    stages = [stage for stage in plan["stages"] if stage["kind"] == "train" and stage["seed"] == plan["config"]["seed"]]
+    return {stage["folder"]: lines for stage in stages if (lines := metrics_log.read(workdir / stage["folder"]))}
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per reducer: of each top-1, mean and sample standard deviation over the seeds; speed beside the full model.
+
+    The deviation is None where nothing varies: of one seed, or of what no seed touches, as a reducer off the shelf.
+    """
+    summary = []
+    same = ("label", "reducer", "keep_ratio", "tokens_left", "gmac", "images_per_second")
+    for label in dict.fromkeys(row["label"] for row in rows):
+        of_label = [row for row in rows if row["label"] == label]
+        row = {key: of_label[0][key] for key in same}
+        for metric in ("top1", "top1_before", "top1_among_classes"):
+            if metric in of_label[0]:
+                values = [r[metric] for r in of_label]
+                row[metric] = statistics.mean(values), statistics.stdev(values) if len({*values}) > 1 else None
+        summary.append(row | {"num_seeds": len(of_label)})
+    if len(counts := sorted({row["num_images"] for row in rows})) > 1:
+        for row in summary:
+            read = sorted({r["num_images"] for r in rows if r["label"] == row["label"]})
+            row["num_images"] = " and ".join(map(str, read))
+        logger.warning(
+            "the rows of the report are not of the same images: %s of them could be read; delete the metrics.json of the "
+            "rows with fewer and run the same command again", " or ".join(map(str, counts)),
+        )  # fmt: skip
+    full = next((row["images_per_second"] for row in summary if row["reducer"] == "full"), None)
+    return [row | ({"speed_up": row["images_per_second"] / full} if full else {}) for row in summary]
