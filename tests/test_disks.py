@@ -47,7 +47,7 @@ def assert_one_line(run, *named):
     [
         ("size=1m,nr_inodes=30", "run/backbone/checkpoints"),  # no inodes are left for the first checkpoint
         ("size=60k", "run/backbone/checkpoints"),
-        ("size=8k", "run/backbone/metrics.jsonl"),
+        ("size=20k", "run/backbone/metrics.jsonl"),
     ],
 )
 def test_a_full_disk(server, place, options, where):
@@ -60,7 +60,7 @@ def test_a_full_disk(server, place, options, where):
         assert main(["train", "--stage=backbone", *runner.LINE[1:]]) == 0
 
 
-@pytest.mark.parametrize("limit, where", [(200, "run/backbone/config.json"), (6000, "run/backbone/checkpoints")])
+@pytest.mark.parametrize("limit, where", [(200, "run/run.json"), (12000, "run/backbone/checkpoints")])
 def test_a_limit_on_the_size_of_a_file(server, place, limit, where, monkeypatch):
     run = server.start("", limit, log=place / "log")
     assert run.wait(60) == 1, run.log.read_text()

@@ -38,7 +38,7 @@ def test_what_is_the_same_is_taken_over_and_outlives_where_it_was(place, caplog)
     )
     for name in ("backbone", "impact"):
         note = records.read(new / name / "taken_from.json")
-        assert note["folder"] == str(place / "run" / name)
+        assert note["workdir"] == str(place / "run")
         there = {path.relative_to(place / "run"): data for path, data in before.items()}
         here = {path.relative_to(new): data for path, data in contents(new / name).items()}
         same = {path for path, data in here.items() if there.get(path) == data}

@@ -27,8 +27,9 @@ ROWS = [row("full-1", seed, 0.8 + seed / 100, 0.75, **FULL) for seed in (0, 1)] 
 
 
 RESULT = {
-    "command": "tif run --config a|b", "date": "2026-01-02 03:04:05 UTC", "versions": {"jax": "1.2"}, "device": "2 x cpu",
-    "machine": {"host": "here", "processor": "Z80", "cores": 2, "system": ""}, "taken_from": {"backbone": "/old/backbone"},
+    "command": "tif run --config a|b", "begun": "2026-01-01", "date": "2026-01-02", "versions": {"jax": "1.2"},
+    "device": "2 x cpu",
+    "machine": {"host": "here", "processor": "Z80", "cores": 2, "system": ""}, "taken_from": {"/old": ["backbone", "impact"]},
     "test": {"num_images": 9, "data": {"name": "image_folder", "root": "/data/birds", "test_split": "val"}},
     "backbone": {"top1": 0.8}, "rankings": None, "best": None, "best_chosen_on": None, "left_out": [], "unfinished": [],
 }  # fmt: skip
@@ -38,8 +39,8 @@ def test_the_heading_says_what_was_run_on_what_where_and_when():
     text = table(ROWS, unfinished=["finetune/x-0"])
     for cells in (
         "data | image_folder `birds` (`val`), 9 test images", r"command | `tif run --config a\|b`",
-        "date | 2026-01-02 03:04:05 UTC", "machine | 2 x cpu on Z80, 2 cores, here", "software | jax 1.2",
-        "taken over | backbone from `/old/backbone`",
+        "begun | 2026-01-01", "reported | 2026-01-02", "machine | 2 x cpu on Z80, 2 cores, here", "software | jax 1.2",
+        "taken over | backbone, impact from `/old`",
     ):  # fmt: skip
         assert f"| {cells} |" in text
     assert "Not finished, or not evaluated: `finetune/x-0`." in text

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tif_jax.commands import _comparison_plots as plots
-from tif_jax.commands._report import machine_of, name_of, table_of
+from tif_jax.commands._report import heading, table_of
 from tif_jax.commands._results import curves_of, result_of, summarise
 from tif_jax.commands._tables import Column, markdown
 from tif_jax.data.preprocess import PARTS
@@ -13,7 +13,8 @@ from tif_jax.runtime import files, records
 from tif_jax.training.recipe import WITHOUT_EFFECT
 
 _SAME_VIEWS = ("image_size", *PARTS)
-_LONGEST = 60  # characters of a value in a table
+_WHICH = ("name", "root", "tfds_name", "test_split", "num_test", "seed")
+_LONGEST = 200  # characters of a value in a table
 
 
 def compare(workdirs: Sequence[Path]) -> dict[str, Any]:
@@ -59,8 +60,7 @@ def markdown_of(found: Mapping[str, Any], pictures: bool = False) -> str:
     lines = [
         "# Comparison of runs",
         "",
-        *_facts(runs),
-        "",
+        *(line for run in runs for line in (f"## `{run['name']}`", "", *heading(run), "")),
         "## What differs in their configs",
         "",
         *_differences(found["differing"], [run["name"] for run in runs]),
@@ -117,17 +117,20 @@ def _configs(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 def _not_comparable(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Reasons why top-1 of these runs says nothing of which is better."""
     reasons = []
-    images = {run["name"]: (run["test"]["examples"], run["test"]["num_images"]) for run in runs}
-    if len({*images.values()}) > 1:
-        sizes = ", ".join(f"`{name}` has {number}" for name, (_, number) in images.items())
+    if _differing([_images_of(run["test"]) for run in runs]):
+        sizes = ", ".join(f"`{run['name']}` has {run['test']['num_images']}" for run in runs)
         reasons.append(f"the runs were evaluated on different test images ({sizes})")
-    elif None in {examples for examples, _ in images.values()}:
-        reasons.append("the data source does not tell which test images there were")
     views = [{key: run["test"]["data"].get(key) for key in _SAME_VIEWS} for run in runs]
     for key, values in _differing(views).items():
         told = ", ".join(f"`{run['name']}` {value}" for run, value in zip(runs, values, strict=True))
         reasons.append(f"images were prepared differently, data.{key}: {told}")
     return reasons
+
+
+def _images_of(test: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells test images apart: their fingerprint; of a source that has none, what the config says of them."""
+    of = test["examples"] or {key: test["data"].get(key) for key in _WHICH}
+    return {"num_images": test["num_images"], "of": of}
 
 
 def _speed_note(runs: Sequence[Mapping[str, Any]], same: bool) -> str:
@@ -141,28 +144,6 @@ def _speed_note(runs: Sequence[Mapping[str, Any]], same: bool) -> str:
     return f"Images/s are not compared: they were measured with another {told}. {within}"
 
 
-def _facts(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    columns = [
-        Column("run", ("name",), lambda name: f"`{name}`"),
-        Column("data", ("data",)),
-        Column("test images", ("num_images",)),
-        Column("command", ("command",), lambda command: f"`{command}`".replace("|", "\\|")),
-        Column("date", ("date",)),
-        Column("machine", ("machine",)),
-        Column("software", ("versions",), lambda versions: ", ".join(f"{name} {v}" for name, v in versions.items())),
-    ]
-    rows = [
-        {
-            **run,
-            "data": name_of(run["test"]["data"]),
-            "num_images": run["test"]["num_images"],
-            "machine": machine_of(run),
-        }
-        for run in runs
-    ]
-    return markdown(columns, rows)
-
-
 def _differences(differing: Mapping[str, Sequence[Any]], names: Sequence[str]) -> list[str]:
     if not differing:
         return ["Nothing."]
@@ -173,6 +154,11 @@ def _differences(differing: Mapping[str, Sequence[Any]], names: Sequence[str]) -
 
 def _short(value: Any) -> str:
     if isinstance(value, list) and value and all(isinstance(entry, Mapping) and "name" in entry for entry in value):
-        value = ", ".join(entry["name"] for entry in value)  # of benchmark.reducers
+        value = ", ".join(map(_entry, value))  # of benchmark.reducers
     text = str(value)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def _entry(reducer: Mapping[str, Any]) -> str:
+    options = ", ".join(f"{key}={value}" for key, value in reducer.items() if key != "name")
+    return f"{reducer['name']}({options})" if options else reducer["name"]

@@ -68,7 +68,7 @@ def _trained(folder: Path) -> Stage:
         return {"state": "begun", "done": max(step, reached), "of": of, "told": ", ".join([f"saved at {step}", *told])}
     metrics = records.read(folder / "metrics.json") or {}
     told += [f"top-1 {100 * metrics['top1']:.2f} %"] if "top1" in metrics else []
-    told += [f"from {note['folder']}"] if (note := records.read(folder / "taken_from.json")) else []
+    told += [f"from {note['workdir']}"] if (note := records.read(folder / "taken_from.json")) else []
     return {"state": "done", "done": step, "of": of, "told": ", ".join(told)}
 
 
@@ -83,7 +83,7 @@ def _scored(folder: Path) -> Stage:
     of = manifest["num_images"] * manifest["views"]
     told = f"{len(parts)} of {manifest['num_parts']} parts"
     if note := records.read(folder / "taken_from.json"):
-        told += f", from {note['folder']}"
+        told += f", from {note['workdir']}"
     if held := sum(locks.is_held(path) is True for path in folder.glob(".part-*.lock")):
         told += f", {held} being scored now"
     finished = len(parts) >= manifest["num_parts"]

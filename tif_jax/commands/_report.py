@@ -105,12 +105,15 @@ def heading(result: Mapping[str, Any]) -> list[str]:
     facts = {
         "data": f"{name_of(data)}, {result['test']['num_images']} test images",
         "command": f"`{result['command']}`",
-        "date": result["date"],
+        "begun": result["begun"],
+        "reported": result["date"],
         "machine": machine_of(result),
         "software": ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
     }
     if result["taken_from"]:
-        facts["taken over"] = ", ".join(f"{name} from `{origin}`" for name, origin in result["taken_from"].items())
+        facts["taken over"] = "; ".join(
+            f"{', '.join(of)} from `{origin}`" for origin, of in result["taken_from"].items()
+        )
     columns = [Column("run", ("key",)), Column("", ("value",), _cell)]
     return markdown(columns, [{"key": key, "value": value} for key, value in facts.items()])
 

@@ -10,7 +10,7 @@ from typing import Any
 from tif_jax.errors import InputError
 from tif_jax.experiment.earlier import NOTE
 from tif_jax.experiment.predecessors import finished
-from tif_jax.runtime import metrics_log, records
+from tif_jax.runtime import log_file, metrics_log, records
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,8 @@ def result_of(workdir: Path) -> dict[str, Any]:
     best, chosen_on = _best([row for row in rows if row["label"] == plan["label"]])
     return {
         **{key: plan[key] for key in _OF_RUN},
-        "date": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        "begun": plan["date"],
+        "date": time.strftime(log_file.TIME),
         "device": speed.get("device"),
         "speed": speed and {**{key: speed["rows"][0][key] for key in ("batch_size", "dtype")}, **speed["machine"]},
         "test": {"num_images": backbone["num_images"], **backbone["settings"]},
@@ -97,10 +98,13 @@ def _best(rows: Sequence[dict[str, Any]]) -> tuple[str | None, str | None]:
     return best["directory"], "validation"
 
 
-def _taken_from(workdir: Path, stages: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """The stages that were taken over from an earlier run: the folder here, and where it came from."""
-    notes = {stage["folder"]: records.read(workdir / stage["folder"] / NOTE) for stage in stages}
-    return {folder: note["folder"] for folder, note in notes.items() if note}
+def _taken_from(workdir: Path, stages: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """The stages that were taken over from earlier runs, by the workdir that they were in."""
+    found: dict[str, list[str]] = {}
+    for folder in (stage["folder"] for stage in stages):
+        if note := records.read(workdir / folder / NOTE):
+            found.setdefault(note["workdir"], []).append(folder)
+    return found
 
 
 def _left_out(workdir: Path, planned: Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ from tif_jax.errors import InputError
 from tif_jax.experiment.predecessors import finished
 from tif_jax.impact.manifest import read_manifest
 from tif_jax.impact.shards import missing_parts
-from tif_jax.runtime import files, processes, records
+from tif_jax.runtime import files, log_file, processes, records
 from tif_jax.training.checkpoints import read_config
 from tif_jax.training.recipe import WITHOUT_EFFECT
 
@@ -47,7 +47,7 @@ def take_stage(earlier: Path, workdir: Path, folder: Path, made: Mapping[str, An
         _check_same({"steps": which["of"]}, {"steps": num_steps})
         return [checkpoint, *(there / name for name in ("metrics.json", "metrics.jsonl"))]
 
-    _take(there, folder, sources)
+    _take(earlier, workdir, folder, sources)
 
 
 def take_impacts(earlier: Path, workdir: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -62,24 +62,25 @@ def take_impacts(earlier: Path, workdir: Path, folder: Path, manifest: Mapping[s
             raise InputError(f"{there} lacks {len(missing)} of {manifest['num_parts']} parts")
         return [there / "manifest.json", *there.glob("part-*")]
 
-    _take(there, folder, sources)
+    _take(earlier, workdir, folder, sources)
 
 
-def _take(there: Path, folder: Path, sources: Callable[[], Sequence[Path]]) -> None:
-    """Puts the sources into the folder, at the same place below it as below `there`; or says why not."""
+def _take(earlier: Path, workdir: Path, folder: Path, sources: Callable[[], Sequence[Path]]) -> None:
+    """Puts the sources into the folder, at the same place below it as in the earlier workdir; or says why not."""
+    there = earlier / folder.relative_to(workdir)
     if processes.is_first() and not os.path.lexists(folder):
         if not there.is_dir():
             logger.info("%s is made anew: there is no %s", folder, there)
         else:
             try:
-                _copy(there, folder, sources())
+                _copy(there, folder, sources(), {"workdir": str(earlier.absolute())})
                 logger.info("%s is taken over from %s", folder, there)
             except InputError as error:
                 logger.info("%s is made anew: %s", folder, error)
     processes.wait_for_all(f"{folder.name} looked for")
 
 
-def _copy(there: Path, folder: Path, sources: Sequence[Path]) -> None:
+def _copy(there: Path, folder: Path, sources: Sequence[Path], note: dict[str, str]) -> None:
     there = there.absolute()
     with files.appearing(folder) as partial, files.writing(folder):
         partial.mkdir()
@@ -90,8 +91,7 @@ def _copy(there: Path, folder: Path, sources: Sequence[Path]) -> None:
                 shutil.copytree(source, target, copy_function=_link_or_copy)
             elif source.exists():
                 _link_or_copy(source, target)
-        note = {"folder": str(there), "date": time.strftime("%Y-%m-%d %H:%M:%S %Z")}
-        records.write(partial / NOTE, note)
+        records.write(partial / NOTE, note | {"date": time.strftime(log_file.TIME)})
 
 
 def _link_or_copy(source: str | Path, target: str | Path) -> None:
