@@ -136,7 +136,7 @@ def _images_of(test: Mapping[str, Any]) -> dict[str, Any]:
 def _speed_note(runs: Sequence[Mapping[str, Any]], same: bool) -> str:
     within = "`x full` is within each run, where speeds are measured interleaved."
     if same:
-        return f"Images/s are of one machine, but one run after the other: small differences mean nothing. {within}"
+        return f"Images/s are of one machine, but not of one time: what else it did then is in them. {within}"
     without = [run["name"] for run in runs if not run["speed"]]
     if without:
         return f"Images/s are not compared: not measured in {', '.join(without)}. {within}"

@@ -1,5 +1,6 @@
 """The figures of a comparison of runs."""
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 from tif_jax.commands._plots import _figure, _narrow, _save
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+_STYLES = ("-", "--", ":", "-.")  # of the reducers that a run fine-tunes
 _KINDS = ("backbone", "filter", "adapter", "finetune")
 
 
@@ -35,15 +37,14 @@ def losses(curves: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], path
     figure, grid = _figure(4 * max(1, len(kinds)) + 2, 4, columns=max(1, len(kinds)))
     runs = [*curves]
     for kind, axes in zip(kinds, grid if len(kinds) > 1 else [grid], strict=True):
-        positive = True
-        for run, stages in curves.items():
-            own = [lines for name, lines in stages.items() if _kind(name) == kind]
-            for number, lines in enumerate(own):
-                values = [line["loss"] for line in lines]
-                positive = positive and all(value is not None and value > 0 for value in values)
-                steps, label = [line["step"] for line in lines], None if number else run
-                axes.plot(steps, values, color=_colour(runs, run), linewidth=1, alpha=0.8, label=label)
-        axes.set(title=kind, xlabel="step", yscale="log" if positive else "linear")
+        for at, (run, stages) in enumerate(curves.items()):
+            own = {Path(name).name: lines for name, lines in stages.items() if _kind(name) == kind}
+            width = 1 + 1.5 * (len(runs) - 1 - at)  # a curve that two runs share shows the colours of both
+            for style, (name, lines) in zip(itertools.cycle(_STYLES), own.items(), strict=False):
+                points = [(line["step"], line["loss"]) for line in lines if line["loss"] is not None]
+                label = f"{run}: {name}" if kind == "finetune" else run
+                axes.plot(*zip(*points, strict=True), color=_colour(runs, run), ls=style, linewidth=width, label=label)
+        axes.set(title=kind, xlabel="step")
         axes.grid(alpha=0.3)
     if kinds:
         (grid[0] if len(kinds) > 1 else grid).set_ylabel("training loss (nats)")
