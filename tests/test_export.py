@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from cases import call, lively, mostly_long, numpy_images, numpy_model
 from jax import export as jax_export
 from PIL import Image
@@ -15,7 +16,7 @@ from PIL import Image
 import tif_jax
 from tif_jax import InputError, WorkError, reducers
 from tif_jax.__main__ import main
-from tif_jax.export import artifact, to_onnx, to_stablehlo
+from tif_jax.export import artifact, to_onnx, to_stablehlo, to_timm
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -101,6 +102,29 @@ def test_bfloat16(tmp_path):
     assert to_stablehlo(model, tmp_path / "made")["dtype"] == "bfloat16"
     with pytest.raises(InputError, match=r"bfloat16, for which onnxruntime .*; load it with dtype='float32'"):
         to_onnx(model, tmp_path / "other")
+
+
+def test_timm_gets_the_network_alone(tmp_path, caplog):
+    model = model_for("tif")
+    manifest = to_timm(model, tmp_path / "made")
+    assert "reducer 'tif' is left out" in caplog.text
+    assert (manifest["reducer"]["name"], manifest["left_out"]["name"]) == ("full", "tif")
+    assert {path.name for path in (tmp_path / "made").iterdir()} == {*manifest["files"], "manifest.json"}
+    config = json.loads((tmp_path / "made" / "config.json").read_text())
+    assert config["model_args"]["embed_dim"] == 16 and config["num_classes"] == 3
+    found = safetensors.numpy.load_file(tmp_path / "made" / "model.safetensors")
+    kernel = model.block_0.attention.out.kernel[...]
+    np.testing.assert_array_equal(found["blocks.0.attn.proj.weight"], np.asarray(kernel).T)
+    with pytest.raises(InputError, match="timm has no model of this kind"):
+        to_timm(numpy_model({**FIELDS, "norm_eps": 1e-3}), tmp_path / "other")
+
+
+def test_the_loader_of_timm(made, tmp_path):
+    pytest.importorskip("timm")
+    model, _, files = made
+    to_timm(model, tmp_path / "made")
+    found = run_loader(tmp_path / "made", files)
+    assert found == expected_lines(tif_jax.load(tmp_path / "made", reducer="full"), files)
 
 
 # The manifest and the loader
@@ -207,7 +231,7 @@ def test_the_loader_in_a_fresh_environment(made, tmp_path):
 def test_what_is_there_stays(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
-    for function in (to_onnx, to_stablehlo):
+    for function in (to_onnx, to_stablehlo, to_timm):
         with pytest.raises(InputError, match="mine exists already"):
             function(numpy_model(FIELDS), tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
@@ -217,7 +241,7 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path):
     model = numpy_model(FIELDS)
     wrong = lambda images: {"logits": np.asarray(call(model, images)[0]) + 0.1}  # noqa: E731
     with pytest.raises(WorkError, match=r"differs from the model: logits by 0\.1"):
-        artifact.write(model, tmp_path / "made", "onnx", {"model.onnx": b""}, lambda path: wrong)
+        artifact.write(model, tmp_path / "made", "onnx", {"model.onnx": b""}, lambda path: wrong, "me")
     assert not [*tmp_path.iterdir()]
 
 

@@ -1,4 +1,4 @@
-"""A model as StableHLO or ONNX, with manifest and a loader that needs no tif_jax."""
+"""A model as StableHLO, as ONNX or for timm, with a manifest and a loader that needs no tif_jax."""
 
 import ast
 from pathlib import Path

@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from tif_jax import checked, reducers
 from tif_jax.errors import InputError, WorkError
 from tif_jax.layers import true_float32
-from tif_jax.models import Model
+from tif_jax.models import Model, built_with
 from tif_jax.models.cost import cost
 from tif_jax.models.model import carried
 from tif_jax.runtime import files, records
@@ -61,31 +59,26 @@ def check(model: Any, folder: str | Path) -> None:
         raise InputError(f"{folder} exists already; give the name of a new folder")
     aux = jax.eval_shape(lambda images: model(images)[1], jax.ShapeDtypeStruct((1, *model.image_size, 3), jnp.float32))
     if told := sorted(name for name in aux if name == "mask" or name.startswith("loss/")):
+        name = built_with(model)["reducer"]["name"]
         raise InputError(
-            f"reducer {reducer_of(model)['name']!r} is in a form for training alone (it computes {', '.join(told)}); load "
-            "the model without that option"
+            f"reducer {name!r} is in a form for training alone (it computes {', '.join(told)}); load the model without that "
+            "option"
         )
 
 
-def reducer_of(model: Model) -> dict[str, Any]:
-    """Its name, and those of its options that it keeps under their names."""
-    kind = type(model.reducer)
-    name = re.sub("(?<=.)(?=[A-Z])", "_", kind.__name__).lower()
-    if not kind.__module__.startswith(f"{reducers.__name__}."):
-        name = f"{kind.__module__.rpartition('.')[0]}.{name}".lstrip(".")
-    options = reducers.options(name)
-    kept = {key: getattr(model.reducer, key) for key in options if key != "then" and hasattr(model.reducer, key)}
-    plain = {key: value for key, value in kept.items() if isinstance(value, str | int | float | tuple | None)}
-    return {"name": name, **checked.to_json(plain)}
-
-
 def write(
-    model: Model, folder: str | Path, form: str, contents: Mapping[str, bytes], reloaded: Callable[[Path], Call]
+    model: Model,
+    folder: str | Path,
+    form: str,
+    contents: Mapping[str, bytes],
+    reloaded: Callable[[Path], Call],
+    by: str,
+    left_out: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Makes the folder, and returns its manifest. The first of `contents` is the model's file.
 
-    reloaded: what the model's file, read again, computes. Raises InputError if there is such a folder already, WorkError
-    where that is not what the model computes; then nothing is left.
+    reloaded: what the model's file, read again, computes; by: whose work that is. left_out: a reducer that is not in it.
+    InputError if there is such a folder already, WorkError where the file computes something else. Then nothing is left.
     """
     folder = Path(folder).expanduser()
     with files.appearing(folder) as partial:
@@ -93,8 +86,8 @@ def write(
         for name, data in contents.items():
             files.write(partial / name, data)
         main = next(iter(contents))
-        found = compared(model, reloaded(partial / main))
-        manifest = _manifest(model, form, main, contents, found)
+        found = {"by": by, **compared(model, reloaded(partial / main))}
+        manifest = _manifest(model, form, main, contents, found, left_out)
         files.write(partial / MANIFEST, (json.dumps(manifest, indent=2, allow_nan=False) + "\n").encode())
     logger.info("%s is written; largest difference of logits %.1e", folder, found["max_difference"])
     return manifest
@@ -130,7 +123,12 @@ def compared(model: Model, call: Call) -> dict[str, Any]:
 
 
 def _manifest(
-    model: Model, form: str, main: str, contents: Mapping[str, bytes], found: Mapping[str, Any]
+    model: Model,
+    form: str,
+    main: str,
+    contents: Mapping[str, bytes],
+    found: Mapping[str, Any],
+    left_out: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     height, width = model.image_size
     batch = jax.ShapeDtypeStruct((2, height, width, 3), jnp.float32)
@@ -149,7 +147,8 @@ def _manifest(
             for name, meaning in MEANING.items()
             if name in outputs
         ],
-        "reducer": reducer_of(model),
+        "reducer": built_with(model)["reducer"],
+        "left_out": left_out,
         "cost": {"gmac": counted.gmac, "parameters": counted.parameters, "tokens": list(counted.tokens)},
         "dtype": jnp.dtype(model.dtype).name,
         "check": dict(found),

@@ -15,7 +15,7 @@ from tif_jax.errors import InputError
 from tif_jax.export import artifact
 from tif_jax.export.fusion import fused
 from tif_jax.export.program import Program, traced
-from tif_jax.models import Model
+from tif_jax.models import Model, built_with
 
 FILE = "model.onnx"
 _NEEDED = ("onnx", "onnxruntime")
@@ -37,7 +37,7 @@ def to_onnx(model: Model, folder: str | Path) -> dict[str, Any]:
             f"the model computes in {jnp.dtype(model.dtype).name}, for which onnxruntime lacks operations; load it with "
             "dtype='float32'"
         )
-    return artifact.write(model, folder, "onnx", {FILE: _file(model)}, _reloaded)
+    return artifact.write(model, folder, "onnx", {FILE: _file(model)}, _reloaded, "onnxruntime")
 
 
 def _file(model: Model) -> bytes:
@@ -50,7 +50,7 @@ def _file(model: Model) -> bytes:
         return list(outputs.values())
 
     program = fused(traced(call, (*model.image_size, 3)))
-    return graph_of(program, names, artifact.reducer_of(model)["name"])
+    return graph_of(program, names, built_with(model)["reducer"]["name"])
 
 
 def graph_of(program: Program, names: list[str], reducer: str) -> bytes:

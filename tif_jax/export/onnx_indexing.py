@@ -13,13 +13,7 @@ from tif_jax.export.onnx_graph import Graph, type_of
 from tif_jax.export.onnx_ops import Rule, sliced
 from tif_jax.export.program import Operation, Value
 
-_REDUCTIONS = {
-    "scatter": "none",
-    "scatter-add": "add",
-    "scatter-mul": "mul",
-    "scatter-max": "max",
-    "scatter-min": "min",
-}
+_REDUCTIONS = {"scatter": "none", "scatter-add": "add", "scatter-max": "max"}
 
 
 def _gather(graph: Graph, operation: Operation) -> None:

@@ -211,6 +211,7 @@ def _iota(graph: Graph, operation: Operation) -> None:
     (output,), axis = operation.outputs, operation.params["dimension"]
     count = graph.reshaped(graph.size(output.shape[axis]), ())
     name = graph.one("Range", graph.constant(np.int64(0)), count, graph.constant(np.int64(1)))
+    name = graph.one("Cast", name, to=type_of(output.dtype))
     sizes = [size if i == axis else 1 for i, size in enumerate(output.shape)]
     graph.bind(output, graph.reshaped(name, sizes), thin=len(sizes) > 1)
 
@@ -276,7 +277,6 @@ RULES: dict[str, Rule] = {
     "cumsum": _cumsum,
     "dim_as_value": _dim_as_value,
     "dot_general": _dot_general,
-    "expand_dims": _reshape,
     "integer_pow": _integer_pow,
     "iota": _iota,
     "layer_norm": _layer_norm,

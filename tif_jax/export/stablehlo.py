@@ -26,7 +26,7 @@ def to_stablehlo(model: Model, folder: str | Path) -> dict[str, Any]:
     images = images_of_any_number((*model.image_size, 3))
     with unchecked_shapes():
         exported = export.export(jax.jit(artifact.forward(model)), platforms=PLATFORMS)(images)
-    return artifact.write(model, folder, "stablehlo", {FILE: bytes(exported.serialize())}, _reloaded)
+    return artifact.write(model, folder, "stablehlo", {FILE: bytes(exported.serialize())}, _reloaded, "jax")
 
 
 def _reloaded(path: Path) -> artifact.Call:
