@@ -1,0 +1,114 @@
+"""Exported models beside the models: are they the same, and how long do they take? One core; real photographs.
+
+    python -m benchmarks.export [NUM_IMAGES] [ROUNDS]
+
+Of each reducer, to ONNX (onnxruntime) and to StableHLO (JAX): the largest difference of a logit from the model's, over
+NUM_IMAGES (default: 32) photographs, half from Imagenette and half from imagenet_ccby; for how many of them the likeliest
+class and the tokens kept are the same; and medians of ROUNDS (default: 7) interleaved rounds of batches of 1 and 32, and how
+many times as fast that is as the plain model in the same format. DeiT-Ti's weights; what tif, dynamic_vit and tosa learn is
+drawn at random, and so are the LeViTs. Needs imagenette, imagenet_ccby and the weights in $TIF_DATA (default: ../shared/data).
+"""
+
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import onnxruntime
+
+from benchmarks._common import data_root
+from tif_jax import InputError, cost, create_model, load
+from tif_jax.export import FORMATS
+from tif_jax.export.artifact import forward
+
+WEIGHTS = "deit_tiny_patch16_224.safetensors"
+ROWS = [
+    (WEIGHTS, "full", {}),
+    (WEIGHTS, "tif", dict(keep_ratio=0.5)),
+    (WEIGHTS, "tif", dict(keep_ratio=0.5, adapter=48, then=dict(name="tome", num_merged=8))),
+    (WEIGHTS, "norm", dict(keep_ratio=0.5)),
+    (WEIGHTS, "prior", dict(keep_ratio=0.5)),
+    (WEIGHTS, "random", dict(keep_ratio=0.5)),
+    (WEIGHTS, "evit", dict(keep_ratio=0.5)),
+    (WEIGHTS, "bat", dict(keep_ratio=0.5)),
+    (WEIGHTS, "tome", dict(num_merged=13)),
+    (WEIGHTS, "dynamic_vit", dict(keep_ratio=0.7)),
+    (WEIGHTS, "evo_vit", dict(keep_ratio=0.5)),
+    (WEIGHTS, "tosa", dict(keep_ratio=0.5)),
+    ("levit_128s", "full", {}),
+    ("evo_levit_128s", "evo_levit", {}),
+]  # fmt: skip
+
+
+def main() -> None:
+    num_images, rounds = (int(word) for word in (*sys.argv[1:], *(32, 7)[len(sys.argv) - 1 :]))
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    root = data_root()
+    names = [[*sorted((root / name).rglob("*.[jJ]*"))] for name in ("imagenette/val", "imagenet_ccby")]
+    photographs = [
+        str(path) for listed in names for path in listed[:: len(listed) // (num_images // 2)][: num_images // 2]
+    ]
+    print("| reducer | to | GMAC | max. difference | same class | same tokens | batch 1, ms | x | batch 32, ms | x |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    plain: dict[tuple[str, str], dict[str, object]] = {}  # of each format and network
+    for source, reducer, options in ROWS:
+        known = {"reducer": reducer, **options}
+        model = load(root / source, **known) if source == WEIGHTS else create_model(source, **known)
+        images = np.asarray(model.preprocess(photographs))
+        expected = {name: np.asarray(value) for name, value in jax.jit(forward(model))(images).items()}
+        text = ", ".join([reducer, *(f"{key}={value}" for key, value in options.items())])
+        text += "" if source == WEIGHTS else f" ({source})"
+        for form in ("onnx", "stablehlo"):
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    manifest = FORMATS[form](model, Path(folder) / "made")
+                except InputError as error:
+                    print(f"| {text} | {form} | {cost(model).gmac:.3f} | {error} | | | | | | |", flush=True)
+                    continue
+                call = loaded(Path(folder) / "made" / manifest["model"], form)
+            found = {name: np.asarray(value) for name, value in call(images).items()}
+            difference = np.abs(found["logits"] - expected["logits"]).max()
+            same = (found["logits"].argmax(1) == expected["logits"].argmax(1)).sum()
+            tokens = [(found[name] == expected[name]).all(axis=1).sum() for name in expected if name != "logits"]
+            beside = plain.setdefault((form, source.removeprefix("evo_")), {"call": call})["call"]
+            figures = [
+                times(call, beside, images[:1], rounds),
+                times(call, beside, np.resize(images, (32, *images.shape[1:])), rounds),
+            ]
+            cells = " | ".join(f"{1000 * own:.1f} | {other / own:.2f}" for own, other in figures)
+            kept = f"{tokens[0]} of {len(images)}" if tokens else "all are kept"
+            agreed = f"{difference:.1e} | {same} of {len(images)} | {kept}"
+            print(f"| {text} | {form} | {cost(model).gmac:.3f} | {agreed} | {cells} |", flush=True)
+
+
+def loaded(path: Path, form: str):
+    """The model's file as a function from images to outputs by name, on one core."""
+    if form == "onnx":
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        names = [output.name for output in session.get_outputs()]
+        return lambda images: dict(zip(names, session.run(names, {"images": images}), strict=True))
+    call = jax.jit(jax.export.deserialize(bytearray(path.read_bytes())).call)
+    return lambda images: jax.block_until_ready(call(images))
+
+
+def times(call, beside, images, rounds: int) -> tuple[float, float]:
+    """Median seconds of either, in turns."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for i in range(rounds + 1):
+        for function, taken in zip((call, beside), seconds, strict=True):
+            start = time.perf_counter()
+            function(images)
+            if i > 0:  # the first compiles
+                taken.append(time.perf_counter() - start)
+    return statistics.median(seconds[0]), statistics.median(seconds[1])
+
+
+if __name__ == "__main__":
+    main()
