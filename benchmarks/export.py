@@ -6,7 +6,8 @@ Of each reducer, to ONNX (onnxruntime) and to StableHLO (JAX): the largest diffe
 NUM_IMAGES (default: 32) photographs, half from Imagenette and half from imagenet_ccby; for how many of them the likeliest
 class and the tokens kept are the same; and medians of ROUNDS (default: 7) interleaved rounds of batches of 1 and 32, and how
 many times as fast that is as the plain model in the same format. DeiT-Ti's weights; what tif, dynamic_vit and tosa learn is
-drawn at random, and so are the LeViTs. Needs imagenette, imagenet_ccby and the weights in $TIF_DATA (default: ../shared/data).
+drawn at random, and so are the LeViTs. Needs imagenette, imagenet_ccby and the weights in $TIF_DATA (default:
+../shared/data).
 """
 
 import os
