@@ -19,10 +19,10 @@ import numpy as np
 
 from tif_jax import data, load
 from tif_jax.__main__ import use_all_cores
-from tif_jax.commands._plots import picture_page
 from tif_jax.commands._report import pictures
 from tif_jax.data.loader import evaluation_batches
 from tif_jax.experiment import config as config_file
+from tif_jax.figures.plots import picture_page
 from tif_jax.impact import shards
 from tif_jax.impact.judge import unreduced_logits
 from tif_jax.impact.rankings import mean_spearman

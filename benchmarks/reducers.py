@@ -13,9 +13,9 @@ import numpy as np
 from benchmarks._common import data_root, plain_forward
 from tif_jax import cost, load
 from tif_jax.__main__ import use_all_cores
-from tif_jax.commands._plots import accuracy_cost
 from tif_jax.data import open_source
 from tif_jax.data.loader import evaluation_batches
+from tif_jax.figures.plots import accuracy_cost
 
 BATCH_SIZE = 32
 ROWS = [

@@ -7,8 +7,8 @@ import numpy as np
 from small_project import forget_handlers
 
 from tif_jax.commands import _report, _results
-from tif_jax.commands._plots import accuracy_cost
 from tif_jax.commands._tables import fixed, percent
+from tif_jax.figures.plots import accuracy_cost
 from tif_jax.runtime import metrics_log, records
 
 

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from tif_jax.data.preprocess import preprocess as preprocess
     from tif_jax.errors import InputError as InputError
     from tif_jax.errors import WorkError as WorkError
+    from tif_jax.figures.view import view as view
     from tif_jax.impact.oracle import token_impact as token_impact
     from tif_jax.impact.shards import read_impact as read_impact
     from tif_jax.models import create_model as create_model
@@ -36,6 +37,7 @@ _WHERE = {
     "save_impact": "sharing.share",
     "save_pretrained": "sharing.share",
     "token_impact": "impact.oracle",
+    "view": "figures.view",
 }
 
 __all__ = [name for name in _WHERE if name != "__version__"]

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tif_jax.commands import _comparison_plots as plots
 from tif_jax.commands._report import heading, table_of
 from tif_jax.commands._results import curves_of, result_of, summarise
 from tif_jax.commands._tables import Column, markdown
 from tif_jax.data.preprocess import PARTS
+from tif_jax.figures import comparison as plots
 from tif_jax.runtime import files, records
 from tif_jax.training.recipe import WITHOUT_EFFECT
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from tif_jax.commands._plots import accuracy_cost, picture_page, training_curves
 from tif_jax.commands._results import curves_of, result_of, summarise
 from tif_jax.commands._tables import Column, fixed, markdown, percent
 from tif_jax.commands.evaluate import KEEP_RATIOS
@@ -16,6 +15,7 @@ from tif_jax.errors import WorkError
 from tif_jax.experiment.folders import filter_folder, heldout_folder
 from tif_jax.experiment.schema import Experiment
 from tif_jax.experiment.sources import open_for_model
+from tif_jax.figures.plots import accuracy_cost, picture_page, training_curves
 from tif_jax.impact import shards
 from tif_jax.models import Model
 from tif_jax.models.budget import AMOUNTS
@@ -200,11 +200,12 @@ def _pictures(config: Experiment, workdir: Path) -> list[dict[str, np.ndarray]]:
 def pictures(
     model: Model, config: Experiment, table: shards.ImpactTable, chosen: np.ndarray
 ) -> list[dict[str, np.ndarray]]:
-    """For `plots.picture_page`: the chosen rows of an oracle's table of test images, and what the filter says of them."""
+    """For `picture_page`: the chosen rows of an oracle's table of test images, and what the filter says of them."""
     rows = np.stack([table.index, table.view], axis=1)[chosen]
     source = open_for_model(config, "test", model)
     with closing(evaluation_batches(source, config.data, batch_size=len(rows), records=rows)) as batches:
-        images = next(batches)["image"]
+        batch = next(batches)
+    images, names = batch["image"], source.class_names
     found = model(images)[1]["filter_logits"]
     # What the filter lets through, even where another reducer merges it then.
     passed = top_k(found, num_kept(getattr(model.reducer, "keep_ratio", 1.0), found.shape[1]))
@@ -213,5 +214,6 @@ def pictures(
     how = config.data.preprocessing
     pixels = np.clip(images * np.asarray(how.std) + np.asarray(how.mean), 0, 1)
     raster = lambda x: x.reshape(-1, *model.grid)  # noqa: E731
-    columns = zip(pixels, raster(table.impact[chosen]), raster(logits), raster(kept), strict=True)
-    return [dict(zip(("image", "impact", "logits", "kept"), column, strict=True)) for column in columns]
+    classes = [names[label] if 0 <= label < len(names) else "" for label in batch["label"]]
+    columns: Any = zip(pixels, raster(table.impact[chosen]), raster(logits), raster(kept), classes, strict=True)
+    return [dict(zip(("image", "impact", "logits", "kept", "class"), column, strict=True)) for column in columns]

@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tif_jax.commands._plots import _figure, _narrow, _save
+from tif_jax.figures.colours import CYCLE
+from tif_jax.figures.plots import blank, loss_of, narrow, save
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 _STYLES = ("-", "--", ":", "-.")  # of the reducers that a run fine-tunes
 _KINDS = ("backbone", "filter", "adapter", "finetune")
 
 
 def outcomes(rows: Sequence[Mapping[str, Any]], key: str, label: str, path: Path) -> None:
     """Top-1 (mean and standard deviation) against `key`: a colour for each run, a marker for each reducer."""
-    figure, axes = _figure(9, 4)
+    figure, axes = blank(9, 4)
     runs = [*dict.fromkeys(row["run"] for row in rows)]
     reducers = [*dict.fromkeys(row["reducer"] for row in rows)]
     for row in rows:
@@ -23,25 +23,25 @@ def outcomes(rows: Sequence[Mapping[str, Any]], key: str, label: str, path: Path
             top1, spread = row["top1"]
             axes.errorbar(
                 row[key], 100 * top1, spread and 100 * spread, capsize=3, color=_colour(runs, row["run"]),
-                fmt="os^Dv<>pXP*"[reducers.index(row["reducer"]) % 11], label=_narrow(f"{row['run']}: {row['label']}"),
+                fmt="os^Dv<>pXP*"[reducers.index(row["reducer"]) % 11], label=narrow(f"{row['run']}: {row['label']}"),
             )  # fmt: skip
     axes.set(xlabel=label, ylabel="top-1 (%)", xlim=(0, None))
     figure.legend(loc="outside right upper", fontsize=7)
     axes.grid(alpha=0.3)
-    _save(figure, path, dpi=120)
+    save(figure, path, dpi=120)
 
 
 def losses(curves: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], path: Path) -> None:
     """Training losses by run and stage, in a panel for each kind of stage: a colour for each run."""
     kinds = [kind for kind in _KINDS if any(_kind(name) == kind for stages in curves.values() for name in stages)]
-    figure, grid = _figure(4 * max(1, len(kinds)) + 2, 4, columns=max(1, len(kinds)))
+    figure, grid = blank(4 * max(1, len(kinds)) + 2, 4, columns=max(1, len(kinds)))
     runs = [*curves]
     for kind, axes in zip(kinds, grid if len(kinds) > 1 else [grid], strict=True):
         for at, (run, stages) in enumerate(curves.items()):
             own = {Path(name).name: lines for name, lines in stages.items() if _kind(name) == kind}
             width = 1 + 1.5 * (len(runs) - 1 - at)  # a curve that two runs share shows the colours of both
             for style, (name, lines) in zip(itertools.cycle(_STYLES), own.items(), strict=False):
-                points = [(line["step"], line["loss"]) for line in lines if line["loss"] is not None]
+                points = [(line["step"], loss) for line in lines if (loss := loss_of(name, line)) is not None]
                 label = f"{run}: {name}" if kind == "finetune" else run
                 axes.plot(*zip(*points, strict=True), color=_colour(runs, run), ls=style, linewidth=width, label=label)
         axes.set(title=kind, xlabel="step")
@@ -51,8 +51,8 @@ def losses(curves: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], path
     handles = {
         label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), map(_narrow, handles), loc="outside right upper", fontsize=7)
-    _save(figure, path, dpi=120)
+    figure.legend(handles.values(), map(narrow, handles), loc="outside right upper", fontsize=7)
+    save(figure, path, dpi=120)
 
 
 def _kind(folder: str) -> str:
@@ -60,4 +60,4 @@ def _kind(folder: str) -> str:
 
 
 def _colour(runs: Sequence[str], run: str) -> str:
-    return _COLOURS[runs.index(run) % len(_COLOURS)]
+    return CYCLE[runs.index(run) % len(CYCLE)]

@@ -1,0 +1,213 @@
+"""What there is to see of a picture: impact of its patches, tokens that reducers leave, classes with all tokens and with few.
+
+Legend: B images, Y X height and width, R C rows and columns of the patch raster, N patches, L classes.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from tif_jax import reducers
+from tif_jax.errors import InputError, WorkError
+from tif_jax.figures.maps import Picture, photograph
+from tif_jax.impact.oracle import token_impact
+from tif_jax.layers import true_float32
+from tif_jax.models import Model, ViT
+from tif_jax.models.model import FULL
+from tif_jax.models.trace import trace
+from tif_jax.reducers import Aux, Full
+
+OFF_THE_SHELF = ("evit", "tome", "random", "norm")  # they learn nothing, so that any weights run under them
+NUM_STAGES = 4  # of a reducer that are drawn: of those where the tokens change, evenly spaced, the last one too
+NO_IMPACT = "No impact: a LeViT's shrink blocks leave no token for each patch."
+
+
+class Stage(NamedTuple):
+    """The tokens at one place in the blocks."""
+
+    title: str
+    num_tokens: int  # patch tokens
+    source: Int[np.ndarray, "R C"]  # which of them holds each patch, or -1
+
+
+class Class(NamedTuple):
+    name: str
+    before: float  # probability with all tokens
+    after: float  # with those that the reducer leaves
+
+
+class Way(NamedTuple):
+    """A picture under one reducer."""
+
+    label: str
+    stages: tuple[Stage, ...]
+    classes: tuple[Class, ...]  # the likeliest of before and of after, by the latter
+
+
+class Seen(NamedTuple):
+    """A picture, with all that is drawn of it."""
+
+    name: str
+    photo: Picture  # as the model sees it
+    classes: tuple[Class, ...]  # with all tokens, before and after alike
+    impact: Float[np.ndarray, "R C"] | None  # nats
+    predicted: Float[np.ndarray, "R C"] | None  # logits of a token filter
+    ways: tuple[Way, ...]
+    note: str = ""
+
+
+def see(
+    full: Model, ways: Mapping[str, Model], name: str, image: Float[np.ndarray, "Y X 3"], top: int, **oracle: Any
+) -> Seen:
+    """One picture, given as the model takes it.
+
+    full: its impacts are those of the picture, its classes those with all tokens, whatever reducer it has. ways: models with
+    a reducer, by what they are called; a filter among them gives the prediction. oracle: options of `token_impact`.
+    Raises WorkError where a model's outputs are no numbers.
+    """
+    images, full = jnp.asarray(image)[None], under(full, FULL)
+    before = _probabilities(_call(full, images)[0], name)
+    impact = predicted = None
+    if isinstance(full, ViT):
+        impact = np.asarray(token_impact(full, images, target="teacher", **oracle)).reshape(full.grid)
+    drawn = []
+    for label, model in ways.items():
+        logits, aux, stages = _walk(model, images)
+        if predicted is None and "filter_logits" in aux:
+            predicted = np.asarray(aux["filter_logits"], np.float32).reshape(full.grid)
+        after = _probabilities(logits, name)
+        drawn.append(Way(label, stages, _classes(model.class_names, before, after, top)))
+    return Seen(
+        name,
+        photograph(image, full.preprocessing),
+        _classes(full.class_names, before, before, top),
+        impact,
+        predicted,
+        tuple(drawn),
+        "" if isinstance(full, ViT) else NO_IMPACT,
+    )
+
+
+def under(model: Model, reducer: Any) -> Model:
+    """The same weights under another reducer."""
+    other = nnx.merge(*nnx.split(model))
+    del other.reducer  # or nnx would hold on to its kind: one with parameters, or a constant
+    other.reducer = reducer
+    return other
+
+
+def ways_of(model: Model, named: Sequence[str | Mapping[str, Any] | Model] | None) -> dict[str, Model]:
+    """What is to be drawn beside all tokens, by label: reducers on the model's weights, or models with one of their own.
+
+    named: names, or dicts as in dict(name="tome", num_merged=8), or models. None: the model's own reducer; of a model
+    without, those of `OFF_THE_SHELF` that its kind has.
+    Raises InputError for a reducer that there is not, that does not fit, or that has something to learn first.
+    """
+    if named is None:
+        if not isinstance(model.reducer, Full):
+            return {_label(type(model.reducer).__name__, {}): model}
+        named = [name for name in OFF_THE_SHELF if isinstance(model, ViT) and (name != "evit" or _has_class(model))]
+    found: dict[str, Model] = {}
+    for one in named:
+        if isinstance(one, Model):
+            label, made = _label(type(one.reducer).__name__, {}), one
+        else:
+            described = {"name": one} if isinstance(one, str) else dict(one)
+            label = _label(str(described.get("name")), described)
+            made = under(model, _built(model, described))
+        number = sum(other.partition(" #")[0] == label for other in found)
+        found[f"{label} #{number + 1}" if number else label] = made
+    return found
+
+
+def _built(model: Model, described: dict[str, Any]) -> Any:
+    name = described.pop("name", None)
+    if not isinstance(name, str):
+        raise InputError(f"a reducer is {described!r:.60}; it is a name, or a dict with one: dict(name='evit')")
+    if not isinstance(model, ViT):
+        raise InputError(
+            f"{name} can not be put on a {type(model).__name__}; give a model that was loaded with a reducer"
+        )
+    shape = dict(width=model.position_embedding.shape[-1], num_patches=model.grid[0] * model.grid[1], depth=model.depth)
+    num_heads = model.blocks[0].attention.num_heads
+    built = reducers.build(name, **shape, num_heads=num_heads, rngs=nnx.Rngs(0), **described)
+    if jax.tree.leaves(nnx.state(built, nnx.Param) if isinstance(built, nnx.Module) else ()):
+        raise InputError(
+            f"{name} has something to learn first; give a model that was trained with it, as `tif run` does"
+        )
+    images = jax.ShapeDtypeStruct((1, *model.image_size, 3), jnp.float32)
+    jax.eval_shape(lambda images: under(model, built)(images)[0], images)  # what does not fit is told before any work
+    return built
+
+
+def _has_class(model: Model) -> bool:
+    return hasattr(model, "class_token")
+
+
+def _label(name: str, options: Mapping[str, Any]) -> str:
+    said = ", ".join(f"{key}={value}" for key, value in options.items() if key != "name")
+    return f"{name} ({said})" if said else name
+
+
+def _walk(model: Model, images: Float[Array, "1 Y X 3"]) -> tuple[Float[Array, "1 L"], Aux, tuple[Stage, ...]]:
+    if not isinstance(model, ViT):
+        logits, aux = _call(model, images)
+        return logits, aux, _of_pyramid(aux, model.grid)
+    found = trace(model, images)
+    num_patches = model.grid[0] * model.grid[1]
+    stages, last = [], np.arange(num_patches)
+    for i, (held, count) in enumerate(zip(found.sources, found.counts, strict=True)):
+        source = np.asarray(held[0])
+        if not np.array_equal(source, last):
+            stages.append(Stage(f"block {i}", count, source.reshape(model.grid)))
+        last = source
+    chosen = [stages[(i + 1) * len(stages) // NUM_STAGES - 1] for i in range(NUM_STAGES)]
+    return found.logits, found.aux, tuple(stages if len(stages) <= NUM_STAGES else chosen)
+
+
+def _of_pyramid(aux: Aux, grid: tuple[int, int]) -> tuple[Stage, ...]:
+    """Of a pyramid only the end is known: which cells of its last raster are tokens that go through the last blocks."""
+    if not {"kept", "source"} <= aux.keys():
+        return ()
+    cell, kept = np.asarray(aux["source"][0]), np.asarray(aux["kept"][0])
+    corner = np.array([np.flatnonzero(cell == row)[0] for row in range(cell.max() + 1)])  # what a cell is called
+    left = np.isin(corner, kept)
+    return (Stage("last stage", int(left.sum()), np.where(left[cell], cell, -1).reshape(grid)),)
+
+
+def _call(model: Model, images: Float[Array, "B Y X 3"]) -> tuple[Float[Array, "B L"], Aux]:
+    return _jitted(*nnx.split(model), images)
+
+
+@partial(jax.jit, static_argnums=0)
+def _jitted(graphdef: Any, state: Any, images: Float[Array, "B Y X 3"]) -> tuple[Float[Array, "B L"], Aux]:
+    model = nnx.merge(graphdef, state)
+    with true_float32(model.dtype):
+        return model(images)
+
+
+def _probabilities(logits: Float[Array, "1 L"], name: str) -> Float[np.ndarray, " L"]:
+    found = np.asarray(jax.nn.softmax(logits.astype(jnp.float32)), np.float64)[0]
+    if not np.isfinite(found).all():
+        raise WorkError(f"the model's outputs for {name} are no numbers (NaN); take other weights")
+    return found
+
+
+def _classes(
+    names: Sequence[str] | None, before: Float[np.ndarray, " L"], after: Float[np.ndarray, " L"], top: int
+) -> tuple[Class, ...]:
+    """The `top` likeliest after, and the likeliest before where it is none of them."""
+    chosen = np.argsort(-after, kind="stable")[:top].tolist()
+    if (best := int(before.argmax())) not in chosen:
+        chosen.append(best)
+    return tuple(Class(_named(names, i), float(before[i]), float(after[i])) for i in chosen)
+
+
+def _named(names: Sequence[str] | None, output: int) -> str:
+    return (names[output] if names else "") or f"class {output}"
