@@ -31,11 +31,11 @@ def truth(model):
     if kind.startswith("Levit"):
         (activation,) = {type(module).__name__ for module in model.modules()} & {"Hardswish", "SiLU", "GELU", "ReLU"}
         return {"activation": {"Hardswish": "hard_swish", "SiLU": "silu"}.get(activation)}
+    if kind not in ("VisionTransformer", "VisionTransformerDistilled"):
+        return None
     parts = [
         (type(b).__name__, type(b.attn).__name__, type(b.mlp).__name__, type(b.norm1).__name__) for b in model.blocks
     ]
-    if kind not in ("VisionTransformer", "VisionTransformerDistilled"):
-        return None
     if set(parts) != {("Block", "Attention", "Mlp", "LayerNorm")}:
         return None
     block, has_fc_norm = model.blocks[0], type(model.fc_norm).__name__ == "LayerNorm"

@@ -151,8 +151,8 @@ def test_layout_that_does_not_fit(tensors, message):
     ("name", "message"),
     [
         ("Transformer/encoderblock_0/LayerNorm_0/scale", "Flax layout .*timm.create_model"),
-        ("vit.encoder.layer.0.attention.attention.query.weight", "HF transformers"),
-        ("embeddings.cls_token", "HF transformers"),
+        ("vit.encoder.layer.0.attention.attention.query.weight", "HF transformers that is not known"),
+        ("embeddings.cls_token", "HF transformers that is not known"),
         ("encoder.layers.encoder_layer_0.ln_1.weight", "torchvision"),
         ("visual.transformer.resblocks.0.ln_1.weight", "CLIP"),
         ("teacher.backbone.cls_token", "training setup"),

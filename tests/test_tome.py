@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import attend, cost_of, embed, feed_forward, mostly_long, numpy_images, numpy_model
+from cases import attend, cost_of, embed, feed_forward, lively, mostly_long, numpy_images, numpy_model
 from flax import nnx
 
 from tif_jax.errors import InputError
@@ -150,7 +150,7 @@ def test_against_the_reference(num_merged, proportional, fields):
     per_block = num_merged if isinstance(num_merged, tuple) else (num_merged,) * 3
     expected, source = reference_encode(model, x, per_block, proportional)
     np.testing.assert_allclose(encoded, expected, atol=1e-5)
-    assert sorted(aux) == ["source"] and aux["source"].dtype == jnp.int32
+    assert sorted(aux) == ["size"] * proportional + ["source"] and aux["source"].dtype == jnp.int32
     np.testing.assert_array_equal(aux["source"], source)
 
 
@@ -298,3 +298,17 @@ def test_misuse(options, message):
 def test_one_number_for_each_block():
     with pytest.raises(InputError, match="num_merged has 2 entries for 3 blocks"):
         model_of(num_merged=(3, 3)).encode(jnp.zeros((1, 17, 32)))
+
+
+def test_attention_pooling_is_proportional():
+    """A merged token counts as the patches that it stands for: the sizes are the rows that `source` counts."""
+    fields = dict(image_size=32, patch_size=8, width=32, depth=2, num_heads=2, num_classes=5)
+    model = lively(fields | dict(pool="attention", class_token=False), reducer="tome", num_merged=4)
+    logits, aux = jax.jit(lambda x: model(x))(numpy_images(2))
+    size = np.stack([np.bincount(row, minlength=8) for row in np.asarray(aux["source"])])
+    np.testing.assert_array_equal(aux["size"], size)
+    assert size.max() > 1
+    x = jax.jit(lambda x: model.encode(model.embed(x))[0])(numpy_images(2))
+    weighted = lambda weight: jax.jit(lambda x, w: model.predict(x, {}, w)[0])(x, jnp.asarray(weight, jnp.float32))  # noqa: E731
+    np.testing.assert_allclose(logits, weighted(size), atol=1e-5)
+    assert np.abs(weighted(np.ones_like(size)) - logits).max() > 1e-3

@@ -137,9 +137,12 @@ class ViT(Model):
     ) -> tuple[Float[Array, "B L"], Aux]:
         """Class logits, float32. patch_weight: each patch token's share where patches are pooled (the oracle's gates).
 
-        Where a reducer masks patches instead of removing them, aux['mask'] is their share.
+        Where a reducer masks patches instead of removing them, aux['mask'] is their share. In attention pooling a token
+        that stands for aux['size'] patches counts as often (ToMe's proportional attention); in a mean, once.
         """
-        features = self._pooled(x, aux.get("mask") if patch_weight is None else patch_weight)
+        if patch_weight is None:
+            patch_weight = aux.get("mask", aux.get("size") if self.pool == "attention" else None)
+        features = self._pooled(x, patch_weight)
         logits = at_least_float32(self.head(features) if self.num_classes else features)
         if hasattr(self, "class_head"):
             aux = {**aux, "logits/main": logits}

@@ -19,6 +19,7 @@ tokens through them says so by an attribute `walks_pyramids = True`; the others 
   source         int32 (B, N), for each patch the row among the patch tokens that come out in which it lives, or -1
   mask           float (B, S), 1 for the patch tokens that come out and are still there, 0 for those masked out (training
                  forms that gather nothing)
+  size           float (B, S), how many patches each patch token that comes out stands for in attention pooling
   filter_logits  (B, N), raster order: how much each patch is worth keeping
   loss/...       per-example terms that the training step adds
   logits/...     predictions of single heads, where the model has several: the classification loss scores each

@@ -38,7 +38,8 @@ class Tome:
 
     A number with a fraction is a mean over the blocks: 8.5 is 8 and 9 in turns.
     schedule: of one number: 'constant', or ToMe's ramps: 'decreasing' from twice the number to 0, or 'increasing'.
-    proportional: attention in proportion to how many patches a token stands for (log size is added to its logits).
+    proportional: attention in proportion to how many patches a token stands for (log size is added to its logits), that of
+    attention pooling, too, for which aux['size'] (B, M) says it of the tokens left.
     """
 
     num_merged: int | float | tuple[int, ...] = 13
@@ -87,7 +88,7 @@ class Tome:
                 source = take(destination(pairs, num_patches), source)
                 log_size = gates_to_log_weight(size, tokens.num_special) if self.proportional else None
             x = block.feed_forward(x, rngs)
-        return x, {"source": source}
+        return x, {"source": source} | ({} if log_size is None else {"size": size})
 
 
 def unit_keys(qk: QueryKey, num_special: int) -> Float[Array, "B N C"]:

@@ -20,8 +20,8 @@ from flax import traverse_util
 from tif_jax.errors import InputError
 from tif_jax.models import grid_of, with_defaults
 from tif_jax.runtime import files
-from tif_jax.weights import timm_levit, timm_vit
-from tif_jax.weights.layout import shortened
+from tif_jax.weights import timm_levit, timm_vit, transformers_vit
+from tif_jax.weights.layout import Tensors, shortened
 from tif_jax.weights.positions import resize_positions
 from tif_jax.weights.torch_file import NESTED, read_torch
 
@@ -32,21 +32,27 @@ _INDEX = ".safetensors.index.json"  # of weights in several files: which tensor 
 # An .npz may be compressed. Weights hardly get smaller; zeros, a thousandfold.
 _MOST_COMPRESSED, _FREELY_UNPACKED = 32, 2**26  # times; bytes
 _WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
-# Integers that PyTorch stores beside the weights: counters of batch norms and, in older files, indices of attention biases.
-_NO_WEIGHTS = (".num_batches_tracked", ".attention_bias_idxs")
+# Integers that PyTorch stores beside the weights: counters of batch norms and, in older files, indices of attention biases
+# and of CLIP's positions.
+_NO_WEIGHTS = (".num_batches_tracked", ".attention_bias_idxs", "embeddings.position_ids")
 
 
 def read_weights(
     path: str | Path, said: Mapping[str, Any] | None = None, **given: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fields of the model and the backbone's float32 parameters (nested dict) of a file in timm's layout.
+    """Fields of the model and the backbone's float32 parameters (nested dict) of a file in timm's layout, or
+    with the names of HF transformers.
 
     The architecture is read off the file. said: fields of the model that the weights were saved from, as a description in or
     beside the file has them; given: fields that a file cannot tell or that are to differ (`infer_fields` of timm_vit and
     timm_levit). The position embedding is resized to the image_size that is given; heads for another num_classes are left
     out.
     """
-    tensors = read_tensors(path)
+    tensors: Tensors = read_tensors(path)
+    if transformers_vit.is_transformers(tensors):
+        with _naming(path):
+            tensors, defaults = transformers_vit.to_timm(tensors)
+        said = {**defaults, **(said or {})}
     layout = timm_levit if timm_levit.is_levit(tensors) else timm_vit
     headless = layout is timm_vit and "head.weight" not in tensors and (said or {}).get("num_classes") == 0
     said = {key: value for key, value in (said or {}).items() if key in layout.FREE}

@@ -74,7 +74,10 @@ _SAVE = "use a checkpoint of timm's ViT, DeiT, DINOv2, CLIP or SigLIP families, 
 _FROM_TIMM = "use timm's conversion of the same weights: timm.create_model(..., pretrained=True).state_dict()"
 _UNSUPPORTED = {  # pattern of a parameter's name: what it belongs to, the remedy
     r"(^|/)Transformer/encoderblock": ("the Flax layout (AugReg, big_vision)", _FROM_TIMM),
-    r"(^|\.)encoder\.layers?\.|^embeddings\.": ("the layout of HF transformers or torchvision", _FROM_TIMM),
+    r"(^|\.)encoder\.layers?\.|^embeddings\.": (
+        "a layout of torchvision, or one of HF transformers that is not known",
+        _FROM_TIMM,
+    ),
     r"^visual\.|resblocks\.": ("the layout of CLIP", _FROM_TIMM),
     r"^(teacher|student|backbone|encoder|decoder)\w*\.": ("a whole training setup", "save its backbone alone"),
     r"^decoder": ("a masked autoencoder with its decoder", "save the encoder alone"),
