@@ -95,12 +95,15 @@ def test_main_moves_and_a_revision_does_not(hub):
     assert names.pinned(f"hf:{NAME}") == moved.origin and names.pinned(pinned.origin) == pinned.origin
 
 
-def test_an_interrupted_download_goes_on(hub, monkeypatch):
-    """The library itself asks again for the rest; where it gives up, the next call does."""
+def test_an_interrupted_download_is_made_good(hub):
+    """The library asks for the rest, at once or, where it has given up, when the same is called again."""
     hub.cut = 1000
-    assert is_of(tif_jax.load(f"hf:{NAME}"), 0)
-    gets = [request for request in hub.requests if request.startswith("GET") and request.endswith("model.safetensors")]
-    assert len(gets) > 1
+    try:
+        model = tif_jax.load(f"hf:{NAME}")
+    except WorkError as error:
+        assert "run the same command again: a download goes on where it stopped" in str(error)
+        model = tif_jax.load(f"hf:{NAME}")
+    assert is_of(model, 0) and hub.cut is None
 
 
 def test_weights_in_shards(hub):

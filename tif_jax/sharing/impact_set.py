@@ -18,7 +18,7 @@ _COLUMNS = {
     "id": "string. The image's path in the data set, or its TFDS id",
     "label": "int32. Its class, as an output of the network's head; -1: not known",
     "prediction": "int32. The class that the network predicts with all tokens",
-    "loss": "float32, nats. With all tokens: cross-entropy with target `label`, 0 with target `teacher`",
+    "loss": "float32, nats. Cross-entropy with the label, all tokens present; NaN where there is no label",
     "impact": "list of float32 or float16, nats. By how much the loss rises without the token, one number per patch token",
 }
 _TARGETS = {
