@@ -80,7 +80,7 @@ def test_of_a_run_it_says_who_runs_it_where_it_is_and_how_long_still(place):
     assert "running: " in as_text(found) and re.search(
         r"time left: about \d\d s, and what is not known yet: finetune", as_text(found)
     )
-    assert status(run)["running"] is None and states(status(run))["finetune/tif-0.5-0"][0] == "begun"
+    assert status(run)["running"] is None and states(status(run))["finetune/tif-0.5-0"] == ("begun", 0, 64)
 
 
 def test_time_left_is_the_mean_of_its_kind(tmp_path):

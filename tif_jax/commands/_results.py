@@ -24,7 +24,9 @@ def result_of(workdir: Path) -> dict[str, Any]:
     """
     plan = records.read(workdir / "run.json", "`tif run` writes it anew") if workdir.is_dir() else None
     if plan is None:
-        raise InputError(f"{workdir} has no run.json: `tif run` has not worked there; give the --workdir of a run")
+        raise InputError(
+            f"{workdir} has no run.json, which `tif run` writes: give the --workdir of a run, or run it there again"
+        )
     backbone = records.read(workdir / "backbone" / "metrics.json")
     if backbone is None:
         raise InputError(

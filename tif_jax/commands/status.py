@@ -41,23 +41,23 @@ def status(workdir: Path) -> dict[str, Any]:
         raise InputError(
             f"{workdir} is no workdir: there is nothing in it that a run left; give the --workdir of a run"
         )
-    running = holder and holder["running"]
-    now = _progress.last_progress(log, holder["pid"]) if holder and running is not False else None
-    if holder and running is not False:
-        _mark_current(stages, log, holder["pid"], now)
+    running = holder is not None and holder["running"] is not False
+    last = _progress.last_progress(log, holder["pid"] if holder else log[-1][1]) if log else None
+    _mark_current(stages, last, running)
+    now = last if running else None
     problems += [f"{stage['folder']}: {stage['told']}" for stage in stages if stage["state"] == "broken"]
-    results = {name: (workdir / name).exists() for name in ("benchmark.json", "report.md")}
+    results = {name: (workdir / name).exists() for name in ("benchmark.json", "report.md") if plan}
     command = holder["command"] if holder else plan and plan["command"]
     return {
         "workdir": str(workdir),
         "command": command,
-        "running": holder if running is not False else None,
-        "was_killed": bool(holder) and running is False,
+        "running": holder if running else None,
+        "was_killed": bool(holder) and not running,
         "finished": bool(plan) and all(stage["state"] == "done" for stage in stages) and all(results.values()),
         "stages": stages,
         "results": results,
         "now": now,
-        **_time_left(stages, results if plan else {}, now, _progress.seconds_of(log)),
+        **_time_left(stages, results, now, _progress.seconds_of(log)),
         "last": _last(log),
         "problems": problems,
         "bytes": _progress.bytes_in(workdir),
@@ -78,15 +78,16 @@ def _holder(workdir: Path) -> dict[str, Any] | None:
     return who | {"running": os.path.exists(f"/proc/{who['pid']}") if held is None else held}
 
 
-def _mark_current(stages: Sequence[dict[str, Any]], log, process: int, now: dict[str, Any] | None) -> None:
-    """The stage that the process is at becomes "now", with the count of its last progress line."""
-    open_ = [stage for stage in stages if stage["state"] in ("begun", "to do")]
-    titled = [stage for stage in open_ if now and Path(stage["folder"]).name == now["title"]]
-    begun = [stage for stage in open_ if stage["state"] == "begun"]
-    if current := (titled or begun)[:1]:
-        current[0]["state"] = "now"
-        if titled and now:
-            current[0] |= {"done": max(now["done"], current[0]["done"]), "of": now["of"]}
+def _mark_current(stages: Sequence[dict[str, Any]], last: dict[str, Any] | None, running: bool) -> None:
+    """The stage that a running process is at becomes "now", with the count of the last progress line."""
+    begun = [stage for stage in stages if stage["state"] == "begun"]
+    titled = [stage for stage in begun if last and Path(stage["folder"]).name == last["title"]]
+    for stage in (titled or begun)[: 1 if running else 0]:
+        stage["state"] = "now"
+    for stage in titled[:1]:
+        stage["of"] = stage["of"] or (last and last["of"])
+        if last and running:
+            stage["done"] = max(last["done"], stage["done"])
 
 
 def _time_left(
@@ -104,7 +105,7 @@ def _time_left(
         known += sum(seconds.get(kind, 0.0) for kind in begun)
     unknown = [kind for kind in dict.fromkeys(to_come) if kind not in seconds]
     nothing = not known and bool(unknown)
-    return {"seconds_left": None if nothing else known, "not_known": [*unknown]}
+    return {"seconds_left": None if nothing else known, "not_known": unknown}
 
 
 def _last(log) -> dict[str, Any] | None:
@@ -146,10 +147,10 @@ def _headline(found: dict[str, Any]) -> str:
     if who := found["running"]:
         sure = "running" if who["running"] else "taken (whether it still runs can be seen there alone)"
         return f"{sure}: {command}, process {who['pid']} on {who['host']} since {who['since']}"
-    if found["was_killed"]:
-        return f"stopped, its process is gone; go on with {command}"
     if found["finished"]:
         return f"finished: {command}"
+    if found["was_killed"]:
+        return f"stopped, its process is gone; go on with {command}"
     return f"nobody is at it; go on with {command}" if found["command"] else "nobody is at it"
 
 

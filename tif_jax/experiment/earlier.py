@@ -55,9 +55,8 @@ def take_impacts(earlier: Path, workdir: Path, folder: Path, manifest: Mapping[s
     there = earlier / folder.relative_to(workdir)
 
     def sources() -> list[Path]:
-        _check_same(
-            read_manifest(there), {"format_version": read_manifest(there)["format_version"], **manifest}, ["versions"]
-        )
+        found = read_manifest(there)
+        _check_same(found, {"format_version": found["format_version"], **manifest}, ["versions"])
         if missing := missing_parts(there, manifest["num_parts"], verify=False):
             raise InputError(f"{there} lacks {len(missing)} of {manifest['num_parts']} parts")
         return [there / "manifest.json", *there.glob("part-*")]
@@ -76,7 +75,7 @@ def _take(earlier: Path, workdir: Path, folder: Path, sources: Callable[[], Sequ
                 _copy(there, folder, sources(), {"workdir": str(earlier.absolute())})
                 logger.info("%s is taken over from %s", folder, there)
             except InputError as error:
-                logger.info("%s is made anew: %s", folder, error)
+                logger.info("%s is made anew: %s", folder, str(error).partition(";")[0])  # without the remedy
     processes.wait_for_all(f"{folder.name} looked for")
 
 
