@@ -9,7 +9,7 @@ from PIL import Image
 from small_project import contents, last_line, tif
 
 from tif_jax.experiment import config as config_file
-from tif_jax.experiment import stages
+from tif_jax.experiment import plan, stages
 from tif_jax.experiment.scoring import score_heldout, score_training
 from tif_jax.impact import job
 from tif_jax.runtime import records
@@ -138,3 +138,30 @@ def test_folders_that_nothing_can_be_taken_from(place, capsys, earlier, told):
     line = last_line(capsys)
     assert told in line and "leave --from out" in line
     assert not (place / "run" / "run.json").exists()
+
+
+# What a run is to make: run.json
+
+
+def test_a_plan_names_every_stage_once_and_is_written_anew_only_where_something_has_changed(place):
+    overrides = ("--config.benchmark.reducers=('full','tif','prior','tosa')", "--config.reducer.adapter=4")
+    experiment = config_file.load("config.py", overrides)
+    tif, runs = experiment.reducer, experiment.benchmark.reducers
+    both = [experiment.under(entry, seed) for seed in (0, 1) for entry in runs]
+    plan.write(experiment, place / "run", both, [experiment.under(tif, seed) for seed in (0, 1)])
+    noted = records.read(place / "run" / "run.json")
+    of_seed = ["finetune/full-1-{}", "adapter{}", "finetune/tif-0.5,adapter=4-{}", "finetune/prior-0.5-{}"]
+    of_seed += ["filter-tosa{}", "finetune/tosa-0.5-{}"]
+    expected = ["backbone", "impact", "heldout-label", "heldout-teacher", "filter", "filter-1"]
+    for seed, suffix in ((0, ""), (1, "-1")):
+        expected += [name.format(seed if name.startswith("finetune") else suffix) for name in of_seed]
+    assert [stage["folder"] for stage in noted["stages"]] == expected
+    assert [stage["folder"] for stage in noted["stages"] if stage.get("ranked")] == ["filter", "filter-1"]
+    path = place / "run" / "run.json"
+    before = path.stat().st_mtime_ns
+    for change in (None, "damaged"):
+        if change:
+            path.write_text(change)
+        plan.write(experiment, place / "run", both, [experiment.under(tif, seed) for seed in (0, 1)])
+        assert (path.stat().st_mtime_ns == before) == (change is None)
+    assert records.read(path)["stages"] == noted["stages"]
