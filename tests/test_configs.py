@@ -45,7 +45,7 @@ def name(request):
 
 
 def test_every_config_is_found():
-    assert {name.partition(":")[0] for name in ALL} == {"digits.py", *WITH_ARGUMENTS}
+    assert {name.partition(":")[0] for name in ALL} == {"digits.py", "folder.py", *WITH_ARGUMENTS}
 
 
 def test_it_loads_and_is_plain_data(name, caplog):
@@ -83,7 +83,7 @@ def test_its_training_takes_their_values(name):
             assert 0 <= recipe.warmup_epochs < recipe.num_epochs
     if config.backbone.model:
         assert config.data.size == (config.backbone.model["image_size"],) * 2
-    else:
+    elif not config.backbone.head:
         assert config.backbone.init_from.endswith(".safetensors")
 
 

@@ -35,6 +35,8 @@ TABLE = [
     (("finetune.mixing.switch=0.1",), dict(finetune=dict(mixing=dict(mixup=0.8))), "finetune.mixing.switch (mixup and"),
     (("data.tfds_name=mnist",), dict(data=dict(name="image_folder")), "data.tfds_name (the data are image_folder)"),
     (("data.root=photos",), {}, "data.root (digits are generated)"),
+    (("data.test_fraction=0.2",), {}, "data.test_fraction (it is of image_folder and image_table)"),
+    (("data.seed=1",), dict(data=dict(name="image_folder")), "data.seed (only digits are generated, and no test"),
     (("backbone.num_heads=3",), {}, "backbone.num_heads (it is of a weight file)"),
     (("backbone.learning_rate=0.1",), {}, "backbone.learning_rate (the backbone is not trained)"),
     (
@@ -65,6 +67,11 @@ def test_what_nothing_reads_is_named(caplog, overrides, settings, expected):
         (("reducer.adapter=48", "adapter.num_epochs=2"), TIF),
         (("backbone.num_epochs=3", "backbone.learning_rate=0.1", "backbone.model.width=64"), {}),
         (("backbone.num_heads=3",), dict(backbone=dict(init_from="weights.npz", learning_rate=1e-3))),  # the default
+        (
+            ("backbone.num_epochs=3", "backbone.batch_size=8"),
+            dict(backbone=dict(init_from="weights.npz", head="fresh")),
+        ),
+        (("data.seed=1",), dict(data=dict(name="image_folder", test_fraction=0.2))),
         (("data.root=photos", "data.train_split=tr"), dict(data=dict(name="image_folder"))),
     ],
 )

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tif_jax.sharing.share import push_to_hub as push_to_hub
     from tif_jax.sharing.share import save_impact as save_impact
     from tif_jax.sharing.share import save_pretrained as save_pretrained
+    from tif_jax.training.fitting import fit as fit
     from tif_jax.weights.loading import from_pretrained as from_pretrained
     from tif_jax.weights.loading import load as load
 
@@ -28,6 +29,7 @@ _WHERE = {
     "WorkError": "errors",
     "cost": "models.cost",
     "create_model": "models",
+    "fit": "training.fitting",
     "from_pretrained": "weights.loading",
     "load": "weights.loading",
     "predict_images": "models.predictions",

@@ -70,7 +70,8 @@ def backbone(config: Experiment, workdir: Path) -> dict[str, Any]:
     checkpoint, which = standing(directory)
     model = load(checkpoint, dtype=config.dtype)
     metrics = _evaluate(config, model)
-    if config.backbone.init_from and metrics["loss"] > math.log(max(2, model.num_classes)):
+    imported = config.backbone.init_from and not config.backbone.head
+    if imported and metrics["loss"] > math.log(max(2, model.num_classes)):
         logger.warning(
             "the imported backbone has a loss of %.2f nats, worse than guessing: are data.class_index, the labels or "
             "data.mean and data.std those of its training?", metrics["loss"],

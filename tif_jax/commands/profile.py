@@ -52,7 +52,7 @@ def profile(stage: str, config: Experiment, workdir: Path, num_steps: int) -> di
     Seconds are means per step: step_seconds of training as it is, device_seconds with the same batch again and again,
     dispatch_seconds until the call of a step returns, data_seconds that a step waits for its batch.
     """
-    if stage == "backbone" and config.backbone.init_from:
+    if stage == "backbone" and config.backbone.init_from and not config.backbone.is_trained:
         raise InputError(
             "the backbone is imported (backbone.init_from) and has no training step; choose another --stage"
         )

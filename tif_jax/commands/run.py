@@ -16,7 +16,7 @@ from tif_jax.experiment.predecessors import finished, oracles_of
 from tif_jax.experiment.schema import Experiment
 from tif_jax.experiment.scoring import score_heldout, score_training
 from tif_jax.experiment.sources import check_splits
-from tif_jax.experiment.stages import train
+from tif_jax.experiment.stages import before_backbone, train
 from tif_jax.runtime import processes, records
 from tif_jax.runtime.workdir import begin_log, only_run
 from tif_jax.training.checkpoints import read_config
@@ -47,16 +47,18 @@ def run(experiment: Experiment, workdir: Path, earlier: Path | None = None) -> N
 
     earlier: another workdir, whose finished stages are taken over where they are the same.
     """
-    check_splits(experiment)
+    check_splits(experiment, workdir)
     runs, filters = _finetunings(experiment), _filters(experiment)
-    if not experiment.backbone.init_from:  # else its file says what it is
+    imported = experiment.backbone.init_from and not experiment.backbone.is_trained
+    if not imported:  # else its file says what it is
+        fields = before_backbone(experiment)[1] if experiment.backbone.init_from else experiment.backbone.model
         for of_run in runs:
-            check_on_backbone(of_run, experiment.backbone.model)
+            check_on_backbone(of_run, fields)
     plan.write(experiment, workdir, runs, filters, earlier)
     logger.info("stage backbone")
     train("backbone", experiment, workdir, earlier)
     _once(backbone_folder(workdir), evaluate.backbone, experiment, workdir)
-    if experiment.backbone.init_from:
+    if imported:
         fields = read_config(finished(backbone_folder(workdir))[0])["model"]
         for of_run in runs:
             check_on_backbone(of_run, fields)

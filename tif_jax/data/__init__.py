@@ -1,15 +1,20 @@
 """Data: from a config's `data` to a source of labelled images (and, in loader.py, to batches of them)."""
 
+import dataclasses
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from tif_jax.data import remote
+from tif_jax.data.folder import ImageFolder, ImageTable, class_folders, table_labels
 from tif_jax.data.options import DataOptions as DataOptions
 from tif_jax.data.options import Settings
 from tif_jax.data.options import read_options as read_options
 from tif_jax.data.source import Source as Source
 from tif_jax.data.source import Subset, evenly_spaced
+from tif_jax.data.split import AUTO, found_splits, held_out
 from tif_jax.errors import InputError
 
 SPLITS = ("train", "validation", "test")
@@ -19,9 +24,10 @@ def open_source(data: Settings, split: str) -> Source:
     """The examples of a split of the data set that `data`, options or settings of them, describes.
 
     'train' and 'test' are what data.train_split and data.test_split name. data.num_validation examples of the first are
-    kept out of 'train' and are 'validation'. InputError, naming file or key, for what is missing or malformed.
+    kept out of 'train' and are 'validation'. Where both names are the same, data.test_fraction of each class is 'test' and
+    the rest 'train'. InputError, naming file or key, for what is missing or malformed.
     """
-    options = read_options(data)
+    options = with_splits(read_options(data))
     if split not in SPLITS:
         raise InputError(
             f"unknown split {split!r}; 'train' or 'test', which data.train_split and data.test_split name, "
@@ -43,18 +49,37 @@ def open_source(data: Settings, split: str) -> Source:
     return Subset(source, kept if split == "validation" else np.setdiff1d(np.arange(len(source)), kept))
 
 
+def with_splits(options: DataOptions) -> DataOptions:
+    """With the names that 'auto' stands for in an image folder, and with the home folder for '~'."""
+    options = dataclasses.replace(options, root=os.path.expanduser(options.root))
+    if AUTO not in (options.train_split, options.test_split) or options.name != "image_folder":
+        return options
+    train, test = found_splits(_local_root(options), options.train_split, options.test_split)
+    return dataclasses.replace(options, train_split=train, test_split=test)
+
+
+def division(options: DataOptions) -> dict[str, list[str]]:
+    """Ids of the images for training and for the test, where they are divided here; data.num_train and the like aside."""
+    source, chosen = _divided(options)
+    return {
+        name: [id for id, is_test in zip(source.ids, chosen, strict=True) if is_test == (name == "test")]
+        for name in ("train", "test")
+    }
+
+
+def _divided(options: DataOptions) -> tuple[Any, np.ndarray]:
+    source: Any = _open_whole(options, options.train_split)
+    return source, held_out(source.ids, source.labels, options.test_fraction, options.seed)
+
+
 def classes_of(kind: str, root: str, split: str) -> frozenset[str] | None:
     """Names of the classes of which a split holds images; None if that is not known without reading them.
 
     kind: `data.name`; split: the data set's name for it.
     """
     if kind == "image_folder":
-        from tif_jax.data.folder import class_folders
-
         return frozenset(class_folders(root, split))
     if kind == "image_table":
-        from tif_jax.data.folder import table_labels
-
         return frozenset(table_labels(Path(root, split)))
     return None
 
@@ -63,23 +88,39 @@ def _open_split(options: DataOptions, split: str, name: str, num_examples: int) 
     """All of a split, or num_examples of it; name: the data set's for it."""
     if options.name == "digits":
         return _open_digits(options, split, num_examples)
+    if options.makes_split:
+        whole, chosen = _divided(options)
+        source: Source = Subset(whole, np.flatnonzero(chosen == (split == "test")))
+        if not len(source):
+            raise InputError(
+                f"data.test_fraction {options.test_fraction:g} leaves none of the {len(whole)} images in {whole.root} for "
+                f"{split!r}; two of a class are needed at least"
+            )
+    else:
+        source = _open_whole(options, name)
+    return Subset(source, evenly_spaced(num_examples, len(source))) if num_examples else source
+
+
+def _open_whole(options: DataOptions, name: str) -> Source:
+    if options.name == "image_folder":
+        return ImageFolder(_local_root(options), name, options.class_index)
+    if options.name == "image_table":
+        return ImageTable(Path(_local_root(options), name), options.class_index)
+    from tif_jax.data.tfds import Tfds
+
+    return Tfds(options.tfds_name, _root(options), name, options.class_index)
+
+
+def _root(options: DataOptions) -> str:
     if not options.root:
         raise InputError(f"data.root is empty; {options.name} needs the folder that holds the data")
-    if options.name != "tfds" and remote.is_url(options.root):
+    return options.root
+
+
+def _local_root(options: DataOptions) -> str:
+    if remote.is_url(options.root):
         raise InputError(f"data.root {options.root}: {options.name} is read from local files; {remote.LOCALLY}")
-    if options.name == "image_folder":
-        from tif_jax.data.folder import ImageFolder
-
-        source: Source = ImageFolder(options.root, name, options.class_index)
-    elif options.name == "image_table":
-        from tif_jax.data.folder import ImageTable
-
-        source = ImageTable(Path(options.root, name), options.class_index)
-    else:
-        from tif_jax.data.tfds import Tfds
-
-        source = Tfds(options.tfds_name, options.root, name, options.class_index)
-    return Subset(source, evenly_spaced(num_examples, len(source))) if num_examples else source
+    return _root(options)
 
 
 def _open_digits(options: DataOptions, split: str, num_examples: int) -> Source:

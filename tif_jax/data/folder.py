@@ -3,6 +3,7 @@
 import csv
 import logging
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 
+_MOST_TOLD = 8  # kinds of files
 _NO_PICTURES = ("thumbs.db", "desktop.ini")  # that systems leave in folders
 
 
@@ -32,8 +34,16 @@ class ImageFiles:
         self._labels = labels
 
     @property
+    def ids(self) -> list[str]:
+        return [as_id(file) for file in self._files]
+
+    @property
+    def labels(self) -> Sequence[int]:
+        return self._labels
+
+    @property
     def fingerprint(self) -> str:
-        return records.digest([[as_id(file) for file in self._files], list(self._labels)])
+        return records.digest([self.ids, list(self._labels)])
 
     def __len__(self) -> int:
         return len(self._files)
@@ -44,7 +54,9 @@ class ImageFiles:
 
 
 class ImageFolder(ImageFiles):
-    """`root/split/class/image`, sorted as text by class folder, then by file name.
+    """`root/split/class/image`, sorted as text by class folder, then by file name; '.' is the split of `root/class/image`.
+
+    Images in folders below a class folder are of that class, too; links to such folders are not followed.
 
     A label is the position of its folder among the class folders of all splits (as TFDS's ImageFolder counts), or
     `class_index[folder]` where the classification head was trained with other numbers; extra entries are ignored. The
@@ -53,25 +65,27 @@ class ImageFolder(ImageFiles):
 
     def __init__(self, root: str | os.PathLike, split: str, class_index: ClassIndex | None = None):
         root = Path(root)
-        splits = _splits(root, split)
-        classes = _folders(root / split)
+        splits = [] if split == "." else _splits(root, split)
+        classes = _folders(_folder(root) / split)
         if not classes:
             raise InputError(f"{root / split} has no class folders; images go into {root / split}/CLASS/")
-        outside = sum(1 for _ in _images(root / split))
+        outside = sum(map(_is_image, os.listdir(root / split)))
         passed_over = Counter({"images outside of the class folders": outside}) if outside else Counter()
         images = {name: sorted(_images(root / split / name, passed_over)) for name in classes}
         if passed_over:
-            found = ", ".join(f"{count} {kind}" for kind, count in sorted(passed_over.items()))
+            found = ", ".join(f"{count} {kind}" for kind, count in sorted(passed_over.most_common(_MOST_TOLD)))
+            found += f" and {len(passed_over) - _MOST_TOLD} other kinds" if len(passed_over) > _MOST_TOLD else ""
             once.warn(logger, f"{root / split}: passed over {found}; images are {' '.join(EXTENSIONS)}")
         if empty := [name for name in classes if not images[name]]:
             raise InputError(
                 f"no images in {root / split / empty[0]}; put images ({' '.join(EXTENSIONS)}) into it or remove it"
             )
+        _warn_of_case(root / split, classes)
         others = {name for other in splits if other != split for name in class_folders(root, other)}
         if class_index is not None:
             others.intersection_update(class_index)
         label = outputs({*classes, *others}, class_index)
-        files = [(f"{split}/{name}/{file}", label[name]) for name in classes for file in images[name]]
+        files = [(os.path.normpath(f"{split}/{name}/{file}"), label[name]) for name in classes for file in images[name]]
         super().__init__(root, [file for file, _ in files], [index for _, index in files], names_by_output(label))
 
 
@@ -104,6 +118,16 @@ def class_folders(root: str | os.PathLike, split: str) -> list[str]:
     return [name for name in _folders(Path(root, split)) if any(True for _ in _images(Path(root, split, name)))]
 
 
+def has_images(folder: str | os.PathLike) -> bool:
+    """Whether images lie in the folder itself."""
+    return any(map(_is_image, os.listdir(folder)))
+
+
+def split_folders(root: str | os.PathLike) -> list[str]:
+    """Names of the folders that a root holds. Raises InputError if there is no such root."""
+    return _folders(_folder(Path(root)))
+
+
 def table_labels(csv_path: str | os.PathLike) -> set[str]:
     """The labels that a table has, as they are written."""
     return {label for _, _, label in _rows(Path(csv_path))}
@@ -117,8 +141,7 @@ def image_files(folder: str) -> list[str]:
     found = []
     for at, folders, names in os.walk(folder, onerror=_refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        images = [name for name in names if not name.startswith(".") and name.lower().endswith(EXTENSIONS)]
-        found += [os.path.join(at, name) for name in images]
+        found += [os.path.join(at, name) for name in names if _is_image(name)]
     if not found:
         raise InputError(f"no images in {as_id(folder)} or below; images are {' '.join(EXTENSIONS)}")
     return sorted(found)
@@ -133,12 +156,16 @@ def as_id(file: str) -> str:
     return doubled.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def _splits(root: Path, split: str) -> list[str]:
-    """The folders of a root, of which `split` must be one."""
+def _folder(root: Path) -> Path:
     if not root.is_dir():
         seen_from = "" if root.is_absolute() else f", seen from {Path.cwd()}"
         raise InputError(f"data.root {root} is not a folder{seen_from}; it must hold root/split/class/image.jpg")
-    splits = _folders(root)
+    return root
+
+
+def _splits(root: Path, split: str) -> list[str]:
+    """The folders of a root, of which `split` must be one."""
+    splits = split_folders(root)
     if split not in splits:
         raise InputError(f"{root} has no split folder {split!r}; it has: {', '.join(splits) or 'no folders'}")
     return splits
@@ -149,17 +176,29 @@ def _folders(folder: Path) -> list[str]:
 
 
 def _images(folder: Path, passed_over: Counter[str] | None = None) -> Iterator[str]:
-    """Names of the images in a folder. passed_over: counts what else is there, by suffix."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            name = entry.name.lower()
-            if name.startswith(".") or name in _NO_PICTURES:
-                continue
-            if name.endswith(EXTENSIONS):
-                yield entry.name
-            elif passed_over is not None:
-                kind = "folders" if entry.is_dir() else os.path.splitext(name)[1] or "files without a suffix"
-                passed_over[kind] += 1
+    """Paths of the images in a folder and below it, as seen from it. passed_over: counts what else is there, by suffix."""
+    for at, folders, names in os.walk(folder, onerror=_refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        below = os.path.relpath(at, folder)
+        for name in names:
+            if _is_image(name):
+                yield name if below == "." else os.path.join(below, name)
+            elif passed_over is not None and not name.startswith(".") and name.lower() not in _NO_PICTURES:
+                passed_over[os.path.splitext(name.lower())[1] or "files without a suffix"] += 1
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+
+
+def _warn_of_case(folder: Path, classes: Sequence[str]) -> None:
+    by_form: dict[str, str] = {}
+    for name in classes:
+        other = by_form.setdefault(unicodedata.normalize("NFKC", name).casefold(), name)
+        if other != name:
+            once.warn(
+                logger, f"{folder}: {other!r} and {name!r} are two classes; put them into one folder if they are not"
+            )
 
 
 def _refuse(error: OSError) -> NoReturn:

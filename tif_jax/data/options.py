@@ -12,6 +12,7 @@ from tif_jax.checked import key
 from tif_jax.data.preprocess import FRACTIONS, INTERPOLATIONS, PARTS, Preprocessing, replaced
 
 _ELSE = "none: what the weights of backbone.init_from say, else"
+DIVISIBLE = ("image_folder", "image_table")  # kinds whose labels are known before an image is read
 KNOWN = ("digits", "image_folder", "image_table", "tfds")
 
 
@@ -22,8 +23,23 @@ class DataOptions:
     name: str = key("digits", "what kind of data set is read", choices=KNOWN)
     root: str = key("", "image_folder: holds the split folders; image_table: the CSV files; tfds: TFDS's data_dir")
     tfds_name: str = key("", "tfds only: 'name', 'name/config' or 'name/config:version'")
-    train_split: str = key("train", "a folder's name, a CSV file's name, or a split of TFDS, also 'train[:90%]'")
-    test_split: str = key("test", "where the test images are, as train_split says where the training images are")
+    train_split: str = key(
+        "train",
+        "a folder's name ('.': the class folders lie in root; 'auto': train, or '.'), a CSV file's name, or a split of TFDS, "
+        "also 'train[:90%]'",
+    )
+    test_split: str = key(
+        "test",
+        "where the test images are, as train_split says where the training images are; 'auto': the folder test or val, or "
+        "what train_split names",
+    )
+    test_fraction: float = key(
+        0.0,
+        "image_folder, image_table: share of each class's images that is kept for the test where both splits are the same; "
+        "0: all are trained and tested on",
+        least=0,
+        below=1,
+    )
     num_train: int = key(
         0,
         "how many training images at most, evenly spaced; 0: all. digits: how many canvases, at least 1",
@@ -69,7 +85,7 @@ class DataOptions:
     worker_processes: int = key(
         0, "processes of so many threads each, where one process's threads wait for each other", least=0, most=256
     )
-    seed: int = key(0, "digits only: seed of the generator of canvases", least=0, below=2**32)
+    seed: int = key(0, "seed of the canvases of digits, and of what test_fraction keeps", least=0, below=2**32)
 
     def __post_init__(self):
         checked.check(self)
@@ -78,6 +94,11 @@ class DataOptions:
     def size(self) -> tuple[int, int]:
         """image_size as (rows, columns)."""
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+    @property
+    def makes_split(self) -> bool:
+        """Whether training and test images are divided here (`data.split`)."""
+        return self.test_fraction > 0 and self.train_split == self.test_split and self.name in DIVISIBLE
 
     @cached_property
     def preprocessing(self) -> Preprocessing:

@@ -20,13 +20,16 @@ _REMEDY = "set data.mean and data.std, or put timm's config.json beside the file
 
 
 def resolved(experiment: Experiment) -> Experiment:
-    """With numbers for what `data` leaves to the weights: theirs, else the defaults, which a warning names.
+    """With what `data` leaves open: the splits that its folder has; numbers of the weights, else the defaults, which a
+    warning names.
 
     Names on the hub get the commit that they stand for now. Raises InputError where data.mean or data.std contradict the
     weights; of another crop or interpolation it warns.
     """
     experiment = _pinned(experiment)
     options, weights = experiment.data, os.path.expanduser(experiment.backbone.init_from)
+    if os.path.isdir(os.path.expanduser(options.root)):  # else it is told where images are opened
+        options = data.with_splits(options)
     how = options.preprocessing
     if weights:
         there = hub.is_name(weights) or os.path.exists(weights)  # also False for what can be no path

@@ -23,10 +23,16 @@ _ANY_SEED = dict(least=0, below=2**31)
 
 @dataclasses.dataclass(frozen=True)
 class Backbone(NetworkRecipe):
-    """The ViT before reduction: imported, trained from random weights, or (num_epochs 0) random weights."""
+    """The ViT before reduction: imported, trained from random weights or under a fresh head, or (num_epochs 0) untrained."""
 
     init_from: str = key(
         "", "a weight file, its folder, hf:OWNER/NAME[@REVISION] or a checkpoint; '': random weights of `model`"
+    )
+    head: str = key(
+        "",
+        "fresh: a new head, with an output for each class of the data, and the network is trained; '': that of init_from or "
+        "`model`",
+        choices=("", "fresh"),
     )
     model: dict[str, Any] = key(
         {}, "fields of the model, as in dict(image_size=64, patch_size=8, ...); with init_from: those it does not say"
@@ -34,6 +40,10 @@ class Backbone(NetworkRecipe):
     num_heads: int = key(
         0, "attention heads of a weight file, which does not say how many; 0: what timm has for its size", least=0
     )
+
+    @property
+    def is_trained(self) -> bool:
+        return self.num_epochs > 0 and not (self.init_from and not self.head)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ import logging
 import re
 from contextlib import suppress
 from functools import cache
+from pathlib import Path
 
 from tif_jax import data
 from tif_jax.data.options import DataOptions
@@ -11,8 +12,9 @@ from tif_jax.data.source import Labelled, UnreadableImage
 from tif_jax.errors import InputError
 from tif_jax.experiment.preprocessing import check_prepared
 from tif_jax.experiment.schema import Experiment
-from tif_jax.models import Model, require_head
-from tif_jax.runtime import once
+from tif_jax.models import Model
+from tif_jax.runtime import once, records
+from tif_jax.weights.loading import NEW_HEAD
 
 logger = logging.getLogger(__name__)
 
@@ -25,22 +27,57 @@ def open_for_model(experiment: Experiment, split: str, model: Model, labelled: b
     labelled: every example must have a label. Raises InputError for labels that are missing, beyond the head, or numbered
     otherwise than the head for all that is known.
     """
-    require_head(model, "an experiment")
+    if not model.num_classes:
+        raise InputError(f"an experiment needs classes, and these weights have no head; {NEW_HEAD}")
     check_prepared(model, experiment, "the network")
     options, num_classes = experiment.data, model.num_classes
     source = data.open_source(options, split)
     _check_numbers(options, split, source, num_classes)
     _check_names(options, source, model)
-    if experiment.backbone.init_from and not model.class_names:
+    if experiment.backbone.init_from and not experiment.backbone.head and not model.class_names:
         _warn_of_order(options, source)
     _warn_of_classes(options, split, source)
     return Labelled(_with_labels(options, split, source), num_classes, _name(options, split)) if labelled else source
 
 
-def check_splits(experiment: Experiment) -> None:
-    """Raises InputError if the images that a run is trained or judged on are missing or have no labels."""
+def check_splits(experiment: Experiment, workdir: Path) -> None:
+    """Raises InputError if images that a run is trained or judged on are missing, without labels, or others than before.
+
+    Where training and test images are divided here, DIR/split.json notes how.
+    """
+    options = experiment.data
     for split in ("train", "test"):
-        _with_labels(experiment.data, split, data.open_source(experiment.data, split))
+        source = _with_labels(options, split, data.open_source(options, split))
+        if experiment.backbone.head and source.num_classes < 2:
+            raise InputError(
+                f"{options.root} has one class alone, {''.join(source.class_names)!r}, and there is nothing to tell apart; "
+                "data.root is the folder that holds a folder for each class"
+            )
+    if options.makes_split:
+        _note_division(options, workdir / "split.json")
+
+
+def _note_division(options: DataOptions, path: Path) -> None:
+    """Writes which images are for what, or compares with what is written. InputError where images came or went."""
+    parts = data.division(options)
+    made = {"test_fraction": options.test_fraction, "seed": options.seed}
+    noted = records.read(path, "delete it; impacts and results notice by themselves if their images are others")
+    if noted is None:
+        logger.info("%s: %d images for training, %d for the test", path, len(parts["train"]), len(parts["test"]))
+        records.write(path, {**made, **parts})
+        return
+    records.check_same(path.parent, {key: noted[key] for key in made}, made)
+    now, then = ({*which["train"], *which["test"]} for which in (parts, noted))
+    if now != then:
+        told = [
+            f"{len(ids)} images {what} (the first: {min(ids)})"
+            for ids, what in ((now - then, "more"), (then - now, "fewer"))
+            if ids
+        ]
+        raise InputError(
+            f"{options.root} has {' and '.join(told)} than when {path.parent} was begun, and what was learned there is of "
+            "those: put them back as they were, or choose another --workdir to begin anew"
+        )
 
 
 def _with_labels(options: DataOptions, split: str, source: data.Source) -> data.Source:
@@ -83,7 +120,7 @@ def _check_numbers(options: DataOptions, split: str, source: data.Source, num_cl
             return
     raise InputError(
         f"{options.root} has {source.num_classes} {_CLASS_OF[options.name]}s and the model {num_classes} classes: say in "
-        f"data.class_index which {_CLASS_OF[options.name]} is which class"
+        f"data.class_index which {_CLASS_OF[options.name]} is which class; or {NEW_HEAD}"
     )
 
 

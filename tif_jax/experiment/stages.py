@@ -39,6 +39,10 @@ from tif_jax.weights.loading import load, load_with_fields
 
 logger = logging.getLogger(__name__)
 
+_WITHOUT_WEIGHTS = (
+    "the network begins with random weights, and a few thousand pictures teach those little; name pretrained ones, as in "
+    "--config.backbone.init_from=hf:timm/deit_tiny_patch16_224.fb_in1k"
+)
 REDUCER_RESTS = ((r"^reducer/(?!then/|adapter/)", False),)  # these are trained with the rest
 REDUCER_LEARNS = ((r"^reducer/", True),)
 ADAPTER_LEARNS = ((r"^reducer/adapter/", True),)
@@ -49,7 +53,7 @@ def train(stage: str, experiment: Experiment, workdir: Path, earlier: Path | Non
 
     earlier: another workdir, which the stage is taken over from if it is the same there.
     """
-    if stage == "backbone" and (experiment.backbone.init_from or not experiment.backbone.num_epochs):
+    if stage == "backbone" and not experiment.backbone.is_trained:
         _begin_backbone(experiment, workdir, earlier)
         return
     made = STAGES[stage](experiment, workdir)
@@ -59,10 +63,9 @@ def train(stage: str, experiment: Experiment, workdir: Path, earlier: Path | Non
 
 
 def backbone(experiment: Experiment, workdir: Path) -> Stage:
-    """The backbone, from random weights."""
+    """The backbone, from the weights of init_from or random ones."""
     recipe = experiment.backbone
-    fields = {**recipe.model, "drop_path": recipe.drop_path, "dtype": experiment.dtype, **_remat(recipe)}
-    model = prepare(create_model(fields, seed=experiment.seed), experiment)
+    model, fields = before_backbone(experiment)
     source = open_for_model(experiment, "train", model)
     return _stage(
         experiment,
@@ -75,6 +78,36 @@ def backbone(experiment: Experiment, workdir: Path) -> Stage:
         batches=_fresh_views(experiment, recipe, source),
         num_examples=len(source),
         examples=fingerprint(source),
+        made_from={"weights": backbone_digest(params_of(model))} if recipe.init_from else {},
+    )
+
+
+def before_backbone(experiment: Experiment) -> tuple[Model, dict[str, Any]]:
+    """The model that the stage `backbone` begins with, and its fields. Its preprocessing is the experiment's."""
+    recipe = experiment.backbone
+    given: dict[str, Any] = dict(recipe.model)
+    if recipe.head:
+        given |= {
+            "num_classes": data.open_source(experiment.data, "train").num_classes,
+            "image_size": experiment.data.image_size,
+        }
+    if recipe.is_trained:
+        given |= {"drop_path": recipe.drop_path, **_remat(recipe)}
+    if not recipe.init_from:
+        if recipe.head:
+            logger.warning("backbone.init_from is empty: %s", _WITHOUT_WEIGHTS)
+        fields = {**given, "dtype": experiment.dtype}
+        return prepare(create_model(fields, seed=experiment.seed), experiment), fields
+    check_finished(recipe.init_from)
+    given |= {"num_heads": recipe.num_heads} if recipe.num_heads else {}
+    return load_with_fields(
+        recipe.init_from,
+        reducer="full",
+        dtype=experiment.dtype if recipe.is_trained else "float32",
+        seed=experiment.seed,
+        preprocessing=experiment.data.preprocessing,  # which agrees with what the weights say
+        fresh_head=recipe.head == "fresh",
+        **{**given, "image_size": experiment.data.image_size},
     )
 
 
@@ -288,15 +321,9 @@ def _finetuning_loss(experiment: Experiment, workdir: Path) -> tuple[losses.Loss
 def _begin_backbone(experiment: Experiment, workdir: Path, earlier: Path | None) -> None:
     """A backbone that is not trained by itself: imported, or random weights that fine-tuning begins with."""
     recipe, directory = experiment.backbone, backbone_folder(workdir)
-    if recipe.init_from:
-        check_finished(recipe.init_from)
-        given: dict[str, Any] = {**recipe.model, "image_size": experiment.data.image_size, "seed": experiment.seed}
-        given |= {"num_heads": recipe.num_heads} if recipe.num_heads else {}
-        how = experiment.data.preprocessing  # which agrees with what the weights say
-        model, fields = load_with_fields(recipe.init_from, reducer="full", preprocessing=how, **given)
-    else:
-        fields = {**recipe.model, "dtype": experiment.dtype}
-        model = prepare(create_model(fields, seed=experiment.seed), experiment)
+    model, fields = before_backbone(experiment)
+    if recipe.head:
+        prepare(model, experiment, data.open_source(experiment.data, "train"))
     which = {"weights": backbone_digest(params_of(model))} if recipe.init_from else {"seed": experiment.seed}
     made = {"init_from": recipe.init_from, "model": fields, **which}
     if earlier:

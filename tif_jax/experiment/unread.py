@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from tif_jax import checked
+from tif_jax.data.options import DIVISIBLE
 from tif_jax.experiment.reducer_entry import FITTED
 from tif_jax.experiment.schema import Backbone, Experiment
 
@@ -51,12 +52,15 @@ def _unused(experiment: Experiment) -> Iterator[tuple[str, str]]:
     """(key or section, why nothing reads it)."""
     backbone, score, labels = experiment.backbone, experiment.score, experiment.filter
     recipe = [
-        field.name for field in dataclasses.fields(Backbone) if field.name not in ("init_from", "model", "num_heads")
+        field.name
+        for field in dataclasses.fields(Backbone)
+        if field.name not in ("init_from", "head", "model", "num_heads")
     ]
-    if backbone.init_from:
+    if backbone.init_from and not backbone.head:
         yield from ((f"backbone.{name}", "the backbone is imported, not trained") for name in recipe)
     else:
-        yield "backbone.num_heads", "it is of a weight file"
+        if not backbone.init_from:
+            yield "backbone.num_heads", "it is of a weight file"
         if not backbone.num_epochs:
             untrained = [name for name in recipe if name != "num_epochs"]
             yield from ((f"backbone.{name}", "the backbone is not trained") for name in untrained)
@@ -98,4 +102,7 @@ def _unused_of_data(experiment: Experiment) -> Iterator[tuple[str, str]]:
     if name == "digits":
         yield from ((f"data.{key}", "digits are generated") for key in _OF_DIGITS)
     else:
-        yield "data.seed", "only digits are generated"
+        if not (experiment.data.test_fraction and name in DIVISIBLE):
+            yield "data.seed", "only digits are generated, and no test images are kept"
+    if name not in DIVISIBLE:
+        yield "data.test_fraction", "it is of image_folder and image_table"

@@ -20,6 +20,12 @@ class Recipe:
     """What every stage that trains reads. An epoch is as many images as the stage's data have."""
 
     num_epochs: float = key(0.0, "epochs; 0: nothing is trained", least=0, most=MOST_EPOCHS)
+    min_steps: int = key(
+        0,
+        "steps at least: with few images every epoch, those of the warm-up too, counts as more of them",
+        least=0,
+        below=2**31,
+    )
     batch_size: int = key(64, "images of a step, over all devices of all processes", least=1, most=MOST_IMAGES)
     learning_rate: float = key(1e-3, "learning rate after the warm-up, its highest", least=0, most=1e6)
     final_learning_rate: float = key(0.0, "learning rate at the last step, to which a cosine falls", least=0, most=1e6)

@@ -80,7 +80,8 @@ class Stage:
 
     @property
     def steps_per_epoch(self) -> float:
-        return self.num_examples / self.recipe.batch_size
+        least = self.recipe.min_steps / self.recipe.num_epochs if self.recipe.num_epochs else 0.0
+        return max(self.num_examples / self.recipe.batch_size, least)
 
     @property
     def num_steps(self) -> int:

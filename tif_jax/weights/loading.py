@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 # Heads that only training has: a source may have them or not, whatever the model that it is loaded into.
 TRAINING_HEADS = ("class_head/", "class_norm/", "class_distillation_head/")
+NEW_HEAD = "backbone.head=fresh, with backbone.num_epochs, has one drawn and trained"  # what a config can do about it
 HEADS = ("head/", "distillation_head/")  # read_weights leaves them out where num_classes is another
 
 
@@ -88,13 +89,15 @@ def load_with_fields(
     seed: int = 0,
     preprocessing: Any = None,
     named: Collection[str] = (),
+    fresh_head: bool | None = None,
     fresh_told_at: int = logging.INFO,
     **options: Any,
 ) -> tuple[Model, dict[str, Any]]:
     """`load`, and the fields that the model was built with: what a checkpoint of it has to say.
 
-    named: further modules of reducers that the caller names. fresh_told_at: the level of the log line that names parameters
-    drawn afresh.
+    named: further modules of reducers that the caller names. fresh_head: whether the head is drawn anew whatever the source
+    has, and without its class names; False: never; None: where num_classes asks for one, as `load` does.
+    fresh_told_at: the level of the log line that names parameters drawn afresh.
     """
     if hub.is_name(source):
         source = hub.pinned(str(source))
@@ -105,6 +108,9 @@ def load_with_fields(
     how = vars(preprocessing) if isinstance(preprocessing, Preprocessing) else preprocessing or {}
     replaced(Preprocessing(), how)  # a mistake in it is told before the weights are read
     fields, params, own, may_be_fresh, said = _read(path, given, reducer)
+    if fresh_head:
+        params = {name: of_module for name, of_module in params.items() if f"{name}/" not in (*HEADS, *TRAINING_HEADS)}
+        may_be_fresh = [*may_be_fresh, *HEADS]
     fields["dtype"] = dtype
     reducer_name = own["name"] if reducer is None else reducer
     if reducer_name == own["name"]:
@@ -113,6 +119,9 @@ def load_with_fields(
     build = blueprint(fields, reducer=reducer_name, **options)
     model = nnx.eval_shape(build, jax.random.key(0))
     wanted, found = (_flat(tree) for tree in (params_of(model), params))
+    differing = {name for name in wanted if name not in found or found[name].shape != wanted[name].shape}
+    if fresh_head is False and any(name.startswith(HEADS) for name in differing):
+        raise InputError(f"{path} has no head for {model.num_classes} classes; {NEW_HEAD}")
     # Of another reducer's parameters none are wanted; of the same one's, all.
     may_go = [*TRAINING_HEADS] if reducer_name == own["name"] else ["reducer/", *TRAINING_HEADS]
     _check_fit(path, wanted, found, may_be_fresh, may_go)
@@ -122,7 +131,7 @@ def load_with_fields(
     found = {name: jnp.asarray(found[name]) for name in wanted}
     nnx.update(model, traverse_util.unflatten_dict(found, sep="/"))
     model.preprocessing = described.complete(said, how, _REMEDY)
-    if said.class_names and len(said.class_names) == model.num_classes:
+    if said.class_names and not fresh_head and len(said.class_names) == model.num_classes:
         model.class_names = said.class_names
     model.origin = str(source) if hub.is_name(source) else ""
     return model, fields
