@@ -47,7 +47,9 @@ def run_onnx(path, images):
 
 def check_same(found, model, images):
     logits, aux = call(model, images)
-    np.testing.assert_allclose(found.pop("logits"), logits, atol=1e-3 * float(np.abs(logits).max()))
+    np.testing.assert_allclose(
+        found.pop("logits" if model.num_classes else "features"), logits, atol=1e-3 * float(np.abs(logits).max())
+    )
     assert [*found] == [name for name in ("kept", "source") if name in aux][:1]
     for name, value in found.items():
         np.testing.assert_array_equal(value, aux[name])
@@ -95,6 +97,15 @@ def test_levit(tmp_path, reducer):
     to_onnx(model, tmp_path / "made")
     images = numpy_images(2, (64, 64))
     check_same(run_onnx(tmp_path / "made" / "model.onnx", images), model, images)
+
+
+def test_a_model_without_a_head(tmp_path):
+    model = lively(FIELDS | dict(num_classes=0, pool="mean"), reducer="evit", sites=(1,))
+    manifest = to_onnx(model, tmp_path / "made")
+    assert [one["name"] for one in manifest["outputs"]] == ["features", "kept"]
+    check_same(run_onnx(tmp_path / "made" / "model.onnx", numpy_images(2)), model, numpy_images(2))
+    loader = [sys.executable, tmp_path / "made" / "predict.py", "a.png"]
+    assert "no classes" in subprocess.run(loader, capture_output=True, text=True).stderr
 
 
 def test_bfloat16(tmp_path):

@@ -30,6 +30,7 @@ Call = Callable[[np.ndarray], Mapping[str, np.ndarray]]
 MANIFEST, LOADER = "manifest.json", "predict.py"
 MEANING = {
     "logits": "of the classes, before the softmax",
+    "features": "pooled; the model has no head",
     "kept": "raster positions of the patches that stay tokens of their own, ascending",
     "source": "for each patch the row, among the patch tokens that come out, in which it lives; -1: it is gone",
 }
@@ -40,15 +41,20 @@ _NUM_IMAGES = 4  # of the check: one alone, then the others as a batch
 
 
 def forward(model: Model) -> Callable[[Float[Array, "B Y X 3"]], dict[str, Array]]:
-    """From images to what is exported: logits, and which tokens were kept where the reducer says it (`MEANING`)."""
+    """From images to what is exported, by name (`MEANING`): logits, and which tokens were kept where the reducer says it."""
 
     def call(images):
         with true_float32(model.dtype):
             logits, aux = model(images)
         told = next(({name: aux[name]} for name in ("kept", "source") if name in aux), {})
-        return {"logits": logits, **told}
+        return {main_output(model): logits, **told}
 
     return call
+
+
+def main_output(model: Model) -> str:
+    """What the first output is called."""
+    return "logits" if model.num_classes else "features"
 
 
 def check(model: Any, folder: str | Path) -> None:
@@ -89,34 +95,35 @@ def write(
         found = {"by": by, **compared(model, reloaded(partial / main))}
         manifest = _manifest(model, form, main, contents, found, left_out)
         files.write(partial / MANIFEST, (json.dumps(manifest, indent=2, allow_nan=False) + "\n").encode())
-    logger.info("%s is written; largest difference of logits %.1e", folder, found["max_difference"])
+    logger.info("%s is written; largest difference of %s %.1e", folder, main_output(model), found["max_difference"])
     return manifest
 
 
 def compared(model: Model, call: Call) -> dict[str, Any]:
     """How far the outputs of `call` are from the model's. Raises WorkError where they are others."""
+    main = main_output(model)
     images = np.random.default_rng(0).standard_normal((_NUM_IMAGES, *model.image_size, 3), np.float32)
     wanted = {name: np.asarray(value) for name, value in jax.jit(forward(model))(images).items()}
     found = [{name: np.asarray(value) for name, value in call(batch).items()} for batch in (images[:1], images[1:])]
     shapes = [{name: (1, *value.shape[1:]) for name, value in one.items()} for one in (wanted, *found)]
-    if shapes[0] != shapes[1] or [one["logits"].shape[0] for one in found] != [1, _NUM_IMAGES - 1]:
+    if shapes[0] != shapes[1] or [one[main].shape[0] for one in found] != [1, _NUM_IMAGES - 1]:
         raise WorkError(f"the exported model gives {shapes[1]} for one image, the model {shapes[0]}; please report it")
     joined = {name: np.concatenate([one[name] for one in found]) for name in wanted}
-    tokens = [(joined[name] == wanted[name]).all(axis=1) for name in wanted if name != "logits"]
+    tokens = [(joined[name] == wanted[name]).all(axis=1) for name in wanted if name != main]
     same_tokens = tokens[0] if tokens else np.ones(_NUM_IMAGES, bool)
-    ours, theirs = (np.asarray(one["logits"], np.float32) for one in (wanted, joined))
+    ours, theirs = (np.asarray(one[main], np.float32) for one in (wanted, joined))
     worst = float(np.abs(ours - theirs).max(axis=1, where=same_tokens[:, None], initial=0).max())
     largest = float(np.abs(ours).max())
     tolerance = _TOLERANCE[jnp.dtype(model.dtype).name] * max(1.0, largest)
     if not worst <= tolerance or 2 * same_tokens.sum() < _NUM_IMAGES:
         raise WorkError(
-            f"the exported model, read again, differs from the model: logits by {worst:.2g}, the same tokens for "
+            f"the exported model, read again, differs from the model: {main} by {worst:.2g}, the same tokens for "
             f"{same_tokens.sum()} of {_NUM_IMAGES} images; please report it"
         )
     return {
         "images": f"{_NUM_IMAGES} of random pixels",
         "max_difference": worst,
-        "largest_logit": largest,
+        "largest_output": largest,
         "same_class": int((ours.argmax(axis=1) == theirs.argmax(axis=1)).sum()),
         "same_tokens": int(same_tokens.sum()),
     }

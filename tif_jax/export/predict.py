@@ -31,18 +31,18 @@ def prepared(path, image_size, crop_fraction, mean, std, interpolation):
 
 
 def loaded(manifest):
-    """A function from images (B, Y, X, 3) to logits (B, classes)."""
-    file = FOLDER / manifest["model"]
+    """A function from images (B, Y, X, 3) to the main output, (B, classes)."""
+    file, name = FOLDER / manifest["model"], manifest["outputs"][0]["name"]
     if manifest["format"] == "stablehlo":
         from jax import export
 
         call = export.deserialize(bytearray(file.read_bytes())).call
-        return lambda images: np.asarray(call(images)["logits"])
+        return lambda images: np.asarray(call(images)[name])
     if manifest["format"] == "onnx":
         import onnxruntime
 
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-        return lambda images: session.run(["logits"], {"images": images})[0]
+        return lambda images: session.run([name], {"images": images})[0]
     import timm
     import torch
 
@@ -53,6 +53,8 @@ def loaded(manifest):
 
 def main(paths):
     manifest = json.loads((FOLDER / "manifest.json").read_text(encoding="utf-8"))
+    if manifest["outputs"][0]["name"] != "logits":
+        sys.exit("this model has no classes; import `prepared` and `loaded` from here for its features")
     call, names = loaded(manifest), manifest["class_names"]
     for path in paths:
         logits = call(prepared(path, **manifest["preprocessing"])[None])[0].astype(np.float64)

@@ -54,14 +54,15 @@ def _by_timm(path: Path) -> artifact.Call:
     import torch
 
     model = timm.create_model(f"local-dir:{path.parent}", pretrained=True).eval()
+    name = "logits" if model.num_classes else "features"
 
     def call(images):
         with torch.inference_mode():
-            return {"logits": model(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()}
+            return {name: model(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()}
 
     return call
 
 
 def _by_us(path: Path) -> artifact.Call:
     model = load(path.parent)
-    return lambda images: {"logits": np.asarray(model(images)[0])}
+    return lambda images: {artifact.main_output(model): np.asarray(model(images)[0])}
