@@ -1,10 +1,9 @@
 """A model as StableHLO, as ONNX or for timm, with a manifest and a loader that needs no tif_jax."""
 
-import ast
 from pathlib import Path
-from typing import Any
 
 from tif_jax.commands import _arguments
+from tif_jax.commands._reducers import reducer_in
 from tif_jax.errors import InputError
 from tif_jax.export import FORMATS
 from tif_jax.weights.loading import load
@@ -26,7 +25,8 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     _arguments.log_to_stderr()
     output = _output(arguments.output, arguments.workdir, arguments.to)
-    options = {} if arguments.reducer is None else _reducer(arguments.reducer)
+    given = {} if arguments.reducer is None else reducer_in(arguments.reducer)
+    options = {"reducer" if key == "name" else key: value for key, value in given.items()}
     model = load(
         arguments.weights if arguments.workdir is None else arguments.workdir, dtype=arguments.dtype, **options
     )
@@ -42,18 +42,3 @@ def _output(given: str | None, workdir: str | None, form: str) -> Path:
     if given == "" or output.exists():
         raise InputError(f"--output is {str(output)!r}, which exists already; give the name of a new folder")
     return output
-
-
-def _reducer(text: str) -> dict[str, Any]:
-    """'tome:num_merged=8' as arguments of `load`."""
-    name, *options = text.split(":")
-    if not name or not all("=" in option for option in options):
-        raise InputError(f"--reducer is {text!r}; it is as in tome:num_merged=8")
-    return {"reducer": name, **{key: _value(value) for key, _, value in (option.partition("=") for option in options)}}
-
-
-def _value(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text

@@ -1,6 +1,5 @@
 """What a model sees in your pictures, and what reducers leave of them: PNG files and one HTML page."""
 
-import ast
 import logging
 import os
 import re
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 
 from tif_jax.commands import _arguments
 from tif_jax.commands._parser import Parser
+from tif_jax.commands._reducers import reducers_in
 from tif_jax.errors import InputError
 from tif_jax.experiment import config as config_file
 from tif_jax.experiment.folders import backbone_folder, finetune_folder
@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 PAGE = "index.html"
 _IN_A_NAME = re.compile(r"[^\w-]+")
 _LONGEST_NAME = 60
-_BETWEEN = re.compile(r",(?![^(]*\))")  # commas outside of brackets
 
 
 class Found(NamedTuple):
@@ -109,25 +108,6 @@ def _parsed(argv: list[str]) -> tuple[Namespace, list[str]]:
     if arguments.top < 1 or arguments.num_images < 1:
         raise InputError(f"--top is {arguments.top}, --num-images {arguments.num_images}; both are at least 1")
     return arguments, overrides
-
-
-def reducers_in(text: str) -> list[dict[str, Any]]:
-    """'evit,tome:num_merged=8' as dicts that name a reducer with its options."""
-    found = []
-    for said in _BETWEEN.split(text):
-        name, *options = said.strip().split(":")
-        if not name or not all("=" in option for option in options):
-            raise InputError(f"--reducers is {text!r}; it is as in evit,tome:num_merged=8,random:keep_ratio=0.5")
-        pairs = (option.split("=", 1) for option in options)
-        found.append({"name": name, **{key: _value(value) for key, value in pairs}})
-    return found
-
-
-def _value(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 def _out_folder(arguments: Namespace) -> Path:

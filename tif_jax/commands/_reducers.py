@@ -1,0 +1,36 @@
+"""Reducers as a line names them."""
+
+import ast
+import re
+from typing import Any
+
+from tif_jax.errors import InputError
+
+_BETWEEN = re.compile(r",(?![^(]*\))")  # commas outside of brackets
+
+
+def reducers_in(text: str, flag: str = "--reducers") -> list[dict[str, Any]]:
+    """'evit,tome:num_merged=8' as dicts that name a reducer with its options."""
+    found = []
+    for said in _BETWEEN.split(text):
+        name, *options = said.strip().split(":")
+        if not name or not all("=" in option for option in options):
+            raise InputError(f"{flag} is {text!r}; it is as in evit,tome:num_merged=8,random:keep_ratio=0.5")
+        pairs = (option.split("=", 1) for option in options)
+        found.append({"name": name, **{key: _value(value) for key, value in pairs}})
+    return found
+
+
+def reducer_in(text: str, flag: str = "--reducer") -> dict[str, Any]:
+    """'tome:num_merged=8' as a dict that names a reducer with its options."""
+    found = reducers_in(text, flag)
+    if len(found) != 1:
+        raise InputError(f"{flag} is {text!r}; give one reducer")
+    return found[0]
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
