@@ -119,7 +119,7 @@ def _out_folder(arguments: Namespace) -> Path:
 
 def _models(arguments: Namespace, overrides: list[str], named: Sequence[Mapping[str, Any]] | None) -> Found:
     if not arguments.workdir:
-        full = _load(Path(arguments.weights))
+        full = _load(arguments.weights)
         return Found(
             full, ways_of(full, named), f"Weights: {arguments.weights}, and what reducers make of them untrained."
         )
@@ -159,7 +159,7 @@ def _reported(workdir: Path) -> dict[str, Path]:
     return found
 
 
-def _load(path: Path, named: set[str] = frozenset()) -> Model:  # type: ignore[assignment]
+def _load(path: str | Path, named: set[str] = frozenset()) -> Model:  # type: ignore[assignment]
     return load_with_fields(path, named=named, fresh_told_at=logging.WARNING)[0]
 
 

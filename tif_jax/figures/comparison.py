@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tif_jax.figures.colours import CYCLE
-from tif_jax.figures.plots import blank, loss_of, narrow, save
+from tif_jax.figures.plots import blank, height_for, loss_of, narrow, save
 
 _STYLES = ("-", "--", ":", "-.")  # of the reducers that a run fine-tunes
 _KINDS = ("backbone", "filter", "adapter", "finetune")
@@ -15,7 +15,7 @@ _KINDS = ("backbone", "filter", "adapter", "finetune")
 
 def outcomes(rows: Sequence[Mapping[str, Any]], key: str, label: str, path: Path) -> None:
     """Top-1 (mean and standard deviation) against `key`: a colour for each run, a marker for each reducer."""
-    figure, axes = blank(9, 4)
+    figure, axes = blank(9, height_for([f"{row['run']}: {row['label']}" for row in rows]))
     runs = [*dict.fromkeys(row["run"] for row in rows)]
     reducers = [*dict.fromkeys(row["reducer"] for row in rows)]
     for row in rows:
@@ -26,7 +26,7 @@ def outcomes(rows: Sequence[Mapping[str, Any]], key: str, label: str, path: Path
                 fmt="os^Dv<>pXP*"[reducers.index(row["reducer"]) % 11], label=narrow(f"{row['run']}: {row['label']}"),
             )  # fmt: skip
     axes.set(xlabel=label, ylabel="top-1 (%)", xlim=(0, None))
-    figure.legend(loc="outside right upper", fontsize=7)
+    figure.legend(loc="outside right upper", fontsize=8)
     axes.grid(alpha=0.3)
     save(figure, path, dpi=120)
 
@@ -34,7 +34,8 @@ def outcomes(rows: Sequence[Mapping[str, Any]], key: str, label: str, path: Path
 def losses(curves: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], path: Path) -> None:
     """Training losses by run and stage, in a panel for each kind of stage: a colour for each run."""
     kinds = [kind for kind in _KINDS if any(_kind(name) == kind for stages in curves.values() for name in stages)]
-    figure, grid = blank(4 * max(1, len(kinds)) + 2, 4, columns=max(1, len(kinds)))
+    longest = [f"{run}: {Path(name).name}" for run, stages in curves.items() for name in stages]
+    figure, grid = blank(4 * max(1, len(kinds)) + 2, height_for(longest), columns=max(1, len(kinds)))
     runs = [*curves]
     for kind, axes in zip(kinds, grid if len(kinds) > 1 else [grid], strict=True):
         for at, (run, stages) in enumerate(curves.items()):
@@ -51,7 +52,7 @@ def losses(curves: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], path
     handles = {
         label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), map(narrow, handles), loc="outside right upper", fontsize=7)
+    figure.legend(handles.values(), map(narrow, handles), loc="outside right upper", fontsize=8)
     save(figure, path, dpi=120)
 
 

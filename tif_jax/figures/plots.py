@@ -17,7 +17,7 @@ _LABEL = 28  # letters of a line of a legend
 
 def accuracy_cost(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Top-1 (mean, standard deviation or None) against GMAC, one point per reducer: each its own colour and marker."""
-    figure, axes = blank(9, 4.5)
+    figure, axes = blank(9, height_for([row["label"] for row in rows]))
     for i, row in enumerate(rows):
         top1, spread = row["top1"]
         axes.errorbar(
@@ -41,7 +41,8 @@ def training_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Pat
     for name, lines in curves.items():
         if lines:
             panels.setdefault(_kind_of_loss(name), {})[name] = lines
-    figure, all_axes = blank(4.5 * max(1, len(panels)) + 3, 4, columns=max(1, len(panels)))
+    width = 4.5 * max(1, len(panels)) + 3
+    figure, all_axes = blank(width, height_for([*curves]), columns=max(1, len(panels)))
     number = 0
     for axes, (kind, runs) in zip(np.atleast_1d(all_axes), panels.items(), strict=False):
         losses = []
@@ -120,6 +121,12 @@ def save(figure: Any, path: Path, dpi: int) -> None:
     from tif_jax.figures.sheet import as_png
 
     files.write(path, as_png(figure, dpi))
+
+
+def height_for(labels: Sequence[str]) -> float:
+    """Inches of a figure beside whose axes a legend of these labels has room, set in 8 points."""
+    lines = sum(1 + narrow(label).count("\n") for label in labels)
+    return max(4.2, 0.5 + 0.134 * lines + 0.056 * len(labels))
 
 
 def narrow(label: str) -> str:

@@ -3,6 +3,7 @@
 Legend: B images, Y X height and width, R C rows and columns of the patch raster, N patches, L classes.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -134,14 +135,15 @@ def _built(model: Model, described: dict[str, Any]) -> Any:
         raise InputError(
             f"{name} can not be put on a {type(model).__name__}; give a model that was loaded with a reducer"
         )
-    shape = dict(width=model.position_embedding.shape[-1], num_patches=model.grid[0] * model.grid[1], depth=model.depth)
+    images = jax.ShapeDtypeStruct((1, *model.image_size, 3), jnp.float32)
+    width = jax.eval_shape(lambda images: model.embed(images), images).shape[-1]
+    shape = dict(width=width, num_patches=math.prod(model.grid), depth=model.depth)
     num_heads = model.blocks[0].attention.num_heads
     built = reducers.build(name, **shape, num_heads=num_heads, rngs=nnx.Rngs(0), **described)
     if jax.tree.leaves(nnx.state(built, nnx.Param) if isinstance(built, nnx.Module) else ()):
         raise InputError(
             f"{name} has something to learn first; give a model that was trained with it, as `tif run` does"
         )
-    images = jax.ShapeDtypeStruct((1, *model.image_size, 3), jnp.float32)
     jax.eval_shape(lambda images: under(model, built)(images)[0], images)  # what does not fit is told before any work
     return built
 
