@@ -71,6 +71,8 @@ def log_to_stderr() -> None:
         logger.setLevel(logging.INFO)
         logger.propagate = False
         logging.getLogger("absl").setLevel(logging.CRITICAL)
+        if not sys.stderr.isatty():  # for huggingface_hub, which is imported when it is needed
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         warnings.filterwarnings("ignore", module=r"PIL\.")  # of metadata in files that can be read all the same
         _silence_abandoned_reads()
 

@@ -5,17 +5,21 @@ here, too: HF_HUB_OFFLINE, HF_HOME, HF_TOKEN, HF_ENDPOINT. Nothing that is downl
 """
 
 import errno
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from tif_jax.errors import InputError, WorkError, is_shortage
 from tif_jax.weights.folders import REDUCER, SHARDED, TORCH, WEIGHTS, weight_file
 
+logger = logging.getLogger(__name__)
+
 _NAME = re.compile(r"hf:(?P<repository>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[^@\s]+))?")
+_COMMIT = re.compile("[0-9a-f]{40}")
 _SAYING = ("config.json", "preprocessor_config.json", "processor_config.json")
 _FILES = (*_SAYING, WEIGHTS, SHARDED, "model-?????-of-?????.safetensors", REDUCER)
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
@@ -111,9 +115,19 @@ def page_of(repository: str, kind: str = "") -> str:
 
 def _downloaded(name: str, repository: str, revision: str | None, patterns: Sequence[str]) -> Path:
     hub, page = library(), page_of(repository)
-    try:
+
+    def snapshot(**options: Any) -> Path:
         with failures(name, page):
-            return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
+            found = hub.snapshot_download(repository, revision=revision, allow_patterns=list(patterns), **options)
+        return Path(found)
+
+    if revision and _COMMIT.fullmatch(revision):  # it does not change: nobody needs to be asked
+        with suppress(hub.errors.LocalEntryNotFoundError):
+            if ((folder := snapshot(local_files_only=True)) / WEIGHTS).is_file():
+                return folder
+    logger.info("%s: looked up at %s; what is not in the cache yet is downloaded", name, page)
+    try:
+        return snapshot()
     except hub.errors.LocalEntryNotFoundError as error:
         raise InputError(_by_hand(name, repository, revision, page, error)) from None
 
