@@ -18,6 +18,7 @@ import tif_jax
 from tif_jax.data.preprocess import Preprocessing
 from tif_jax.errors import InputError
 from tif_jax.models import built_with
+from tif_jax.models.heads import with_fresh_heads
 from tif_jax.models.params import params_of
 from tif_jax.runtime import records
 from tif_jax.training.checkpoints import identity, newest, read_config
@@ -79,6 +80,18 @@ def test_the_reducer_goes_with_it(tmp_path, reducer):
     assert_same(model, tif_jax.load(folder))
     assert (folder / "reducer.safetensors").exists() == (reducer["reducer"] != "tome")
     assert_same(made(TINY), tif_jax.load(folder, reducer="full"))
+
+
+def test_a_head_of_ones_own_is_told(tmp_path):
+    """As `tif_jax.fit` gives models."""
+    model = with_fresh_heads(made(TINY | dict(distillation_token=True)), 5, seed=0)
+    folder = tif_jax.save_pretrained(model, tmp_path / "shared")
+    told = json.loads((folder / "config.json").read_text())
+    assert told["num_classes"] == told["tif_jax"]["model"]["num_classes"] == 5 and "label_names" not in told
+    model.class_names = NAMES  # which the file has none of
+    again = tif_jax.load(folder)
+    again.class_names = NAMES
+    assert_same(model, again)
 
 
 def test_plain_flax_reads_it(tmp_path, monkeypatch):

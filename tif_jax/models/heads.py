@@ -1,9 +1,12 @@
 """New classification heads on a trained model."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tif_jax.models.build import built_with
 from tif_jax.models.levit import Head
 from tif_jax.models.model import Model
 
@@ -27,6 +30,9 @@ def with_fresh_heads(model: Model, num_classes: int, seed: int) -> Model:
             new = nnx.Linear(width, num_classes, kernel_init=normal, dtype=model.dtype, rngs=rngs)
             setattr(made, name, new)
     made.class_names = None
+    if made.built:
+        built = built_with(made)
+        made.built = json.dumps({**built, "model": {**built["model"], "num_classes": num_classes}})
     return made
 
 
