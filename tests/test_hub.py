@@ -183,7 +183,7 @@ def test_a_config_says_which_commit(hub):
     """And goes on saying it: what is claimed for one commit is refused for the next."""
     settings = dict(
         data=dict(name="digits", image_size=16, num_train=8, num_test=8),
-        backbone=dict(init_from=f"hf:{NAME}", model=dict(num_classes=10)),
+        backbone=dict(init_from=f"hf:{NAME}"),
         finetune=dict(distillation=dict(kind="soft", teacher=f"hf:{NAME}")),
     )
     experiment = config_file.from_settings(settings)
