@@ -8,7 +8,7 @@ import pytest
 from cases import write_safetensors
 
 from tif_jax.errors import InputError
-from tif_jax.models import grid_of, with_defaults
+from tif_jax.models import grid_of, model_fields, with_defaults
 from tif_jax.weights import pretrained, timm_levit, timm_vit
 from tif_jax.weights.loading import load
 
@@ -102,6 +102,34 @@ def test_every_model_is_read_as_what_it_is_or_refused(timm):
     print(f"{len(names)} models: {len(loaded)} load, {len(asked)} of them are asked about, {len(refused)} are refused")
     assert not wrong
     assert len(names) > 500 and len(loaded) >= 160 and ASKED.items() <= asked.items()
+
+
+NAMED = (
+    "vit_base_patch16_clip_224", "vit_base_patch32_clip_quickgelu_224", "vit_huge_patch14_clip_378",
+    "vit_giant_patch14_clip_224", "vit_base_patch16_plus_clip_240", "vit_base_patch16_siglip_224",
+    "vit_base_patch32_siglip_256", "vit_large_patch16_siglip_384", "vit_large_patch16_siglip_512",
+    "vit_so400m_patch14_siglip_384", "vit_so400m_patch16_siglip_256", "vit_giantopt_patch16_siglip_256",
+    "vit_base_patch16_siglip_gap_224", "vit_small_patch14_dinov2", "vit_large_patch14_reg4_dinov2",
+    "deit3_medium_patch16_224", "deit3_huge_patch14_224", "vit_giant_patch14_224", "vit_gigantic_patch14_224",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_our_names_are_timms(timm, name):
+    """The fields of a name are those that its model's weights are read with, and what timm says of it."""
+    import torch
+
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=5)
+    tensors = {key: np.broadcast_to(np.float32(1), tuple(tensor.shape)) for key, tensor in model.state_dict().items()}
+    named = with_defaults(model_fields(name) | {"num_classes": 5})
+    expected = truth(model) | {"norm_eps": model.norm.eps}
+    assert {key: (named | {"grid": grid_of(named)})[key] for key in expected} == expected
+    read = fields_of(tensors, num_heads=named["num_heads"], gelu=named["gelu"])
+    for fields in (named, read):
+        fields["mlp_dim"] = fields["mlp_dim"] or 4 * fields["width"]
+        fields["layer_scale"] = fields["layer_scale"] is not None
+    assert read == named
 
 
 MODELS = {  # what timm is told, and `load`

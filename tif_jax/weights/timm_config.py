@@ -16,6 +16,7 @@ _EPS, _CLIP_EPS = 1e-6, 1e-5  # timm's, which no argument in JSON changes, but i
 _SAID = {
     "image_size", "patch_size", "width", "depth", "num_heads", "mlp_dim", "num_classes", "pool", "class_token",
     "distillation_token", "num_registers", "special_positions", "qkv_bias", "qk_norm", "layer_scale", "gelu", "pre_norm",
+    "norm_eps",
 }  # fmt: skip
 _OF_NO_ACCOUNT = {"family", "class_head", "drop_path", "remat", "dtype"}
 
