@@ -241,3 +241,12 @@ def test_a_pyramid(evo):
     assert any("No impact" in text for text in words)
     titles = [axes.get_title() for axes in figure.subfigs[0].axes]
     assert any("of 16 tokens" in title for title in titles) == evo
+
+
+def test_without_a_head_there_are_tokens_alone():
+    model = lively(FIELDS | dict(num_classes=0))
+    figure = tif_jax.view(model, picture(0), reducers=["tome"])
+    words = [text.get_text().replace("\n", " ") for axes in figure.subfigs[0].axes for text in axes.texts]
+    titles = [axes.get_title() for axes in figure.subfigs[0].axes]
+    assert len(words) == 1 and "no head" in words[0]
+    assert any("of 24 tokens" in title for title in titles) and not any("grey" in title for title in titles)

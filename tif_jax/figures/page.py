@@ -105,6 +105,8 @@ def _figure(picture: Picture, alt: str, caption: str, legend: str = "") -> str:
 
 
 def _table(classes: Sequence[Class], only_before: bool) -> str:
+    if not classes:
+        return ""
     heads = ("class", "all tokens") if only_before else ("class", "before", "after")
     rows = ["<tr>", *(f"<th>{head}</th>" for head in heads), "</tr>\n"]
     for one in classes:

@@ -27,6 +27,7 @@ from tif_jax.reducers import Aux, Full
 OFF_THE_SHELF = ("evit", "tome", "random", "norm")  # they learn nothing, so that any weights run under them
 NUM_STAGES = 4  # of a reducer that are drawn: of those where the tokens change, evenly spaced, the last one too
 NO_IMPACT = "No impact: a LeViT's shrink blocks leave no token for each patch."
+NO_HEAD = "No impact and no classes: this model has no head, its outputs are features."
 
 
 class Stage(NamedTuple):
@@ -73,9 +74,10 @@ def see(
     Raises WorkError where a model's outputs are no numbers.
     """
     images, full = jnp.asarray(image)[None], under(full, FULL)
+    names = full.class_names if full.num_classes else None
     before = _probabilities(_call(full, images)[0], name)
     impact = predicted = None
-    if isinstance(full, ViT):
+    if isinstance(full, ViT) and full.num_classes:
         impact = np.asarray(token_impact(full, images, target="teacher", **oracle)).reshape(full.grid)
     drawn = []
     for label, model in ways.items():
@@ -83,15 +85,15 @@ def see(
         if predicted is None and "filter_logits" in aux:
             predicted = np.asarray(aux["filter_logits"], np.float32).reshape(full.grid)
         after = _probabilities(logits, name)
-        drawn.append(Way(label, stages, _classes(model.class_names, before, after, top)))
+        drawn.append(Way(label, stages, _classes(names, before, after, top if full.num_classes else 0)))
     return Seen(
         name,
         photograph(image, full.preprocessing),
-        _classes(full.class_names, before, before, top),
+        _classes(names, before, before, top if full.num_classes else 0),
         impact,
         predicted,
         tuple(drawn),
-        "" if isinstance(full, ViT) else NO_IMPACT,
+        (NO_IMPACT if not isinstance(full, ViT) else "") if full.num_classes else NO_HEAD,
     )
 
 
@@ -206,7 +208,7 @@ def _classes(
 ) -> tuple[Class, ...]:
     """The `top` likeliest after, and the likeliest before where it is none of them."""
     chosen = np.argsort(-after, kind="stable")[:top].tolist()
-    if (best := int(before.argmax())) not in chosen:
+    if top and (best := int(before.argmax())) not in chosen:
         chosen.append(best)
     return tuple(Class(_named(names, i), float(before[i]), float(after[i])) for i in chosen)
 

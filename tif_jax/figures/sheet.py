@@ -122,6 +122,8 @@ def _put(axes: Any, picture: Picture, title: str) -> None:
 
 def _bars(axes: Any, classes: Sequence[Class], title: str, only_before: bool = False) -> None:
     """Probabilities: grey with all tokens, blue with those that are left."""
+    if not classes:
+        return
     axes.set_axis_on()
     axes.set(xlim=(0, 1), ylim=(max(3, len(classes)) - 0.4, -0.75), xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
