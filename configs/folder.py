@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
             reducer=dict(name="tif", keep_ratio=0.5),
             filter=dict(
                 num_epochs=6.0,
-                min_steps=80,
+                min_steps=200,
                 batch_size=64,
                 learning_rate=1e-3,
                 final_learning_rate=1e-5,
