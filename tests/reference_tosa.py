@@ -11,7 +11,7 @@ from tif_jax.models.params import params_of
 
 def attention_logits(qk):
     """(H, T, T) of one image, scaled."""
-    query, key = (np.asarray(a, np.float64)[0] for a in qk)
+    query, key = (np.asarray(a, np.float64)[0] for a in (qk.query, qk.key))
     heads = range(query.shape[1])
     return np.stack([query[:, h] @ key[:, h].T for h in heads]) / math.sqrt(query.shape[2])
 

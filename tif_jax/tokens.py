@@ -15,10 +15,19 @@ from tif_jax.layers import widened
 
 
 class QueryKey(NamedTuple):
-    """What attention compared: after q/k norm, before the 1/sqrt(C) scale. Scores are derived by whoever needs them."""
+    """What attention compared: after q/k norm and rotary positions, before the 1/sqrt(C) scale.
+
+    Scores are derived by whoever needs them.
+    """
 
     query: Float[Array, "B T H C"]
     key: Float[Array, "B T H C"]
+    unrotated_key: Float[Array, "B T H C"] | None = None  # before rotary positions, if there are any
+
+    @property
+    def content_key(self) -> Float[Array, "B T H C"]:
+        """Keys as they are whatever the place of their token: how alike two tokens are is asked of these."""
+        return self.key if self.unrotated_key is None else self.unrotated_key
 
 
 class Tokens(NamedTuple):

@@ -33,12 +33,12 @@ def logits_after(
     for block in blocks[:-1] if shortened else blocks:
         x, _ = block(x, tokens, log_weight)
     if shortened:
-        x = _last_block(blocks[-1], x, 1 + model.has_distillation, log_weight)
+        x = _last_block(blocks[-1], x, tokens, 1 + model.has_distillation, log_weight)
     return model.predict(x, {}, gates)[0]
 
 
 def _last_block(
-    block: Block, x: Float[Array, "B T D"], num_read: int, key_log_weight: Float[Array, "B T"] | None
+    block: Block, x: Float[Array, "B T D"], tokens: Tokens, num_read: int, key_log_weight: Float[Array, "B T"] | None
 ) -> Float[Array, "B R D"]:
     """The first num_read tokens after the block."""
     attention = block.attention
@@ -50,9 +50,12 @@ def _last_block(
     bias = jnp.broadcast_to(bias, attention.qkv.kernel.shape[1:]).astype(y.dtype)
     bias = rearrange(bias, "(three h c) -> three 1 1 h c", three=3, h=attention.num_heads)
     asked = jnp.einsum("brd,dhc->brhc", y[:, :num_read], query) + bias[0]
-    if attention.qk_norm:
-        asked = attention.query_norm(asked)
-        keys = attention.key_norm(jnp.einsum("btd,dhc->bthc", y, key) + bias[1])
+    if attention.qk_norm or attention.rotary is not None:  # keys that differ by more than a matrix
+        keys = jnp.einsum("btd,dhc->bthc", y, key) + bias[1]
+        if attention.qk_norm:
+            asked, keys = attention.query_norm(asked), attention.key_norm(keys)
+        if attention.rotary is not None:  # who asks is a special token, which is not turned
+            keys = attention.rotary.turn(keys, tokens)
         logits = attention_logits(asked, keys)
     else:  # the bias of the keys shifts all logits of a query alike
         folded = jnp.einsum("brhc,dhc->bhrd", asked, key)
@@ -61,5 +64,5 @@ def _last_block(
         logits = logits + key_log_weight[:, None, None].astype(logits.dtype)
     pooled = jnp.einsum("bhrt,btd->bhrd", jax.nn.softmax(logits, axis=-1).astype(y.dtype), y)
     mixed = jnp.einsum("bhrd,dhc->brhc", pooled, value) + bias[2]
-    out = attention.out(rearrange(mixed, "b r h c -> b r (h c)"))
+    out = attention.project_out(rearrange(mixed, "b r h c -> b r (h c)"))
     return block.feed_forward(x[:, :num_read] + block.scale_attention(out))

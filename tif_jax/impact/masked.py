@@ -2,8 +2,8 @@
 
 Exact, up to rounding. Two blocks differ from those of a plain forward pass:
 
-First block. Masking token i changes one key and one value, so that every masked softmax is a rank-one update of the clean
-one: with A = exp(logits), U = value W_out and primes for what stands in token i's place,
+First block, unless it has a norm inside its attention. Masking token i changes one key and one value, so that every masked
+softmax is a rank-one update of the clean one: with A = exp(logits), U = value W_out and primes for what is in its place,
 
     out_i[t] = sum_h (sum_j A[t,j] U[j] - A[t,i] U[i] + A'[t,i] U'[i]) / (sum_{j != i} A[t,j] + A'[t,i])
 
@@ -27,7 +27,7 @@ from tif_jax.impact.last_block import logits_after
 from tif_jax.layers import widened
 from tif_jax.models.vit import ViT
 from tif_jax.models.vit_blocks import Block
-from tif_jax.tokens import at_rows, attention_logits
+from tif_jax.tokens import Tokens, at_rows, attention_logits
 
 
 def masked_logits(
@@ -37,18 +37,35 @@ def masked_logits(
 
     x: the embedded images. mask: 'zero', 'content' or 'drop', as in `token_impact`.
     """
-    first, *rest = model.blocks
-    after_first = _first_block(first, x, model.num_special, _stand_in(model, x, mask))
+    stand_in, tokens = _stand_in(model, x, mask), model.tokens(x.shape[0])
+    blocks = model.blocks
+    if blocks[0].attention.inner_norm is None:
+        masked, rest = _first_block(blocks[0], x, tokens, stand_in), blocks[1:]
+    else:  # what a norm follows is no sum over tokens
+        masked, rest = _masked(x, tokens.num_special, stand_in), blocks
 
     def logits(positions: Int[Array, " M"]) -> Float[Array, "BM L"]:
-        y = rearrange(after_first(positions), "b m s d -> (b m) s d")
-        tokens = model.tokens(y.shape[0])
-        if mask == "drop":
-            others = _slots_without(positions, tokens.index.shape[1])
-            tokens = at_rows(tokens, jnp.tile(others, (x.shape[0], 1)))
-        return logits_after(model, rest, y, tokens)
+        y = rearrange(masked(positions), "b m s d -> (b m) s d")
+        left = model.tokens(y.shape[0])
+        if stand_in is None:
+            others = _slots_without(positions, left.index.shape[1])
+            left = at_rows(left, jnp.tile(others, (x.shape[0], 1)))
+        return logits_after(model, rest, y, left)
 
     return logits
+
+
+def _masked(
+    x: Float[Array, "B T D"], num_special: int, stand_in: Float[Array, "B N D"] | None
+) -> Callable[[Int[Array, " M"]], Float[Array, "B M S D"]]:
+    """The embedded images as a function of the patch that is masked."""
+
+    def masked(positions: Int[Array, " M"]) -> Float[Array, "B M S D"]:
+        y = jnp.broadcast_to(x[:, None], (x.shape[0], positions.size, *x.shape[1:]))
+        rows = num_special + positions
+        return _without(y, rows) if stand_in is None else _with(y, rows, stand_in[:, positions])
+
+    return masked
 
 
 def _stand_in(model: ViT, x: Float[Array, "B T D"], mask: str) -> Float[Array, "B N D"] | None:
@@ -87,21 +104,22 @@ class _StandIns(NamedTuple):
 
 
 def _first_block(
-    block: Block, x: Float[Array, "B T D"], num_special: int, stand_in: Float[Array, "B N D"] | None
+    block: Block, x: Float[Array, "B T D"], tokens: Tokens, stand_in: Float[Array, "B N D"] | None
 ) -> Callable[[Int[Array, " M"]], Float[Array, "B M S D"]]:
     """The block as a function of the patch that is masked."""
-    tokens = _project(block, x)
-    logits = attention_logits(tokens.query, tokens.key)
+    num_special = tokens.num_special
+    old = _project(block, x, tokens)
+    logits = attention_logits(old.query, old.key)
     highest = logits.max(axis=-1, keepdims=True)
     stand_ins = None
     if stand_in is not None:
-        new = _project(block, stand_in)
-        new_logits = attention_logits(tokens.query, new.key)
+        new = _project(block, stand_in, tokens._replace(num_special=0))
+        new_logits = attention_logits(old.query, new.key)
         highest = jnp.maximum(highest, new_logits.max(axis=-1, keepdims=True))
-        received = _received_by_stand_ins(new, tokens, num_special) + _bias(block)[None, None]
+        received = _received_by_stand_ins(new, old, num_special) + _bias(block)[None, None]
         token = stand_in + block.scale_attention(received.astype(x.dtype))
         stand_ins = _StandIns(jnp.exp(new_logits - highest), new.out, token)
-    clean = _clean(jnp.exp(logits - highest), tokens.out, num_special)
+    clean = _clean(jnp.exp(logits - highest), old.out, num_special)
 
     def masked(positions: Int[Array, " M"]) -> Float[Array, "B M S D"]:
         mixed = _mixed(clean, stand_ins, positions, _bias(block))
@@ -114,11 +132,11 @@ def _first_block(
     return masked
 
 
-def _project(block: Block, x: Float[Array, "B T D"]) -> _Projected:
+def _project(block: Block, x: Float[Array, "B T D"], tokens: Tokens) -> _Projected:
     attention, wide = block.attention, widened(x.dtype)
-    query, key, value = attention.project(block.attention_norm(x))
+    qk, value = attention.project(block.attention_norm(x), tokens)
     kernel = rearrange(attention.out.kernel[...], "(h c) d -> h c d", h=attention.num_heads).astype(wide)
-    return _Projected(query, key, jnp.einsum("bthc,hcd->bhtd", value, kernel, preferred_element_type=wide))
+    return _Projected(qk.query, qk.key, jnp.einsum("bthc,hcd->bhtd", value, kernel, preferred_element_type=wide))
 
 
 def _bias(block: Block) -> Float[Array, " D"]:
@@ -142,15 +160,15 @@ def _clean(weight: Float[Array, "B H T T"], out: Float[Array, "B H T D"], num_sp
     )
 
 
-def _received_by_stand_ins(new: _Projected, tokens: _Projected, num_special: int) -> Float[Array, "B N D"]:
+def _received_by_stand_ins(new: _Projected, old: _Projected, num_special: int) -> Float[Array, "B N D"]:
     """What attention gives the stand-ins: each sees itself and, of the others, what was there before."""
-    logits = attention_logits(new.query, tokens.key)
+    logits = attention_logits(new.query, old.key)
     scale = new.query.shape[-1] ** 0.5
     own = jnp.einsum("bnhc,bnhc->bhn", new.query, new.key, preferred_element_type=logits.dtype) / scale
     here = num_special + jnp.arange(logits.shape[2])[:, None] == jnp.arange(logits.shape[3])[None]
     weight = jax.nn.softmax(jnp.where(here[None, None], own[..., None], logits), axis=-1)
     at_own = jnp.sum(weight * here[None, None], axis=-1)
-    received = jnp.einsum("bhnt,bhtd->bnd", weight * ~here[None, None], tokens.out)
+    received = jnp.einsum("bhnt,bhtd->bnd", weight * ~here[None, None], old.out)
     return received + jnp.einsum("bhn,bhnd->bnd", at_own, new.out)
 
 

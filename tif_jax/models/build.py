@@ -41,6 +41,7 @@ _RANGES = {
     "drop_path": checked.Range(least=0, below=1),
     "layer_scale": checked.Range(above=0),
     "norm_eps": checked.Range(above=0),
+    "rotary_temperature": checked.Range(above=0),
 }
 
 

@@ -18,6 +18,7 @@ from tif_jax.errors import InputError
 from tif_jax.layers import Linear, at_least_float32
 from tif_jax.models.model import FULL, Model, check_images, dtype_named, height_and_width, token_embedding
 from tif_jax.models.pooling import POOLS, AttentionPooling, weighted_mean
+from tif_jax.models.rotary import rotary_positions
 from tif_jax.models.vit_blocks import GELUS, Block
 from tif_jax.reducers import Aux, Reducer
 
@@ -37,6 +38,11 @@ class ViT(Model):
       distillation_token: a second head's token (DeiT distilled): the prediction is the mean of both heads.
       num_registers: register tokens (Darcet et al. 2024), after the class token; they have no position embedding.
       special_positions: whether class and distillation token have one (DeiT: yes; DeiT III: no).
+      absolute_positions: whether patches have a position embedding (DINOv3: no).
+      rotary: rotary positions, of a kind of `models/rotary.py` ('eva02', 'dinov3', 'rope_vit'), or None. rotary_grid: rows
+        and columns that coordinates are for, whatever the raster (EVA-02: 16). rotary_temperature: None is the kind's own.
+      swiglu: SwiGLU, with mlp_dim products, in place of GELU (DINOv2 giant, EVA-02). attention_inner_norm, mlp_inner_norm: a
+        norm before the last layer of each (EVA-02).
       layer_scale: initial value of LayerScale (DeiT III, DINOv2), or None.
       remat: for the gradient, what lies inside the half-steps of blocks is computed again instead of kept.
 
@@ -64,6 +70,13 @@ class ViT(Model):
         qk_norm: bool = False,
         layer_scale: float | None = None,
         gelu: str = "exact",
+        swiglu: bool = False,
+        attention_inner_norm: bool = False,
+        mlp_inner_norm: bool = False,
+        rotary: str | None = None,
+        rotary_grid: int | tuple[int, int] | None = None,
+        rotary_temperature: float | None = None,
+        absolute_positions: bool = True,
         norm_eps: float = 1e-6,
         drop_path: float = 0.0,
         remat: bool = False,
@@ -79,17 +92,19 @@ class ViT(Model):
         self.patch_size, self.pool, self.depth, self.reducer = patch_size, pool, depth, reducer
         self.has_distillation = distillation_token
         num_class = int(class_token) + int(distillation_token)
-        self.num_positioned, self.num_special = num_class * special_positions, num_class + num_registers
+        self.num_positioned = num_class * (special_positions and absolute_positions)
+        self.num_special, self.absolute = num_class + num_registers, absolute_positions
         embedding = partial(token_embedding, rngs, width=width)
         self.patch_embedding = Linear(3 * patch_size**2, width, use_bias=not pre_norm, dtype=self.dtype, rngs=rngs)
-        self.position_embedding = embedding(self.num_positioned + math.prod(self.grid))
-        if class_token:
-            self.class_token = embedding(1)
-        if distillation_token:
-            self.distillation_token = embedding(1)
-        if num_registers:
-            self.register_tokens = embedding(num_registers)
+        if absolute_positions:
+            self.position_embedding = embedding(self.num_positioned + math.prod(self.grid))
+        own = {"class_token": class_token, "distillation_token": distillation_token, "register_tokens": num_registers}
+        for name, number in own.items():
+            if number:
+                setattr(self, name, embedding(int(number)))
         options: dict[str, Any] = dict(qkv_bias=qkv_bias, qk_norm=qk_norm, layer_scale=layer_scale, gelu=gelu)
+        options |= dict(swiglu=swiglu, inner_norms=(attention_inner_norm, mlp_inner_norm))
+        options |= dict(rotary=rotary_positions(rotary, width // num_heads, self.grid, rotary_grid, rotary_temperature))
         options |= dict(norm_eps=norm_eps, remat=remat, dtype=self.dtype, rngs=rngs)
         norm = partial(nnx.LayerNorm, width, epsilon=norm_eps, dtype=self.dtype, use_fast_variance=False, rngs=rngs)
         if pre_norm:
@@ -172,6 +187,8 @@ class ViT(Model):
         return self.pre_norm(positions) if hasattr(self, "pre_norm") else positions
 
     def _patch_positions(self) -> Float[Array, "1 N D"]:
+        if not self.absolute:
+            return jnp.zeros((1, math.prod(self.grid), self.norm.num_features), self.dtype)
         return self.position_embedding[...][:, self.num_positioned :].astype(self.dtype)
 
     def _special_tokens(self) -> list[Float[Array, "1 _ D"]]:

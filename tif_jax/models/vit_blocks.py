@@ -5,6 +5,7 @@ Legend: B images, T tokens, D width, H heads, C channels of a head.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from tif_jax.layers import Linear, drop_path, gelu, quick_gelu
+from tif_jax.models.rotary import Rotary
 from tif_jax.tokens import QueryKey, Tokens, attention_logits, check_rows
 
 _SMOOTHING = 1e-6  # of the softmax with masked keys, DynamicViT's
@@ -24,40 +26,58 @@ GELUS: dict[str, Callable[[Array], Array]] = {
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention; `qk_norm` normalises queries and keys per head (Dehghani et al. 2023)."""
+    """Multi-head self-attention.
+
+    qk_norm normalises queries and keys per head (Dehghani et al. 2023); inner_norm the values mixed, before the output layer
+    (EVA-02's CLIP). rotary turns queries and keys.
+    """
 
     def __init__(
-        self, width: int, num_heads: int, *, qkv_bias: bool, qk_norm: bool, norm_eps: float, dtype, rngs: nnx.Rngs
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        qkv_bias: bool,
+        qk_norm: bool,
+        inner_norm: bool,
+        rotary: Rotary | None,
+        norm_eps: float,
+        dtype,
+        rngs: nnx.Rngs,
     ):
-        self.num_heads = num_heads
+        self.num_heads, self.rotary = num_heads, rotary
         linear = partial(Linear, kernel_init=nnx.initializers.truncated_normal(0.02), dtype=dtype, rngs=rngs)
         self.qkv = linear(width, 3 * width, use_bias=qkv_bias)
         self.out = linear(width, width)
+        norm = partial(nnx.LayerNorm, epsilon=norm_eps, dtype=dtype, use_fast_variance=False, rngs=rngs)
         if qk_norm:
-            norm = partial(
-                nnx.LayerNorm, width // num_heads, epsilon=norm_eps, dtype=dtype, use_fast_variance=False, rngs=rngs
-            )
-            self.query_norm, self.key_norm = norm(), norm()
+            self.query_norm, self.key_norm = norm(width // num_heads), norm(width // num_heads)
+        self.inner_norm = norm(width) if inner_norm else None
         self.qk_norm = qk_norm
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
+        tokens: Tokens,
         key_log_weight: Float[Array, "B T"] | None = None,
         key_weight: Float[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], QueryKey]:
-        query, key, value = self.project(x)
-        mixed = _attend(query, key, value, key_log_weight, key_weight)
-        return self.out(rearrange(mixed, "b h t c -> b t (h c)")), QueryKey(query, key)
+        qk, value = self.project(x, tokens)
+        mixed = _attend(qk.query, qk.key, value, key_log_weight, key_weight)
+        return self.project_out(rearrange(mixed, "b h t c -> b t (h c)")), qk
 
-    def project(
-        self, x: Float[Array, "B T D"]
-    ) -> tuple[Float[Array, "B T H C"], Float[Array, "B T H C"], Float[Array, "B T H C"]]:
-        """Queries, keys and values, after q/k norm."""
+    def project(self, x: Float[Array, "B T D"], tokens: Tokens) -> tuple[QueryKey, Float[Array, "B T H C"]]:
+        """What is compared, and the values."""
         query, key, value = rearrange(self.qkv(x), "b t (three h c) -> three b t h c", three=3, h=self.num_heads)
         if self.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
-        return query, key, value
+        if self.rotary is None:
+            return QueryKey(query, key), value
+        return QueryKey(self.rotary.turn(query, tokens), self.rotary.turn(key, tokens), key), value
+
+    def project_out(self, mixed: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The output layer, of the mixed values of all heads."""
+        return self.out(mixed if self.inner_norm is None else self.inner_norm(mixed))
 
 
 def _attend(
@@ -92,15 +112,38 @@ def _masked_softmax(logits: Float[Array, "B H T T"], key_weight: Float[Array, "B
 
 
 class FeedForward(nnx.Module):
-    """Two linear layers with a GELU between, one of `GELUS`."""
+    """Two linear layers with a GELU between, one of `GELUS`.
 
-    def __init__(self, width: int, mlp_dim: int, *, gelu: str, dtype, rngs: nnx.Rngs):
+    swiglu: instead, SiLU of the first half of the outputs of `up` times the second half (Shazeer 2020). inner_norm: a norm
+    before the second layer.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        mlp_dim: int,
+        *,
+        gelu: str,
+        swiglu: bool = False,
+        inner_norm: bool = False,
+        norm_eps: float = 1e-6,
+        dtype,
+        rngs: nnx.Rngs,
+    ):
         linear = partial(Linear, kernel_init=nnx.initializers.truncated_normal(0.02), dtype=dtype, rngs=rngs)
-        self.up, self.down = linear(width, mlp_dim), linear(mlp_dim, width)
-        self.gelu = gelu
+        self.up, self.down = linear(width, mlp_dim * (1 + swiglu)), linear(mlp_dim, width)
+        norm = partial(nnx.LayerNorm, epsilon=norm_eps, dtype=dtype, use_fast_variance=False, rngs=rngs)
+        self.inner_norm = norm(mlp_dim) if inner_norm else None
+        self.gelu, self.swiglu = gelu, swiglu
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down(GELUS[self.gelu](self.up(x)))
+        y = self.up(x)
+        if self.swiglu:
+            gate, y = jnp.split(y, 2, axis=-1)
+            y = jax.nn.silu(gate) * y
+        else:
+            y = GELUS[self.gelu](y)
+        return self.down(y if self.inner_norm is None else self.inner_norm(y))
 
 
 class Block(nnx.Module):
@@ -117,6 +160,9 @@ class Block(nnx.Module):
         layer_scale: float | None,
         drop_path: float,
         gelu: str,
+        swiglu: bool,
+        inner_norms: tuple[bool, bool],
+        rotary: Rotary | None,
         norm_eps: float,
         remat: bool,
         dtype,
@@ -124,11 +170,13 @@ class Block(nnx.Module):
     ):
         norm = partial(nnx.LayerNorm, width, epsilon=norm_eps, dtype=dtype, use_fast_variance=False, rngs=rngs)
         self.attention_norm = norm()
+        common: dict[str, Any] = dict(norm_eps=norm_eps, dtype=dtype, rngs=rngs)
+        of_attention, of_mlp = inner_norms
         self.attention = Attention(
-            width, num_heads, qkv_bias=qkv_bias, qk_norm=qk_norm, norm_eps=norm_eps, dtype=dtype, rngs=rngs
+            width, num_heads, qkv_bias=qkv_bias, qk_norm=qk_norm, inner_norm=of_attention, rotary=rotary, **common
         )
         self.feed_forward_norm = norm()
-        self.mlp = FeedForward(width, mlp_dim, gelu=gelu, dtype=dtype, rngs=rngs)
+        self.mlp = FeedForward(width, mlp_dim, gelu=gelu, swiglu=swiglu, inner_norm=of_mlp, **common)
         if layer_scale is not None:
             self.attention_scale = nnx.Param(jnp.full((width,), layer_scale))
             self.feed_forward_scale = nnx.Param(jnp.full((width,), layer_scale))
@@ -154,11 +202,12 @@ class Block(nnx.Module):
 
         check_rows(x, tokens)
 
-        def branch(x, key_log_weight, key_weight):
-            y, qk = self.attention(self.attention_norm(x), key_log_weight, key_weight)
+        def branch(x, position, key_log_weight, key_weight):
+            at = tokens._replace(position=position)
+            y, qk = self.attention(self.attention_norm(x), at, key_log_weight, key_weight)
             return self.scale_attention(y), qk
 
-        y, qk = self._kept(branch)(x, key_log_weight, key_weight)
+        y, qk = self._kept(branch)(x, tokens.position, key_log_weight, key_weight)
         return x + drop_path(y, self.drop_path, rngs), qk
 
     def _kept(self, branch):

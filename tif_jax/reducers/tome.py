@@ -92,8 +92,12 @@ class Tome:
 
 
 def unit_keys(qk: QueryKey, num_special: int) -> Float[Array, "B N C"]:
-    """The metric: keys of the patch tokens, mean over heads, of length 1, at least float32. No gradient."""
-    key = jax.lax.stop_gradient(qk.key[:, num_special:])
+    """The metric: keys of the patch tokens, mean over heads, of length 1, at least float32. No gradient.
+
+    Before rotary positions, where there are any: two patches alike would otherwise differ the more the farther apart they are
+    (our choice; the paper has no such model, and the other was not measured).
+    """
+    key = jax.lax.stop_gradient(qk.content_key[:, num_special:])
     # Lengths become 1: a sum will do, and head by head it is faster on a CPU than a reduction.
     key = reduce(jnp.add, (key[:, :, head].astype(widened(key.dtype)) for head in range(key.shape[2])))
     return key * jax.lax.rsqrt(jnp.maximum(jnp.sum(key**2, axis=-1, keepdims=True), 1e-24))

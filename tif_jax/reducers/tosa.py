@@ -170,7 +170,7 @@ class Tosa(nnx.Module):
         self, i: int, block, x: Float[Array, "B T D"], tokens: Tokens, qk: QueryKey
     ) -> Float[Array, "B N"]:
         """How much attention each patch is taken to get in block i, which gets x; qk: of the block before."""
-        logits = attention_logits(*(block.attend(x, tokens)[1] if self.selector == "oracle" else qk))
+        logits = _logits(block.attend(x, tokens)[1] if self.selector == "oracle" else qk)
         if self.selector == "learned":
             logits = self._selector(i)(logits)
         return _column_sums(logits)[:, tokens.num_special :]
@@ -183,12 +183,16 @@ class Tosa(nnx.Module):
         qk: Any = None  # of the block before
         divergences = []
         for i, block in enumerate(blocks):
-            predicted = self._selector(i)(attention_logits(*qk)) if i in self.layers else None
+            predicted = self._selector(i)(_logits(qk)) if i in self.layers else None
             x, qk = block(x, tokens, rngs=rngs)
             if predicted is not None:
-                divergences.append(_divergence(attention_logits(*qk), predicted))
+                divergences.append(_divergence(_logits(qk), predicted))
         loss = sum(divergences) / len(divergences)
         return x, {"kept": tokens.index, "source": identity_source(tokens), "loss/selector": loss}
+
+
+def _logits(qk: QueryKey) -> Float[Array, "B H T T"]:
+    return attention_logits(qk.query, qk.key)
 
 
 def _column_sums(logits: Float[Array, "B H T T"]) -> Float[Array, "B T"]:

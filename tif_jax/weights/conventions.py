@@ -13,7 +13,7 @@ from tif_jax.weights.layout import Tensors
 
 logger = logging.getLogger(__name__)
 
-# (width, depth) -> heads of the models that are read. DINOv2's giant, with 24 heads, has another feed-forward network.
+# (width, depth) -> heads of the models that are read, but DINOv2's giant, which has 24 heads.
 NUM_HEADS = {
     (64, 6): 2, (64, 8): 2, (192, 12): 3, (256, 10): 4, (256, 14): 4, (320, 14): 5, (384, 12): 6, (384, 36): 6, (512, 12): 8,
     (512, 20): 8, (640, 12): 10, (768, 12): 12, (832, 21): 13, (896, 12): 14, (896, 18): 14, (1024, 24): 16,
@@ -117,6 +117,8 @@ def pool_fits(pool: str, tensors: Tensors) -> None:
 def _num_heads(tensors: Tensors, known: Mapping[str, Any], averaged: bool) -> int:
     width, depth = known["width"], known["depth"]
     ask = "the file does not say the number of heads; give num_heads, or a config.json beside the file that says it"
+    if width == 1536 and known["swiglu"]:
+        return 24  # DINOv2's giant
     if (width, depth) not in NUM_HEADS or (width == 1536 and known["class_token"]):
         raise InputError(f"{depth} blocks of width {width} are none of timm's sizes, and {ask}")
     if width == 384 and known["class_token"] and not tensors["pos_embed"][0, 0].any():

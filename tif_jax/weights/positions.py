@@ -24,6 +24,8 @@ def resize_positions(params: dict[str, Any], old_grid: tuple[int, int], new_grid
     flat = traverse_util.flatten_dict(params, sep="/")
     if any(path.endswith("attention/biases") for path in flat):
         raise other_size(old_grid)
+    if "position_embedding" not in flat:  # rotary positions alone
+        return params
     num_special = flat["position_embedding"].shape[1] - math.prod(old_grid)
     shrinks = [re.fullmatch(r"block_(\d+)/position_embedding", path) for path in flat]
     inner = sorted((int(match[1]), match[0]) for match in shrinks if match)

@@ -20,8 +20,13 @@ from flax import traverse_util
 from tif_jax.errors import InputError
 from tif_jax.models import grid_of, with_defaults
 from tif_jax.runtime import files
+<<<<<<< HEAD
 from tif_jax.weights import timm_levit, timm_vit, transformers_vit
 from tif_jax.weights.layout import Tensors, shortened
+=======
+from tif_jax.weights import timm_eva, timm_levit, timm_vit
+from tif_jax.weights.layout import shortened
+>>>>>>> 4940a04 (Rotary positions, SwiGLU, inner norms: EVA-02, DINOv3, RoPE-ViT, DINOv2 giant; docs/models.md)
 from tif_jax.weights.positions import resize_positions
 from tif_jax.weights.torch_file import NESTED, read_torch
 
@@ -48,6 +53,7 @@ def read_weights(
     timm_levit). The position embedding is resized to the image_size that is given; heads for another num_classes are left
     out.
     """
+<<<<<<< HEAD
     tensors: Tensors = read_tensors(path)
     if transformers_vit.is_transformers(tensors):
         with _naming(path):
@@ -55,6 +61,11 @@ def read_weights(
         said = {**defaults, **(said or {})}
     layout = timm_levit if timm_levit.is_levit(tensors) else timm_vit
     headless = layout is timm_vit and "head.weight" not in tensors and (said or {}).get("num_classes") == 0
+=======
+    tensors = read_tensors(path)
+    layout = _layout_of(tensors)
+    headless = layout is not timm_levit and "head.weight" not in tensors and (said or {}).get("num_classes") == 0
+>>>>>>> 4940a04 (Rotary positions, SwiGLU, inner norms: EVA-02, DINOv3, RoPE-ViT, DINOv2 giant; docs/models.md)
     said = {key: value for key, value in (said or {}).items() if key in layout.FREE}
     said |= {"num_classes": 0} if headless else {}  # it says so, so that nobody has to
     wanted = given.get("image_size")
@@ -67,12 +78,20 @@ def read_weights(
         if wanted is None:
             return fields, params
         old, new = grid_of(fields), grid_of(fields | {"image_size": wanted})
-        if layout is timm_vit and old == new and "image_size" not in said:
+        if layout is not timm_levit and "pos_embed" in tensors and old == new and "image_size" not in said:
             timm_vit.tell_of_a_square(tensors, fields)
         if old != new:
-            logger.info("Position embedding resized from %dx%d to %dx%d patches", *old, *new)
+            if "position_embedding" in params:
+                logger.info("Position embedding resized from %dx%d to %dx%d patches", *old, *new)
             params = resize_positions(params, old, new)
         return fields | {"image_size": wanted}, params
+
+
+def _layout_of(tensors: Mapping[str, np.ndarray]) -> Any:
+    """The module that reads tensors of these names."""
+    if timm_levit.is_levit(tensors):
+        return timm_levit
+    return timm_eva if timm_eva.is_eva(tensors) else timm_vit
 
 
 def to_tensors(params: dict[str, Any], fields: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -80,11 +99,12 @@ def to_tensors(params: dict[str, Any], fields: dict[str, Any]) -> tuple[dict[str
 
     Raises InputError for a model that `read_weights` would not make of these tensors again.
     """
-    layout = timm_levit if with_defaults(fields)["family"] == "levit" else timm_vit
+    full = with_defaults(fields)
+    layout: Any = timm_levit if full["family"] == "levit" else timm_eva if full["rotary"] else timm_vit
     # JSON has lists for tuples.
     fields = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
     tensors = layout.to_tensors(params, fields)
-    free = {key: value for key, value in with_defaults(fields).items() if key in layout.FREE}
+    free = {key: value for key, value in full.items() if key in layout.FREE}
     free |= {} if fields.get("num_classes", 1) else {"num_classes": 0}
     again = layout.to_params(tensors, layout.infer_fields(tensors, **free))
     if not jax.tree.all(jax.tree.map(np.array_equal, again, params)):
@@ -93,8 +113,16 @@ def to_tensors(params: dict[str, Any], fields: dict[str, Any]) -> tuple[dict[str
 
 
 def names_of(params: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, str]:
-    """By the path of each of the backbone's parameters: the name of its tensor in timm's layout."""
-    layout = timm_levit if with_defaults(fields)["family"] == "levit" else timm_vit
+    """By the path of each of the backbone's parameters: the name of its tensor in timm's layout.
+
+    Raises InputError for a model with rotary positions.
+    """
+    full = with_defaults(fields)
+    if full["rotary"]:  # timm has several tensors for some parameters
+        raise InputError(
+            "a model with rotary positions has no table of its tensors; `tif convert` writes it in timm's layout"
+        )
+    layout = timm_levit if full["family"] == "levit" else timm_vit
     flat = traverse_util.flatten_dict(params, sep="/")
     # Each parameter is filled with its number, which is then looked for among the tensors.
     marked = {path: np.full(leaf.shape, number) for number, (path, leaf) in enumerate(flat.items())}

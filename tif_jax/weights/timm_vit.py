@@ -52,6 +52,8 @@ _NORMS = {
     "blocks.{i}.norm1": "block_{i}/attention_norm",
     "blocks.{i}.attn.q_norm": "block_{i}/attention/query_norm",
     "blocks.{i}.attn.k_norm": "block_{i}/attention/key_norm",
+    "blocks.{i}.attn.norm": "block_{i}/attention/inner_norm",
+    "blocks.{i}.mlp.norm": "block_{i}/mlp/inner_norm",
     "blocks.{i}.norm2": "block_{i}/feed_forward_norm",
     "norm": "norm",
     "attn_pool.norm": "attention_pool/norm",
@@ -82,19 +84,18 @@ _UNSUPPORTED = {  # pattern of a parameter's name: what it belongs to, the remed
     r"^(teacher|student|backbone|encoder|decoder)\w*\.": ("a whole training setup", "save its backbone alone"),
     r"^decoder": ("a masked autoencoder with its decoder", "save the encoder alone"),
     r"^blocks\.\d+\.\d+\.": ("DINOv2 in chunks of blocks", "save it with block_chunks=0"),
-    r"\.mlp\.(w12|w3|w1|w2|fc1_g|fc1_x)\.": ("a SwiGLU feed-forward network (DINOv2 giant, EVA-02)", _SAVE),
-    r"\.(attn|mlp)\.(inner_)?norm\.|lambda_": ("norms inside attention or feed-forward network", _SAVE),
-    r"rope|freqs_cis": ("rotary position embedding (EVA-02, DINOv3)", _SAVE),
+    r"\.(attn|mlp)\.inner_norm\.|lambda_": ("norms inside attention or feed-forward network", _SAVE),
+    r"rope|freqs_cis": ("rotary positions with learned frequencies (rope_mixed)", _SAVE),
     r"relative_position|rel_pos": ("relative position bias (Swin, BEiT)", _SAVE),
-    r"\.gamma_[12]$|\.[qv]_bias$|\.[qkv]_proj\.": ("the block of BEiT, EVA or CaiT", _SAVE),
+    r"\.[qv]_bias$|\.[qkv]_proj\.|\.gamma_[12]$": ("the block of BEiT or CaiT", _SAVE),
     r"\.in_proj\.": ("attention and feed-forward network in parallel (ViT-22B)", _SAVE),
     r"running_mean|^stages\.|^layers?\.?\d|^features\.|^stem|^conv": ("a convolutional or Swin network", _SAVE),
     r"^patch_embed\.(?!proj\.(weight|bias)$)": ("a patch embedding of several layers (hybrid ViT)", _SAVE),
     r"^embeds\.": ("NaFlexViT", _SAVE),
     r"^pre_logits\.|^head\.\w+\.": ("a head of several layers", "remove it and give num_classes for a fresh one"),
 }
-_NEEDED = ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight")
-_RANKS = dict(zip(_NEEDED, (4, 3, 2, 2), strict=True)) | {
+_NEEDED = ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight", "pos_embed")
+_RANKS = dict(zip(_NEEDED, (4, 2, 2, 3), strict=True)) | {
     "blocks.0.attn.q_norm.weight": 1,
     "reg_token": 3,
     "register_tokens": 3,
@@ -114,16 +115,20 @@ def infer_fields(tensors: Tensors, **given: Any) -> dict[str, Any]:
     (`conventions.for_vit`), drop_path. image_size is the file's in the result, whatever was given.
     Raises InputError for another architecture, by name, and for given fields that contradict the file.
     """
-    _refuse_unsupported(tensors)
+    _refuse_unsupported(tensors, _NEEDED[:-1] if given.get("rotary") else _NEEDED)
     width, patch_size = tensors["patch_embed.proj.weight"].shape[0], tensors["patch_embed.proj.weight"].shape[2]
     num_special, grid = _positions(tensors, given.get("image_size"), given.get("special_positions"))
     has_class, has_distillation = "cls_token" in tensors, "dist_token" in tensors
-    qk_norm = "blocks.0.attn.q_norm.weight" in tensors
+    qk_norm, mlp_dim = "blocks.0.attn.q_norm.weight" in tensors, tensors["blocks.0.mlp.fc2.weight"].shape[1]
     fields: dict[str, Any] = dict(
         patch_size=patch_size,
         width=width,
         depth=len({name.split(".")[1] for name in tensors if name.startswith("blocks.")}),
-        mlp_dim=tensors["blocks.0.mlp.fc1.weight"].shape[0],
+        mlp_dim=mlp_dim,
+        swiglu=tensors["blocks.0.mlp.fc1.weight"].shape[0] == 2 * mlp_dim,
+        attention_inner_norm="blocks.0.attn.norm.weight" in tensors,
+        mlp_inner_norm="blocks.0.mlp.norm.weight" in tensors,
+        absolute_positions="pos_embed" in tensors,
         class_token=has_class,
         distillation_token=has_distillation,
         num_registers=_num_registers(tensors),
@@ -163,7 +168,7 @@ def to_params(tensors: Tensors, fields: Mapping[str, Any]) -> dict[str, Any]:
     The heads are left out where the file has none or one for another num_classes. Raises InputError with all missing,
     surplus and misshapen tensors in one line.
     """
-    _refuse_unsupported(tensors)
+    _refuse_unsupported(tensors, _NEEDED if fields.get("absolute_positions", True) else _NEEDED[:-1])
     # One block stands for all, because tracing a deep model takes seconds.
     model = nnx.eval_shape(lambda: ViT(**{**fields, "depth": 1}, rngs=nnx.Rngs(0)))
     wanted = traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)), sep="/")
@@ -211,7 +216,12 @@ def _positions(
 
     The raster of image_size, if it fits, else a square.
     """
-    rows, patch_size = tensors["pos_embed"].shape[1], tensors["patch_embed.proj.weight"].shape[2]
+    patch_size = tensors["patch_embed.proj.weight"].shape[2]
+    if "pos_embed" not in tensors:
+        assert image_size is not None
+        height, columns = height_and_width(image_size)
+        return 0, (height // patch_size, columns // patch_size)
+    rows = tensors["pos_embed"].shape[1]
     num_class = ("cls_token" in tensors) + ("dist_token" in tensors)
     candidates = [num_class * special for special in (True, False) if special_positions in (None, special)]
     if registers := _num_registers(tensors):
@@ -247,6 +257,8 @@ def _without_register_positions(tensors: Tensors, num_rows: int) -> Tensors:
     num_rows: of the position embedding without them.
     """
     name = next((name for name in _REGISTERS if name in tensors), None)
+    if "pos_embed" not in tensors:
+        return tensors
     first = ("cls_token" in tensors) + ("dist_token" in tensors)
     last = first + _num_registers(tensors)
     before, of_registers, after = np.split(tensors["pos_embed"], (first, last), axis=1)
@@ -275,11 +287,12 @@ def _side(num_patches: int) -> int:
     return side if side * side == num_patches else 0
 
 
-def _refuse_unsupported(tensors: Tensors) -> None:
+def _refuse_unsupported(tensors: Tensors, needed: Sequence[str]) -> None:
+    """Raises InputError for another architecture, by name. needed: names of `_NEEDED` that have to be there."""
     for pattern, (layout, remedy) in _UNSUPPORTED.items():
         if name := next((name for name in tensors if re.search(pattern, name)), None):
             raise InputError(f"{name!r} belongs to {layout}, which is not supported; {remedy}")
-    if missing := [name for name in _NEEDED if name not in tensors]:
+    if missing := [name for name in needed if name not in tensors]:
         raise InputError(
             f"not a ViT in timm's layout: no {', '.join(missing)}, but {shortened(list(tensors))}; {_SAVE}"
         )
@@ -291,8 +304,6 @@ def _refuse_unsupported(tensors: Tensors) -> None:
         raise InputError(
             f"patches of {rows}x{columns} pixels with {channels} channels; supported: square ones with 3 (RGB)"
         )
-    if shapes["blocks.0.mlp.fc1.weight"][0] == 2 * shapes["blocks.0.mlp.fc2.weight"][1]:
-        raise InputError(f"blocks.0.mlp is a packed SwiGLU network (DINOv2 giant), which is not supported; {_SAVE}")
     if {"norm_pre.weight", "attn_pool.latent"} <= tensors.keys():  # rotary positions leave no name of their own
         raise InputError(
             f"norm_pre and attn_pool are a Perception Encoder's, whose rotary positions are not supported; {_SAVE}"
