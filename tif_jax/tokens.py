@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int, Key, Shaped
 
@@ -46,9 +47,9 @@ def raster_tokens(
     num_images: int, num_special: int, grid: tuple[int, int], has_class: bool, dtype: Any = jnp.float32
 ) -> Tokens:
     """Before anything is reduced: the special tokens, then all patches in raster order. dtype: of positions."""
-    index = row_numbers(num_images, grid[0] * grid[1])
-    position = jnp.stack(jnp.divmod(index, grid[1]), axis=-1).astype(dtype)
-    return Tokens(num_special, grid, index, has_class, position)
+    position = np.stack(np.divmod(np.arange(grid[0] * grid[1]), grid[1]), axis=-1)
+    position = jnp.broadcast_to(jnp.asarray(position, dtype)[None], (num_images, *position.shape))
+    return Tokens(num_special, grid, row_numbers(num_images, grid[0] * grid[1]), has_class, position)
 
 
 def at_rows(tokens: Tokens, rows: Int[Array, "B K"]) -> Tokens:
