@@ -10,10 +10,12 @@ from reference_eva import LAYOUTS, eva_forward, random_eva_tensors
 
 from tif_jax import token_impact
 from tif_jax.errors import InputError
-from tif_jax.models import create_model
+from tif_jax.models import blueprint, create_model, with_defaults
+from tif_jax.models.names import model_fields
 from tif_jax.models.params import params_of
 from tif_jax.models.rotary import Rotary
 from tif_jax.tokens import at_rows, attention_logits, keep
+from tif_jax.weights import timm_eva
 from tif_jax.weights.loading import load
 from tif_jax.weights.pretrained import read_weights, to_tensors
 
@@ -224,3 +226,14 @@ def test_what_is_not_read_is_named(tmp_path):
     for tensors, message in ((mixed, "learned frequencies"), (rms, "RMSNorm"), (half, r"blocks.1.attn.\w_proj")):
         with pytest.raises(InputError, match=message):
             read_weights(write_safetensors(tmp_path / "w.safetensors", tensors), num_heads=2, image_size=SIZE)
+
+
+@pytest.mark.parametrize("name", ["eva02_small_patch14_224", "eva02_large_patch14_224", "vit_base_patch16_dinov3"])
+def test_names_are_what_their_files_are_read_as(name):
+    """A file of the shapes that a model by this name has is read as that model."""
+    fields = with_defaults(model_fields(name) | dict(num_classes=7))
+    model = nnx.eval_shape(blueprint(fields), jax.random.key(0))
+    params = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), params_of(model))
+    tensors = timm_eva.to_tensors(params, fields)
+    again = timm_eva.infer_fields(tensors, image_size=fields["image_size"])
+    assert with_defaults(again) == fields | dict(mlp_dim=again["mlp_dim"])

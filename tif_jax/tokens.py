@@ -47,8 +47,8 @@ def raster_tokens(
     num_images: int, num_special: int, grid: tuple[int, int], has_class: bool, dtype: Any = jnp.float32
 ) -> Tokens:
     """Before anything is reduced: the special tokens, then all patches in raster order. dtype: of positions."""
-    position = np.stack(np.divmod(np.arange(grid[0] * grid[1]), grid[1]), axis=-1)
-    position = jnp.broadcast_to(jnp.asarray(position, dtype)[None], (num_images, *position.shape))
+    places = np.stack(np.divmod(np.arange(grid[0] * grid[1]), grid[1]), axis=-1)
+    position = jnp.broadcast_to(jnp.asarray(places, dtype)[None], (num_images, *places.shape))
     return Tokens(num_special, grid, row_numbers(num_images, grid[0] * grid[1]), has_class, position)
 
 

@@ -26,6 +26,8 @@ _PLAIN = re.compile(rf"(?P<family>deit3|deit|vit)_{_SIZE}(?P<distilled>_distille
 _CLIP = re.compile(rf"vit_{_SIZE}{_PATCH}(?P<plus>_plus)?_clip(?P<quick>_quickgelu)?{_IMAGE}")
 _SIGLIP = re.compile(rf"vit_{_SIZE}{_PATCH}_siglip(?P<gap>_gap)?{_IMAGE}")
 _DINOV2 = re.compile(r"vit_(?P<size>small|base|large)_patch14(?P<registers>_reg4)?_dinov2")
+_EVA02 = re.compile(rf"eva02_(?P<size>tiny|small|base|large)_patch14{_IMAGE}")
+_DINOV3 = re.compile(r"vit_(?P<size>small|base|large)_patch16_dinov3")
 # (size, patch size) of the SigLIPs to which timm gives the tanh approximation; the large one has it at 512 pixels.
 _TANH = {("base", 32), ("so400m", 16), ("giantopt", 16)}
 
@@ -49,7 +51,15 @@ def model_fields(name: str) -> dict[str, Any]:
     if match := _LEVIT_NAME.fullmatch(name):
         evo = dict(positions="absolute", class_token=True) if match["evo"] else {}
         return dict(family="levit", **LEVIT_SIZES[match["size"]], **evo)
-    for pattern, fields_of in ((_PLAIN, _plain), (_CLIP, _clip), (_SIGLIP, _siglip), (_DINOV2, _dinov2)):
+    forms = (
+        (_PLAIN, _plain),
+        (_CLIP, _clip),
+        (_SIGLIP, _siglip),
+        (_DINOV2, _dinov2),
+        (_EVA02, _eva02),
+        (_DINOV3, _dinov3),
+    )
+    for pattern, fields_of in forms:
         if (match := pattern.fullmatch(name)) and not name.startswith("deit3") * bool(
             match.groupdict().get("distilled")
         ):
@@ -57,7 +67,8 @@ def model_fields(name: str) -> dict[str, Any]:
     raise InputError(
         f"Unknown model {name!r}. Known: {{deit,deit3,vit}}_<size>_patch<P>_<image size>, "
         "deit_<size>_distilled_patch<P>_<image size>, vit_<size>_patch<P>{_clip,_clip_quickgelu,_siglip,_siglip_gap}_"
-        "<image size>, vit_{small,base,large}_patch14{,_reg4}_dinov2, "
+        "<image size>, vit_{small,base,large}_patch14{,_reg4}_dinov2, vit_{small,base,large}_patch16_dinov3, "
+        "eva02_{tiny,small,base,large}_patch14_<image size>, "
         f"{{levit,evo_levit}}_{{{','.join(LEVIT_SIZES)}}}; sizes: {', '.join(size for size in SIZES if '_' not in size)}"
     )
 
@@ -95,3 +106,28 @@ def _siglip(match: re.Match[str]) -> dict[str, Any]:
 def _dinov2(match: re.Match[str]) -> dict[str, Any]:
     registers = dict(num_registers=4, special_positions=False) if match["registers"] else {}
     return _sized(match["size"], 14, 518) | dict(layer_scale=1e-5, **registers)
+
+
+def _eva02(match: re.Match[str]) -> dict[str, Any]:
+    fields = _sized(match["size"], 14, match["image"])
+    return fields | dict(
+        pool="mean",
+        mlp_dim=fields["width"] * 8 // 3,
+        swiglu=True,
+        mlp_inner_norm=match["size"] in ("base", "large"),
+        rotary="eva02",
+        rotary_grid=16,
+    )
+
+
+def _dinov3(match: re.Match[str]) -> dict[str, Any]:
+    return _sized(match["size"], 16, 256) | dict(
+        pool="normed_mean",
+        num_registers=4,
+        special_positions=False,
+        absolute_positions=False,
+        rotary="dinov3",
+        qkv_bias=False,
+        layer_scale=1e-5,
+        norm_eps=1e-5,
+    )

@@ -3,6 +3,7 @@
 What names and shapes leave open, the kind of rotary positions above all, is what timm's models of that form have.
 """
 
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,8 @@ import numpy as np
 from tif_jax.errors import InputError
 from tif_jax.weights import timm_vit
 from tif_jax.weights.layout import Tensors
+
+logger = logging.getLogger(__name__)
 
 _MARKS = re.compile(r"\.attn\.(q_bias|q_proj\.)|\.gamma_1$|\.mlp\.(fc1_g|w12)\.")
 _SAME = {  # a parameter of a block -> the name that timm_vit has for it
@@ -49,10 +52,13 @@ def is_eva(tensors: Tensors) -> bool:
 
 def infer_fields(tensors: Tensors, **given: Any) -> dict[str, Any]:
     """As `timm_vit.infer_fields`, with rotary positions. image_size: of a file without position embedding by timm's model."""
-    known = {**_known(tensors), **{key: value for key, value in given.items() if value is not None}}
+    said = {key: value for key, value in given.items() if value is not None}
+    known = _known(tensors)
     if "pos_embed" not in tensors and "rotary" in known:
-        known.setdefault("image_size", _SIZES[known["rotary"]])
-    return timm_vit.infer_fields(_renamed(tensors), **known)
+        known["image_size"] = _SIZES[known["rotary"]]
+    if assumed := ", ".join(f"{key} {value!r}" for key, value in known.items() if key not in said):
+        logger.info("%s: what timm's models of this form have, for the file does not say it", assumed)
+    return timm_vit.infer_fields(_renamed(tensors), **known | said)
 
 
 def to_params(tensors: Tensors, fields: Mapping[str, Any]) -> dict[str, Any]:
