@@ -53,7 +53,7 @@ def run(model, x):
 
 def class_attention(qk, num_special):
     """(T - num_special,) of one image: softmax of the class token's row, mean over heads."""
-    query, key = (np.asarray(a, np.float64)[0] for a in qk)
+    query, key = (np.asarray(a, np.float64)[0] for a in (qk.query, qk.key))
     num_tokens, num_heads, channels = key.shape
     scores = np.zeros(num_tokens)
     for head in range(num_heads):

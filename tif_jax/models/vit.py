@@ -91,17 +91,11 @@ class ViT(Model):
         self.grid = (height // patch_size, columns // patch_size)
         self.patch_size, self.pool, self.depth, self.reducer = patch_size, pool, depth, reducer
         self.has_distillation = distillation_token
-        num_class = int(class_token) + int(distillation_token)
+        num_class, self.absolute = class_token + distillation_token, absolute_positions
         self.num_positioned = num_class * (special_positions and absolute_positions)
-        self.num_special, self.absolute = num_class + num_registers, absolute_positions
-        embedding = partial(token_embedding, rngs, width=width)
+        self.num_special = num_class + num_registers
         self.patch_embedding = Linear(3 * patch_size**2, width, use_bias=not pre_norm, dtype=self.dtype, rngs=rngs)
-        if absolute_positions:
-            self.position_embedding = embedding(self.num_positioned + math.prod(self.grid))
-        own = {"class_token": class_token, "distillation_token": distillation_token, "register_tokens": num_registers}
-        for name, number in own.items():
-            if number:
-                setattr(self, name, embedding(int(number)))
+        self._add_embeddings(width, int(class_token), int(distillation_token), num_registers, rngs)
         options: dict[str, Any] = dict(qkv_bias=qkv_bias, qk_norm=qk_norm, layer_scale=layer_scale, gelu=gelu)
         options |= dict(swiglu=swiglu, inner_norms=(attention_inner_norm, mlp_inner_norm))
         options |= dict(rotary=rotary_positions(rotary, width // num_heads, self.grid, rotary_grid, rotary_temperature))
@@ -109,13 +103,20 @@ class ViT(Model):
         norm = partial(nnx.LayerNorm, width, epsilon=norm_eps, dtype=self.dtype, use_fast_variance=False, rngs=rngs)
         if pre_norm:
             self.pre_norm = norm()
-        for i in range(depth):
-            rate = drop_path * i / max(1, depth - 1)
+        for i, rate in enumerate(drop_path * i / max(1, depth - 1) for i in range(depth)):
             setattr(self, f"block_{i}", Block(width, num_heads, mlp_dim or 4 * width, drop_path=rate, **options))
         if pool == "attention":
             of_pool = dict(gelu=gelu, norm_eps=norm_eps, dtype=self.dtype, rngs=rngs)
             self.attention_pool = AttentionPooling(width, num_heads, mlp_dim or 4 * width, **of_pool)
         self._add_heads(num_classes, width, class_head, norm, rngs)
+
+    def _add_embeddings(self, width: int, class_token: int, distillation_token: int, num_registers: int, rngs) -> None:
+        """Of positions, and the special tokens, by how many there are of each."""
+        numbers = {"position_embedding": (self.num_positioned + math.prod(self.grid)) * self.absolute}
+        numbers |= {"class_token": class_token, "distillation_token": distillation_token}
+        for name, number in (numbers | {"register_tokens": num_registers}).items():
+            if number:
+                setattr(self, name, token_embedding(rngs, number, width))
 
     def _add_heads(self, num_classes: int, width: int, class_head: bool, norm: Any, rngs: nnx.Rngs) -> None:
         normal, num_features = nnx.initializers.truncated_normal(0.02), width * (1 + (self.pool == "class_and_mean"))

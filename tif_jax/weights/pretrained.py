@@ -20,13 +20,8 @@ from flax import traverse_util
 from tif_jax.errors import InputError
 from tif_jax.models import grid_of, with_defaults
 from tif_jax.runtime import files
-<<<<<<< HEAD
-from tif_jax.weights import timm_levit, timm_vit, transformers_vit
+from tif_jax.weights import timm_eva, timm_levit, timm_vit, transformers_vit
 from tif_jax.weights.layout import Tensors, shortened
-=======
-from tif_jax.weights import timm_eva, timm_levit, timm_vit
-from tif_jax.weights.layout import shortened
->>>>>>> 4940a04 (Rotary positions, SwiGLU, inner norms: EVA-02, DINOv3, RoPE-ViT, DINOv2 giant; docs/models.md)
 from tif_jax.weights.positions import resize_positions
 from tif_jax.weights.torch_file import NESTED, read_torch
 
@@ -53,19 +48,13 @@ def read_weights(
     timm_levit). The position embedding is resized to the image_size that is given; heads for another num_classes are left
     out.
     """
-<<<<<<< HEAD
     tensors: Tensors = read_tensors(path)
     if transformers_vit.is_transformers(tensors):
         with _naming(path):
             tensors, defaults = transformers_vit.to_timm(tensors)
         said = {**defaults, **(said or {})}
-    layout = timm_levit if timm_levit.is_levit(tensors) else timm_vit
-    headless = layout is timm_vit and "head.weight" not in tensors and (said or {}).get("num_classes") == 0
-=======
-    tensors = read_tensors(path)
     layout = _layout_of(tensors)
     headless = layout is not timm_levit and "head.weight" not in tensors and (said or {}).get("num_classes") == 0
->>>>>>> 4940a04 (Rotary positions, SwiGLU, inner norms: EVA-02, DINOv3, RoPE-ViT, DINOv2 giant; docs/models.md)
     said = {key: value for key, value in (said or {}).items() if key in layout.FREE}
     said |= {"num_classes": 0} if headless else {}  # it says so, so that nobody has to
     wanted = given.get("image_size")
