@@ -49,6 +49,8 @@ class ViT(Model):
     Raises InputError for fields that do not fit together.
     """
 
+    position_embedding: nnx.Param  # where absolute_positions
+
     def __init__(
         self,
         *,
