@@ -9,7 +9,8 @@ from cases import write_safetensors
 
 from tif_jax.errors import InputError
 from tif_jax.models import grid_of, model_fields, with_defaults
-from tif_jax.weights import pretrained, timm_levit, timm_vit
+from tif_jax.models.rotary import KINDS
+from tif_jax.weights import pretrained
 from tif_jax.weights.loading import load
 
 pytestmark = pytest.mark.long
@@ -31,16 +32,20 @@ def truth(model):
     if kind.startswith("Levit"):
         (activation,) = {type(module).__name__ for module in model.modules()} & {"Hardswish", "SiLU", "GELU", "ReLU"}
         return {"activation": {"Hardswish": "hard_swish", "SiLU": "silu"}.get(activation)}
+    if kind == "Eva":
+        return truth_of_eva(model)
     if kind not in ("VisionTransformer", "VisionTransformerDistilled"):
         return None
     parts = [
         (type(b).__name__, type(b.attn).__name__, type(b.mlp).__name__, type(b.norm1).__name__) for b in model.blocks
     ]
-    if set(parts) != {("Block", "Attention", "Mlp", "LayerNorm")}:
+    if set(parts) not in ({("Block", "Attention", mlp, "LayerNorm")} for mlp in ("Mlp", "GluMlp")):
         return None
     block, has_fc_norm = model.blocks[0], type(model.fc_norm).__name__ == "LayerNorm"
     (activation,) = {type(b.mlp.act).__name__ + str(getattr(b.mlp.act, "approximate", "")) for b in model.blocks}
-    gelu = {"GELUnone": "exact", "GELUTanh": "tanh", "GELUtanh": "tanh", "QuickGELU": "quick"}.get(activation)
+    gelu = {"GELUnone": "exact", "GELUTanh": "tanh", "GELUtanh": "tanh", "QuickGELU": "quick", "SiLU": "exact"}.get(
+        activation
+    )
     pool = {
         ("token", False): "class",
         ("avg", True): "mean",
@@ -56,9 +61,33 @@ def truth(model):
     }
 
 
+def truth_of_eva(model):
+    """The same of timm's other class of ViTs, those with rotary positions among them."""
+    kinds = {"RotaryEmbeddingCat": "eva02", "RotaryEmbeddingDinoV3": "dinov3", "NoneType": None}
+    block, rotary = model.blocks[0], kinds.get(type(model.rope).__name__, "unknown")
+    norms = [type(norm).__name__ for norm in (block.norm1, model.norm_pre)]
+    if type(block).__name__ != "EvaBlock" or norms != ["LayerNorm", "Identity"] or rotary == "unknown":
+        return None
+    if rotary == "eva02" and model.rope.grid_indexing == "xy":
+        rotary = "rope_vit"
+    if rotary is not None:
+        assert model.rope.temperature == KINDS[rotary].temperature and model.rope.rotate_half == KINDS[rotary].halves
+    reference = getattr(model.rope, "ref_feat_shape", None)
+    pool = {("token", False): "class", ("avg", True): "mean", ("avg", False): "normed_mean"}
+    grid = {} if model.pos_embed is None else {"grid": model.patch_embed.grid_size}
+    return grid | {
+        "num_heads": block.attn.num_heads,
+        "pool": pool.get((model.global_pool, type(model.fc_norm).__name__ == "LayerNorm")),
+        "gelu": "exact",
+        "norm_eps": block.norm1.eps,
+        "rotary": rotary,
+        "rotary_grid": reference and reference[0],
+    }
+
+
 def fields_of(tensors, **given):
     """What is read off tensors of these names and shapes, whatever their values."""
-    layout = timm_levit if timm_levit.is_levit(tensors) else timm_vit
+    layout = pretrained._layout_of(tensors)
     headless = not {"head.weight", "head.linear.weight"} & tensors.keys()
     fields = layout.infer_fields(tensors, **given, **{"num_classes": 7} if headless else {})
     layout.to_params(tensors, fields)
@@ -84,7 +113,7 @@ def test_every_model_is_read_as_what_it_is_or_refused(timm):
             try:
                 fields = fields_of(tensors)
             except InputError as error:
-                key = re.search(r"; give (num_heads|gelu)\b", str(error))
+                key = re.search(r"; give (num_heads|gelu|pool)\b", str(error))
                 if not key or not (expected := truth(model)):
                     raise
                 asked[name] = key[1]
@@ -151,6 +180,17 @@ MODELS = {  # what timm is told, and `load`
     "vit_base_patch32_siglip_256": (dict(num_classes=5), {}),
     "vit_small_patch14_dinov2, features": (dict(img_size=224, num_classes=0), dict(num_classes=0)),
     "vit_xsmall_patch16_clip_224": ({}, {}),
+    "vit_giant_patch14_dinov2": (dict(depth=1, img_size=56, num_classes=5), {}),
+    "eva02_tiny_patch14_224": (dict(num_classes=5), {}),
+    "eva02_tiny_patch14_336": (dict(num_classes=5, img_size=(112, 168)), dict(image_size=(112, 168))),
+    "eva02_base_patch16_clip_224": (dict(depth=2), {}),
+    "eva02_base_patch14_224": (dict(depth=2, num_classes=5), {}),
+    "eva_giant_patch14_224": (dict(depth=1), {}),
+    "vit_small_patch16_dinov3": (dict(num_classes=5), dict(image_size=224)),
+    "vit_small_plus_patch16_dinov3_qkvb": (dict(num_classes=5), dict(image_size=(224, 256), pool="normed_mean")),
+    "vit_medium_patch16_rope_reg1_gap_256": (dict(depth=2), {}),
+    "vit_small_patch16_rope_224": ({}, {}),
+    "vit_small_patch16_rope_ape_224": ({}, {}),
     "vit_base_patch32_clip_quickgelu_224": ({}, dict(gelu="quick")),
     "vit_base_patch16_gap_224": (dict(num_classes=5), dict(num_heads=16)),
     "deit_tiny_patch16_224, token pooling with fc_norm": (dict(fc_norm=True), dict(pool="class")),

@@ -56,6 +56,11 @@ def infer_fields(tensors: Tensors, **given: Any) -> dict[str, Any]:
     known = _known(tensors)
     if "pos_embed" not in tensors and "rotary" in known:
         known["image_size"] = _SIZES[known["rotary"]]
+    if known.get("rotary") == "dinov3" and "blocks.0.attn.q_bias" in tensors and "pool" not in said:
+        raise InputError(
+            "the file does not say whether patches are averaged (timm's DINOv3) or the class token is taken (LingBot); "
+            "give pool='normed_mean' or pool='class', or a config.json beside the file that says it"
+        )
     if assumed := ", ".join(f"{key} {value!r}" for key, value in known.items() if key not in said):
         logger.info("%s: what timm's models of this form have, for the file does not say it", assumed)
     return timm_vit.infer_fields(_renamed(tensors), **known | said)
