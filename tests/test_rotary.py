@@ -8,7 +8,7 @@ from cases import mostly_long, numpy_images, numpy_model, row_of, write_safetens
 from flax import nnx
 from reference_eva import LAYOUTS, eva_forward, random_eva_tensors
 
-from tif_jax import token_impact
+from tif_jax import reducers, token_impact
 from tif_jax.errors import InputError
 from tif_jax.models import blueprint, create_model, with_defaults
 from tif_jax.models.names import model_fields
@@ -237,3 +237,12 @@ def test_names_are_what_their_files_are_read_as(name):
     tensors = timm_eva.to_tensors(params, fields)
     again = timm_eva.infer_fields(tensors, image_size=fields["image_size"])
     assert with_defaults(again) == fields | dict(mlp_dim=again["mlp_dim"])
+
+
+@pytest.mark.parametrize("reducer", mostly_long([name for name in reducers.known() if name != "full"], short=(2,)))
+def test_keeping_everything_is_the_plain_model(tmp_path, reducer):
+    x = numpy_images(2, SIZE)
+    options = dict(num_merged=0) if reducer == "tome" else dict(keep_ratio=1.0)
+    reduced, plain = loaded(tmp_path, "dinov3", reducer=reducer, **options), loaded(tmp_path, "dinov3")
+    both = [jax.jit(lambda x, model=model: model(x)[0])(x) for model in (reduced, plain)]
+    np.testing.assert_allclose(*both, atol=1e-5 * np.abs(both[1]).max())
