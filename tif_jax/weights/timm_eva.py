@@ -41,6 +41,7 @@ _HEADS = {1408: 16, 4096: 32} | {
     width: width // 64 for width in (192, 384, 512, 640, 768, 1024, 1280, 1536)
 }  # by width
 _POST_NORM = 1792  # width of EVA-02's enormous CLIP
+_LINGBOT = 1536  # width of LingBot-Vision's giant, which DINOv3 has not
 _SIZES = {"dinov3": 256, "rope_vit": 224, "eva02": 256}  # pixels, of models without position embedding
 FREE = (*timm_vit.FREE, "rotary", "rotary_grid", "rotary_temperature")
 
@@ -118,7 +119,8 @@ def _known(tensors: Tensors) -> dict[str, Any]:
         return heads | {"rotary": "rope_vit", "pool": "mean" if averaged else "class"}
     if "cls_token" not in tensors:  # timm's own, with registers
         return heads | {"rotary": "eva02", "rotary_grid": _FIRST, "pool": "mean"}
-    return heads | {"rotary": "dinov3", "norm_eps": 1e-5, "pool": "normed_mean"}
+    pool = {"pool": "class" if width == _LINGBOT else "normed_mean"}
+    return heads | pool | {"rotary": "dinov3", "norm_eps": 1e-5}
 
 
 def _has_swiglu(tensors: Tensors) -> bool:
