@@ -41,6 +41,8 @@ def truth(model):
     ]
     if set(parts) not in ({("Block", "Attention", mlp, "LayerNorm")} for mlp in ("Mlp", "GluMlp")):
         return None
+    if model.pool_include_prefix:  # test_vit3's attention pooling reads its register, too: no name says so
+        return None
     block, has_fc_norm = model.blocks[0], type(model.fc_norm).__name__ == "LayerNorm"
     (activation,) = {type(b.mlp.act).__name__ + str(getattr(b.mlp.act, "approximate", "")) for b in model.blocks}
     gelu = {"GELUnone": "exact", "GELUTanh": "tanh", "GELUtanh": "tanh", "QuickGELU": "quick", "SiLU": "exact"}.get(
@@ -131,7 +133,7 @@ def test_every_model_is_read_as_what_it_is_or_refused(timm):
             }
     print(f"{len(names)} models: {len(loaded)} load, {len(asked)} of them are asked about, {len(refused)} are refused")
     assert not wrong
-    assert len(names) > 500 and len(loaded) >= 160 and ASKED.items() <= asked.items()
+    assert len(names) > 500 and len(loaded) >= 159 and ASKED.items() <= asked.items()
 
 
 NAMED = (
