@@ -1,7 +1,7 @@
 """README.md of a model: what it is, from what it was made, what was measured, how it is loaded."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from tif_jax.models import Model
@@ -47,12 +47,13 @@ model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True)  # o
 """
 
 
-def model_card(model: Model, facts: Facts, config: Mapping[str, Any], has_learned: bool, name: str) -> str:
+def model_card(model: Model, facts: Facts, config: Mapping[str, Any], beside: Collection[str], name: str) -> str:
     """The text of README.md.
 
-    config: the content of config.json; has_learned: whether the reducer has parameters; name: what to load, hf:OWNER/NAME.
+    config: the content of config.json; beside: the other files of the folder; name: what to load, hf:OWNER/NAME.
     """
-    reducer = config["tif_jax"]["reducer"]
+    reducer, has_learned = config["tif_jax"]["reducer"], REDUCER in beside
+    plain = _PLAIN + (_REDUCER if has_learned else "") + _UPDATE if "parameters.json" in beside else ""
     options = ", ".join(f"{name} {value!r}" for name, value in reducer.items() if name != "name")
     how = model.preprocessing
     lines = [
@@ -74,7 +75,7 @@ def model_card(model: Model, facts: Facts, config: Mapping[str, Any], has_learne
         "## Load",
         "",
         _LOAD.replace("NAME", name),
-        _PLAIN + (_REDUCER if has_learned else "") + _UPDATE,
+        plain,
         _TIMM.replace("NAME", name.removeprefix("hf:"))
         if "architecture" in config
         else "timm has no model of this kind.\n",

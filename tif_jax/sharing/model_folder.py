@@ -56,15 +56,20 @@ def contents_of(model: Model, facts: Facts, name: str) -> dict[str, bytes]:
         flat = traverse_util.flatten_dict({"reducer": reducer}, sep="/")
         found[REDUCER] = safetensors.numpy.save({path: np.ascontiguousarray(leaf) for path, leaf in flat.items()})
     found["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
-    found["parameters.json"] = _lines(_where(backbone, tensors, fields))
-    found["README.md"] = model_card(model, facts, config, bool(reducer), name).encode()
+    if where := _where(backbone, tensors, fields):
+        found["parameters.json"] = _lines(where)
+    found["README.md"] = model_card(model, facts, config, {*found}, name).encode()
     return found
 
 
 def _where(backbone: dict[str, Any], tensors: Mapping[str, np.ndarray], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Where each parameter is: `tensors[name].transpose(axes).reshape(shape)` is the parameter of the path."""
+    """Where each parameter is: `tensors[name].transpose(axes).reshape(shape)` is the parameter of the path.
+
+    Empty where some parameters are several tensors.
+    """
     flat = traverse_util.flatten_dict(backbone, sep="/")
-    names = pretrained.names_of(backbone, fields)
+    if (names := pretrained.names_of(backbone, fields)) is None:
+        return {}
     return {path: [names[path], *_axes(tensors[names[path]], np.asarray(leaf))] for path, leaf in flat.items()}
 
 

@@ -101,16 +101,14 @@ def to_tensors(params: dict[str, Any], fields: dict[str, Any]) -> tuple[dict[str
     return tensors, free
 
 
-def names_of(params: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, str]:
+def names_of(params: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, str] | None:
     """By the path of each of the backbone's parameters: the name of its tensor in timm's layout.
 
-    Raises InputError for a model with rotary positions.
+    None for a model with rotary positions: there some parameters are several tensors.
     """
     full = with_defaults(fields)
-    if full["rotary"]:  # timm has several tensors for some parameters
-        raise InputError(
-            "a model with rotary positions has no table of its tensors; `tif convert` writes it in timm's layout"
-        )
+    if full.get("rotary"):
+        return None
     layout = timm_levit if full["family"] == "levit" else timm_vit
     flat = traverse_util.flatten_dict(params, sep="/")
     # Each parameter is filled with its number, which is then looked for among the tensors.
