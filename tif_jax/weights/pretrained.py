@@ -53,7 +53,7 @@ def read_weights(
         with _naming(path):
             tensors, defaults = transformers_vit.to_timm(tensors)
         said = {**defaults, **(said or {})}
-    layout = _layout_of(tensors)
+    layout = timm_eva if (said or {}).get("rotary") else _layout_of(tensors)
     headless = layout is not timm_levit and "head.weight" not in tensors and (said or {}).get("num_classes") == 0
     said = {key: value for key, value in (said or {}).items() if key in layout.FREE}
     said |= {"num_classes": 0} if headless else {}  # it says so, so that nobody has to
