@@ -53,6 +53,10 @@ FILES = {  # config, preprocessor -> fields, preprocessing, names
         dict(num_heads=12, width=768, image_size=224, gelu="tanh", norm_eps=1e-6),
         dict(mean=(0.0,) * 3, std=(1.0,) * 3), None,
     ),
+    "names whose numbers have a gap, which would move": (
+        {**VIT, "id2label": {"0": "cat", "2": "dog", "3": "cow"}}, None,
+        dict(num_heads=4, width=32, image_size=16, gelu="exact", norm_eps=1e-12, num_classes=3), {}, None,
+    ),
     "names that say nothing": (
         {**VIT, "id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, None,
         dict(num_heads=4, width=32, image_size=16, gelu="exact", norm_eps=1e-12, num_classes=2), {}, None,
@@ -91,6 +95,15 @@ def test_a_model_is_made_of_it(tmp_path, caplog):
     ]
 
 
+def test_names_for_another_number_of_classes_are_told(tmp_path, caplog):
+    write(tmp_path, {"pretrained_cfg": {"label_names": ["cat", "cow"], "mean": HALF, "std": HALF}})
+    assert tif_jax.load(tmp_path, num_heads=4).class_names is None
+    assert "config.json names 2 classes, and the head has 3 outputs: the names are left out" in caplog.text
+    caplog.clear()
+    tif_jax.load(tmp_path, num_heads=4, num_classes=5)  # asks for a fresh head
+    assert "the names are left out" not in caplog.text
+
+
 def test_a_processor_of_pictures_and_texts(tmp_path):
     write(tmp_path, VIT)
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": SQUASHED, "processor_class": "It"}))
@@ -101,6 +114,7 @@ def test_a_processor_of_pictures_and_texts(tmp_path):
     ("config", "prepared", "message"),
     [
         ({**VIT, "hidden_act": "relu"}, None, "config.json: hidden_act 'relu' is not supported; known: gelu"),
+        ({**VIT, "hidden_act": {}, "architectures": 5}, None, "config.json: hidden_act {} is not supported"),
         ({**VIT, "num_attention_heads": "4"}, None, "config.json: num_heads is '4'"),
         ({**VIT, "hidden_size": 64}, None, "config.json is not of these weights: it says width 64, the tensors 32"),
         ({"model_type": "clip", "vision_config": [1]}, None, "config.json: its vision_config is no dict"),

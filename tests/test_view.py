@@ -169,6 +169,13 @@ def test_weights_with_reducers_that_are_named(place, tmp_path, capsys):
     assert "block 0: 20 of 24" in texts and "block 0: 12 of 24" in texts
 
 
+def test_what_others_made_is_not_overwritten(place, capsys):
+    before = Path("photos/a/x.png").read_bytes()
+    assert run("--workdir run photos/a/x.png --out photos/a --num-samples 2") == 2
+    assert "photos/a/x.png is no file of `tif view`" in last_line(capsys)
+    assert Path("photos/a/x.png").read_bytes() == before and not Path("photos/a/index.html").exists()
+
+
 def test_the_words_of_the_line():
     assert reducers_in("evit,tome:num_merged=(4,4), bat:keep_ratio=0.5:sites=(0,)") == [
         {"name": "evit"},

@@ -81,4 +81,9 @@ def _table_path(name: str) -> Path:
     """Where the table goes. Raises InputError, before any work, where no file can be."""
     if not name or remote.is_url(name) or Path(name).expanduser().is_dir():
         raise InputError(f"--csv is {name!r}; it is the name of a file on this machine, as predictions.csv")
-    return Path(name).expanduser()
+    path = Path(name).expanduser()
+    if path.is_file() and path.stat().st_size:  # perhaps a picture: `--csv *.jpg`
+        with path.open("rb") as opened:
+            if not opened.readline(100).startswith(",".join(COLUMNS).encode()):
+                raise InputError(f"--csv is {name!r}, a file that is no table of `tif predict`; choose another name")
+    return path

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 from tif_jax.commands import _arguments
 from tif_jax.commands._parser import Parser
 from tif_jax.commands._reducers import reducers_in
+from tif_jax.data.folder import as_id
 from tif_jax.errors import InputError
 from tif_jax.experiment import config as config_file
 from tif_jax.experiment.folders import backbone_folder, finetune_folder
-from tif_jax.figures.page import page
+from tif_jax.figures.page import MADE_BY, page
 from tif_jax.figures.seen import OFF_THE_SHELF, Seen, ways_of
 from tif_jax.figures.sheet import as_png, sheet
 from tif_jax.figures.view import chosen, seen_in
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 PAGE = "index.html"
 _IN_A_NAME = re.compile(r"[^\w-]+")
 _LONGEST_NAME = 60
+_HEAD = 1000  # bytes of a file, in which `MADE_BY` is found
 
 
 class Found(NamedTuple):
@@ -48,6 +50,7 @@ def main(argv: list[str]) -> None:
     named = None if arguments.reducers is None else reducers_in(arguments.reducers)
     out = _out_folder(arguments)
     pictures = chosen(pictures_of(arguments.images), arguments.num_images)
+    _check_ours(out, pictures)
     found = _models(arguments, overrides, named)
     seen: list[Seen] = []
     names = _file_names()
@@ -115,6 +118,17 @@ def _out_folder(arguments: Namespace) -> Path:
     if out.exists() and not (out.is_dir() and os.access(out, os.W_OK)):
         raise InputError(f"{out} is no folder that can be written to; choose another with --out")
     return out
+
+
+def _check_ours(out: Path, pictures: Sequence[tuple[str, Any]]) -> None:
+    """Raises InputError where a file that `tif view` did not make would be overwritten: a picture, with --out beside it."""
+    name_of = _file_names()
+    for path in (out / PAGE, *(out / name_of(as_id(name)) for name, _ in pictures)):
+        if not path.is_file():
+            continue
+        with path.open("rb") as opened:
+            if MADE_BY.encode() not in opened.read(_HEAD):
+                raise InputError(f"{path} is no file of `tif view`, and would be overwritten; choose another --out")
 
 
 def _models(arguments: Namespace, overrides: list[str], named: Sequence[Mapping[str, Any]] | None) -> Found:

@@ -8,6 +8,8 @@ from tif_jax.figures.colours import AFTER, BEFORE, OUTLINE, Scale, impact_scale,
 from tif_jax.figures.maps import Picture, as_jpeg, enlarged, map_over, tokens_over
 from tif_jax.figures.seen import Class, Seen, Way
 
+MADE_BY = "tif_jax"  # in the head of what is made here
+
 _STYLE = f"""
 body {{ font: 16px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 76rem; padding: 1rem }}
 body {{ color: #1c1c1c; background: #fff }}
@@ -45,6 +47,7 @@ def page(title: str, about: Sequence[str], pictures: Iterable[Seen]) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta name="generator" content="{MADE_BY}">\n'
         f"<title>{_escaped(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
         f"<h1>{_escaped(title)}</h1>\n{said}{_INTRODUCTION}{''.join(map(_section, pictures))}</body>\n</html>\n"
     )

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from tif_jax.figures.colours import AFTER, BEFORE, Scale, impact_scale, logit_scale
 from tif_jax.figures.maps import Picture, enlarged, map_over, tokens_over
+from tif_jax.figures.page import MADE_BY
 from tif_jax.figures.seen import Class, Seen, Way
 
 _COLUMNS = 5  # of pictures and of classes
@@ -45,7 +46,7 @@ def as_png(figure: Figure, dpi: int = 110) -> bytes:
     image = io.BytesIO()
     with warnings.catch_warnings():  # of letters of a name that no font here has: they become boxes
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(image, dpi=dpi, format="png", facecolor="white")
+        figure.savefig(image, dpi=dpi, format="png", facecolor="white", metadata={"Software": MADE_BY})
     return image.getvalue()
 
 

@@ -224,8 +224,8 @@ def _checked(origin: str, how: Mapping[str, Any]) -> dict[str, Any]:
 
 def _described_names(names: Any, descriptions: Any) -> tuple[str, ...] | None:
     """What people call the classes: their descriptions, where there are any."""
-    if isinstance(names, Mapping):  # by number
-        names = [names[key] for key in sorted(names, key=lambda key: int(key) if str(key).isdecimal() else -1)]
+    if isinstance(names, Mapping):
+        names = transformers_config.by_number(names)
     if isinstance(names, list) and isinstance(descriptions, Mapping):
         return _names([descriptions.get(str(name), name) for name in names])
     return _names(names or descriptions)

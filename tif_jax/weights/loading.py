@@ -133,6 +133,11 @@ def load_with_fields(
     model.preprocessing = described.complete(said, how, _REMEDY)
     if said.class_names and not fresh_head and len(said.class_names) == model.num_classes:
         model.class_names = said.class_names
+    elif said.class_names and not any(name.startswith(HEADS) for name in fresh):
+        logger.warning(
+            "%s names %d classes, and the head has %d outputs: the names are left out",
+            said.origin, len(said.class_names), model.num_classes,
+        )  # fmt: skip
     model.origin = str(source) if hub.is_name(source) else ""
     return model, fields
 
@@ -258,6 +263,10 @@ def checkpoint_directory(path: Path) -> Path:
         return path
     if (found := _with_steps(path)) or (found := _best(path)):
         return found
+    if not path.exists():
+        raise InputError(
+            f"no checkpoint in {path}, which is not there; weights on the Hugging Face hub are hf:OWNER/NAME"
+        )
     raise InputError(
         f"no checkpoint in {path}: neither checkpoints/ nor a report.json that names the best run; "
         "run the stage that makes it first"

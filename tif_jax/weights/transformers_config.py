@@ -43,7 +43,7 @@ def fields_of(origin: str, config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(said, Mapping):
         raise InputError(f"{origin}: its vision_config is no dict; mend or remove it")
     said = {**_DEFAULTS[_TOWERS.get(kind, kind)], **{name: value for name, value in said.items() if value is not None}}
-    if said["hidden_act"] not in _GELUS:
+    if said["hidden_act"] not in [*_GELUS]:
         raise InputError(f"{origin}: hidden_act {said['hidden_act']!r} is not supported; known: {', '.join(_GELUS)}")
     return {
         "num_heads": said["num_attention_heads"],
@@ -58,10 +58,16 @@ def fields_of(origin: str, config: Mapping[str, Any]) -> dict[str, Any]:
 def class_names_of(config: Mapping[str, Any]) -> list[str] | None:
     """The names of the classes by number; None where there are none but LABEL_0, LABEL_1, ..."""
     names = config.get("id2label") or {}
-    if not _classifies(config) or not all(str(number).isdecimal() for number in names):
+    if not _classifies(config) or (found := by_number(names)) is None:
         return None
-    listed = [str(names[number]) for number in sorted(names, key=int)]
+    listed = [str(name) for name in found]
     return None if all(re.fullmatch(r"LABEL_\d+", name) for name in listed) else listed
+
+
+def by_number(names: Mapping[str, Any]) -> list[Any] | None:
+    """The names of the outputs '0', '1', ...; None where the numbers have gaps or are none: a name would move."""
+    numbers = [str(output) for output in range(len(names))]
+    return [names[number] for number in numbers] if names.keys() == set(numbers) else None
 
 
 def preprocessing_of(folder: Path) -> tuple[str, dict[str, Any]]:
@@ -117,5 +123,6 @@ def _edge(size: Any) -> int | None:
 
 def _classifies(config: Mapping[str, Any]) -> bool:
     """Whether the weights have a head whose classes the file names."""
-    is_classifier = any("ForImageClassification" in str(name) for name in config.get("architectures") or ())
-    return is_classifier and isinstance(config.get("id2label"), Mapping)
+    made_as = config.get("architectures")
+    named = made_as if isinstance(made_as, list) else []
+    return any("ForImageClassification" in str(name) for name in named) and isinstance(config.get("id2label"), Mapping)
