@@ -133,7 +133,7 @@ def load_with_fields(
     model.preprocessing = described.complete(said, how, _REMEDY)
     if said.class_names and not fresh_head and len(said.class_names) == model.num_classes:
         model.class_names = said.class_names
-    elif said.class_names and not any(name.startswith(HEADS) for name in fresh):
+    elif said.class_names and model.num_classes and not any(name.startswith(HEADS) for name in fresh):
         logger.warning(
             "%s names %d classes, and the head has %d outputs: the names are left out",
             said.origin, len(said.class_names), model.num_classes,
