@@ -139,6 +139,7 @@ def test_names_tell_runs_apart(tmp_path):
 @pytest.mark.parametrize(
     "line, told",
     [("nothing", "nothing has no run.json"), ("run", "run has no run.json, which `tif run` writes"),
+     ("a b ./a", "a folder is named twice"),
      ("a --output a", "--output is 'a'; give a folder of its own"), ("", "required: DIR")],
 )  # fmt: skip
 def test_what_there_is_no_report_of(runs, capsys, line, told):

@@ -64,6 +64,8 @@ def test_a_spread_stands_where_seeds_differ_alone():
 
 def test_speed_is_beside_the_full_model_or_beside_nothing():
     assert "x full" not in table(ROWS[2:])
+    later = row("evit-0.5", 0, 0.7, 0.6, images_per_second=None)  # of a config that has been changed since
+    assert "| evit-0.5 | 60.00 | 70.00 | 41 | 0.7310 | - | - |" in table([*ROWS[::2], later])
 
 
 def test_what_has_no_row_is_told(tmp_path, caplog):

@@ -114,7 +114,7 @@ def heading(result: Mapping[str, Any]) -> list[str]:
         facts["taken over"] = "; ".join(
             f"{', '.join(of)} from `{origin}`" for origin, of in result["taken_from"].items()
         )
-    columns = [Column("run", ("key",)), Column("", ("value",), _cell)]
+    columns = [Column("run", ("key",)), Column("", ("value",))]
     return markdown(columns, [{"key": key, "value": value} for key, value in facts.items()])
 
 
@@ -140,10 +140,6 @@ def table_of(summary: Sequence[dict[str, Any]], *columns: Column) -> list[str]:
 
 def _or_dash(text: Callable[[Any], str]) -> Callable[[Any], str]:
     return lambda value: "-" if value is None else text(value)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 def _notes(result: Mapping[str, Any]) -> list[str]:

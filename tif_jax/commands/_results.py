@@ -155,4 +155,8 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "rows with fewer and run the same command again", " or ".join(map(str, counts)),
         )  # fmt: skip
     full = next((row["images_per_second"] for row in summary if row["reducer"] == "full"), None)
-    return [row | ({"speed_up": row["images_per_second"] / full} if full else {}) for row in summary]
+    measured = [row["images_per_second"] for row in summary]  # not all are, while a run goes on with other reducers
+    return [
+        row | ({"speed_up": speed / full} if full and speed else {})
+        for row, speed in zip(summary, measured, strict=True)
+    ]

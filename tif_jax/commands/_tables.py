@@ -24,8 +24,8 @@ def percent(value: tuple[float, float | None]) -> str:
 
 
 def markdown(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Lines."""
-    head, *body = _cells(columns, rows)
+    """Lines. A bar in a cell, as in a command line or a path, is escaped: it would begin another cell."""
+    head, *body = ([cell.replace("|", "\\|") for cell in row] for row in _cells(columns, rows))
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body)]
 
 

@@ -20,6 +20,8 @@ def main(argv: list[str]) -> None:
     _arguments.log_to_stderr()
     workdirs = [Path(os.path.expanduser(name)) for name in arguments.workdirs]
     output = None if arguments.output is None else _output(arguments.output, workdirs)
+    if len({workdir.resolve() for workdir in workdirs}) < len(workdirs):
+        raise InputError("a folder is named twice; give each run once")
     if len(workdirs) > 1:
         found = _comparison.compare(workdirs)
         if output:
