@@ -83,7 +83,8 @@ def test_loaded_by_name_once_and_then_without_the_hub(hub, monkeypatch):
     hub.requests.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     again = tif_jax.from_pretrained(NAME, reducer="random", keep_ratio=0.5)
-    assert is_of(again, 0) and again.origin == model.origin and not hub.requests
+    of_file = tif_jax.from_pretrained(names.folder_of(f"hf:{NAME}") / "model.safetensors")
+    assert is_of(of_file, 0) and is_of(again, 0) and again.origin == model.origin and not hub.requests
 
 
 def test_main_moves_and_a_revision_does_not(hub):
@@ -93,6 +94,8 @@ def test_main_moves_and_a_revision_does_not(hub):
     assert (is_of(moved, 1), moved.origin) == (True, f"hf:{NAME}@{second}")
     assert (is_of(pinned, 0), pinned.origin) == (True, f"hf:{NAME}@{hub.first}")
     assert names.pinned(f"hf:{NAME}") == moved.origin and names.pinned(pinned.origin) == pinned.origin
+    (names.folder_of(pinned.origin) / "config.json").unlink()  # as if that had been cut short
+    assert tif_jax.load(pinned.origin).preprocessing.mean == (0.5,) * 3
 
 
 def test_an_interrupted_download_is_made_good(hub):
@@ -222,7 +225,7 @@ def test_what_can_not_be_pushed(hub, monkeypatch):
     model = lively(FIELDS)
     for name in ("mine", "me/mine@v1", "me/../mine", ""):
         refused("is no (place to push to|name on the hub)", tif_jax.push_to_hub, model, name)
-    refused("impacts are those of a workdir", tif_jax.push_to_hub, model, "me/a", impact=True)
+    refused("a ViT is no workdir: impacts are those of a workdir", tif_jax.push_to_hub, model, "me/a", impact=True)
     hub.denied["me/theirs"] = "private"
     refused("hf:me/theirs: the hub refuses it .*with a token that may write", tif_jax.push_to_hub, model, "me/theirs")
     hub.broken = 404

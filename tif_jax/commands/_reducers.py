@@ -14,10 +14,10 @@ def reducers_in(text: str, flag: str = "--reducers") -> list[dict[str, Any]]:
     found = []
     for said in _BETWEEN.split(text):
         name, *options = said.strip().split(":")
-        if not name or not all("=" in option for option in options):
+        pairs = dict(option.split("=", 1) for option in options if "=" in option)
+        if not name or len(pairs) < len(options) or "name" in pairs:
             raise InputError(f"{flag} is {text!r}; it is as in evit,tome:num_merged=8,random:keep_ratio=0.5")
-        pairs = (option.split("=", 1) for option in options)
-        found.append({"name": name, **{key: _value(value) for key, value in pairs}})
+        found.append({"name": name, **{key: _value(value) for key, value in pairs.items()}})
     return found
 
 

@@ -133,7 +133,10 @@ def _data(data: Mapping[str, Any]) -> str:
     if not data:
         return "not known"
     named = data.get("tfds_name") or data.get("root") or data["name"]
-    splits = f"trained on `{data.get('train_split')}`, tested on `{data.get('test_split')}`"
+    train, test, kept = (data.get(key) for key in ("train_split", "test_split", "test_fraction"))
+    splits = f"trained on `{train}`, tested on `{test}`"
+    if train == test:
+        splits = f"{kept:.0%} of each class kept for the test, the rest trained on" if kept else "trained and tested on"
     return f"`{named}` ({data['name']}), {splits}. They are not part of this folder."
 
 

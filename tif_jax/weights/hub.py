@@ -123,7 +123,9 @@ def _downloaded(name: str, repository: str, revision: str | None, patterns: Sequ
 
     if revision and _COMMIT.fullmatch(revision):  # it does not change: nobody needs to be asked
         with suppress(hub.errors.LocalEntryNotFoundError):
-            if ((folder := snapshot(local_files_only=True)) / WEIGHTS).is_file():
+            folder = snapshot(local_files_only=True)
+            # A download that was cut short may have left either; without its config.json a file is read otherwise.
+            if all((folder / file).is_file() for file in (WEIGHTS, "config.json")):
                 return folder
     logger.info("%s: looked up at %s; what is not in the cache yet is downloaded", name, page)
     try:

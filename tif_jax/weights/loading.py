@@ -33,7 +33,7 @@ HEADS = ("head/", "distillation_head/")  # read_weights leaves them out where nu
 
 
 # Fields that no shape tells: given otherwise than the source says, they would be wrong in silence.
-_FACTS = ("num_heads", "gelu", "activation", "norm_eps")
+_FACTS = ("num_heads", "gelu", "activation", "norm_eps", "rotary", "rotary_grid", "rotary_temperature")
 _REMEDY = "say tif_jax.load(..., preprocessing=dict(mean=..., std=...)), or put timm's config.json beside the file"
 
 
@@ -69,14 +69,17 @@ def load(
     return load_with_fields(source, fresh_told_at=logging.WARNING, **options)[0]
 
 
-def from_pretrained(name: str, revision: str | None = None, **options: Any) -> Model:
+def from_pretrained(name: str | os.PathLike[str], revision: str | None = None, **options: Any) -> Model:
     """`load` of weights on the Hugging Face hub: OWNER/NAME and a branch, tag or commit of it (None: main, which may move).
 
     Only config.json and the weights are downloaded, into the library's cache, and read from there the next time. The model's
     `origin` is hf:OWNER/NAME@COMMIT. A path is a path, as `load` takes it. options: those of `load`. Raises InputError for
     what is not on the hub or may not be read, and without a connection where the cache does not have it.
     """
-    if os.path.isdir(name) and revision is None:
+    if not isinstance(name, str | os.PathLike):
+        raise InputError(f"the name is {name!r:.60}; it is OWNER/NAME on the hub, or a path")
+    name = os.fspath(name)
+    if revision is None and os.path.exists(os.path.expanduser(name)):
         return load(name, **options)
     return load(f"hf:{name.removeprefix('hf:')}" + (f"@{revision}" if revision else ""), **options)
 
