@@ -276,6 +276,11 @@ def test_a_missing_package(tmp_path, monkeypatch):
         ("--weights w.safetensors --to onnx", "--output is missing"),
         ("--weights w.safetensors --to onnx --output .", "exists already"),
         ("--weights w.safetensors --to onnx --output made --reducer tome:8", "--reducer is 'tome:8'; it is as in"),
+        (
+            "--weights w.safetensors --to onnx --output made --reducer tome:dtype=float16",
+            "dtype is no option of a reducer",
+        ),
+        ("--weights w.safetensors --to onnx --output made --reducer tome:name=evit", "--reducer is 'tome:name=evit'"),
         ("--weights w.safetensors --to onnx --output made", "w.safetensors"),
     ],
 )

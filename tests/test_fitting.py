@@ -87,6 +87,7 @@ def test_a_filter_rests():
         (dict(labels=["a"]), r"labels have shape \(1,\), and there are 4 pictures"),
         (dict(labels=["a"] * 4), "one class alone"),
         (dict(labels=[0, 1, 2, -1]), r"labels are \[0, 1, 2, -1\]; they are texts, or whole numbers from 0"),
+        (dict(labels=[[0], [0, 1], 1, 1]), "give one for each picture, a text or a whole number"),
         (dict(labels=[0.5] * 4), "they are texts, or whole numbers"),
         (dict(images="nowhere", labels=None), "data.root nowhere is not a folder"),
         (dict(images=".", labels=[0]), "labels are given for the folder"),

@@ -21,6 +21,7 @@ from tif_jax.models import built_with
 from tif_jax.models.heads import with_fresh_heads
 from tif_jax.models.params import params_of
 from tif_jax.runtime import records
+from tif_jax.sharing import card
 from tif_jax.training.checkpoints import identity, newest, read_config
 
 TINY = dict(image_size=16, patch_size=8, width=16, depth=2, num_heads=2, num_classes=3)
@@ -66,6 +67,13 @@ def test_read_back_bit_for_bit(tmp_path, fields, caplog):
     assert_same(model, tif_jax.load(folder))
     assert_same(model, tif_jax.load(folder / "model.safetensors"))
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_no_other_positions_than_those_of_the_file(tmp_path):
+    """They have no parameters, so that nothing else would notice."""
+    folder = tif_jax.save_pretrained(made(MODELS["RoPE-ViT"]), tmp_path / "a")
+    with pytest.raises(InputError, match=r"rotary='eva02' contradicts .*which says 'rope_vit'"):
+        tif_jax.load(folder, rotary="eva02")
 
 
 @pytest.mark.parametrize(
@@ -163,6 +171,11 @@ def test_files_that_do_not_belong_together(tmp_path):
 def test_what_is_not_saved(tmp_path):
     with pytest.raises(InputError, match="exists already; choose another name"):
         tif_jax.save_pretrained(made(TINY), tmp_path)
+    for source in (3, "hf:me/mine"):
+        with pytest.raises(InputError, match="is no workdir: give the path of one, or a model"):
+            tif_jax.save_pretrained(source, tmp_path / "a")
+    with pytest.raises(InputError, match="is no workdir: impacts are those of a workdir"):
+        tif_jax.save_impact(made(TINY), tmp_path / "a")
     with pytest.raises(InputError, match="does not say what it was built with"):
         tif_jax.save_pretrained(tif_jax.models.ViT(**TINY, rngs=nnx.Rngs(0)), tmp_path / "a")
     with pytest.raises(InputError, match=r"no checkpoint in .*nowhere"):
@@ -179,18 +192,27 @@ def test_the_card_of_a_run(place):
     records.write(place / "run" / "report.json", {"rows": [row], "best": "backbone", "versions": {"jax": "0.0.1"}})
     speed = {"label": "full", "batch_size": 8, "dtype": "float32", "images_per_second": 123.4}
     records.write(place / "run" / "benchmark.json", {"rows": [speed], "device": "1 x cpu"})
-    card = (tif_jax.save_pretrained("run", "a", license="cc0-1.0", base_model="hf:me/it@v1") / "README.md").read_text()
+    text = (tif_jax.save_pretrained("run", "a", license="cc0-1.0", base_model="hf:me/it@v1") / "README.md").read_text()
     for said in (
         "| top-1 | 62.5 % of 8 test images |", "| top-1 before fine-tuning | 25.0 % |", "| cost | 1.25 GMAC",
         "| speed | 123 images/s at batch size 8 in float32 on 1 x cpu |", "With jax 0.0.1.", "`data` (image_table)",
         'license: "cc0-1.0"', 'base_model: "me/it"', "`me/it`, commit `v1`", 'library_name: "tif_jax"',
     ):  # fmt: skip
-        assert said in card
-    assert str(place) not in card and yaml.safe_load(card.split("---")[1])["pipeline_tag"] == "image-classification"
+        assert said in text
+    assert str(place) not in text and yaml.safe_load(text.split("---")[1])["pipeline_tag"] == "image-classification"
     records.write(stage / "metrics.json", {**other, "top1": 0.625, "num_images": 8})
     records.write(place / "run" / "report.json", {"rows": [{**row, **other}], "best": "backbone"})
-    card = (tif_jax.save_pretrained("run", "b") / "README.md").read_text()
-    assert "no run's figures belong to these weights" in card and "license" not in card
+    text = (tif_jax.save_pretrained("run", "b") / "README.md").read_text()
+    assert "no run's figures belong to these weights" in text and "license" not in text
+
+
+def test_the_card_says_how_images_were_divided():
+    data = dict(name="image_folder", root="birds", train_split=".", test_split=".", test_fraction=0.2)
+    assert card._data(data).startswith(
+        "`birds` (image_folder), 20% of each class kept for the test, the rest trained on."
+    )
+    assert "trained and tested on." in card._data(data | dict(test_fraction=0.0))
+    assert "trained on `train`, tested on `val`." in card._data(data | dict(train_split="train", test_split="val"))
 
 
 def test_impacts_as_a_data_set(finished, tmp_path):
@@ -202,10 +224,10 @@ def test_impacts_as_a_data_set(finished, tmp_path):
         np.testing.assert_array_equal(np.stack(table[column].to_numpy()), values)
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest == json.loads((run / "impact" / "manifest.json").read_text())
-    card = (folder / "README.md").read_text()
-    front = yaml.safe_load(card.split("---")[1])
+    text = (folder / "README.md").read_text()
+    front = yaml.safe_load(text.split("---")[1])
     assert front["license"] == "cc0-1.0" and front["configs"][0]["data_files"][0]["path"] == "data/part-*.parquet"
-    explained = re.findall(r"^\| `(\w+)` \|", card, re.MULTILINE)
+    explained = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
     assert explained == table.column_names
     for said in (
         "4 patch tokens (2 x 2,",
@@ -214,6 +236,6 @@ def test_impacts_as_a_data_set(finished, tmp_path):
         "8 images",
         "num_samples 2",
     ):
-        assert said in card
+        assert said in text
     with pytest.raises(InputError, match="holds no impact shards"):
         tif_jax.save_impact(run / "backbone", tmp_path / "none")

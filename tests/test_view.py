@@ -218,15 +218,29 @@ def test_a_figure_of_several_pictures():
     figure = tif_jax.view(model, images, reducers=["norm", model_of(TIF)], num_samples=2)
     assert as_png(figure, 30).startswith(b"\x89PNG") and len(figure.subfigs) == 2
     texts = {axes.get_ylabel() for part in figure.subfigs for axes in part.axes}
-    assert {"norm", "Tif"} <= texts
+    assert {"norm", "tif (keep_ratio=0.25)"} <= texts
     assert tif_jax.view(model_of(TIF), images[:1], num_samples=2).subfigs
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(model=3), "the model is 3; it is what tif_jax.load"),
+        (dict(reducers="evit"), r"reducers are 'evit'; give a list, as in reducers=\['evit'\]"),
+        (dict(reducers=[3]), "a reducer is 3; it is a name, a dict with one, or a model"),
+        (dict(reducers=[{}]), "a reducer is {}; it is a name, or a dict with one"),
+    ],
+)
+def test_mistakes_in_python(given, message):
+    with pytest.raises(InputError, match=message):
+        tif_jax.view(**dict(model=model_of(), images=picture(0)) | given)
 
 
 def test_whose_reducers_are_drawn():
     model = model_of()
     assert [*ways_of(model, None)] == ["evit", "tome", "random", "norm"]
-    assert [*ways_of(model_of(TIF), None)] == ["Tif"]
-    assert [*ways_of(model, ["norm", {"name": "norm"}, model_of(TIF)])] == ["norm", "norm #2", "Tif"]
+    assert [*ways_of(model_of(TIF), None)] == ["tif (keep_ratio=0.25)"]
+    assert [*ways_of(model, ["norm", {"name": "norm"}, model_of(TIF)])] == ["norm", "norm #2", "tif (keep_ratio=0.25)"]
     without = lively(FIELDS | dict(class_token=False, pool="mean"))
     assert [*ways_of(without, None)] == ["tome", "random", "norm"]
     with pytest.raises(InputError, match="evit ranks patches by the attention of the class token"):

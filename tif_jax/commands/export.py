@@ -6,7 +6,12 @@ from tif_jax.commands import _arguments
 from tif_jax.commands._reducers import reducer_in
 from tif_jax.errors import InputError
 from tif_jax.export import FORMATS
+from tif_jax.models import MODEL_FIELDS
+from tif_jax.runtime import files
 from tif_jax.weights.loading import load
+
+# What `load` takes beside the reducer's options: those of the model are its fields.
+_OF_LOAD = MODEL_FIELDS | {"source", "reducer", "seed", "preprocessing"}
 
 
 def main(argv: list[str]) -> None:
@@ -25,11 +30,12 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     _arguments.log_to_stderr()
     output = _output(arguments.output, arguments.workdir, arguments.to)
-    given = {} if arguments.reducer is None else reducer_in(arguments.reducer)
-    options = {"reducer" if key == "name" else key: value for key, value in given.items()}
-    model = load(
-        arguments.weights if arguments.workdir is None else arguments.workdir, dtype=arguments.dtype, **options
-    )
+    options = {} if arguments.reducer is None else reducer_in(arguments.reducer)
+    named = {"reducer": options.pop("name")} if options else {}
+    if taken := sorted(options.keys() & _OF_LOAD):
+        raise InputError(f"--reducer is {arguments.reducer!r}; {taken[0]} is no option of a reducer")
+    weights = arguments.weights if arguments.workdir is None else arguments.workdir
+    model = load(weights, dtype=arguments.dtype, **named, **options)
     manifest = FORMATS[arguments.to](model, output)
     print(f"{output / manifest['model']}: {manifest['reducer']['name']}, {manifest['cost']['gmac']:.3g} GMAC")
 
@@ -39,6 +45,5 @@ def _output(given: str | None, workdir: str | None, form: str) -> Path:
     if given is None and workdir is None:
         raise InputError("--output is missing: with --weights, say which folder is to be made")
     output = Path(given if given is not None else Path(str(workdir)) / "export" / form).expanduser()
-    if given == "" or output.exists():
-        raise InputError(f"--output is {str(output)!r}, which exists already; give the name of a new folder")
+    files.check_new(output)
     return output

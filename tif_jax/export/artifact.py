@@ -6,7 +6,6 @@ A folder has the model's file, manifest.json and predict.py, which runs it witho
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -61,8 +60,7 @@ def check(model: Any, folder: str | Path) -> None:
     """Raises InputError for what is no model, for forms of reducers that training alone has, and if the folder exists."""
     if not isinstance(model, Model):
         raise InputError(f"the model is {model!r:.60}; it is what tif_jax.load or tif_jax.create_model returns")
-    if os.path.lexists(os.path.expanduser(folder)):
-        raise InputError(f"{folder} exists already; give the name of a new folder")
+    files.check_new(folder)
     aux = jax.eval_shape(lambda images: model(images)[1], jax.ShapeDtypeStruct((1, *model.image_size, 3), jnp.float32))
     if told := sorted(name for name in aux if name == "mask" or name.startswith("loss/")):
         name = built_with(model)["reducer"]["name"]

@@ -19,7 +19,7 @@ from tif_jax.errors import InputError, WorkError
 from tif_jax.figures.maps import Picture, photograph
 from tif_jax.impact.oracle import token_impact
 from tif_jax.layers import true_float32
-from tif_jax.models import Model, ViT
+from tif_jax.models import Model, ViT, built_with
 from tif_jax.models.model import FULL
 from tif_jax.models.trace import trace
 from tif_jax.reducers import Aux, Full
@@ -105,21 +105,27 @@ def under(model: Model, reducer: Any) -> Model:
     return other
 
 
-def ways_of(model: Model, named: Sequence[str | Mapping[str, Any] | Model] | None) -> dict[str, Model]:
+def ways_of(model: Any, named: Any) -> dict[str, Model]:
     """What is to be drawn beside all tokens, by label: reducers on the model's weights, or models with one of their own.
 
     named: names, or dicts as in dict(name="tome", num_merged=8), or models. None: the model's own reducer; of a model
     without, those of `OFF_THE_SHELF` that its kind has.
     Raises InputError for a reducer that there is not, that does not fit, or that has something to learn first.
     """
+    if not isinstance(model, Model):
+        raise InputError(f"the model is {model!r:.60}; it is what tif_jax.load or tif_jax.create_model returns")
+    if not (named is None or (isinstance(named, Sequence) and not isinstance(named, str))):
+        raise InputError(f"reducers are {named!r:.60}; give a list, as in reducers=['evit']")
     if named is None:
         if not isinstance(model.reducer, Full):
-            return {_label(type(model.reducer).__name__, {}): model}
+            return {_label_of(model): model}
         named = [name for name in OFF_THE_SHELF if isinstance(model, ViT) and (name != "evit" or _has_class(model))]
     found: dict[str, Model] = {}
     for one in named:
         if isinstance(one, Model):
-            label, made = _label(type(one.reducer).__name__, {}), one
+            label, made = _label_of(one), one
+        elif not isinstance(one, str | Mapping):
+            raise InputError(f"a reducer is {one!r:.60}; it is a name, a dict with one, or a model with a reducer")
         else:
             described = {"name": one} if isinstance(one, str) else dict(one)
             label = _label(str(described.get("name")), described)
@@ -152,6 +158,12 @@ def _built(model: Model, described: dict[str, Any]) -> Any:
 
 def _has_class(model: Model) -> bool:
     return hasattr(model, "class_token")
+
+
+def _label_of(model: Model) -> str:
+    """Of a model's own reducer: its name and options; of one that is made by hand its class."""
+    described = built_with(model)["reducer"] if model.built else {"name": type(model.reducer).__name__}
+    return _label(described["name"], described)
 
 
 def _label(name: str, options: Mapping[str, Any]) -> str:

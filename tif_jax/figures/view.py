@@ -1,7 +1,7 @@
 """`tif_jax.view`: what a model sees in pictures, and what its reducers leave of them."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from tif_jax import checked
@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 
 
 def view(
-    model: Model,
+    model: Any,
     images: Iterable[AnyImage] | AnyImage,
     *,
-    reducers: Sequence[str | Mapping[str, Any] | Model] | None = None,
+    reducers: Any = None,
     top: int = 3,
     num_images: int = 6,
     estimator: str = "sampled",
@@ -36,8 +36,8 @@ def view(
 
     images: as `predict_images` takes them: paths, folders, bytes, uint8 arrays, PIL images. Of more than num_images as many
       are drawn, evenly spaced. One that can not be read is told in a warning and left out.
-    reducers: names, dicts as in dict(name="tome", num_merged=8), or models with a reducer of their own, whose filter, if they
-      have one, is drawn as well. Default: the model's own, else evit, tome, random and norm.
+    reducers: a list of names, dicts as in dict(name="tome", num_merged=8), or models with a reducer of their own, whose
+      filter, if they have one, is drawn as well. Default: the model's own, else evit, tome, random and norm.
     estimator, num_samples, seed: of `token_impact`, with the target 'teacher'. 'exact' takes about ten times as long.
     top: how many classes.
 

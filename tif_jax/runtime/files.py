@@ -74,8 +74,7 @@ def appearing(path: Path) -> Iterator[Path]:
     Only one writer at a time: raises InputError if there is such a path already, or another writer is at it. What one that
     was killed has left goes, where the file system knows locks.
     """
-    if os.path.lexists(path):
-        raise InputError(f"{path} exists already; choose another name, or move it away")
+    check_new(path)
     partial = path.with_name(f".{path.name}.partial")
     with ExitStack() as stack:
         with writing(path):
@@ -91,6 +90,12 @@ def appearing(path: Path) -> Iterator[Path]:
         stack.callback(shutil.rmtree, partial, ignore_errors=True)
         yield partial / path.name
         (partial / path.name).rename(path)
+
+
+def check_new(path: str | os.PathLike[str]) -> None:
+    """Raises InputError if there is such a path: `appearing` would, but only when what is to be written has been made."""
+    if os.path.lexists(os.path.expanduser(path)):
+        raise InputError(f"{path} exists already; choose another name, or move it away")
 
 
 def not_written(path: Path, error: OSError) -> InputError | WorkError:

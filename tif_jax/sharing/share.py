@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tif_jax.errors import InputError
 from tif_jax.models import Model
@@ -12,12 +13,12 @@ from tif_jax.sharing.facts import Facts, of_workdir
 from tif_jax.weights import hub
 from tif_jax.weights.loading import load
 
-Source = Model | str | os.PathLike[str]
 Contents = Mapping[str, bytes | Path]  # by name: what is in the file, or the file to copy
+_IMPACTS = "impacts are those of a workdir; give its path"
 _HOME = "hf:OWNER/NAME"  # stands in a card for a name that is not known yet
 
 
-def save_pretrained(model: Source, folder: str | os.PathLike[str], *, license: str = "", base_model: str = "") -> Path:
+def save_pretrained(model: Any, folder: str | os.PathLike[str], *, license: str = "", base_model: str = "") -> Path:
     """Writes a model, or the one that a workdir stands for, as a folder that `tif_jax.load` reads back bit for bit.
 
     The reducer goes with it: its options and what it has learned. timm reads the backbone where it has such a model. Of a
@@ -25,20 +26,22 @@ def save_pretrained(model: Source, folder: str | os.PathLike[str], *, license: s
     base_model: hf:OWNER/NAME of the weights that these were made from, where they do not say it. There must be no such folder
     yet. Raises InputError for a model that timm's layout can not hold.
     """
+    files.check_new(folder)
     return _write(_model(model, license, base_model, _HOME), folder)
 
 
-def save_impact(source: str | os.PathLike[str], folder: str | os.PathLike[str], *, license: str = "") -> Path:
+def save_impact(source: Any, folder: str | os.PathLike[str], *, license: str = "") -> Path:
     """Writes the impacts of a workdir (or of an impact folder) as a data set: data/*.parquet, manifest.json and a card.
 
     The card (README.md) says the columns with their units and signs, how it was measured, of which network and images; the
     images are not included. There must be no such folder yet. Raises InputError for impacts that are not complete.
     """
-    return _write(impact_set.contents_of(Path(source).expanduser(), license, _HOME), folder)
+    files.check_new(folder)
+    return _write(impact_set.contents_of(_workdir(source, _IMPACTS), license, _HOME), folder)
 
 
 def push_to_hub(
-    source: Source,
+    source: Any,
     name: str,
     *,
     impact: bool = False,
@@ -60,10 +63,8 @@ def push_to_hub(
         raise InputError(f"{name} can not be written: HF_HUB_OFFLINE is set; unset it")
     if not impact:
         contents = _model(source, license, base_model, name)
-    elif isinstance(source, Model):
-        raise InputError("impacts are those of a workdir; give its path")
     else:
-        contents = impact_set.contents_of(Path(source).expanduser(), license, name)
+        contents = impact_set.contents_of(_workdir(source, _IMPACTS), license, name)
     add = [
         library.CommitOperationAdd(path, data if isinstance(data, bytes) else str(data))
         for path, data in contents.items()
@@ -75,12 +76,21 @@ def push_to_hub(
     return said.commit_url
 
 
-def _model(model: Source, license: str, base_model: str, name: str) -> Contents:
+def _workdir(source: Any, wanted: str) -> Path:
+    """The path. Raises InputError for what is none; wanted: the remedy."""
+    if not isinstance(source, str | os.PathLike) or hub.is_name(source):
+        said = repr(source) if isinstance(source, str) else f"a {type(source).__name__}"
+        raise InputError(f"{said} is no workdir: {wanted}")
+    return Path(source).expanduser()
+
+
+def _model(model: Any, license: str, base_model: str, name: str) -> Contents:
     if isinstance(model, Model):
         facts = Facts(base_model=model.origin)
     else:
-        source = Path(model).expanduser()
-        model, facts = load(source), of_workdir(source)
+        source = _workdir(model, "give the path of one, or a model that tif_jax.load returns")
+        facts = of_workdir(source)  # first: it knows at once what is no workdir
+        model = load(source)
     return model_folder.contents_of(model, facts.with_(license, base_model), name)
 
 

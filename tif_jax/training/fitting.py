@@ -148,10 +148,17 @@ def _source(images: Any, labels: Any) -> Source:
             raise InputError(
                 f"labels are given for the folder {images}, whose sub-folders are the classes; leave them out"
             )
-        source = _labelled(pictures_of(images), np.asarray(labels))
+        source = _labelled(pictures_of(images), _array_of(labels))
     if source.num_classes < 2:
         raise InputError("there is one class alone, and nothing to tell apart; give pictures of two at least")
     return source
+
+
+def _array_of(labels: Any) -> np.ndarray:
+    try:
+        return np.asarray(labels)
+    except ValueError:  # lists of several lengths
+        raise InputError(f"labels are {labels!r:.60}; give one for each picture, a text or a whole number") from None
 
 
 def _labelled(pictures: list[tuple[str, AnyImage]], labels: np.ndarray) -> _Pictures:
