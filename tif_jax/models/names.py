@@ -29,7 +29,7 @@ _DINOV2 = re.compile(r"vit_(?P<size>small|base|large)_patch14(?P<registers>_reg4
 _EVA02 = re.compile(rf"eva02_(?P<size>tiny|small|base|large)_patch14{_IMAGE}")
 _DINOV3 = re.compile(r"vit_(?P<size>small|base|large)_patch16_dinov3")
 # (size, patch size) of the SigLIPs to which timm gives the tanh approximation; the large one has it at 512 pixels.
-_TANH = {("base", 32), ("so400m", 16), ("giantopt", 16)}
+TANH = {("base", 32), ("so400m", 16), ("giantopt", 16)}
 
 LEVIT_SIZES: dict[str, dict[str, Any]] = {
     "128s": dict(widths=(128, 256, 384), depths=(2, 3, 4), num_heads=(4, 6, 8), key_dim=16),
@@ -97,7 +97,7 @@ def _clip(match: re.Match[str]) -> dict[str, Any]:
 
 
 def _siglip(match: re.Match[str]) -> dict[str, Any]:
-    tanh = (match["size"], int(match["patch"])) in _TANH or (match["size"], match["image"]) == ("large", "512")
+    tanh = (match["size"], int(match["patch"])) in TANH or (match["size"], match["image"]) == ("large", "512")
     return _sized(match["size"], match["patch"], match["image"]) | dict(
         class_token=False, pool="normed_mean" if match["gap"] else "attention", gelu="tanh" if tanh else "exact"
     )

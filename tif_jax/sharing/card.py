@@ -94,12 +94,16 @@ def model_card(model: Model, facts: Facts, config: Mapping[str, Any], beside: Co
 
 
 def _front_matter(facts: Facts) -> list[str]:
-    """What hubs read. Values are JSON, which is YAML, too."""
     said: dict[str, Any] = {"library_name": "tif_jax", "tags": _TAGS, "pipeline_tag": "image-classification"}
     if facts.license:
         said["license"] = facts.license
     if facts.base_model.startswith("hf:"):
         said["base_model"] = facts.base_model.removeprefix("hf:").partition("@")[0]
+    return front_matter(said)
+
+
+def front_matter(said: Mapping[str, Any]) -> list[str]:
+    """Lines that hubs read at the head of a card. Values are JSON, which is YAML, too."""
     return ["---", *(f"{name}: {json.dumps(value)}" for name, value in said.items()), "---", ""]
 
 

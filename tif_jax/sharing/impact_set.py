@@ -1,6 +1,5 @@
 """The impacts of a run as a data set: Parquet files that datasets, pandas, polars and DuckDB read, and a card for them."""
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from tif_jax.impact.manifest import read_manifest
 from tif_jax.impact.shards import iter_impact
 from tif_jax.runtime import records
 from tif_jax.runtime.version import __version__
+from tif_jax.sharing.card import front_matter
 
 _COLUMNS = {
     "index": "int64. Position of the image in the split, from 0",
@@ -87,7 +87,6 @@ def _card(manifest: Mapping[str, Any], rows: int, license: str, name: str) -> st
 
 
 def _front_matter(split: str, license: str) -> list[str]:
-    """What hubs read. Values are JSON, which is YAML, too."""
     named = split if re.fullmatch(r"\w+", split) else "train"
     said: dict[str, Any] = {
         "tags": ["tif_jax", "vision-transformer", "token-impact"],
@@ -95,7 +94,7 @@ def _front_matter(split: str, license: str) -> list[str]:
     }
     said |= {"license": license} if license else {}
     said["configs"] = [{"config_name": "default", "data_files": [{"split": named, "path": "data/part-*.parquet"}]}]
-    return ["---", *(f"{key}: {json.dumps(value)}" for key, value in said.items()), "---", ""]
+    return front_matter(said)
 
 
 def _grid(size: list[int], num_tokens: int) -> tuple[int, int]:

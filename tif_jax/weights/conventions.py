@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tif_jax.errors import InputError
+from tif_jax.models.names import SIZES, TANH
 from tif_jax.weights.layout import Tensors
 
 logger = logging.getLogger(__name__)
@@ -19,8 +20,8 @@ NUM_HEADS = {
     (512, 20): 8, (640, 12): 10, (768, 12): 12, (832, 21): 13, (896, 12): 14, (896, 18): 14, (1024, 24): 16,
     (1152, 27): 16, (1280, 32): 16, (1408, 40): 16, (1536, 40): 16, (1664, 48): 16,
 }  # fmt: skip
-# (patch size, width) of the SigLIP models for which timm takes the tanh approximation. The large one has it at 512 pixels.
-_TANH = {(32, 768), (16, 1152), (16, 1536)}
+# The same by (patch size, width): files have no names.
+_TANH = {(patch_size, SIZES[size]["width"]) for size, patch_size in TANH}
 _LARGE, _LARGE_TANH_ROWS = (16, 1024), 32 * 32
 # (widths, depths) of the LeViTs that timm builds with SiLU, and of those with Hardswish, the paper's.
 _SILU = {((256, 384, 512), (4, 8, 6)), ((512, 768, 1024), (4, 4, 4)), ((512, 640, 768), (4, 8, 6))}

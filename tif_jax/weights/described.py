@@ -17,18 +17,15 @@ from tif_jax import checked
 from tif_jax.data.preprocess import INTERPOLATIONS, PARTS, Preprocessing, replaced
 from tif_jax.errors import InputError
 from tif_jax.models import check_fields, field_kinds, model_fields
-from tif_jax.weights import transformers_config
+from tif_jax.weights import timm_config, transformers_config
 
 logger = logging.getLogger(__name__)
 
 _OURS = "tif_jax"  # the key of our description in a .safetensors file's metadata
 _TIMMS = "config.json"
-_POOLS = {
-    "token": "class",
-    "avg": "mean",
-    "map": "attention",
-}  # timm's global_pool; 'mean' stands for a mean with whatever norm the file has
-_GELUS = {"gelu": "exact", "gelu_tanh": "tanh", "quick_gelu": "quick"}
+# What we call timm's values. Of global_pool 'avg' stands for a mean with whatever norm the file has.
+_POOLS = {timms: ours for ours, timms in reversed(timm_config.POOLS.items())}
+_GELUS = {timms: ours for ours, timms in timm_config.GELUS.items()}
 
 
 @dataclasses.dataclass(frozen=True)

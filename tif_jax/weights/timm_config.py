@@ -9,8 +9,8 @@ from tif_jax.models import with_defaults
 from tif_jax.models.model import height_and_width
 from tif_jax.models.names import LEVIT_SIZES, SIZES
 
-_POOLS = {"class": "token", "mean": "avg", "normed_mean": "avg", "attention": "map"}
-_GELUS = {"exact": "gelu", "tanh": "gelu_tanh", "quick": "quick_gelu"}
+POOLS = {"class": "token", "mean": "avg", "normed_mean": "avg", "attention": "map"}
+GELUS = {"exact": "gelu", "tanh": "gelu_tanh", "quick": "quick_gelu"}
 _EPS, _CLIP_EPS = 1e-6, 1e-5  # timm's, which no argument in JSON changes, but its names of CLIPs do
 # Fields of a ViT that arguments of timm's say, or that are of no account once it is trained.
 _SAID = {
@@ -42,7 +42,7 @@ def config_of(fields: Mapping[str, Any], how: Preprocessing, class_names: tuple[
     }
     named = {"architecture": architecture} if architecture else {}
     config = named | {"num_classes": fields["num_classes"], "num_features": width}
-    pool = "avg" if levit else _POOLS.get(fields["pool"])
+    pool = "avg" if levit else POOLS.get(fields["pool"])
     config |= {"global_pool": pool} if pool else {}
     config |= {"model_args": arguments} if arguments else {}
     config |= {"pretrained_cfg": weights}
@@ -68,7 +68,7 @@ def _vit(fields: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
     if (
         not (clip or fields["norm_eps"] == _EPS)
         or int(width * (mlp_dim / width)) != mlp_dim
-        or fields["pool"] not in _POOLS
+        or fields["pool"] not in POOLS
     ):
         return None
     shape = {name: fields[name] for name in ("width", "depth", "num_heads")}
@@ -85,9 +85,9 @@ def _vit(fields: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
         "reg_tokens": fields["num_registers"],
         "qkv_bias": fields["qkv_bias"],
         "qk_norm": fields["qk_norm"],
-        "global_pool": _POOLS[fields["pool"]],
+        "global_pool": POOLS[fields["pool"]],
         "fc_norm": fields["pool"] == "mean",
-        "act_layer": _GELUS[fields["gelu"]],
+        "act_layer": GELUS[fields["gelu"]],
         "pre_norm": fields["pre_norm"],
     }
     arguments |= {} if fields["layer_scale"] is None else {"init_values": fields["layer_scale"]}
