@@ -1,5 +1,8 @@
 """`tif_jax.fit`: pictures and labels in, a model that knows them out."""
 
+import runpy
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from PIL import Image
 import tif_jax
 from tif_jax.models.heads import with_fresh_heads
 from tif_jax.models.params import params_of
+from tif_jax.training import fitting
 
 FIELDS = dict(image_size=16, patch_size=8, width=16, depth=2, num_heads=2, num_classes=7)
 RECIPE = dict(num_epochs=20.0, min_steps=0, batch_size=8, learning_rate=1e-2, augment=False)
@@ -78,6 +82,11 @@ def test_a_filter_rests():
         if path[0] != "head":  # biases of keys never learn
             moved = not np.array_equal(old[...], new[...])
             assert moved == (path[0] != "reducer"), path
+
+
+def test_the_recipe_is_that_of_the_config():
+    config = runpy.run_path(str(Path(__file__).parents[1] / "configs" / "folder.py"))["get_config"]()
+    assert fitting.RECIPE == {key: value for key, value in config.backbone.items() if key not in ("init_from", "head")}
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from tif_jax.runtime import records
 from tif_jax.training import losses
 from tif_jax.training.checkpoints import Checkpoints
 from tif_jax.training.recipe import NetworkRecipe, Recipe
-from tif_jax.training.stage import Stage, claim_of, describe, fit
+from tif_jax.training.stage import REDUCER_RESTS, Stage, claim_of, describe, fit
 from tif_jax.training.state import State
 from tif_jax.weights.loading import load, load_with_fields
 
@@ -43,7 +43,6 @@ _WITHOUT_WEIGHTS = (
     "the network begins with random weights, and a few thousand pictures teach those little; name pretrained ones, as in "
     "--config.backbone.init_from=hf:timm/deit_tiny_patch16_224.fb_in1k"
 )
-REDUCER_RESTS = ((r"^reducer/(?!then/|adapter/)", False),)  # these are trained with the rest
 REDUCER_LEARNS = ((r"^reducer/", True),)
 ADAPTER_LEARNS = ((r"^reducer/adapter/", True),)
 

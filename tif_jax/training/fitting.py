@@ -29,14 +29,14 @@ from tif_jax.runtime.mesh import shard
 from tif_jax.training import losses
 from tif_jax.training.loop import run
 from tif_jax.training.recipe import NetworkRecipe, Sharding
-from tif_jax.training.stage import Stage, prepare
+from tif_jax.training.stage import REDUCER_RESTS, Stage, prepare
 
-# As configs/folder.py has it. The learned part of `tif` and `tosa` rests: it was fitted to other targets than classes.
+# As configs/folder.py has it.
 RECIPE: dict[str, Any] = dict(
     num_epochs=5.0, min_steps=40, batch_size=32, learning_rate=1e-4, final_learning_rate=1e-6, warmup_epochs=0.5,
     weight_decay=0.05, clip_norm=1.0, label_smoothing=0.1,
 )  # fmt: skip
-_RESTS = {"Tif": r"^reducer/(?!then/|adapter/)", "Tosa": r"^reducer/", "Prior": r"^reducer/"}
+_FITTED = ("Tif", "Tosa", "Prior")  # reducers that REDUCER_RESTS is for
 
 
 def fit(
@@ -73,7 +73,6 @@ def fit(
         **vars(model.preprocessing),
     )
     fresh = with_fresh_heads(model, source.num_classes, check_seed(seed))
-    rests = _RESTS.get(type(model.reducer).__name__)
     stage = Stage(
         directory=Path(),  # nothing is written
         settings={},
@@ -94,7 +93,7 @@ def fit(
             repeats=made.augmentation.repeats,
         ),
         num_examples=len(source),
-        trainable=((rests, False),) if rests else (),
+        trainable=REDUCER_RESTS if type(model.reducer).__name__ in _FITTED else (),
     )
     _train(stage)
     fresh.class_names = tuple(source.class_names) if all(source.class_names) else None

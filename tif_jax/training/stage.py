@@ -31,6 +31,9 @@ from tif_jax.training.step import Step, make_step
 
 logger = logging.getLogger(__name__)
 
+# Of reducers whose learned part was fitted to other targets than classes: an adapter and a second reducer learn on.
+REDUCER_RESTS = ((r"^reducer/(?!then/|adapter/)", False),)
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
