@@ -221,6 +221,7 @@ def test_names_that_are_not_utf_8(photos, model, capsys):
         ("--workdir run", "the following arguments are required: IMAGE|FOLDER"),
         ("--workdir run photos --top 0", "--top is 0; it is at least 1"),
         ("--workdir run photos --top few", "--top: invalid int value"),
+        ("--workdir run photos --csv photos/notes.txt/table.csv", "notes.txt is no folder that can be written to"),
         ("--workdir run photos --csv photos", "--csv is 'photos'; it is the name of a file"),
         ("--workdir run photos --csv photos/notes.txt", "'photos/notes.txt', a file that is no table of `tif predict`"),
         ("--workdir run photos/notes.txt", "none of the pictures can be read"),

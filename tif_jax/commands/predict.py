@@ -82,6 +82,7 @@ def _table_path(name: str) -> Path:
     if not name or remote.is_url(name) or Path(name).expanduser().is_dir():
         raise InputError(f"--csv is {name!r}; it is the name of a file on this machine, as predictions.csv")
     path = Path(name).expanduser()
+    files.check_writable(path.parent)
     if path.is_file() and path.stat().st_size:  # perhaps a picture: `--csv *.jpg`
         with path.open("rb") as opened:
             if not opened.readline(100).startswith(",".join(COLUMNS).encode()):

@@ -1,7 +1,6 @@
 """What a model sees in your pictures, and what reducers leave of them: PNG files and one HTML page."""
 
 import logging
-import os
 import re
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -115,8 +114,7 @@ def _parsed(argv: list[str]) -> tuple[Namespace, list[str]]:
 
 def _out_folder(arguments: Namespace) -> Path:
     out = Path(arguments.out or Path(arguments.workdir or ".") / "view").expanduser()
-    if out.exists() and not (out.is_dir() and os.access(out, os.W_OK)):
-        raise InputError(f"{out} is no folder that can be written to; choose another with --out")
+    files.check_writable(out)
     return out
 
 

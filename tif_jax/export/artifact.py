@@ -122,7 +122,7 @@ def compared(model: Model, call: Call) -> dict[str, Any]:
         "images": f"{_NUM_IMAGES} of random pixels",
         "max_difference": worst,
         "largest_output": largest,
-        "same_class": int((ours.argmax(axis=1) == theirs.argmax(axis=1)).sum()),
+        **({"same_class": int((ours.argmax(axis=1) == theirs.argmax(axis=1)).sum())} if model.num_classes else {}),
         "same_tokens": int(same_tokens.sum()),
     }
 

@@ -96,6 +96,17 @@ def check_new(path: str | os.PathLike[str]) -> None:
     """Raises InputError if there is such a path: `appearing` would, but only when what is to be written has been made."""
     if os.path.lexists(os.path.expanduser(path)):
         raise InputError(f"{path} exists already; choose another name, or move it away")
+    check_writable(Path(path).expanduser().parent)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises InputError if nothing can be written there; a folder that is not there yet is made by who writes.
+
+    For what takes long to make: better now than when it is to be written.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise InputError(f"{there} is no folder that can be written to; choose another than {folder}")
 
 
 def not_written(path: Path, error: OSError) -> InputError | WorkError:
