@@ -226,7 +226,8 @@ def test_a_figure_of_several_pictures():
     ("given", "message"),
     [
         (dict(model=3), "the model is 3; it is what tif_jax.load"),
-        (dict(reducers="evit"), r"reducers are 'evit'; give a list, as in reducers=\['evit'\]"),
+        (dict(reducers="evit"), r"reducers is 'evit'; give a list, as in reducers=\['evit'\]"),
+        (dict(reducers=7), "reducers is of type int; give a list"),
         (dict(reducers=[3]), "a reducer is 3; it is a name, a dict with one, or a model"),
         (dict(reducers=[{}]), "a reducer is {}; it is a name, or a dict with one"),
     ],

@@ -102,6 +102,7 @@ def under(model: Model, reducer: Any) -> Model:
     other = nnx.merge(*nnx.split(model))
     del other.reducer  # or nnx would hold on to its kind: one with parameters, or a constant
     other.reducer = reducer
+    other.built = ""  # that was with another one
     return other
 
 
@@ -115,7 +116,8 @@ def ways_of(model: Any, named: Any) -> dict[str, Model]:
     if not isinstance(model, Model):
         raise InputError(f"the model is {model!r:.60}; it is what tif_jax.load or tif_jax.create_model returns")
     if not (named is None or (isinstance(named, Sequence) and not isinstance(named, str))):
-        raise InputError(f"reducers are {named!r:.60}; give a list, as in reducers=['evit']")
+        said = repr(named) if isinstance(named, str) else f"of type {type(named).__name__}"
+        raise InputError(f"reducers is {said}; give a list, as in reducers=['evit']")
     if named is None:
         if not isinstance(model.reducer, Full):
             return {_label_of(model): model}

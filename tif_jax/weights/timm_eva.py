@@ -25,17 +25,14 @@ _SAME = {  # a parameter of a block -> the name that timm_vit has for it
     "mlp.w3.weight": "mlp.fc2.weight",
     "mlp.w3.bias": "mlp.fc2.bias",
 }
-_JOINED: dict[
-    tuple[str, ...], str
-] = {  # several parameters of a block -> the one that timm_vit has for them, in this order
+# Several parameters of a block -> the one that timm_vit has for them, in this order.
+_JOINED: dict[tuple[str, ...], str] = {
     ("attn.q_proj.weight", "attn.k_proj.weight", "attn.v_proj.weight"): "attn.qkv.weight",
     ("mlp.fc1_g.weight", "mlp.fc1_x.weight"): "mlp.fc1.weight",
     ("mlp.fc1_g.bias", "mlp.fc1_x.bias"): "mlp.fc1.bias",
 }
-_BIASES = {
-    "attn.q_bias": "attn.v_bias",
-    "attn.q_proj.bias": "attn.v_proj.bias",
-}  # of queries -> of values; keys have none
+# Biases of queries -> of values; keys have none.
+_BIASES = {"attn.q_bias": "attn.v_bias", "attn.q_proj.bias": "attn.v_proj.bias"}
 _FIRST = 16  # rows and columns of EVA-02's first training, at 224 pixels
 _HEADS = {1408: 16, 4096: 32} | {
     width: width // 64 for width in (192, 384, 512, 640, 768, 1024, 1280, 1536)
