@@ -24,10 +24,10 @@ examples:
   tif convert deit_tiny.pth deit_tiny.safetensors                     weights, without PyTorch
   tif status runs/half                                                how far it is, and how long still
   tif report runs/quick runs/half --output comparison                 runs side by side
-  tif predict --workdir runs/half photos --top 3                       classes of your pictures
-  tif view --weights deit_tiny.safetensors cat.jpg                     what the model sees: impact, tokens, classes
+  tif predict --workdir runs/half photos --top 3                      classes of your pictures
+  tif view --weights deit_tiny.safetensors cat.jpg                    what the model sees: impact, tokens, classes
   tif share --workdir runs/half --to shared                           the model with its card, for others
-  tif export --workdir runs/half --to onnx                             a file that runs without this program
+  tif export --workdir runs/half --to onnx                            a file that runs without this program
 
 `tif help COMMAND` lists the flags of a command, `tif help config` the configs and their keys, `tif help
 config data` those of one section, `tif help reducers` the reducers and their options. `tif --version` tells the
