@@ -128,7 +128,8 @@ def _reduced(fields: dict[str, Any]) -> str:
     def logits(name: str, **options: Any) -> np.ndarray:
         def call(key, x):
             model = blueprint(small, reducer=name, **options)(key)
-            nnx.update(model, nnx.state(blueprint(small)(key), nnx.Param))  # what is not the reducer's is the same for all
+            plain = nnx.state(blueprint(small)(key), nnx.Param)
+            nnx.update(model, plain)  # what is not the reducer's is the same for all
             return model(x)[0]
 
         found = np.asarray(jax.jit(call, compiler_options=_FAST)(jax.random.key(0), images))

@@ -27,7 +27,7 @@ from tif_jax.models import blueprint, create_model
 from tif_jax.models.cost import cost
 from tif_jax.models.params import params_of
 from tif_jax.reducers import dynamic_vit
-from tif_jax.tokens import top_k
+from tif_jax.tokens import raster_tokens, top_k
 
 TINY = dict(image_size=32, patch_size=8, width=16, depth=DEPTH, num_heads=HEADS, mlp_dim=32, num_classes=5)
 SPECIAL = TINY | dict(distillation_token=True, num_registers=2, pool="mean", qk_norm=True, layer_scale=0.3)
@@ -142,7 +142,8 @@ def test_masked_attention_and_its_gradient_where_the_mask_is_0():
     direction = np.random.default_rng(0).normal(size=x.shape)
 
     def ours(mask):
-        return (layer(jnp.asarray(x), key_weight=mask)[0] * direction.astype(np.float32)).sum(axis=(1, 2))
+        tokens = raster_tokens(2, 0, (2, 3), has_class=False)
+        return (layer(jnp.asarray(x), tokens, key_weight=mask)[0] * direction.astype(np.float32)).sum(axis=(1, 2))
 
     def reference(mask):
         p, total = double(nnx.to_pure_dict(nnx.state(layer, nnx.Param))), []

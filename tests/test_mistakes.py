@@ -258,7 +258,8 @@ def test_one_line_and_nothing_lost(place, capsys, mistake):
     line = last_line(capsys)
     assert not [word for word in mistake.named if word not in line], line
     after = contents(place)
-    assert {path: after.get(path) for path in before} == before
+    changed = [path for path in before if after.get(path) != before[path]]
+    assert all(path.name == "log.txt" and after[path].startswith(before[path]) for path in changed)
     assert not list(place.glob("new/*/checkpoints/[0-9]*"))  # no work was done before the mistake was found
     assert not (place / "proof").exists()  # where the pickle's code would have left its mark
 
