@@ -82,6 +82,10 @@ def test_again_it_does_no_finished_work(finished):
     times = {p: p.stat().st_mtime_ns for p in results if "report" not in p.name}
     assert main(["run", "--config", str(config), "--workdir", str(workdir)]) == 0
     assert {p: p.stat().st_mtime_ns for p in times} == times
+    # Another config is refused, and run.json still says what is there.
+    plan = (workdir / "run.json").read_bytes()
+    line = ["run", "--config", str(config), "--workdir", str(workdir), "--config.backbone.num_epochs=3"]
+    assert main(line) == 2 and (workdir / "run.json").read_bytes() == plan
 
 
 def test_a_workdir_loads_as_its_best_model(finished):

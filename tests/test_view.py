@@ -230,6 +230,7 @@ def test_a_figure_of_several_pictures():
         (dict(reducers=7), "reducers is of type int; give a list"),
         (dict(reducers=[3]), "a reducer is 3; it is a name, a dict with one, or a model"),
         (dict(reducers=[{}]), "a reducer is {}; it is a name, or a dict with one"),
+        (dict(reducers=[lively(FIELDS | dict(num_classes=7))]), "a model among the reducers has 7 classes"),
     ],
 )
 def test_mistakes_in_python(given, message):

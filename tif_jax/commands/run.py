@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     if arguments.earlier is not None:
         arguments.earlier = Path(arguments.earlier).expanduser()
         check_earlier(arguments.earlier, arguments.workdir)
-    with only_run(arguments.workdir):
+    with only_run(arguments.workdir), plan.kept(arguments.workdir):
         begin_log(arguments.workdir)
         run(arguments.config, arguments.workdir, arguments.earlier)
     if processes.is_first():

@@ -1,10 +1,12 @@
 """DIR/run.json: what `tif run` is to make in a workdir, by which command and config. `tif status` and reports read it."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tif_jax.errors import InputError
 from tif_jax.experiment import config as config_file
 from tif_jax.experiment.folders import (
     adapter_folder,
@@ -16,7 +18,7 @@ from tif_jax.experiment.folders import (
 )
 from tif_jax.experiment.schema import Experiment
 from tif_jax.experiment.scoring import heldout_targets
-from tif_jax.runtime import log_file, records
+from tif_jax.runtime import files, log_file, processes, records
 from tif_jax.runtime.machine import machine
 
 NAME = "run.json"
@@ -45,6 +47,19 @@ def write(
     before = records.read_result(workdir / NAME, {}) or {}
     if records.differences({key: value for key, value in before.items() if key != "date"}, noted):
         records.write(workdir / NAME, {"date": time.strftime(log_file.TIME), **noted})
+
+
+@contextmanager
+def kept(workdir: Path) -> Iterator[None]:
+    """Around a run: where that is refused, what an earlier one had written is put back, for that is what the folder holds."""
+    path = workdir / NAME
+    before = path.read_bytes() if path.is_file() else b""
+    try:
+        yield
+    except InputError:
+        if before and processes.is_first():
+            files.write(path, before)
+        raise
 
 
 def stages(

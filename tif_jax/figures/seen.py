@@ -125,6 +125,11 @@ def ways_of(model: Any, named: Any) -> dict[str, Model]:
     found: dict[str, Model] = {}
     for one in named:
         if isinstance(one, Model):
+            if (one.num_classes, one.image_size) != (model.num_classes, model.image_size):
+                raise InputError(
+                    f"a model among the reducers has {one.num_classes} classes and takes {one.image_size}, the model that is "
+                    f"viewed {model.num_classes} and {model.image_size}; both have to be the same"
+                )
             label, made = _label_of(one), one
         elif not isinstance(one, str | Mapping):
             raise InputError(f"a reducer is {one!r:.60}; it is a name, a dict with one, or a model with a reducer")
