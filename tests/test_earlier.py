@@ -131,7 +131,12 @@ def test_what_the_workdir_has_begun_itself_stays(place, caplog):
 
 @pytest.mark.parametrize(
     "earlier, told",
-    [("away", "--from away is not there"), ("run", "--from is run, as --workdir is"), ("data", "no workdir")],
+    [
+        ("away", "--from away is not there"),
+        ("run", "--from is run, as --workdir is"),
+        (".", "--workdir lies in --from ."),
+        ("data", "no workdir"),
+    ],
 )
 def test_folders_that_nothing_can_be_taken_from(place, capsys, earlier, told):
     assert tif(f"run --from={earlier}") == 2

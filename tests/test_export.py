@@ -196,6 +196,19 @@ def test_the_loader_predicts_without_this_package(made):
     assert run_loader(folder, files) == expected_lines(model, files)
 
 
+def test_the_loader_names_what_it_can_not_read_and_goes_on(made, tmp_path):
+    _, folder, files = made
+    Image.fromarray(np.full((40, 40), 1e9, np.float32)).save(tmp_path / "floats.tiff")
+    (tmp_path / "text.jpg").write_text("no picture")
+    paths = [str(tmp_path / "floats.tiff"), str(tmp_path / "text.jpg"), files[0]]
+    done = subprocess.run([sys.executable, folder / "predict.py", *paths], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout.splitlines()[0] == files[0]
+    told = done.stderr.splitlines()
+    assert len(told) == 2 and "floats.tiff: its pixels have no fixed range" in told[0] and "text.jpg" in told[1]
+    done = subprocess.run([sys.executable, folder / "predict.py"], capture_output=True, text=True)
+    assert done.returncode == 1 and "predict.py IMAGE" in done.stderr
+
+
 @pytest.mark.long
 def test_the_loader_of_stablehlo(made, tmp_path):
     model, _, files = made

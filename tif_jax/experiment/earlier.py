@@ -33,6 +33,10 @@ def check(earlier: Path, workdir: Path) -> None:
         raise InputError(f"--from {earlier} is not there; what was taken over of it is not lost: {leave}")
     if workdir.exists() and earlier.samefile(workdir):
         raise InputError(f"--from is {earlier}, as --workdir is; {leave}")
+    if earlier.resolve() in workdir.resolve().parents:
+        raise InputError(
+            f"--workdir lies in --from {earlier}, which stays as it is: give a folder beside it, or {leave}"
+        )
     if not (earlier / "backbone").is_dir():
         raise InputError(f"--from {earlier} is no workdir: it has no backbone/; {leave}")
 

@@ -16,6 +16,8 @@ FOLDER = Path(__file__).parent
 def prepared(path, image_size, crop_fraction, mean, std, interpolation):
     """The picture as the model takes it: resized to cover the view, its centre cut out, normalised; (Y, X, 3)."""
     image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode == "F" or (image.mode.startswith("I") and not 0 <= np.min(image) <= np.max(image) <= 65535):
+        raise ValueError("its pixels have no fixed range; save it with 8 or 16 bits per channel")
     if image.mode.startswith("I"):
         image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
     if image.has_transparency_data:
@@ -52,16 +54,26 @@ def loaded(manifest):
 
 
 def main(paths):
+    if not paths:
+        sys.exit(__doc__)
     manifest = json.loads((FOLDER / "manifest.json").read_text(encoding="utf-8"))
     if manifest["outputs"][0]["name"] != "logits":
         sys.exit("this model has no classes; import `prepared` and `loaded` from here for its features")
     call, names = loaded(manifest), manifest["class_names"]
+    unread = 0
     for path in paths:
-        logits = call(prepared(path, **manifest["preprocessing"])[None])[0].astype(np.float64)
+        try:
+            image = prepared(path, **manifest["preprocessing"])
+        except Exception as error:  # Pillow raises every kind; the other pictures go on
+            unread += 1
+            print(f"cannot read image {path}: {error}", file=sys.stderr)
+            continue
+        logits = call(image[None])[0].astype(np.float64)
         shares = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
         print(path)
         for output in np.argsort(-shares, kind="stable")[:5]:
             print(f"  {100 * shares[output]:5.1f} %  {names[output] if names else output}")
+    sys.exit(1 if unread else 0)
 
 
 if __name__ == "__main__":
