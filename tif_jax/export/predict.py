@@ -16,10 +16,11 @@ FOLDER = Path(__file__).parent
 def prepared(path, image_size, crop_fraction, mean, std, interpolation):
     """The picture as the model takes it: resized to cover the view, its centre cut out, normalised; (Y, X, 3)."""
     image = ImageOps.exif_transpose(Image.open(path))
-    if image.mode == "F" or (image.mode.startswith("I") and not 0 <= np.min(image) <= np.max(image) <= 65535):
+    pixels = np.asarray(image)
+    if image.mode == "F" or (image.mode.startswith("I") and not 0 <= pixels.min() <= pixels.max() <= 65535):
         raise ValueError("its pixels have no fixed range; save it with 8 or 16 bits per channel")
     if image.mode.startswith("I"):
-        image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+        image = Image.fromarray(np.round(pixels / 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
