@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tif_jax.figures.colours import CYCLE
-from tif_jax.figures.plots import blank, height_for, loss_of, narrow, save
+from tif_jax.figures.plots import accuracy_against, blank, height_for, loss_of, narrow, save
 
 _STYLES = ("-", "--", ":", "-.")  # of the reducers that a run fine-tunes
 _KINDS = ("backbone", "filter", "adapter", "finetune")
@@ -25,7 +25,7 @@ def outcomes(rows: Sequence[Mapping[str, Any]], key: str, label: str, path: Path
                 row[key], 100 * top1, spread and 100 * spread, capsize=3, color=_colour(runs, row["run"]),
                 fmt="os^Dv<>pXP*"[reducers.index(row["reducer"]) % 11], label=narrow(f"{row['run']}: {row['label']}"),
             )  # fmt: skip
-    axes.set(xlabel=label, ylabel="top-1 (%)", xlim=(0, None))
+    accuracy_against(axes, label)
     figure.legend(loc="outside right upper", fontsize=8)
     axes.grid(alpha=0.3)
     save(figure, path, dpi=120)

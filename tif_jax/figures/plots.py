@@ -24,10 +24,15 @@ def accuracy_cost(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             row["gmac"], 100 * top1, spread and 100 * spread, capsize=3, label=narrow(row["label"]),
             fmt=_MARKERS[i // len(CYCLE) % len(_MARKERS)], color=CYCLE[i % len(CYCLE)],
         )  # fmt: skip
-    axes.set(xlabel="GMAC per image", ylabel="top-1 (%)", xlim=(0, None))
+    accuracy_against(axes, "GMAC per image")
     figure.legend(loc="outside right upper", fontsize=8)
     axes.grid(alpha=0.3)
     save(figure, path, dpi=120)
+
+
+def accuracy_against(axes: Any, cost: str) -> None:
+    """Labels and limits of a drawing of top-1 in percent, which ends at 100, against a cost, which begins at 0."""
+    axes.set(xlabel=cost, ylabel="top-1 (%)", xlim=(0, None), ylim=(None, min(axes.get_ylim()[1], 100.5)))
 
 
 def training_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:

@@ -55,7 +55,7 @@ def colour_bar(figure: Any, axes: Any, scale: Scale) -> None:
     mappable = cm.ScalarMappable(colors.Normalize(scale.least, scale.most), colors.ListedColormap(scale.table))
     bar = figure.colorbar(mappable, ax=axes, location="bottom", extend=scale.extend, fraction=0.06, pad=0.02, aspect=25)
     bar.ax.tick_params(labelsize=_SMALL)
-    bar.ax.locator_params(nbins=5)
+    bar.ax.locator_params(nbins=3)  # more numbers overlap under a narrow map
     bar.set_label("\n".join(textwrap.wrap(scale.label, 24)), fontsize=_SMALL)
 
 
