@@ -103,6 +103,25 @@ COMPUTED = {
 }
 
 
+def drawing(rng):
+    """A dict of weights by timm's names, and what draws into it: a tensor, a linear layer or convolution, a norm."""
+    tensors = {}
+
+    def draw(name, *shape, scale=0.5, around=0.0):
+        tensors[name] = (around + scale * rng.normal(size=shape)).astype(np.float32)
+
+    def linear(name, outputs, *inputs, bias=True):
+        draw(f"{name}.weight", outputs, *inputs, scale=np.prod(inputs) ** -0.5)
+        if bias:
+            draw(f"{name}.bias", outputs)
+
+    def norm(name, size):
+        draw(f"{name}.weight", size, around=1.0)
+        draw(f"{name}.bias", size)
+
+    return tensors, draw, linear, norm
+
+
 def random_timm_tensors(
     rng,
     *,
@@ -125,20 +144,7 @@ def random_timm_tensors(
     pre_norm=False,
 ):
     """Random float32 weights of a ViT by timm's names; every kind of parameter matters to the logits."""
-    tensors = {}
-
-    def draw(name, *shape, scale=0.5, around=0.0):
-        tensors[name] = (around + scale * rng.normal(size=shape)).astype(np.float32)
-
-    def linear(name, outputs, *inputs, bias=True):
-        draw(f"{name}.weight", outputs, *inputs, scale=np.prod(inputs) ** -0.5)
-        if bias:
-            draw(f"{name}.bias", outputs)
-
-    def norm(name, size):
-        draw(f"{name}.weight", size, around=1.0)
-        draw(f"{name}.bias", size)
-
+    tensors, draw, linear, norm = drawing(rng)
     num_positioned = (class_token + distilled) * (not no_embed_class)
     linear("patch_embed.proj", width, 3, patch_size, patch_size, bias=not pre_norm)
     draw("pos_embed", 1, grid[0] * grid[1] + num_positioned, width)

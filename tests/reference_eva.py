@@ -2,7 +2,7 @@
 for one. Rotations are products of complex numbers here."""
 
 import numpy as np
-from reference import _gelu, _linear, _norm
+from reference import _gelu, _linear, _norm, drawing
 
 # (grid that coordinates are for, temperature, whether columns come first, whether pairs are halves), as published
 KINDS = {"eva02": (16, 10_000, False, False), "rope_vit": (None, 100, True, False), "dinov3": (None, 100, False, True)}
@@ -24,19 +24,7 @@ def random_eva_tensors(
     inner_norm=False,
 ):
     """Weights by timm's names. larger: EVA-02's base and large, with separate projections and a norm in the MLP."""
-    tensors = {}
-
-    def draw(name, *shape, scale=0.5, around=0.0):
-        tensors[name] = (around + scale * rng.normal(size=shape)).astype(np.float32)
-
-    def linear(name, outputs, *inputs, bias=True):
-        draw(f"{name}.weight", outputs, *inputs, scale=np.prod(inputs) ** -0.5)
-        if bias:
-            draw(f"{name}.bias", outputs)
-
-    def norm(name, size):
-        draw(f"{name}.weight", size, around=1.0)
-        draw(f"{name}.bias", size)
+    tensors, draw, linear, norm = drawing(rng)
 
     linear("patch_embed.proj", width, 3, patch_size, patch_size)
     draw("cls_token", 1, 1, width)

@@ -67,10 +67,7 @@ def status(workdir: Path) -> dict[str, Any]:
 def _holder(workdir: Path) -> dict[str, Any] | None:
     """Who has taken the lock, as it says; `running` is None where that can not be seen from here."""
     path = workdir / ".lock"
-    try:
-        who = json.loads(path.read_text())
-        who = {key: who[key] for key in ("command", "host", "pid", "since")}
-    except (OSError, ValueError, KeyError, TypeError):
+    if (who := locks.holder(path)) is None:
         return None
     if who["host"] != socket.gethostname():
         return who | {"running": None}

@@ -4,11 +4,13 @@ They are flock's. Where the file system knows no locks (some network file system
 gets every lock.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 try:
     import fcntl
@@ -36,6 +38,15 @@ def lock(path: Path, note: str = "") -> Iterator[bool | None]:
         with suppress(OSError):
             path.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def holder(path: Path) -> dict[str, Any] | None:
+    """The note in a workdir's lock: command, host, pid, since; None where there is none, or not yet."""
+    try:
+        who = json.loads(path.read_text())
+        return {key: who[key] for key in ("command", "host", "pid", "since")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def is_held(path: Path) -> bool | None:

@@ -15,7 +15,7 @@ import jax
 
 from tif_jax.errors import InputError
 from tif_jax.runtime import log_file, processes, records
-from tif_jax.runtime.locks import lock
+from tif_jax.runtime.locks import holder, lock
 
 _LOCK = ".lock"
 _LONGEST = 3000  # bytes of 4096: names in a checkpoint are long
@@ -66,11 +66,9 @@ def begin_log(workdir: Path, part: str = "") -> None:
 
 
 def _holder(path: Path) -> str:
-    try:
-        who = json.loads(path.read_text())
-        return f"`{who['command']}`, process {who['pid']} on {who['host']} since {who['since']}"
-    except (OSError, ValueError, KeyError, TypeError):  # it has just taken the lock, or just let go of it
+    if (who := holder(path)) is None:  # it has just taken the lock, or just let go of it
         return "another run"
+    return f"`{who['command']}`, process {who['pid']} on {who['host']} since {who['since']}"
 
 
 def _remove_abandoned(folder: Path) -> None:
