@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 from small_project import contents, last_line, tif
 
-from tif_jax.data import loader
+from tif_jax.data.views import Views
 
 
 def flipped_byte(path: Path) -> None:
@@ -69,13 +69,13 @@ def test_disk_full(place, capsys, monkeypatch, owner, method, replacement, named
 
 
 def test_nan_stops_and_the_same_command_goes_on_once_the_cause_is_gone(place, capsys, monkeypatch):
-    view = loader._Loader._view
+    view = Views.of_image
 
     def nan_from_step_5(self, image, position, index, number):
         return view(self, image, position, index, number) + np.float32("nan" if position >= 5 * 8 else 0)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loader._Loader, "_view", nan_from_step_5)
+        patch.setattr(Views, "of_image", nan_from_step_5)
         assert tif("train --stage=backbone --workdir=new") == 1
     line = last_line(capsys)
     assert "loss nan" in line and "step 5" in line and "last checkpoint is intact" in line

@@ -203,7 +203,7 @@ def test_options_come_from_a_config_dict(folder):
     [
         (
             {"name": "image_foldr"},
-            r"data.name is 'image_foldr'; allowed: 'digits', 'image_folder', 'image_table', 'tfds'",
+            r"data.name is 'image_foldr'; allowed: 'digits', 'image_folder', 'image_pairs', 'image_table', 'tfds'",
         ),
         ({"crop_fracton": 0.9}, r"no key 'data.crop_fracton'; the nearest is 'data.crop_fraction'"),
         ({"on_error": "ignore"}, r"data.on_error is 'ignore'; allowed: 'raise', 'skip'"),

@@ -35,7 +35,7 @@ TABLE = [
     (("finetune.mixing.switch=0.1",), dict(finetune=dict(mixing=dict(mixup=0.8))), "finetune.mixing.switch (mixup and"),
     (("data.tfds_name=mnist",), dict(data=dict(name="image_folder")), "data.tfds_name (the data are image_folder)"),
     (("data.root=photos",), {}, "data.root (digits are generated)"),
-    (("data.test_fraction=0.2",), {}, "data.test_fraction (it is of image_folder and image_table)"),
+    (("data.test_fraction=0.2",), {}, "data.test_fraction (it is of folders and tables)"),
     (("data.seed=1",), dict(data=dict(name="image_folder")), "data.seed (only digits are generated, and no test"),
     (("backbone.num_heads=3",), {}, "backbone.num_heads (it is of a weight file)"),
     (("backbone.learning_rate=0.1",), {}, "backbone.learning_rate (the backbone is not trained)"),

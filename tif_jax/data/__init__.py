@@ -12,9 +12,10 @@ from tif_jax.data.folder import ImageFolder, ImageTable, class_folders, table_la
 from tif_jax.data.options import DataOptions as DataOptions
 from tif_jax.data.options import Settings
 from tif_jax.data.options import read_options as read_options
+from tif_jax.data.pairs import ImagePairs, found_pair_splits
 from tif_jax.data.source import Source as Source
 from tif_jax.data.source import Subset, evenly_spaced
-from tif_jax.data.split import AUTO, found_splits, held_out
+from tif_jax.data.split import AUTO, TEST_NAMES, TRAIN_NAMES, found_splits, held_out
 from tif_jax.errors import InputError
 
 SPLITS = ("train", "validation", "test")
@@ -50,11 +51,15 @@ def open_source(data: Settings, split: str) -> Source:
 
 
 def with_splits(options: DataOptions) -> DataOptions:
-    """With the names that 'auto' stands for in an image folder, and with the home folder for '~'."""
+    """With the names that 'auto' stands for in folders of images, and with the home folder for '~'."""
     options = dataclasses.replace(options, root=os.path.expanduser(options.root))
-    if AUTO not in (options.train_split, options.test_split) or options.name != "image_folder":
+    if AUTO not in (options.train_split, options.test_split) or options.name not in ("image_folder", "image_pairs"):
         return options
-    train, test = found_splits(_local_root(options), options.train_split, options.test_split)
+    given = (_local_root(options), options.train_split, options.test_split)
+    if options.name == "image_pairs":
+        train, test = found_pair_splits(*given, (TRAIN_NAMES, TEST_NAMES))
+    else:
+        train, test = found_splits(*given)
     return dataclasses.replace(options, train_split=train, test_split=test)
 
 
@@ -106,9 +111,13 @@ def _open_whole(options: DataOptions, name: str) -> Source:
         return ImageFolder(_local_root(options), name, options.class_index)
     if options.name == "image_table":
         return ImageTable(Path(_local_root(options), name), options.class_index)
+    if options.name == "image_pairs":
+        assert options.label_maps is not None
+        return ImagePairs(_local_root(options), name, options.label_folder, options.label_maps)
     from tif_jax.data.tfds import Tfds
 
-    return Tfds(options.tfds_name, _root(options), name, options.class_index)
+    maps = (options.label_map, options.label_maps) if options.label_maps else None
+    return Tfds(options.tfds_name, _root(options), name, options.class_index, maps)
 
 
 def _root(options: DataOptions) -> str:

@@ -31,6 +31,9 @@ class Augmentation:
     rand_augment: str = key("", "as timm spells it, e.g. 'rand-m9-mstd0.5-inc1', with or without 'rand-'; '': off")
     color_jitter: float = key(0.0, "strength; as in timm, without effect beside rand_augment", least=0, most=1)
     erase: float = key(0.0, "probability of random erasing", least=0, most=1)
+    rotate: float = key(
+        0.0, "label maps only: degrees by which image and label map are turned at most", least=0, most=180
+    )
 
     def __post_init__(self):
         checked.check(self)
@@ -52,11 +55,16 @@ def augment(
     view from outside the picture has this colour.
     """
     if options.rand_augment:
-        red, green, blue = (min(255, round(255 * channel)) for channel in mean)
-        return _rand_augment(image, _policy(options.rand_augment), rng, (red, green, blue))
+        return _rand_augment(image, _policy(options.rand_augment), rng, fill_colour(mean))
     if options.color_jitter:
         return _jitter(image, options.color_jitter, rng)
     return image
+
+
+def fill_colour(mean: Sequence[float]) -> Colour:
+    """The colour of what comes into view from outside the picture. mean: of the data, in [0, 1] per channel."""
+    red, green, blue = (min(255, round(255 * channel)) for channel in mean)
+    return red, green, blue
 
 
 def erase(

@@ -26,18 +26,16 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
-from jaxtyping import Float32, Int, Shaped, UInt8
-from PIL import Image
+from jaxtyping import Int, Shaped
 
 from tif_jax.data.augment import Augmentation
 from tif_jax.data.options import DataOptions, Settings, read_options
-from tif_jax.data.preprocess import NONE, augmented_view, evaluation_view, normalise
+from tif_jax.data.preprocess import NONE
 from tif_jax.data.source import Example, Source, UnreadableImage
+from tif_jax.data.views import FRESH, Views
 from tif_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
-
-FRESH = -1  # in place of a view: an augmentation drawn anew whenever the image comes round
 
 _MAX_CHUNK = 32  # positions
 _ENDLESS = 10**9  # epochs: Grain's own endless repetition can not be batched in ones
@@ -167,8 +165,9 @@ def training_batches(
 ) -> Batches:
     """Endless batches, every epoch in a new order drawn from `seed`; a batch may span two epochs.
 
-    A batch: image float32 (B, Y, X, 3), label int32 (B,), index int64 (B,), view int32 (B,), and of every array of
-    `extra` the rows of its records. Without `records`, every image of the source once an epoch, freshly augmented (view
+    A batch: image float32 (B, Y, X, 3), label int32 (B,), index int64 (B,), view int32 (B,), of every array of `extra` the
+    rows of its records, and label_map (B, Y, X) where the data have some: float32 metres, 0 where not measured, or int32
+    classes, -1 where ignored. Without `records`, every image of the source once an epoch, freshly augmented (view
     FRESH) unless data.augment is 'none' (view 0); `augmentation` sets what is done to it beyond. repeats: an epoch is as
     long, but has so many times fewer records, each that many times in succession (Hoffer et al. 2020). With
     data.on_error='skip' the next record that can be read takes the place of an unreadable one: steps and epochs do not
@@ -240,26 +239,34 @@ class _Loader:
         self._records = records
         self._extra = extra
         self._seed = seed
-        self._augmentation = augmentation
+        self._views = Views(options, augmentation, seed or 0)
         self._num_images = len(np.unique(records[:, 0]))
 
     def __call__(self, positions: Sequence[int], rows: Sequence[int]) -> Batch:
         """What is shown at these positions. A row beyond the last stands for a copy of that."""
         images = np.zeros((len(rows), *self.options.size, 3), np.float32)
+        kind = self.options.label_maps
+        maps = np.stack([kind.without_labels(self.options.size)] * len(rows)) if kind else None
         ids, labels, rows_read, weights = [], [], [], []
-        for image, position, row in zip(images, positions, rows, strict=True):
+        for i, (position, row) in enumerate(zip(positions, rows, strict=True)):
             row_read, example = self._read(row)
             rows_read.append(row_read)
             ids.append(example["id"] if example else "")
             labels.append(example["label"] if example else -1)
             weights.append(example is not None and row_read == row)
             if example:
-                image[:] = self._view(example["image"], position, *map(int, self._records[row_read]))
+                index, view = map(int, self._records[row_read])
+                if maps is None:
+                    images[i] = self._views.of_image(example["image"], position, index, view)
+                else:
+                    pair = self._views.of_pair(example["image"], example["label_map"], position, index, view)
+                    images[i], maps[i] = pair
         batch = {
             "image": images,
             "label": np.array(labels, np.int32),
             "index": self._records[rows_read, 0].astype(np.int64),
             "view": self._records[rows_read, 1].astype(np.int32),
+            **({} if maps is None else {"label_map": maps}),
             **{name: values[rows_read] for name, values in self._extra.items()},
         }
         if self._seed is None:
@@ -286,23 +293,6 @@ class _Loader:
                     f"none of the {self._num_images} images can be read; one of them: {self.unreadable[index]}"
                 )
             row = (row + 1) % len(self._records)
-
-    def _view(
-        self, image: Image.Image | UInt8[np.ndarray, "_ _ 3"], position: int, index: int, view: int
-    ) -> Float32[np.ndarray, "Y X 3"]:
-        size, how = self.options.size, self.options.preprocessing
-        if view == 0 and how.crop_fraction == 1 and isinstance(image, np.ndarray) and image.shape[:2] == size:
-            return normalise(image, how.mean, how.std)  # is its own evaluation view
-        image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-        if view == 0:
-            return evaluation_view(image, size, **vars(how))
-        of_pixels: dict[str, Any] = dict(mean=how.mean, std=how.std, interpolation=how.interpolation)
-        # The first number keeps the two families of streams apart. Positions count through all epochs, so that every
-        # epoch has fresh augmentations of its own.
-        if view == FRESH:
-            rng = np.random.default_rng((0, self._seed or 0, position))
-            return augmented_view(image, size, rng, augmentation=self._augmentation, **of_pixels)
-        return augmented_view(image, size, np.random.default_rng((1, index, view)), **of_pixels)
 
     def _leave_out(self, index: int, reason: str) -> None:
         if self.unreadable.setdefault(index, reason) is reason:  # one atomic step: several threads may come here

@@ -9,11 +9,13 @@ from ml_collections import ConfigDict
 
 from tif_jax import checked
 from tif_jax.checked import key
+from tif_jax.data.classes import MAX_CLASSES
+from tif_jax.data.label_maps import KINDS, LabelMaps
 from tif_jax.data.preprocess import FRACTIONS, INTERPOLATIONS, PARTS, Preprocessing, replaced
 
 _ELSE = "none: what the weights of backbone.init_from say, else"
-DIVISIBLE = ("image_folder", "image_table")  # kinds whose labels are known before an image is read
-KNOWN = ("digits", "image_folder", "image_table", "tfds")
+DIVISIBLE = ("image_folder", "image_pairs", "image_table")  # kinds whose labels are known before an image is read
+KNOWN = ("digits", "image_folder", "image_pairs", "image_table", "tfds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +23,9 @@ class DataOptions:
     """Keys of `data`. Sizes are (rows, columns) in pixels."""
 
     name: str = key("digits", "what kind of data set is read", choices=KNOWN)
-    root: str = key("", "image_folder: holds the split folders; image_table: the CSV files; tfds: TFDS's data_dir")
+    root: str = key(
+        "", "image_folder, image_pairs: holds the split folders; image_table: the CSV files; tfds: TFDS's data_dir"
+    )
     tfds_name: str = key("", "tfds only: 'name', 'name/config' or 'name/config:version'")
     train_split: str = key(
         "train",
@@ -35,8 +39,8 @@ class DataOptions:
     )
     test_fraction: float = key(
         0.0,
-        "image_folder, image_table: share of each class's images that is kept for the test where both splits are the same; "
-        "0: all are trained and tested on",
+        "image_folder, image_pairs, image_table: share of each class's images that is kept for the test where both splits "
+        "are the same; 0: all are trained and tested on",
         least=0,
         below=1,
     )
@@ -60,7 +64,25 @@ class DataOptions:
     )
     class_index: dict[str, int] | None = key(
         None,
-        "class -> output of the head; a class is a folder, a label of a table, or a label (name or number) of TFDS",
+        "class -> output of the head; a class is a folder, a label of a table, a label (name or number) of TFDS, or a number "
+        "of a label map",
+    )
+    label_map: str = key(
+        "", "tfds only: which feature is the label map, as depth of nyu_depth_v2; '': images have a class each"
+    )
+    label_folder: str = key("depth", "image_pairs only: the folder beside image/ that holds the label maps")
+    label_kind: str = key("depth", "label maps only: what they say of a pixel, its depth or its class", choices=KINDS)
+    label_scale: float | None = key(
+        None,
+        "depth only: metres per unit of a label map; none: 1, which holds for floating-point numbers",
+        above=0,
+        advice="in metres per unit: 0.001 where units are millimetres",
+    )
+    num_classes: int = key(
+        0,
+        "segmentation only: classes that label maps have, numbered from 0; 0: as class_index or TFDS says, else the model",
+        least=0,
+        most=MAX_CLASSES,
     )
     image_size: int | tuple[int, int] = key(
         224, "pixels of an image: (rows, columns), or one number for both", least=1, most=2**14
@@ -76,7 +98,9 @@ class DataOptions:
     )
     interpolation: str | None = key(None, f"how an image is resized; {_ELSE} bicubic", choices=(None, *INTERPOLATIONS))
     augment: str = key(
-        "none", "crop_flip: training sees random crops, half of them mirrored", choices=("none", "crop_flip")
+        "none",
+        "crop_flip: training sees random crops, half of them mirrored; crops are nearly whole where there are label maps",
+        choices=("none", "crop_flip"),
     )
     on_error: str = key(
         "raise", "what an unreadable image does: end the run, or be left out and logged", choices=("raise", "skip")
@@ -94,6 +118,19 @@ class DataOptions:
     def size(self) -> tuple[int, int]:
         """image_size as (rows, columns)."""
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+    @property
+    def task(self) -> str:
+        """What is learned from such labels: 'classification' of images, 'depth' or 'segmentation' of pixels."""
+        has_maps = self.name == "image_pairs" or (self.name == "tfds" and bool(self.label_map))
+        return self.label_kind if has_maps else "classification"
+
+    @cached_property
+    def label_maps(self) -> LabelMaps | None:
+        """What label maps say; None where images have a class each. InputError for what does not fit together."""
+        if self.task == "classification":
+            return None
+        return LabelMaps(self.label_kind, self.label_scale, self.class_index, self.num_classes)
 
     @property
     def makes_split(self) -> bool:

@@ -127,13 +127,7 @@ def evaluation_view(
     The image is resized (antialiased) to the smallest picture of its aspect that covers image_size /
     crop_fraction, and the centre is cut out of that.
     """
-    covered_height, covered_width = (math.floor(x / crop_fraction) for x in image_size)
-    width, height = image.size
-    if height * covered_width <= width * covered_height:
-        width, height = width * covered_height // height, covered_height
-    else:
-        width, height = covered_width, height * covered_width // width
-    top, left = round((height - image_size[0]) / 2), round((width - image_size[1]) / 2)
+    (width, height), (left, top) = resized(image.size, image_size, crop_fraction)
     box = (left, top, left + image_size[1], top + image_size[0])
     filter = Image.Resampling[interpolation.upper()]
     if width * height > _MAX_RESIZED * math.prod(image_size):
@@ -141,6 +135,22 @@ def evaluation_view(
         seen = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
         return normalise(image.resize(image_size[::-1], filter, seen), mean, std)
     return normalise(image.resize((width, height), filter).crop(box), mean, std)
+
+
+def resized(
+    size: tuple[int, int], image_size: tuple[int, int], crop_fraction: float
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """What an image of (columns, rows) is resized to for its evaluation view, and where in that the view begins.
+
+    Both as (columns, rows).
+    """
+    covered_height, covered_width = (math.floor(x / crop_fraction) for x in image_size)
+    width, height = size
+    if height * covered_width <= width * covered_height:
+        width, height = width * covered_height // height, covered_height
+    else:
+        width, height = covered_width, height * covered_width // width
+    return (width, height), (round((width - image_size[1]) / 2), round((height - image_size[0]) / 2))
 
 
 def augmented_view(

@@ -1,9 +1,9 @@
 """What a data set is to the rest of the library: images with labels, by position."""
 
-from typing import Protocol, TypedDict, runtime_checkable
+from typing import NotRequired, Protocol, TypeAlias, TypedDict, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Float32, Int, Int32, UInt8
 from PIL import Image
 
 from tif_jax.errors import InputError
@@ -14,12 +14,16 @@ class UnreadableImage(InputError):
     """An image that cannot be decoded; the message names its file. `data.on_error` decides whether it ends the run."""
 
 
+LabelMap: TypeAlias = Float32[np.ndarray, "_ _"] | Int32[np.ndarray, "_ _"]  # (rows, columns)
+
+
 class Example(TypedDict):
-    """One labelled image."""
+    """One labelled image: with a label, or with a label map."""
 
     id: str  # file path relative to the source's root, or the TFDS id
     image: Image.Image | UInt8[np.ndarray, "Y X 3"]  # RGB
     label: int  # index of the classification head's output, -1 if there is none
+    label_map: NotRequired[LabelMap]  # metres, 0 where not measured; or outputs of a head, -1 where a pixel is ignored
 
 
 @runtime_checkable
@@ -56,7 +60,7 @@ class Subset:
 
 
 class Labelled:
-    """A source of which labels are read: InputError for an example whose label is no output of the head.
+    """A source of which labels, or label maps, are read: InputError for one with a label that is no output of the head.
 
     name: the data set's, for the message.
     """
@@ -77,6 +81,14 @@ class Labelled:
 
     def __getitem__(self, index: int) -> Example:
         example = self.source[index]
+        if "label_map" in example:
+            label = int(example["label_map"].max(initial=-1))
+            if example["label_map"].dtype.kind == "i" and label >= self._num_outputs:
+                raise InputError(
+                    f"{self._name}: the label map of {example['id']} has class {label}; the model has classes "
+                    f"0..{self._num_outputs - 1}: say in data.class_index which number is which class"
+                )
+            return example
         if example["label"] < 0:
             raise InputError(
                 f"{self._name} has images without a label, as {example['id']}; name a split that has labels"

@@ -16,8 +16,8 @@ logger = logging.getLogger(__name__)
 AUTO = "auto"  # data.train_split, data.test_split: what the folder has
 WHOLE = "."  # a split whose class folders lie in data.root itself
 
-_TRAIN = ("train", "training")
-_TEST = ("test", "testing", "val", "validation", "valid")  # the first of them that is there
+TRAIN_NAMES = ("train", "training")
+TEST_NAMES = ("test", "testing", "val", "validation", "valid")  # the first of them that is there
 
 
 def found_splits(root: str, train: str, test: str) -> tuple[str, str]:
@@ -28,9 +28,9 @@ def found_splits(root: str, train: str, test: str) -> tuple[str, str]:
     """
     folders = [] if AUTO not in (train, test) else split_folders(root)
     holding = {name.lower(): name for name in reversed(folders) if _holds_classes(Path(root, name))}
-    tests = [holding[name] for name in _TEST if name in holding]
+    tests = [holding[name] for name in TEST_NAMES if name in holding]
     if train == AUTO:
-        train = next((holding[name] for name in _TRAIN if name in holding), WHOLE)
+        train = next((holding[name] for name in TRAIN_NAMES if name in holding), WHOLE)
         _check_alone(root, train, tests, [name for name in folders if name not in (train, test, *tests)])
     if test != AUTO:
         return train, test

@@ -1,6 +1,7 @@
 """Data sets prepared by TensorFlow Datasets, read without TensorFlow."""
 
 import bisect
+import dataclasses
 import itertools
 import json
 import logging
@@ -10,12 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from tif_jax.data import remote
 from tif_jax.data.classes import ClassIndex, names_by_output, outputs
+from tif_jax.data.label_maps import LabelMaps, read_numbers
 from tif_jax.data.pictures import described, read_image
-from tif_jax.data.source import Example, UnreadableImage
+from tif_jax.data.source import Example, LabelMap, UnreadableImage
 from tif_jax.data.tfrecord import TFRecords
 from tif_jax.errors import InputError, WorkError
 from tif_jax.runtime import once, records
@@ -30,12 +33,21 @@ class Tfds:
     files, data_dir may also be a URL (gs://bucket/folder). An example's id is TFDS's own: file name, two underscores,
     position in the file; those of TFRecord files are what they are once converted to array_record, so that impacts scored on
     either belong to the same ids. Labels are TFDS's or what `class_index` has for their names or numbers; without a label
-    feature all are -1.
+    feature all are -1. With `label_maps`, the name of a feature (a Tensor, or an Image with one channel) and what it says,
+    examples have label maps instead, and class_index is not read.
     """
 
-    def __init__(self, name: str, data_dir: str | os.PathLike, split: str, class_index: ClassIndex | None = None):
+    def __init__(
+        self,
+        name: str,
+        data_dir: str | os.PathLike,
+        split: str,
+        class_index: ClassIndex | None = None,
+        label_maps: tuple[str, LabelMaps] | None = None,
+    ):
         import tensorflow_datasets as tfds
 
+        self._map, self._maps = "", label_maps and label_maps[1]
         if remote.is_url(data_dir):
             remote.open_filesystem(str(data_dir))  # says what is missing
         with remote.failures(str(data_dir)):
@@ -44,7 +56,9 @@ class Tfds:
                 _check_classes(json.loads((folder / "features.json").read_text()))
                 builder: Any = tfds.builder_from_directory(str(folder))
                 info = builder.info
-                self._image, self._label = _feature_names(info, tfds)
+                self._image, self._label = _feature_names(info, tfds, bool(label_maps))
+                if label_maps:
+                    self._map, self._maps = _map_feature(info, tfds, *label_maps)
                 names = list(info.features[self._label].names) if self._label else []
         is_tfrecord = info.file_format == tfds.core.FileFormat.TFRECORD
         if not is_tfrecord and info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
@@ -63,23 +77,19 @@ class Tfds:
             ) from error
         if not shards:
             raise InputError(f"split {split!r} of {folder} holds no examples")
-        if class_index is None:
-            self._outputs = list(range(len(names)))
-            self.class_names: tuple[str, ...] = tuple(names)
-        else:
-            keys = {name: name if name in class_index else str(i) for i, name in enumerate(names)}
-            found = outputs(
-                names, {name: class_index[key] for name, key in keys.items() if key in class_index}, what="label"
-            )
-            self._outputs = [found[name] for name in names]
-            self.class_names = names_by_output(found)
+        self._outputs, self.class_names = _numbered(names, None if label_maps else class_index)
+        if self._maps:
+            self.class_names = self._maps.class_names
         self.num_classes = len(self.class_names)
         self._shards = [(os.path.basename(shard.filename), shard.skip) for shard in shards]
         self._starts = list(itertools.accumulate((shard.take for shard in shards), initial=0))
         skips = [skip for _, skip in self._shards]  # and no names of files, which differ between formats
-        self.fingerprint = records.digest([info.full_name, list(info.splits), skips, self._starts, self._outputs])
+        labels: Any = [self._map, dataclasses.asdict(self._maps)] if self._maps else self._outputs
+        self.fingerprint = records.digest([info.full_name, list(info.splits), skips, self._starts, labels])
         self._features = info.features
         self._decoders = {self._image: tfds.decode.SkipDecoding()}
+        if self._maps and isinstance(info.features[self._map], tfds.features.Image):
+            self._decoders[self._map] = tfds.decode.SkipDecoding()
         self._records = TFRecords(shards) if is_tfrecord else _array_records(shards)
 
     def __len__(self) -> int:
@@ -97,10 +107,22 @@ class Tfds:
             raise
         except Exception as error:  # of array_record's reader, of protobuf, of TFDS
             raise UnreadableImage(f"can not read {name}: the record is damaged ({described(error):.200})") from error
-        return Example(id=name.replace(".tfrecord-", ".array_record-"), image=read_image(image, name), label=label)
+        made = Example(id=name.replace(".tfrecord-", ".array_record-"), image=read_image(image, name), label=label)
+        if self._maps:
+            made["label_map"] = _label_map(example[self._map], self._maps, name, made["image"])
+        return made
 
     def _output_of(self, label: int) -> int:
         return self._outputs[label] if 0 <= label < len(self._outputs) else label
+
+
+def _numbered(names: Sequence[str], class_index: ClassIndex | None) -> tuple[list[int], tuple[str, ...]]:
+    """The output of each label of the data set, and the name of each output."""
+    if class_index is None:
+        return list(range(len(names))), tuple(names)
+    keys = {name: name if name in class_index else str(i) for i, name in enumerate(names)}
+    found = outputs(names, {name: class_index[key] for name, key in keys.items() if key in class_index}, what="label")
+    return [found[name] for name in names], names_by_output(found)
 
 
 def _array_records(shards: Sequence[Any]) -> Any:
@@ -166,14 +188,50 @@ def _damage_named(folder: Any) -> Iterator[None]:
         ) from error
 
 
-def _feature_names(info: Any, tfds: Any) -> tuple[str, str]:
-    """Names of the image feature and of the label feature ('' if there is none)."""
+def _map_feature(info: Any, tfds: Any, name: str, label_maps: LabelMaps) -> tuple[str, LabelMaps]:
+    """The name of the feature with the label maps, and what they say. InputError if it can not hold such."""
+    feature: Any = dict(info.features).get(name)
+    shape: tuple[int | None, ...] = getattr(feature, "shape", None) or ()
+    plane = len(shape) == 2 or (len(shape) == 3 and shape[2] == 1)
+    is_image = isinstance(feature, tfds.features.Image)
+    whole = is_image and feature.np_dtype.kind == "u"
+    if not plane or not (whole if is_image else type(feature) is tfds.features.Tensor):
+        raise InputError(
+            f"data.label_map is {name!r}, and a label map is a Tensor or a PNG Image with one number per pixel; data set "
+            f"{info.name} has: {', '.join(sorted(info.features))}"
+        )
+    label_maps.check(feature.np_dtype, f"feature {name!r} of data set {info.name}")
+    known = getattr(feature, "num_classes", None)  # of a LabeledImage
+    if known and label_maps.kind == "segmentation" and not label_maps.class_index and not label_maps.num_classes:
+        label_maps = dataclasses.replace(label_maps, num_classes=known)
+    return name, label_maps
+
+
+def _label_map(found: Any, label_maps: LabelMaps, name: str, image: Any) -> LabelMap:
+    numbers = read_numbers(found, name, label_maps.kind) if isinstance(found, bytes) else np.asarray(found)
+    label_map = label_maps.read(numbers.reshape(numbers.shape[:2]), name)
+    if (image.height, image.width) != label_map.shape:
+        raise InputError(
+            f"the label map of {name} has {' x '.join(map(str, label_map.shape))} pixels (rows x columns), and its image "
+            f"{image.height} x {image.width}: data.label_map names the feature with labels of the image"
+        )
+    return label_map
+
+
+def _feature_names(info: Any, tfds: Any, with_maps: bool) -> tuple[str, str]:
+    """Names of the image feature and of the label feature ('' if there is none, or labels are maps)."""
     image, label = (info.supervised_keys or ("image", "label"))[:2]
     features = dict(info.features)
     if not isinstance(features.get(image), tfds.features.Image):
         raise InputError(f"data set {info.name} has no image feature {image!r}; it has: {', '.join(features)}")
+    if with_maps:
+        return image, ""
     if label in features and not isinstance(features[label], tfds.features.ClassLabel):
         kind = type(features[label]).__name__
-        once.warn(logger, f"labels of data set {info.name} are not read: feature {label!r} is a {kind}, no ClassLabel")
+        once.warn(
+            logger,
+            f"labels of data set {info.name} are not read: feature {label!r} is a {kind}, no ClassLabel; if it "
+            "is a label for every pixel, set data.label_map to its name",
+        )
         return image, ""
     return image, label if label in features else ""

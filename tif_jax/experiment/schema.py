@@ -10,6 +10,7 @@ from typing import Any
 
 from tif_jax import checked
 from tif_jax.checked import key, section
+from tif_jax.data.joint_views import check_joint
 from tif_jax.data.options import DataOptions
 from tif_jax.errors import InputError
 from tif_jax.experiment.reducer_entry import ReducerEntry
@@ -226,6 +227,17 @@ class Experiment:
             )
 
         for name, recipe in (("backbone", self.backbone), ("finetune", self.finetune)):
+            if self.data.task != "classification" and recipe.num_epochs:
+                with checked.named(f"{name}.augmentation", [field.name for field in dataclasses.fields(FreshViews)]):
+                    check_joint(recipe.augmentation)
+                if recipe.mixing.mixup or recipe.mixing.cutmix:
+                    raise InputError(
+                        f"{name}.mixing is for images with one label each, and these have label maps: turn both off"
+                    )
+            elif recipe.augmentation.rotate and recipe.num_epochs:
+                raise InputError(
+                    f"{name}.augmentation.rotate is for data with label maps; rand_augment turns other images"
+                )
             if self.data.augment == "none" and recipe.num_epochs and recipe.augmentation != FreshViews():
                 raise InputError(
                     f"{name}.augmentation is for views that are drawn anew, of which data.augment 'none' has none"

@@ -25,6 +25,7 @@ from tif_jax.weights.loading import load
 
 _ROWS_PER_PART = 256
 _IDENTITY = ("name", "tfds_name", "train_split", "test_split", "num_train", "num_validation", "num_test", "seed")
+_OF_LABEL_MAPS = ("label_map", "label_folder", "label_kind", "label_scale", "num_classes")
 
 
 def score_training(experiment: Experiment, workdir: Path, earlier: Path | None = None) -> None:
@@ -56,12 +57,13 @@ def _score(of_stage: job.Job, workdir: Path, earlier: Path | None) -> None:
 def expected_manifest(experiment: Experiment, model: Model, source: Source) -> dict[str, Any]:
     """What the manifest of impact shards must say to fit this backbone, these examples and their views."""
     options = experiment.data
+    identity = _IDENTITY if options.task == "classification" else (*_IDENTITY, *_OF_LABEL_MAPS)
     return {
         "num_examples": len(source),
         "backbone": backbone_digest(params_of(model)),
         "num_tokens": model.grid[0] * model.grid[1],
         # These decide which image an index is, and its label.
-        "data": {key: getattr(options, key) for key in _IDENTITY} | {"examples": fingerprint(source)},
+        "data": {key: getattr(options, key) for key in identity} | {"examples": fingerprint(source)},
         "image_size": list(options.size),
         "preprocessing": {**vars(options.preprocessing), "augment": options.augment},
     }

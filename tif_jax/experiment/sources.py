@@ -25,8 +25,13 @@ def open_for_model(experiment: Experiment, split: str, model: Model, labelled: b
     """The split's examples, which are prepared as the model's were, and whose labels are checked against its classes.
 
     labelled: every example must have a label. Raises InputError for labels that are missing, beyond the head, or numbered
-    otherwise than the head for all that is known.
+    otherwise than the head for all that is known; and for label maps or classes where the model learns the other.
     """
+    task = getattr(model, "task", "classification")
+    _check_task(experiment.data, task)
+    if task != "classification":
+        check_prepared(model, experiment, "the network")
+        return _open_label_maps(experiment.data, split, model, labelled)
     if not model.num_classes:
         raise InputError(f"an experiment needs classes, and these weights have no head; {NEW_HEAD}")
     check_prepared(model, experiment, "the network")
@@ -46,7 +51,13 @@ def check_splits(experiment: Experiment, workdir: Path) -> None:
     Where training and test images are divided here, DIR/split.json notes how.
     """
     options = experiment.data
+    if (task := experiment.backbone.model.get("task")) or not experiment.backbone.init_from:
+        _check_task(options, task or "classification")
     for split in ("train", "test"):
+        if options.label_maps:
+            with suppress(UnreadableImage):
+                data.open_source(options, split)[0]
+            continue
         source = _with_labels(options, split, data.open_source(options, split))
         if experiment.backbone.head and source.num_classes < 2:
             raise InputError(
@@ -55,6 +66,35 @@ def check_splits(experiment: Experiment, workdir: Path) -> None:
             )
     if options.makes_split:
         _note_division(options, workdir / "split.json")
+
+
+def _check_task(options: DataOptions, task: str) -> None:
+    """Raises InputError where a model of this task can not learn from such data."""
+    if options.task == task:
+        return
+    if task == "classification":
+        raise InputError(
+            f"data.{'label_map' if options.name == 'tfds' else 'name'} asks for label maps of {options.task}, and the model "
+            f"classifies images: set backbone.model.task={options.task}, or use data with a class for each image"
+        )
+    if options.task == "classification":
+        raise InputError(
+            f"the model's task is {task}, and {options.name} as it is set has a class for each image: use "
+            "data.name=image_pairs, or tfds with data.label_map (docs/data.md, Label maps)"
+        )
+    raise InputError(
+        f"the model's task is {task}, and data.label_kind is {options.task!r}: set one of them to what the label maps are"
+    )
+
+
+def _open_label_maps(options: DataOptions, split: str, model: Model, labelled: bool) -> data.Source:
+    source = data.open_source(options, split)
+    if source.num_classes > model.num_classes:
+        raise InputError(
+            f"{options.name} has label maps with {source.num_classes} classes, and the model has {model.num_classes}: set "
+            "backbone.model.num_classes, or say in data.class_index which number is which class"
+        )
+    return Labelled(source, model.num_classes, _name(options, split)) if labelled else source
 
 
 def _note_division(options: DataOptions, path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from tif_jax import checked
-from tif_jax.data.options import DIVISIBLE
+from tif_jax.data.options import DIVISIBLE, DataOptions
 from tif_jax.experiment.reducer_entry import FITTED
 from tif_jax.experiment.schema import Backbone, Experiment
 
@@ -105,4 +105,20 @@ def _unused_of_data(experiment: Experiment) -> Iterator[tuple[str, str]]:
         if not (experiment.data.test_fraction and name in DIVISIBLE):
             yield "data.seed", "only digits are generated, and no test images are kept"
     if name not in DIVISIBLE:
-        yield "data.test_fraction", "it is of image_folder and image_table"
+        yield "data.test_fraction", "it is of folders and tables"
+    yield from _unused_of_label_maps(experiment.data)
+
+
+def _unused_of_label_maps(data: DataOptions) -> Iterator[tuple[str, str]]:
+    if data.name != "tfds":
+        yield "data.label_map", f"the data are {data.name}"
+    if data.name != "image_pairs":
+        yield "data.label_folder", f"the data are {data.name}"
+    if data.task == "classification":
+        yield "data.label_kind", "there are no label maps"
+    if data.task != "depth":
+        yield "data.label_scale", "labels are classes"
+    if data.task != "segmentation":
+        yield "data.num_classes", "there are no label maps with classes"
+    if data.task == "depth":
+        yield "data.class_index", "labels are depths"
