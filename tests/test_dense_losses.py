@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from tif_jax import tasks
 from tif_jax.errors import InputError
-from tif_jax.training import dense_losses, tasks
+from tif_jax.training import dense_losses
 from tif_jax.training.dense_losses import (
     class_counts,
     depth,
@@ -19,7 +20,8 @@ from tif_jax.training.dense_losses import (
     scale_invariant_log,
     segmentation,
     valid_depth,
-)  # fmt: skip
+)
+from tif_jax.training.tasks import of_task  # fmt: skip
 
 RNG = np.random.default_rng(0)
 
@@ -182,7 +184,7 @@ def test_miou_of_a_data_set_is_of_summed_counts():
         ious.append(both / either)
     assert ious[2] == 0 and sums["union"][3] == 0
     assert mean_iou(sums["intersection"], sums["union"]) == pytest.approx(np.mean(ious))
-    measured = tasks.SEGMENTATION.measured({**sums, "loss": 10.0}, 5)
+    measured = of_task("segmentation").measured({**sums, "loss": 10.0}, 5)
     assert measured == pytest.approx(
         {"loss": 2.0, "miou": np.mean(ious), "pixel_accuracy": (predicted == labels)[pixels].mean()}
     )
@@ -203,13 +205,16 @@ def test_tasks_say_what_decides():
     decides = {name: (task.headline.key, task.headline.higher_is_better) for name, task in tasks.TASKS.items()}
     assert decides == {"classification": ("top1", True), "depth": ("rmse", False), "segmentation": ("miou", True)}
     rmse = tasks.DEPTH.headline
-    assert max((0.5, 0.25, 0.75), key=rmse.merit) == 0.25 and rmse.label == "RMSE (m)"
-    near = tasks.of_task("depth", max_depth=5.0)
+    assert max((0.5, 0.25, 0.75), key=rmse.merit) == 0.25 and (rmse.label, rmse.heading) == ("RMSE (m)", "RMSE m")
+    with pytest.raises(InputError, match="the task is 'flow'; it is one of classification, depth, segmentation"):
+        of_task("flow")
+
+
+def test_which_pixels_of_depth_count():
+    near = of_task("depth", max_depth=5.0)
     batch = {"label_map": jnp.float32([[[4.0, 6.0]]])}
     assert near.loss(batch["label_map"], {}, batch)["valid"] == 0.5
-    cropped = tasks.of_task("depth", eigen_crop=True).terms(
-        jnp.ones((1, 24, 32)), {}, {"label_map": jnp.ones((1, 24, 32))}
-    )
-    assert float(cropped["valid"][0]) == pytest.approx(eigen_mask((24, 32)).mean())
-    with pytest.raises(InputError, match="the task is 'flow'; it is one of classification, depth, segmentation"):
-        tasks.of_task("flow")
+    ones = jnp.ones((1, 24, 32))
+    cropped = of_task("depth", eigen_crop=True)
+    assert float(cropped.terms(ones, {}, {"label_map": ones})["valid"][0]) == pytest.approx(eigen_mask((24, 32)).mean())
+    assert cropped.loss(ones, {}, {"label_map": ones})["valid"] == 1  # for pictures that are cut anew

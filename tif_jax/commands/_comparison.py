@@ -8,8 +8,10 @@ from tif_jax.commands._report import heading, table_of
 from tif_jax.commands._results import curves_of, result_of, summarise
 from tif_jax.commands._tables import Column, markdown
 from tif_jax.data.preprocess import PARTS
+from tif_jax.errors import InputError
 from tif_jax.figures import comparison as plots
 from tif_jax.runtime import files, records
+from tif_jax.tasks import Task, of_metrics
 from tif_jax.training.recipe import WITHOUT_EFFECT
 
 _SAME_VIEWS = ("image_size", *PARTS)
@@ -20,13 +22,14 @@ _LONGEST = 200  # characters of a value in a table
 def compare(workdirs: Sequence[Path]) -> dict[str, Any]:
     """The content of comparison.json: `runs` (each a result with its name), `differing` keys of their configs, `rows`.
 
-    `not_comparable` says why top-1 can not be compared, `speed_note` what holds for images/s; `same_speed` whether they were
-    measured on one machine, with one batch size and dtype.
+    `not_comparable` says why their metrics can not be compared, `speed_note` what holds for images/s; `same_speed` whether
+    they were measured on one machine, with one batch size and dtype. Raises InputError for runs of several tasks.
     """
     names = _names(workdirs)
     runs = [{"name": name, **result_of(workdir)} for name, workdir in zip(names, workdirs, strict=True)]
+    task = _task_of(runs)
     same_speed = all(run["speed"] for run in runs) and not _differing([run["speed"] for run in runs])
-    rows = [{"run": run["name"], **row} for run in runs for row in summarise(run["rows"])]
+    rows = [{"run": run["name"], **row} for run in runs for row in summarise(run["rows"], task)]
     if not same_speed:
         rows = [row | {"images_per_second": None} for row in rows]
     return {
@@ -42,18 +45,20 @@ def compare(workdirs: Sequence[Path]) -> dict[str, Any]:
 def write(workdirs: Sequence[Path], found: Mapping[str, Any], folder: Path) -> None:
     """FOLDER/comparison.md, comparison.json and the figures."""
     folder.mkdir(parents=True, exist_ok=True)
-    plots.outcomes(found["rows"], "gmac", "GMAC per image", folder / "accuracy_cost.png")
+    task = _task_of(found["runs"])
+    plots.outcomes(found["rows"], "gmac", "GMAC per image", folder / "accuracy_cost.png", task.headline)
     if found["same_speed"]:
-        plots.outcomes(found["rows"], "images_per_second", "images/s", folder / "accuracy_speed.png")
+        plots.outcomes(found["rows"], "images_per_second", "images/s", folder / "accuracy_speed.png", task.headline)
     names = [run["name"] for run in found["runs"]]
     curves = {name: curves_of(workdir) for name, workdir in zip(names, workdirs, strict=True)}
-    plots.losses(curves, folder / "training.png")
+    plots.losses(curves, folder / "training.png", task)
     records.write(folder / "comparison.json", found)
     files.write(folder / "comparison.md", markdown_of(found, pictures=True).encode())
 
 
 def markdown_of(found: Mapping[str, Any], pictures: bool = False) -> str:
-    runs, rows = found["runs"], found["rows"]
+    runs, rows, task = found["runs"], found["rows"], _task_of(found["runs"])
+    decides = task.headline.name[:1].upper() + task.headline.name[1:]
     run = Column("run", ("run",), lambda name: f"`{name}`")
     shown = ["accuracy_cost", *(["accuracy_speed"] if found["same_speed"] else []), "training"]
     seeds = sorted({row["num_seeds"] for row in rows})
@@ -67,12 +72,12 @@ def markdown_of(found: Mapping[str, Any], pictures: bool = False) -> str:
         "",
         "## Accuracy and cost after fine-tuning",
         "",
-        *(f"**Top-1 can not be compared**: {reason}." for reason in found["not_comparable"]),
+        *(f"**{decides} can not be compared**: {reason}." for reason in found["not_comparable"]),
         *([""] if found["not_comparable"] else []),
         f"Mean ± standard deviation over {' or '.join(map(str, seeds)) or 'no'} seeds, where these differ. "
         f"{found['speed_note']}",
         "",
-        *(table_of(rows, run) if rows else ["Nothing is fine-tuned yet."]),
+        *(table_of(rows, task, run) if rows else ["Nothing is fine-tuned yet."]),
         "",
         *(
             f"`{r['name']}`: not finished, or not evaluated: {', '.join(r['unfinished'])}.\n"
@@ -83,6 +88,15 @@ def markdown_of(found: Mapping[str, Any], pictures: bool = False) -> str:
     if pictures:
         lines += [line for name in shown for line in (f"![{name.replace('_', ' against ')}]({name}.png)", "")]
     return "\n".join(lines)
+
+
+def _task_of(runs: Sequence[Mapping[str, Any]]) -> Task:
+    """Raises InputError if it is not the same for all of them."""
+    found = {run["name"]: of_metrics(run["backbone"]) for run in runs}
+    if len({*found.values()}) > 1:
+        told = ", ".join(f"{name} is {task.name}" for name, task in found.items())
+        raise InputError(f"the runs are of several tasks ({told}); compare those of one")
+    return next(iter(found.values()))
 
 
 def _names(workdirs: Sequence[Path]) -> list[str]:
@@ -115,7 +129,7 @@ def _configs(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 def _not_comparable(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Reasons why top-1 of these runs says nothing of which is better."""
+    """Reasons why the metrics of these runs say nothing of which is better."""
     reasons = []
     if _differing([_images_of(run["test"]) for run in runs]):
         sizes = ", ".join(f"`{run['name']}` has {run['test']['num_images']}" for run in runs)

@@ -12,6 +12,7 @@ from typing import Any
 
 from tif_jax.errors import InputError
 from tif_jax.runtime import locks, log_file, metrics_log, records
+from tif_jax.tasks import of_metrics
 
 Stage = dict[str, Any]  # folder, kind, state ("done", "begun", "to do", "broken"), done, of, unit, told
 
@@ -67,7 +68,9 @@ def _trained(folder: Path) -> Stage:
     if step < of:
         return {"state": "begun", "done": max(step, reached), "of": of, "told": ", ".join([f"saved at {step}", *told])}
     metrics = records.read(folder / "metrics.json") or {}
-    told += [f"top-1 {100 * metrics['top1']:.2f} %"] if "top1" in metrics else []
+    headline = of_metrics(metrics).headline
+    found = metrics.get(headline.key)
+    told += [f"{headline.name} {headline.text(found)}"] if found is not None else []
     told += [f"from {note['workdir']}"] if (note := records.read(folder / "taken_from.json")) else []
     return {"state": "done", "done": step, "of": of, "told": ", ".join(told)}
 

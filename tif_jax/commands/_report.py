@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tif_jax.commands._results import curves_of, result_of, summarise
-from tif_jax.commands._tables import Column, fixed, markdown, percent
+from tif_jax.commands._tables import Column, fixed, markdown, spread
 from tif_jax.commands.evaluate import KEEP_RATIOS
 from tif_jax.data.loader import evaluation_batches
 from tif_jax.errors import WorkError
@@ -20,16 +20,13 @@ from tif_jax.impact import shards
 from tif_jax.models import Model
 from tif_jax.models.budget import AMOUNTS
 from tif_jax.runtime import files, records
+from tif_jax.tasks import Task, of_metrics
 from tif_jax.tokens import num_kept, top_k
 from tif_jax.weights.loading import load
 
 TOKENS = "tokens.png"
 _NUM_PICTURES = 8
-_SUMMARY = (
-    Column("reducer", ("label",)),
-    Column("before %", ("top1_before",), percent),
-    Column("top-1 %", ("top1",), percent),
-    Column("among classes %", ("top1_among_classes",), percent),  # where the data set has fewer classes than the model
+_OF_COST = (
     Column("images", ("num_images",)),  # where the rows are not of the same ones
     Column("tokens left", ("tokens_left",)),
     Column("GMAC", ("gmac",), fixed(4)),
@@ -64,31 +61,38 @@ def write_report(workdir: Path, of_filter: Experiment | None = None) -> None:
 
 def write_markdown(workdir: Path, result: Mapping[str, Any], folder: Path) -> None:
     """FOLDER/report.md of the run in a workdir, with accuracy_cost.png and training.png; tokens.png is there or not."""
-    summary, shown = summarise(result["rows"]), ["accuracy_cost.png", "training.png"]
-    accuracy_cost(summary, folder / "accuracy_cost.png")
-    training_curves({Path(name).name: lines for name, lines in curves_of(workdir).items()}, folder / "training.png")
+    task = of_metrics(result["backbone"])
+    summary, shown = summarise(result["rows"], task), ["accuracy_cost.png", "training.png"]
+    accuracy_cost(summary, folder / "accuracy_cost.png", task.headline)
+    curves = {Path(name).name: lines for name, lines in curves_of(workdir).items()}
+    training_curves(curves, folder / "training.png", task)
     shown += [TOKENS] if result["rankings"] and (folder / TOKENS).exists() else []
     files.write(folder / "report.md", markdown_of(result, summary, shown).encode())
 
 
 def markdown_of(result: Mapping[str, Any], summary: Sequence[dict[str, Any]], pictures: Collection[str] = ()) -> str:
     """The report. pictures: which figures lie beside it."""
-    seeds = max((row["num_seeds"] for row in summary), default=1)
-    spread = "one seed" if seeds == 1 else f"mean ± standard deviation over {seeds} seeds, where these differ"
+    task = of_metrics(result["backbone"])
+    decides, seeds = task.headline, max((row["num_seeds"] for row in summary), default=1)
+    over = "one seed" if seeds == 1 else f"mean ± standard deviation over {seeds} seeds, where these differ"
+    how = (
+        f"Every row is fine-tuned from the same backbone by the same recipe; {over}. Before: {decides.name} of the same "
+        "weights under the reducer, not yet fine-tuned. Tokens left: patch tokens that leave the last block. Images/s: "
+        "interleaved in one process."
+    )
     lines = [
         "# Report",
         "",
         *heading(result),
         "",
-        f"Backbone before fine-tuning: top-1 {100 * result['backbone']['top1']:.2f} %.",
+        f"Backbone before fine-tuning: {decides.name} {decides.text(result['backbone'][decides.key])}.",
         "",
         "## Accuracy and cost after fine-tuning",
         "",
-        f"Every row is fine-tuned from the same backbone by the same recipe; {spread}. Before: top-1 of the same weights "
-        "under the reducer, not yet fine-tuned. Tokens left: patch tokens that leave the last block. Images/s: interleaved "
-        "in one process.",
+        how,
         "",
-        *(table_of(summary) if summary else ["Nothing is fine-tuned yet."]),
+        *_of_baselines(result.get("baselines", {}), task),
+        *(table_of(summary, task) if summary else ["Nothing is fine-tuned yet."]),
         "",
         *_notes(result),
         *(["![accuracy against cost](accuracy_cost.png)", ""] if "accuracy_cost.png" in pictures else []),
@@ -110,6 +114,8 @@ def heading(result: Mapping[str, Any]) -> list[str]:
         "machine": machine_of(result),
         "software": ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
     }
+    if result["test"].get("eigen_crop"):
+        facts["compared"] = "within the Eigen crop"
     if result["taken_from"]:
         facts["taken over"] = "; ".join(
             f"{', '.join(of)} from `{origin}`" for origin, of in result["taken_from"].items()
@@ -131,15 +137,37 @@ def machine_of(result: Mapping[str, Any]) -> str:
     return f"{devices}{machine['processor']}, {machine['cores']} cores, {machine['host']}"
 
 
-def table_of(summary: Sequence[dict[str, Any]], *columns: Column) -> list[str]:
+def table_of(summary: Sequence[dict[str, Any]], task: Task, *columns: Column) -> list[str]:
     """Lines: the rows of a summary, with further columns before. What a row lacks is '-'."""
-    shown = [column for column in _SUMMARY if any(row.get(column.key[0]) is not None for row in summary)]
+    decides = task.headline
+    known = [
+        Column("reducer", ("label",)),
+        Column(f"before {decides.unit}", (f"{decides.key}_before",), spread(decides.digits, decides.factor)),
+        *(Column(metric.heading, (metric.key,), spread(metric.digits, metric.factor)) for metric in task.metrics),
+        *_OF_COST,
+    ]
+    shown = [column for column in known if any(row.get(column.key[0]) is not None for row in summary)]
     rows = [{column.key[0]: None for column in shown} | row for row in summary]
     return markdown([*columns, *(column._replace(text=_or_dash(column.text)) for column in shown)], rows)
 
 
 def _or_dash(text: Callable[[Any], str]) -> Callable[[Any], str]:
     return lambda value: "-" if value is None else text(value)
+
+
+def _of_baselines(found: Mapping[str, Mapping[str, Any]], task: Task) -> list[str]:
+    """Lines about what does not look at the picture."""
+    if not found:
+        return []
+    columns = [
+        Column("the same for every picture", ("name",)),
+        *(Column(metric.heading, (metric.key,), fixed(metric.digits, metric.factor)) for metric in task.metrics),
+    ]
+    rows = [{"name": name, **row} for name, row in found.items()]
+    told = (
+        "What every model has to beat, read off the label maps of the training images and measured on the test images:"
+    )
+    return [told, "", *markdown(columns, rows), ""]
 
 
 def _notes(result: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """What a run found, from the files that its stages left: the content of report.json, without images or weights."""
 
 import logging
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from tif_jax.errors import InputError
 from tif_jax.experiment.earlier import NOTE
 from tif_jax.experiment.predecessors import finished
 from tif_jax.runtime import log_file, metrics_log, records
+from tif_jax.tasks import CLASSIFICATION, Metric, Task, of_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +37,12 @@ def result_of(workdir: Path) -> dict[str, Any]:
     speed = records.read(workdir / "benchmark.json") or {}
     per_label = {row.get("label"): row for row in speed.get("rows", [])}
     planned = [stage for stage in plan["stages"] if "label" in stage]
-    rows = [row for stage in planned if (row := _row(workdir, stage, per_label.get(stage["label"], {})))]
+    task = of_metrics(backbone)
+    rows = [row for stage in planned if (row := _row(workdir, stage, per_label.get(stage["label"], {}), task))]
     ranked = next((stage["folder"] for stage in plan["stages"] if stage.get("ranked")), None)
     rankings = records.read(workdir / ranked / "metrics.json") if ranked else None
-    best, chosen_on = _best([row for row in rows if row["label"] == plan["label"]])
+    best, chosen_on = _best([row for row in rows if row["label"] == plan["label"]], task.headline)
+    baselines = records.read(workdir / "baselines.json")
     return {
         **{key: plan[key] for key in _OF_RUN},
         "begun": plan["date"],
@@ -48,6 +52,7 @@ def result_of(workdir: Path) -> dict[str, Any]:
         "test": {"num_images": backbone["num_images"], **backbone["settings"]},
         "taken_from": _taken_from(workdir, plan["stages"]),
         "backbone": backbone,
+        **({"baselines": baselines["baselines"]} if baselines else {}),
         "rows": rows,
         "filter": _filter_summary(rankings["rankings"]) if rankings else None,
         "rankings": rankings,
@@ -58,7 +63,7 @@ def result_of(workdir: Path) -> dict[str, Any]:
     }
 
 
-def _row(workdir: Path, stage: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, Any] | None:
+def _row(workdir: Path, stage: Mapping[str, Any], measured: Mapping[str, Any], task: Task) -> dict[str, Any] | None:
     """Of a fine-tuning; None if it is not finished, or its metrics are of another checkpoint."""
     directory = workdir / stage["folder"]
     metrics = records.read(directory / "metrics.json")
@@ -67,14 +72,15 @@ def _row(workdir: Path, stage: Mapping[str, Any], measured: Mapping[str, Any]) -
             return None
     except InputError:  # it has steps to go
         return None
+    decides = task.headline.key
     row = {
         "reducer": stage["reducer"],
         "label": stage["label"],
         "keep_ratio": metrics["keep_ratio"],
         "tokens_left": metrics["tokens_left"],
         "seed": stage["seed"],
-        "top1": metrics["top1"],
-        "top1_before": metrics["before"]["top1"],
+        decides: metrics[decides],
+        f"{decides}_before": metrics["before"][decides],
         "num_images": metrics["num_images"],
         "gmac": metrics["gmac"],
         "images_per_second": measured.get("images_per_second"),
@@ -82,22 +88,27 @@ def _row(workdir: Path, stage: Mapping[str, Any], measured: Mapping[str, Any]) -
         "directory": stage["folder"],
     }
     if "validation" in metrics:
-        row["validation_top1"] = metrics["validation"]["top1"]
+        row[f"validation_{decides}"] = metrics["validation"][decides]
         row["validation_loss"] = metrics["validation"]["loss"]
-    return row | {key: metrics[key] for key in ("top1_among_classes",) if key in metrics}
+    return row | {metric.key: metrics[metric.key] for metric in task.others if metric.key in metrics}
 
 
-def _best(rows: Sequence[dict[str, Any]]) -> tuple[str | None, str | None]:
+def _best(rows: Sequence[dict[str, Any]], metric: Metric) -> tuple[str | None, str | None]:
     """The folder of the best of these fine-tunings, and on what it was chosen: never on the test split.
 
     Without validation images nothing is chosen: it is the first, that of the first seed.
     """
     if not rows:
         return None, None
-    if "validation_top1" not in rows[0]:
+    key = f"validation_{metric.key}"
+    if key not in rows[0]:
         return rows[0]["directory"], None
-    best = max(rows, key=lambda row: (row["validation_top1"], -row["validation_loss"]))
-    return best["directory"], "validation"
+
+    def merit(row: dict[str, Any]) -> tuple[float, float]:
+        value, loss = row[key], row["validation_loss"]  # None: not finite
+        return -math.inf if value is None else metric.merit(value), -math.inf if loss is None else -loss
+
+    return max(rows, key=merit)["directory"], "validation"
 
 
 def _taken_from(workdir: Path, stages: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
@@ -131,8 +142,8 @@ def curves_of(workdir: Path) -> dict[str, list[dict[str, Any]]]:
     return {stage["folder"]: lines for stage in stages if (lines := metrics_log.read(workdir / stage["folder"]))}
 
 
-def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per reducer: of each top-1, mean and sample standard deviation over the seeds; speed beside the full model.
+def summarise(rows: Sequence[dict[str, Any]], task: Task = CLASSIFICATION) -> list[dict[str, Any]]:
+    """One row per reducer: of each metric, mean and sample standard deviation over the seeds; speed beside the full model.
 
     The deviation is None where nothing varies: of one seed, or of what no seed touches, as a reducer off the shelf.
     """
@@ -141,10 +152,11 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for label in dict.fromkeys(row["label"] for row in rows):
         of_label = [row for row in rows if row["label"] == label]
         row = {key: of_label[0][key] for key in same}
-        for metric in ("top1", "top1_before", "top1_among_classes"):
+        for metric in (task.headline.key, f"{task.headline.key}_before", *(other.key for other in task.others)):
             if metric in of_label[0]:
-                values = [r[metric] for r in of_label]
-                row[metric] = statistics.mean(values), statistics.stdev(values) if len({*values}) > 1 else None
+                values = [math.nan if r[metric] is None else r[metric] for r in of_label]
+                varies = len({*values}) > 1 and all(map(math.isfinite, values))
+                row[metric] = statistics.mean(values), statistics.stdev(values) if varies else None
         summary.append(row | {"num_seeds": len(of_label)})
     if len(counts := sorted({row["num_images"] for row in rows})) > 1:
         for row in summary:

@@ -18,9 +18,12 @@ def fixed(digits: int, factor: float = 1.0) -> Callable[[float | None], str]:
     return lambda value: "-" if value is None or math.isnan(value) else f"{factor * value:.{digits}f}"
 
 
-def percent(value: tuple[float, float | None]) -> str:
-    """Mean and standard deviation, if it is known, of a fraction, as in '86.10 ± 0.61'."""
-    return " ± ".join(fixed(2, 100.0)(number) for number in value if number is not None)
+def spread(digits: int, factor: float = 1.0) -> Callable[[tuple[float, float | None]], str]:
+    """How mean and standard deviation, if it is known, are printed, as in '86.10 ± 0.61'."""
+    return lambda value: " ± ".join(fixed(digits, factor)(number) for number in value if number is not None)
+
+
+percent = spread(2, 100.0)  # of a fraction
 
 
 def markdown(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Bool, Float
+from jaxtyping import Array, Bool, Float
 
 from tif_jax import checked
 from tif_jax.commands import _arguments
@@ -42,7 +42,8 @@ from tif_jax.runtime import processes, records
 from tif_jax.runtime.mesh import make_mesh, replicate, shard
 from tif_jax.runtime.progress import Progress
 from tif_jax.runtime.workdir import begin_log
-from tif_jax.training import losses
+from tif_jax.tasks import CLASSIFICATION
+from tif_jax.training import tasks
 from tif_jax.training.checkpoints import read_config
 from tif_jax.training.recipe import WITHOUT_EFFECT
 from tif_jax.weights.loading import load, load_with_fields
@@ -71,7 +72,7 @@ def backbone(config: Experiment, workdir: Path) -> dict[str, Any]:
     model = load(checkpoint, dtype=config.dtype)
     metrics = _evaluate(config, model)
     imported = config.backbone.init_from and not config.backbone.head
-    if imported and metrics["loss"] > math.log(max(2, model.num_classes)):
+    if imported and "task" not in metrics and metrics["loss"] > math.log(max(2, model.num_classes)):
         logger.warning(
             "the imported backbone has a loss of %.2f nats, worse than guessing: are data.class_index, the labels or "
             "data.mean and data.std those of its training?", metrics["loss"],
@@ -106,7 +107,8 @@ def settings_of(config: Experiment) -> dict[str, Any]:
     """What decides on metrics beside the checkpoint: which images, and the dtype."""
     data = {name: value for name, value in checked.to_json(config.data).items() if name not in WITHOUT_EFFECT}
     examples = fingerprint(open_source(config.data, "test"))
-    return {"data": data, "examples": examples, "dtype": config.dtype}
+    crop = {"eigen_crop": True} if config.evaluate.eigen_crop else {}
+    return {"data": data, "examples": examples, "dtype": config.dtype, **crop}
 
 
 def _evaluate(config: Experiment, model: Model, split: str = "test") -> dict[str, Any]:
@@ -123,27 +125,27 @@ def _keep_ratio(reducer: Reducer) -> Any:
     return 1.0 if isinstance(reducer, Full) else None if by_number else getattr(reducer, "keep_ratio", None)
 
 
-def accuracy(model: Model, source: Source, config: Experiment, classes: Sequence[int] = ()) -> dict[str, int | float]:
-    """num_images that could be read, their mean cross-entropy (loss, nats) and top-1 (fraction).
+def accuracy(model: Model, source: Source, config: Experiment, classes: Sequence[int] = ()) -> dict[str, Any]:
+    """num_images that could be read, and what a model of its task is measured by on them (`training.tasks`).
 
-    With `classes` also top-1 among those classes alone. The images are divided among all devices of all processes. Raises
-    InputError if none can be read.
+    Of classification: mean cross-entropy (loss, nats) and top-1 (fraction); with `classes` also top-1 among those classes
+    alone. Of other tasks also which. The images are divided among all devices of all processes. Raises InputError if none
+    can be read, or none has a label.
     """
     batch_size = config.evaluate.batch_size
     mesh = make_mesh(batch_size)
     graphdef, params = nnx.split(model)[0], replicate(params_of(model), mesh)
+    judged_by = tasks.of_model(model, config.evaluate.eigen_crop)
 
     @partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
     def score(params, batch):
         with true_float32(model.dtype):
             prediction, aux = with_params(graphdef, params)(batch["image"])
-        terms = losses.classification(prediction, aux, batch)
+        terms = judged_by.terms(prediction, aux, batch)
         if classes:
             among = jnp.asarray(classes)[prediction[:, jnp.asarray(classes)].argmax(axis=-1)]
             terms["top1_among_classes"] = (among == batch["label"]).astype(jnp.float32)
-        weight = batch["weight"]  # 0: what fills up a batch, whose loss may be NaN
-        sums = {name: jnp.where(weight > 0, term * weight, 0).sum() for name, term in terms.items()}
-        return sums | {"images": weight.sum()}
+        return sums_of(terms, batch["weight"])
 
     totals = []
     batches = evaluation_batches(source, config.data, batch_size=batch_size, shared=True)
@@ -151,11 +153,40 @@ def accuracy(model: Model, source: Source, config: Experiment, classes: Sequence
         for batch in batches:
             totals.append(score(params, shard(batch, mesh)))
             progress.update(min(batch_size, len(source) - progress.done))
-    sums = {name: sum(float(t[name]) for t in jax.device_get(totals)) for name in totals[0]}
-    images = sums.pop("images")
+    return measured(judged_by, jax.device_get(totals), len(source))
+
+
+def sums_of(terms: Mapping[str, Any], weight: Float[Array | np.ndarray, " B"]) -> dict[str, Array]:
+    """Sums over a batch of images with these weights; `images` of these, and `counted`, those that are not without label."""
+    terms = dict(terms)
+    counts = weight * (terms.pop("valid") > 0) if "valid" in terms else weight
+
+    def total(term: Float[Array, "B ..."]) -> Array:
+        counted = counts.reshape(-1, *(1,) * (term.ndim - 1))
+        return jnp.where(counted > 0, term * counted, 0).sum(axis=0)  # 0: what fills up a batch, whose loss may be NaN
+
+    return {name: total(term) for name, term in terms.items()} | {"images": weight.sum(), "counted": counts.sum()}
+
+
+def measured(judged_by: tasks.Judged, totals: Sequence[Mapping[str, Any]], number: int) -> dict[str, Any]:
+    """Entries of metrics.json from the `sums_of` of all batches of so many images.
+
+    Raises InputError if none could be read, or none has a label.
+    """
+    sums: dict[str, Any] = {name: sum(np.asarray(t[name], np.float64) for t in totals) for name in totals[0]}
+    images, counted = int(sums.pop("images")), int(sums.pop("counted"))
     if not images:
-        raise InputError(f"none of the {len(source)} images to evaluate on can be read; the log names them")
-    return {"num_images": int(images), **{name: total / images for name, total in sums.items()}}
+        raise InputError(f"none of the {number} images to evaluate on can be read; the log names them")
+    if not counted:
+        raise InputError(
+            f"none of the {images} label maps to evaluate on has a pixel that counts; are data.label_folder and "
+            "data.label_scale theirs?"
+        )
+    if counted < images:
+        logger.warning("%d of %d label maps have no pixel that counts; they are left out", images - counted, images)
+    task = judged_by.task
+    named = {} if task is CLASSIFICATION else {"task": task.name}
+    return {"num_images": images, **named, **judged_by.measured(sums, counted)}
 
 
 def ranking_table(config: Experiment, workdir: Path) -> dict[str, Any]:

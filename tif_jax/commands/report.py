@@ -8,6 +8,7 @@ from tif_jax.commands._report import TOKENS, markdown_of, write_markdown
 from tif_jax.commands._results import result_of, summarise
 from tif_jax.errors import InputError
 from tif_jax.runtime import files, records
+from tif_jax.tasks import of_metrics
 
 
 def main(argv: list[str]) -> None:
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> None:
             files.write(output / TOKENS, files.read(pictures))
         records.write(output / "report.json", result)
         write_markdown(workdirs[0], result, output)
-    print(markdown_of(result, summarise(result["rows"])))
+    print(markdown_of(result, summarise(result["rows"], of_metrics(result["backbone"]))))
 
 
 def _output(name: str, workdirs: list[Path]) -> Path:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tif_jax.commands import _arguments, evaluate
+from tif_jax.commands import _arguments, _baselines, evaluate
 from tif_jax.commands._report import write_report
 from tif_jax.commands.benchmark import benchmark, is_measured
 from tif_jax.experiment import plan
@@ -58,6 +58,7 @@ def run(experiment: Experiment, workdir: Path, earlier: Path | None = None) -> N
     logger.info("stage backbone")
     train("backbone", experiment, workdir, earlier)
     _once(backbone_folder(workdir), evaluate.backbone, experiment, workdir)
+    _baselines.make(experiment, workdir)
     if imported:
         fields = read_config(finished(backbone_folder(workdir))[0])["model"]
         for of_run in runs:

@@ -177,6 +177,10 @@ class Evaluate:
     num_samples: int = key(
         8, "random masks with which the impact is measured on each of them", least=1, most=MOST_SAMPLES
     )
+    eigen_crop: bool = key(
+        False,
+        "depth only: compare the part of the picture that results on NYU Depth V2 are reported for (Eigen et al.)",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

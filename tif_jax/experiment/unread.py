@@ -9,6 +9,7 @@ from tif_jax import checked
 from tif_jax.data.options import DIVISIBLE, DataOptions
 from tif_jax.experiment.reducer_entry import FITTED
 from tif_jax.experiment.schema import Backbone, Experiment
+from tif_jax.tasks import DEPTH
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,10 @@ def _unused(experiment: Experiment) -> Iterator[tuple[str, str]]:
     yield ("filter.rho", "labels are top") if labels.labels == "top" else ("filter.keep_ratio", "labels are not top")
     if not any(entry.has_adapter for entry in entries):
         yield "adapter", "no reducer here has an adapter"
+    if (
+        backbone.model.get("task", DEPTH.name if backbone.init_from else "") != DEPTH.name
+    ):  # weights may know their task
+        yield "evaluate.eigen_crop", "the model's task is not depth"
     yield from _unused_in_finetuning(experiment)
     yield from _unused_of_data(experiment)
 

@@ -8,30 +8,32 @@ from typing import Any
 
 from tif_jax.figures.colours import CYCLE
 from tif_jax.figures.plots import accuracy_against, blank, height_for, loss_of, narrow, save
+from tif_jax.tasks import Metric, Task
 
 _STYLES = ("-", "--", ":", "-.")  # of the reducers that a run fine-tunes
 _KINDS = ("backbone", "filter", "adapter", "finetune")
 
 
-def outcomes(rows: Sequence[Mapping[str, Any]], key: str, label: str, path: Path) -> None:
-    """Top-1 (mean and standard deviation) against `key`: a colour for each run, a marker for each reducer."""
+def outcomes(rows: Sequence[Mapping[str, Any]], key: str, label: str, path: Path, metric: Metric) -> None:
+    """The metric (mean and standard deviation) against `key`: a colour for each run, a marker for each reducer."""
     figure, axes = blank(9, height_for([f"{row['run']}: {row['label']}" for row in rows]))
     runs = [*dict.fromkeys(row["run"] for row in rows)]
     reducers = [*dict.fromkeys(row["reducer"] for row in rows)]
     for row in rows:
         if row[key] is not None:
-            top1, spread = row["top1"]
+            value, spread = row[metric.key]
             axes.errorbar(
-                row[key], 100 * top1, spread and 100 * spread, capsize=3, color=_colour(runs, row["run"]),
+                row[key], metric.factor * value, spread and metric.factor * spread, capsize=3,
+                color=_colour(runs, row["run"]),
                 fmt="os^Dv<>pXP*"[reducers.index(row["reducer"]) % 11], label=narrow(f"{row['run']}: {row['label']}"),
             )  # fmt: skip
-    accuracy_against(axes, label)
+    accuracy_against(axes, label, metric)
     figure.legend(loc="outside right upper", fontsize=8)
     axes.grid(alpha=0.3)
     save(figure, path, dpi=120)
 
 
-def losses(curves: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], path: Path) -> None:
+def losses(curves: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], path: Path, task: Task) -> None:
     """Training losses by run and stage, in a panel for each kind of stage: a colour for each run."""
     kinds = [kind for kind in _KINDS if any(_kind(name) == kind for stages in curves.values() for name in stages)]
     longest = [f"{run}: {Path(name).name}" for run, stages in curves.items() for name in stages]
@@ -48,7 +50,7 @@ def losses(curves: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], path
         axes.set(title=kind, xlabel="step")
         axes.grid(alpha=0.3)
     if kinds:
-        (grid[0] if len(kinds) > 1 else grid).set_ylabel("training loss (nats)")
+        (grid[0] if len(kinds) > 1 else grid).set_ylabel(f"training {task.loss}")
     handles = {
         label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }

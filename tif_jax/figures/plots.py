@@ -10,32 +10,34 @@ import numpy as np
 from tif_jax.figures.colours import CYCLE, impact_scale, logit_scale
 from tif_jax.figures.maps import enlarged, map_over, tokens_over
 from tif_jax.runtime import files
+from tif_jax.tasks import CLASSIFICATION, Metric, Task
 
 _MARKERS = "os^DvPX"
 _LABEL = 28  # letters of a line of a legend
 
 
-def accuracy_cost(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Top-1 (mean, standard deviation or None) against GMAC, one point per reducer: each its own colour and marker."""
+def accuracy_cost(rows: Sequence[Mapping[str, Any]], path: Path, metric: Metric = CLASSIFICATION.headline) -> None:
+    """The metric (mean, standard deviation or None) against GMAC, one point per reducer: each its own colour and marker."""
     figure, axes = blank(9, height_for([row["label"] for row in rows]))
     for i, row in enumerate(rows):
-        top1, spread = row["top1"]
+        value, spread = row[metric.key]
         axes.errorbar(
-            row["gmac"], 100 * top1, spread and 100 * spread, capsize=3, label=narrow(row["label"]),
+            row["gmac"], metric.factor * value, spread and metric.factor * spread, capsize=3, label=narrow(row["label"]),
             fmt=_MARKERS[i // len(CYCLE) % len(_MARKERS)], color=CYCLE[i % len(CYCLE)],
         )  # fmt: skip
-    accuracy_against(axes, "GMAC per image")
+    accuracy_against(axes, "GMAC per image", metric)
     figure.legend(loc="outside right upper", fontsize=8)
     axes.grid(alpha=0.3)
     save(figure, path, dpi=120)
 
 
-def accuracy_against(axes: Any, cost: str) -> None:
-    """Labels and limits of a drawing of top-1 in percent, which ends at 100, against a cost, which begins at 0."""
-    axes.set(xlabel=cost, ylabel="top-1 (%)", xlim=(0, None), ylim=(None, min(axes.get_ylim()[1], 100.5)))
+def accuracy_against(axes: Any, cost: str, metric: Metric) -> None:
+    """Labels and limits of a drawing of a metric, which ends at the most that it can be, against a cost from 0 on."""
+    top = axes.get_ylim()[1] if metric.most is None else min(axes.get_ylim()[1], metric.most + metric.most / 200)
+    axes.set(xlabel=cost, ylabel=metric.label, xlim=(0, None), ylim=(None, top))
 
 
-def training_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+def training_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, task: Task = CLASSIFICATION) -> None:
     """The loss of each run against the fraction of its steps, faint, and its running mean: one panel for each kind of loss.
 
     The axis is logarithmic where all losses of a panel are positive and span more than a factor of five.
@@ -45,7 +47,7 @@ def training_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Pat
     panels: dict[str, dict[str, Sequence[Mapping[str, Any]]]] = {}
     for name, lines in curves.items():
         if lines:
-            panels.setdefault(_kind_of_loss(name), {})[name] = lines
+            panels.setdefault(_kind_of_loss(name, task), {})[name] = lines
     width = 4.5 * max(1, len(panels)) + 3
     figure, all_axes = blank(width, height_for([*curves]), columns=max(1, len(panels)))
     number = 0
@@ -104,10 +106,10 @@ def picture_page(pictures: Sequence[Mapping[str, Any]], path: Path) -> None:
     save(figure, path, dpi=100)
 
 
-def _kind_of_loss(run: str) -> str:
+def _kind_of_loss(run: str, task: Task) -> str:
     if run.startswith("adapter"):
         return "adapter: divergence (nats)"
-    return "filter: loss (nats)" if run.startswith("filter") else "classification: loss (nats)"
+    return "filter: loss (nats)" if run.startswith("filter") else f"{task.name}: {task.loss}"
 
 
 def loss_of(run: str, line: Mapping[str, Any]) -> float | None:

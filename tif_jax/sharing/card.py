@@ -8,17 +8,23 @@ from tif_jax.models import Model
 from tif_jax.models.cost import cost
 from tif_jax.runtime.version import __version__
 from tif_jax.sharing.facts import Facts
+from tif_jax.tasks import CLASSIFICATION, DEPTH, SEGMENTATION, Task, of_name
 from tif_jax.weights.folders import REDUCER, WEIGHTS
 
-_TAGS = ["tif_jax", "jax", "flax", "image-classification", "vision-transformer", "token-reduction"]
+_TAGS = ("tif_jax", "jax", "flax", "{task}", "vision-transformer", "token-reduction")
 _LOAD = """\
 ```python
 import tif_jax
 
 model = tif_jax.load("NAME")  # or this folder's path
-print(model.predict_images(["cat.jpg"], top=3))
+USE
 ```
 """
+_USE = {
+    CLASSIFICATION.name: 'print(model.predict_images(["cat.jpg"], top=3))',
+    DEPTH.name: 'metres, _ = model(model.preprocess(["room.jpg"]))  # (1, height, width)',
+    SEGMENTATION.name: 'logits, _ = model(model.preprocess(["room.jpg"]))  # (1, height, width, classes)',
+}
 _PLAIN = """\
 With Flax and safetensors, without `tif_jax.load`, in this folder:
 
@@ -53,14 +59,15 @@ def model_card(model: Model, facts: Facts, config: Mapping[str, Any], beside: Co
     config: the content of config.json; beside: the other files of the folder; name: what to load, hf:OWNER/NAME.
     """
     reducer, has_learned = config["tif_jax"]["reducer"], REDUCER in beside
+    task = of_name(getattr(model, "task", CLASSIFICATION.name))
     plain = _PLAIN + (_REDUCER if has_learned else "") + _UPDATE if "parameters.json" in beside else ""
     options = ", ".join(f"{name} {value!r}" for name, value in reducer.items() if name != "name")
     how = model.preprocessing
     lines = [
-        *_front_matter(facts),
+        *_front_matter(facts, task),
         f"# {_title(model, reducer)}",
         "",
-        f"Written by tif_jax {__version__}. {_sentence(model, reducer, options)}",
+        f"Written by tif_jax {__version__}. {_sentence(model, reducer, options, task)}",
         "",
         "## Made from",
         "",
@@ -74,7 +81,7 @@ def model_card(model: Model, facts: Facts, config: Mapping[str, Any], beside: Co
         "",
         "## Load",
         "",
-        _LOAD.replace("NAME", name),
+        _LOAD.replace("USE", _USE[task.name]).replace("NAME", name),
         plain,
         _TIMM.replace("NAME", name.removeprefix("hf:"))
         if "architecture" in config
@@ -93,8 +100,9 @@ def model_card(model: Model, facts: Facts, config: Mapping[str, Any], beside: Co
     return "\n".join(lines)
 
 
-def _front_matter(facts: Facts) -> list[str]:
-    said: dict[str, Any] = {"library_name": "tif_jax", "tags": _TAGS, "pipeline_tag": "image-classification"}
+def _front_matter(facts: Facts, task: Task) -> list[str]:
+    tags = [tag.format(task=task.hub_tag) for tag in _TAGS]
+    said: dict[str, Any] = {"library_name": "tif_jax", "tags": tags, "pipeline_tag": task.hub_tag}
     if facts.license:
         said["license"] = facts.license
     if facts.base_model.startswith("hf:"):
@@ -115,14 +123,17 @@ def _title(model: Model, reducer: Mapping[str, Any]) -> str:
     )
 
 
-def _sentence(model: Model, reducer: Mapping[str, Any], options: str) -> str:
+def _sentence(model: Model, reducer: Mapping[str, Any], options: str, task: Task) -> str:
     count = cost(model)
     kept = (
         f"Its reducer is `{reducer['name']}`{f' ({options})' if options else ''}. " if reducer["name"] != "full" else ""
     )
+    classes = "" if task is DEPTH else f" and {model.num_classes} classes"
+    most = getattr(model, "max_depth", None)  # metres
+    depths = f" It says how far each pixel is, up to {most:g} m." if task is DEPTH else ""
     return (
-        f"{kept}It has {count.parameters / 1e6:.3g} million parameters and {model.num_classes} classes, and takes "
-        f"{count.gmac:.3g} GMAC (10⁹ multiply-adds) an image."
+        f"{kept}It has {count.parameters / 1e6:.3g} million parameters{classes}, and takes "
+        f"{count.gmac:.3g} GMAC (10⁹ multiply-adds) an image.{depths}"
     )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tif_jax.runtime import records
+from tif_jax.tasks import CLASSIFICATION, Metric, of_metrics
 from tif_jax.training.checkpoints import identity, newest, read_config
 from tif_jax.weights.loading import checkpoint_directory
 
@@ -57,17 +58,25 @@ def _is_of(figures: Mapping[str, Any], digest: str) -> bool:
 
 
 def _accuracy(metrics: Mapping[str, Any], row: Mapping[str, Any], backbone: Mapping[str, Any]) -> list[tuple[str, str]]:
-    found = []
-    if "top1" in metrics:
-        found.append(("top-1", f"{100 * metrics['top1']:.1f} % of {metrics['num_images']} test images"))
-    if "top1_before" in row:
-        found.append(("top-1 before fine-tuning", f"{100 * row['top1_before']:.1f} %"))
+    task, found = of_metrics(metrics or backbone), []
+    decides, before = task.headline, f"{task.headline.key}_before"
+    for metric in (decides,) if task is CLASSIFICATION else task.metrics:
+        if metrics.get(metric.key) is not None:
+            where = f"{'of' if metric.unit == '%' else 'on'} {metrics['num_images']} test images"
+            found.append((metric.name, f"{_text(metric, metrics[metric.key])} {where}"))
+    if row.get(before) is not None:
+        found.append((f"{decides.name} before fine-tuning", _text(decides, row[before])))
     if "gmac" in metrics:
         found.append(("cost", f"{metrics['gmac']:.3g} GMAC (10⁹ multiply-adds) an image"))
-    if row and "top1" in backbone:
+    if row and backbone.get(decides.key) is not None:
         cost = f", {backbone['gmac']:.3g} GMAC" if "gmac" in backbone else ""
-        found.append(("the backbone without a reducer", f"top-1 {100 * backbone['top1']:.1f} %{cost}"))
+        told = f"{decides.name} {_text(decides, backbone[decides.key])}{cost}"
+        found.append(("the backbone without a reducer", told))
     return found
+
+
+def _text(metric: Metric, value: float) -> str:
+    return metric.text(value, 1 if metric.unit == "%" else None)
 
 
 def _speed(label: str | None, benchmark: Mapping[str, Any]) -> list[tuple[str, str]]:
