@@ -53,6 +53,10 @@ def test_label_maps_of_the_models_task_are_opened(folder, tmp_path):
     mask = experiment(classes(folder), "segmentation")
     check_splits(mask, tmp_path)
     assert open_for_model(mask, "test", Dense("segmentation", 5))[0]["label_map"].max() == 4
+    fresh = ("backbone.head=fresh", "backbone.num_epochs=1")
+    refused(r"backbone\.head 'fresh' .*: set data\.num_classes", lambda: check_splits(
+        experiment(classes(folder), "segmentation", *fresh), tmp_path))  # fmt: skip
+    check_splits(experiment(classes(folder, num_classes=5), "segmentation", *fresh), tmp_path)
     few = open_for_model(mask, "test", Dense("segmentation", 4))
     refused(
         r"the label map of val/image/0\.jpg has class 4; the model has classes 0\.\.3: say in data\.class_index",

@@ -55,8 +55,14 @@ def check_splits(experiment: Experiment, workdir: Path) -> None:
         _check_task(options, task or "classification")
     for split in ("train", "test"):
         if options.label_maps:
+            opened = data.open_source(options, split)
+            if experiment.backbone.head and options.task == "segmentation" and not opened.num_classes:
+                raise InputError(
+                    "backbone.head 'fresh' has an output for each class, and how many the label maps have is not said: set "
+                    "data.num_classes"
+                )
             with suppress(UnreadableImage):
-                data.open_source(options, split)[0]
+                opened[0]
             continue
         source = _with_labels(options, split, data.open_source(options, split))
         if experiment.backbone.head and source.num_classes < 2:
