@@ -148,9 +148,10 @@ def test_source_follows_the_order_of_the_index_and_kept_is_raster():
     index = jnp.tile(jnp.asarray([[1, 3, 4, 6, 9, 10, 14, 15]], jnp.int32), (3, 1))
     x = jnp.concatenate([x[:, :1], jnp.take_along_axis(x[:, 1:], index[..., None], axis=1)], axis=1)
     x, aux = jax.jit(lambda x: model.reducer(model.blocks, x, at_rows(model.tokens(3), index)))(x)
-    assert x.shape[1] == 1 + 4 + 1 and aux["source"].shape == (3, 8) and aux["kept"].shape == (3, 4)
+    assert x.shape[1] == 1 + 4 + 1 and aux["source"].shape == (3, 16) and aux["kept"].shape == (3, 4)
     for kept, source in zip(np.asarray(aux["kept"]), np.asarray(aux["source"]), strict=True):
-        np.testing.assert_array_equal(np.asarray(index)[0][source < 4], kept)
+        np.testing.assert_array_equal(np.flatnonzero((0 <= source) & (source < 4)), kept)
+        np.testing.assert_array_equal(np.flatnonzero(source >= 0), np.asarray(index)[0])
 
 
 @pytest.mark.long

@@ -11,7 +11,7 @@ from pictures import one_line
 from PIL import Image
 
 import tif_jax
-from tif_jax.models.heads import with_fresh_heads
+from tif_jax.models.fresh_heads import with_fresh_heads
 from tif_jax.models.params import params_of
 from tif_jax.training import fitting
 

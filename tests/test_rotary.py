@@ -126,7 +126,7 @@ def test_a_merged_token_lies_at_the_mean_of_its_members(tmp_path):
 def test_a_reducer_that_forgets_the_tokens_is_told(tmp_path):
     model = loaded(tmp_path, "rope_vit")
     x, tokens = jnp.zeros((2, 13, 16)), model.tokens(2)
-    fewer, left, _ = keep(x, tokens, jnp.zeros((2, 12)), 0.5)
+    fewer, left = keep(x, tokens, jnp.zeros((2, 12)), 0.5)
     jax.eval_shape(lambda x: model.blocks[0](x, left), fewer)
     with pytest.raises(
         InputError, match="a block got 7 tokens and the positions of 12 patches behind 1 special tokens"

@@ -18,7 +18,7 @@ import tif_jax
 from tif_jax.data.preprocess import Preprocessing
 from tif_jax.errors import InputError
 from tif_jax.models import built_with
-from tif_jax.models.heads import with_fresh_heads
+from tif_jax.models.fresh_heads import with_fresh_heads
 from tif_jax.models.params import params_of
 from tif_jax.runtime import records
 from tif_jax.sharing import card

@@ -1,6 +1,7 @@
 """Pure functions on tokens, all with static shapes.
 
-Legend: B images, T and S tokens, N patch tokens, K kept patch tokens, D width, H heads, C channels of a head.
+Legend: B images, T and S tokens, P patches of the raster, N patch tokens, K kept patch tokens, M rows that a patch is a
+mixture of, D width, H heads, C channels of a head.
 """
 
 from typing import Any, NamedTuple
@@ -31,6 +32,16 @@ class QueryKey(NamedTuple):
         return self.key if self.unrotated_key is None else self.unrotated_key
 
 
+GONE, BESIDE = -1, -2  # in `Tokens.source`
+
+
+class Spread(NamedTuple):
+    """Patches as mixtures of rows of x: of each patch M rows and the weight of each."""
+
+    rows: Int[Array, "B P M"]
+    weight: Float[Array, "B P M"]
+
+
 class Tokens(NamedTuple):
     """What the rows of a token array are."""
 
@@ -41,6 +52,12 @@ class Tokens(NamedTuple):
     # Row and column in the raster, from 0, of each patch token of x: what blocks read, if their positions are rotary. A
     # token made of several patches lies at their mean, weighted as they are in it (our choice), and has no index.
     position: Float[Array, "B N 2"]
+    # For each patch of the raster the row of x, among the patch tokens, that it lives in. GONE: it was dropped. BESIDE: it
+    # is in no row, but passes the blocks by, as it is in `offset`, and comes back.
+    source: Int[Array, "B P"]
+    # What a patch has beside what the row has: what passes by, or how it differs from the token that stands for it.
+    offset: Float[Array, "B P D"] | None = None
+    spread: Spread | None = None  # what patches are instead of a row of their own, where tokens are clusters of them
 
 
 def raster_tokens(
@@ -49,12 +66,31 @@ def raster_tokens(
     """Before anything is reduced: the special tokens, then all patches in raster order. dtype: of positions."""
     places = np.stack(np.divmod(np.arange(grid[0] * grid[1]), grid[1]), axis=-1)
     position = jnp.broadcast_to(jnp.asarray(places, dtype)[None], (num_images, *places.shape))
-    return Tokens(num_special, grid, row_numbers(num_images, grid[0] * grid[1]), has_class, position)
+    index = row_numbers(num_images, grid[0] * grid[1])
+    return Tokens(num_special, grid, index, has_class, position, index)
 
 
-def at_rows(tokens: Tokens, rows: Int[Array, "B K"]) -> Tokens:
-    """Of those patch tokens alone, by their places among all of them."""
-    return tokens._replace(index=take(tokens.index, rows), position=take(tokens.position, rows))
+def at_rows(tokens: Tokens, rows: Int[Array, "B K"], others: int = GONE) -> Tokens:
+    """Of those patch tokens alone, by their places among all of them. others: the source of the patches in the rest."""
+    source = follow(tokens.source, rows_of(rows, tokens.position.shape[1], others))
+    return tokens._replace(index=take(tokens.index, rows), position=take(tokens.position, rows), source=source)
+
+
+def set_aside(tokens: Tokens, rows: Int[Array, "B K"], offset: Float[Array, "B N D"], others: int = BESIDE) -> Tokens:
+    """At those rows alone, while the rest waits. others: the source of the rest, to which each of them adds its offset."""
+    of_others = put(offset, rows, jnp.zeros((*rows.shape, offset.shape[2]), offset.dtype))
+    return at_rows(tokens, rows, others)._replace(offset=_on_raster(tokens, of_others))
+
+
+def merged(tokens: Tokens, destination: Int[Array, "B N"], position: Float[Array, "B K 2"]) -> Tokens:
+    """After patch token n went into row destination[b, n], together with others or alone. position: of the K rows."""
+    return tokens._replace(position=position, source=follow(tokens.source, destination))
+
+
+def _on_raster(tokens: Tokens, patches: Float[Array, "B N D"]) -> Float[Array, "B P D"]:
+    """For each patch of the raster the token that it lives in; zeros for one that lives in none."""
+    value = take(patches, jnp.maximum(tokens.source, 0))
+    return jnp.where(tokens.source[..., None] >= 0, value, 0)
 
 
 def mean_position(position: Float[Array, "B N 2"], weight: Float[Array, "B N"]) -> Float[Array, "B 1 2"]:
@@ -83,11 +119,6 @@ def require_class(tokens: Tokens, method: str) -> None:
 def row_numbers(num_images: int, num_rows: int) -> Int[Array, "B N"]:
     """0, 1, ... for every image: of patch tokens, their raster positions before anything is reduced."""
     return jnp.broadcast_to(jnp.arange(num_rows, dtype=jnp.int32)[None], (num_images, num_rows))
-
-
-def identity_source(tokens: Tokens) -> Int[Array, "B N"]:
-    """aux['source'] before anything is reduced: every patch lives in its own row."""
-    return row_numbers(*tokens.index.shape)
 
 
 def split(x: Float[Array, "B T D"], num_special: int) -> tuple[Float[Array, "B S D"], Float[Array, "B N D"]]:
@@ -124,21 +155,17 @@ def put(
 
 def keep(
     x: Float[Array, "B T D"], tokens: Tokens, scores: Float[Array, "B N"], keep_ratio: float
-) -> tuple[Float[Array, "B S D"], Tokens, Int[Array, "B N"]]:
+) -> tuple[Float[Array, "B S D"], Tokens]:
     """`keep_rows` of the round(keep_ratio * N) patches with the highest scores."""
     return keep_rows(x, tokens, top_k(scores, num_kept(keep_ratio, scores.shape[1])))
 
 
 def keep_rows(
     x: Float[Array, "B T D"], tokens: Tokens, rows: Int[Array, "B K"]
-) -> tuple[Float[Array, "B S D"], Tokens, Int[Array, "B N"]]:
-    """The special tokens and those patch tokens, by their places among all of them, ascending: raster order is kept.
-
-    Also the place of each of the N patches among those kept, or -1: aux['source'].
-    """
+) -> tuple[Float[Array, "B S D"], Tokens]:
+    """The special tokens and those patch tokens, by their places among all of them, ascending: raster order is kept."""
     special, patches = split(x, tokens.num_special)
-    source = rows_of(rows, patches.shape[1], others=-1)
-    return join(special, take(patches, rows)), at_rows(tokens, rows), source
+    return join(special, take(patches, rows)), at_rows(tokens, rows)
 
 
 def rows_of(kept: Int[Array, "B K"], num_patches: int, others: int) -> Int[Array, "B N"]:
@@ -146,9 +173,9 @@ def rows_of(kept: Int[Array, "B K"], num_patches: int, others: int) -> Int[Array
     return put(jnp.full((kept.shape[0], num_patches), others, jnp.int32), kept, row_numbers(*kept.shape))
 
 
-def follow(source: Int[Array, "B N"], rows: Int[Array, "B M"]) -> Int[Array, "B N"]:
-    """Where patches live after row m went to rows[b, m]; -1, nowhere, stays."""
-    return jnp.where(source < 0, -1, take(rows, jnp.maximum(source, 0)))
+def follow(source: Int[Array, "B P"], rows: Int[Array, "B N"]) -> Int[Array, "B P"]:
+    """Where patches live after row n went to rows[b, n]; who lives in none stays so."""
+    return jnp.where(source < 0, source, take(rows, jnp.maximum(source, 0)))
 
 
 def check_keep_ratio(keep_ratio: float) -> None:

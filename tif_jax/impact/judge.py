@@ -17,9 +17,9 @@ from jaxtyping import Array, Float, Int
 
 from tif_jax.layers import true_float32
 from tif_jax.models import Model
+from tif_jax.models.model import FULL
 from tif_jax.models.params import params_of, with_params
 from tif_jax.models.vit import ViT
-from tif_jax.reducers.full import Full
 from tif_jax.runtime.mesh import replicate, shard
 from tif_jax.tokens import keep
 
@@ -101,13 +101,17 @@ def logits_of_best(
     model: ViT, images: Float[Array, "B Y X 3"], ranking: Float[Array, "B N"], keep_ratio: float
 ) -> Float[Array, "B L"]:
     """Logits of the frozen model when only the round(keep_ratio * N) highest-ranked patches enter its first block."""
-    x, tokens, _ = keep(model.embed(images), model.tokens(images.shape[0]), ranking, keep_ratio)
-    return model.predict(*Full()(model.blocks, x, tokens))[0]
+
+    def best_alone(blocks, x, tokens, rngs=None):
+        x, tokens = keep(x, tokens, ranking, keep_ratio)
+        return FULL(blocks, x, tokens, rngs)[0], {"source": tokens.source}
+
+    return model.predict(*model.encode(model.embed(images), reducer=best_alone))[0]
 
 
 def unreduced_logits(model: ViT, images: Float[Array, "B Y X 3"]) -> Float[Array, "B L"]:
     """Logits of the model when all patches go all the way, whatever its own reducer does."""
-    return model.predict(*Full()(model.blocks, model.embed(images), model.tokens(images.shape[0])))[0]
+    return model.predict(*model.encode(model.embed(images), reducer=FULL))[0]
 
 
 def outcome(

@@ -7,6 +7,10 @@
     build       names or fields -> a model with random weights, which a budget may size
     budget      multiply-adds allowed -> how many tokens a reducer keeps
     cost        a model -> its multiply-adds, parameters and token counts
+    heads       features on the raster of patches -> numbers for every pixel
+    grids       tokens left -> features on that raster, whatever the reducer did
+    fresh_heads new classification heads on a trained model
+    around      a block as another sees it who looks on (`cost`, `trace`, `grids`)
     predictions pictures -> their likeliest classes
     params      a model's weights as nested dicts, and back
 

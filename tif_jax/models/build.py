@@ -42,6 +42,8 @@ _RANGES = {
     "layer_scale": checked.Range(above=0),
     "norm_eps": checked.Range(above=0),
     "rotary_temperature": checked.Range(above=0),
+    "decoder_blocks": checked.Range(least=0, most=1000),
+    "max_depth": checked.Range(above=0),
 }
 
 
@@ -163,6 +165,8 @@ def with_defaults(fields: Mapping[str, Any]) -> dict[str, Any]:
     """All fields of the family. Raises InputError for a family or fields that there are not, or not so."""
     family = fields.get("family", "vit")
     found = check_fields(fields, family)
+    if found.get("task") == "depth":
+        found["num_classes"] = 0  # whatever the name or the weight file has
     return {"family": family, **_DEFAULTS[family], **found}
 
 

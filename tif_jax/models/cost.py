@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from tif_jax.models.around import Around
 from tif_jax.models.model import height_and_width
 
 
@@ -36,31 +37,19 @@ def cost(model: Any, image_size: int | tuple[int, int] | None = None) -> Cost:
 
 
 @dataclass(frozen=True)
-class _Recorder:
+class _Recorder(Around):
     """A block that notes how many tokens leave it."""
 
-    block: Any
     lengths: list[int]
-
-    def __getattr__(self, name: str):
-        return getattr(self.block, name)  # what a reducer asks a shrink block
-
-    def attend(self, *args, **kwargs):
-        return self.block.attend(*args, **kwargs)
 
     def feed_forward(self, x, *args, **kwargs):
         self.lengths.append(x.shape[1])
         return self.block.feed_forward(x, *args, **kwargs)
 
-    def __call__(self, x, tokens, key_log_weight=None, rngs=None):
-        x, qk = self.attend(x, tokens, key_log_weight, rngs)
-        return self.feed_forward(x, rngs), qk
-
 
 def _walk(model: Any, images: Array, lengths: list[int]) -> Array:
     """The reducer's walk over the blocks, which notes in `lengths` how many tokens leave each."""
-    x = model.embed(images)
-    return model.reducer([_Recorder(block, lengths) for block in model.blocks], x, model.tokens(x.shape[0]))[0]
+    return model.encode(model.embed(images), blocks=[_Recorder(block, lengths) for block in model.blocks])[0]
 
 
 def _multiply_adds(jaxpr) -> int:

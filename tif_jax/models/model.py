@@ -22,6 +22,7 @@ from tif_jax.reducers import Aux, Full, Reducer
 from tif_jax.tokens import Tokens, raster_tokens
 
 FULL = Full()
+TASKS = ("classification", "depth", "segmentation")
 # Normalised images lie within about 3, with noise in place of erased parts within 6; those from 0 to 255 far beyond.
 _FAR, _FAR_BEYOND = 20.0, 4.0
 _PREPARE = "tif_jax.preprocess(files, model) makes them"
@@ -43,6 +44,7 @@ class Model(nnx.Module):
     num_special: int  # class, distillation and register tokens, in front of the patches
     depth: int  # blocks
     dtype: Any  # of the computation; parameters and logits are float32
+    task: str = "classification"  # what it predicts: one of TASKS
     reducer: Reducer
     preprocessing: Preprocessing = Preprocessing()  # of the images that its weights were trained with
     class_names: tuple[str, ...] | None = None  # one per output of the head
@@ -67,9 +69,20 @@ class Model(nnx.Module):
         """
         raise NotImplementedError
 
-    def encode(self, x: Float[Array, "B T D"], rngs: nnx.Rngs | None = None) -> tuple[Float[Array, "B S E"], Aux]:
-        """The tokens after the last block, as the reducer left them, and its side channel."""
-        return self.reducer(self.blocks, x, self.tokens(x.shape[0]), rngs)
+    def encode(
+        self,
+        x: Float[Array, "B T D"],
+        rngs: nnx.Rngs | None = None,
+        *,
+        blocks: Sequence[Any] | None = None,
+        reducer: Reducer | None = None,
+    ) -> tuple[Float[Array, "B S E"], Aux]:
+        """The tokens after the last block, as the reducer left them, and its side channel.
+
+        blocks, reducer: others in place of the model's own.
+        """
+        blocks = self.blocks if blocks is None else blocks
+        return (self.reducer if reducer is None else reducer)(blocks, x, self.tokens(x.shape[0]), rngs)
 
     def predict(
         self,
@@ -77,7 +90,7 @@ class Model(nnx.Module):
         aux: Aux,
         patch_weight: Float[Array, "B N"] | None = None,
         rngs: nnx.Rngs | None = None,
-    ) -> tuple[Float[Array, "B L"], Aux]:
+    ) -> tuple[Float[Array, "B *prediction"], Aux]:
         """Class logits, at least float32, and aux with the logits of each head (`logits/...`), if there are several.
 
         patch_weight: each patch token's share where patches are averaged (the oracle's gates).
@@ -86,8 +99,10 @@ class Model(nnx.Module):
 
     def __call__(
         self, images: Float[Array | np.ndarray, "B Y X 3"], rngs: nnx.Rngs | None = None
-    ) -> tuple[Float[Array, "B L"], Aux]:
-        """Class logits (without a head, the pooled features) and the reducer's side channel."""
+    ) -> tuple[Float[Array, "B *prediction"], Aux]:
+        """The prediction and the reducer's side channel. Class logits (B, L), without a head the pooled features; of a dense
+        task depth in metres (B, Y, X), or class logits of every pixel (B, Y, X, L).
+        """
         x, aux = self.encode(self.embed(images, rngs), rngs)
         return self.predict(x, aux, rngs=rngs)
 

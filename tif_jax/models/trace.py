@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from tif_jax.layers import true_float32
+from tif_jax.models.around import Around
 from tif_jax.models.model import Model
 from tif_jax.models.vit import plain_vit
 from tif_jax.reducers import Aux
@@ -56,7 +57,7 @@ def _trace(graphdef: Any, params: Any, images: Float[Array, "B Y X 3"]):
 
         def walk(marked: Float[Array, "B S D"] | None):
             seen = _Seen(marked)
-            return seen, model.reducer([_Marked(block, seen) for block in model.blocks], x, tokens)
+            return seen, model.encode(x, blocks=[_Marked(block, seen) for block in model.blocks])
 
         # Marks begin at the first block, where the rows are known: before it patches stay or go, and an adapter may tell
         # each of all the others.
@@ -116,14 +117,10 @@ class _Seen:
 
 
 @dataclass(frozen=True)
-class _Marked:
+class _Marked(Around):
     """A block that passes marks on, row by row, and nothing else of the derivative."""
 
-    block: Any
     seen: _Seen
-
-    def __getattr__(self, name: str):
-        return getattr(self.block, name)
 
     def attend(self, x, tokens, *args, **kwargs):
         if self.seen.first is None:
@@ -136,10 +133,6 @@ class _Marked:
     def feed_forward(self, x, *args, **kwargs):
         self.seen.inside.append(x)
         return _with_marks(jax.lax.stop_gradient(self.block.feed_forward(x, *args, **kwargs)), x)
-
-    def __call__(self, x, tokens, key_log_weight=None, rngs=None):
-        x, qk = self.attend(x, tokens, key_log_weight, rngs)
-        return self.feed_forward(x, rngs), qk
 
 
 def _with_marks(y: Float[Array, "B T D"], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

@@ -5,9 +5,11 @@ L classes.
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
@@ -16,7 +18,9 @@ from jaxtyping import Array, Float
 
 from tif_jax.errors import InputError
 from tif_jax.layers import Linear, at_least_float32
-from tif_jax.models.model import FULL, Model, check_images, dtype_named, height_and_width, token_embedding
+from tif_jax.models.grids import FILLS, Watch, in_the_end, to_grid
+from tif_jax.models.heads import build_decoder
+from tif_jax.models.model import FULL, TASKS, Model, check_images, dtype_named, height_and_width, token_embedding
 from tif_jax.models.pooling import POOLS, AttentionPooling, weighted_mean
 from tif_jax.models.rotary import rotary_positions
 from tif_jax.models.vit_blocks import GELUS, Block
@@ -44,12 +48,18 @@ class ViT(Model):
       swiglu: SwiGLU, with mlp_dim products, in place of GELU (DINOv2 giant, EVA-02). attention_inner_norm, mlp_inner_norm: a
         norm before the last layer of each (EVA-02).
       layer_scale: initial value of LayerScale (DeiT III, DINOv2), or None.
+      task: 'classification', or what is predicted for every pixel: 'depth' (metres, between 0 and max_depth) or
+        'segmentation' (logits of num_classes classes). Then in place of a pool and a head there are
+        decoder: 'dpt' (`heads.DptDecoder`, of decoder_width channels) or 'linear' (`heads.LinearDecoder`), which reads the
+        features of decoder_blocks after `norm` (None: the last of each quarter), on the raster whatever the reducer did;
+        fill: what stands for a dropped patch there (`grids.to_grid`).
       remat: for the gradient, what lies inside the half-steps of blocks is computed again instead of kept.
 
     Raises InputError for fields that do not fit together.
     """
 
     position_embedding: nnx.Param  # where absolute_positions
+    decoder_blocks: tuple[int, ...] = ()  # of a dense task
 
     def __init__(
         self,
@@ -80,6 +90,12 @@ class ViT(Model):
         rotary_temperature: float | None = None,
         absolute_positions: bool = True,
         norm_eps: float = 1e-6,
+        task: str = "classification",
+        decoder: str = "dpt",
+        decoder_width: int = 64,
+        decoder_blocks: tuple[int, ...] | None = None,
+        max_depth: float = 10.0,
+        fill: str = "position",
         drop_path: float = 0.0,
         remat: bool = False,
         dtype: str = "float32",
@@ -88,41 +104,55 @@ class ViT(Model):
     ):
         self.image_size = height, columns = height_and_width(image_size)
         _check(height, columns, patch_size, width, num_heads, pool, class_token, gelu)
-        _check_heads(num_classes, pool, class_token, class_head, distillation_token)
-        self.dtype = dtype_named(dtype)
-        self.grid = (height // patch_size, columns // patch_size)
-        self.patch_size, self.pool, self.depth, self.reducer = patch_size, pool, depth, reducer
-        self.has_distillation = distillation_token
-        num_class, self.absolute = class_token + distillation_token, absolute_positions
-        self.num_positioned = num_class * (special_positions and absolute_positions)
-        self.num_special = num_class + num_registers
+        self.dtype, self.task, self.fill, self.max_depth = dtype_named(dtype), task, fill, max_depth
+        self.grid, self.patch_size, self.pool = (height // patch_size, columns // patch_size), patch_size, pool
+        self.depth, self.reducer, self.absolute = depth, reducer, absolute_positions
         self.patch_embedding = Linear(3 * patch_size**2, width, use_bias=not pre_norm, dtype=self.dtype, rngs=rngs)
-        self._add_embeddings(width, int(class_token), int(distillation_token), num_registers, rngs)
-        options: dict[str, Any] = dict(qkv_bias=qkv_bias, qk_norm=qk_norm, layer_scale=layer_scale, gelu=gelu)
-        options |= dict(swiglu=swiglu, inner_norms=(attention_inner_norm, mlp_inner_norm))
+        self._add_embeddings(width, class_token, distillation_token, num_registers, special_positions, rngs)
+        inner, sizes = (attention_inner_norm, mlp_inner_norm), (width, num_heads, mlp_dim or 4 * width)
+        options: dict[str, Any] = dict(qkv_bias=qkv_bias, qk_norm=qk_norm, layer_scale=layer_scale, inner_norms=inner)
         options |= dict(rotary=rotary_positions(rotary, width // num_heads, self.grid, rotary_grid, rotary_temperature))
-        options |= dict(norm_eps=norm_eps, remat=remat, dtype=self.dtype, rngs=rngs)
+        options |= dict(swiglu=swiglu, remat=remat)
+        common: dict[str, Any] = dict(gelu=gelu, norm_eps=norm_eps, dtype=self.dtype, rngs=rngs)
         norm = partial(nnx.LayerNorm, width, epsilon=norm_eps, dtype=self.dtype, use_fast_variance=False, rngs=rngs)
-        if pre_norm:
-            self.pre_norm = norm()
-        for i, rate in enumerate(drop_path * i / max(1, depth - 1) for i in range(depth)):
-            setattr(self, f"block_{i}", Block(width, num_heads, mlp_dim or 4 * width, drop_path=rate, **options))
-        if pool == "attention":
-            of_pool = dict(gelu=gelu, norm_eps=norm_eps, dtype=self.dtype, rngs=rngs)
-            self.attention_pool = AttentionPooling(width, num_heads, mlp_dim or 4 * width, **of_pool)
-        self._add_heads(num_classes, width, class_head, norm, rngs)
+        self._add_blocks(sizes, drop_path, norm if pre_norm else None, options | common)
+        if task == "classification":
+            self._add_heads(num_classes, width, class_head, norm, partial(AttentionPooling, *sizes, **common))
+        else:
+            self._add_decoder(decoder, width, decoder_width, decoder_blocks, num_classes, class_head, norm)
 
-    def _add_embeddings(self, width: int, class_token: int, distillation_token: int, num_registers: int, rngs) -> None:
+    def _add_embeddings(self, width, class_token, distillation_token, num_registers, special_positions, rngs) -> None:
         """Of positions, and the special tokens, by how many there are of each."""
+        self.has_distillation, num_class = distillation_token, class_token + distillation_token
+        self.num_special, self.num_positioned = num_class + num_registers, num_class * special_positions * self.absolute
         numbers = {"position_embedding": (self.num_positioned + math.prod(self.grid)) * self.absolute}
-        numbers |= {"class_token": class_token, "distillation_token": distillation_token}
+        numbers |= {"class_token": int(class_token), "distillation_token": int(distillation_token)}
         for name, number in (numbers | {"register_tokens": num_registers}).items():
             if number:
                 setattr(self, name, token_embedding(rngs, number, width))
 
-    def _add_heads(self, num_classes: int, width: int, class_head: bool, norm: Any, rngs: nnx.Rngs) -> None:
+    def _add_blocks(self, sizes: tuple[int, int, int], drop_path: float, pre_norm: Any, options) -> None:
+        """And the norm that stands before the first, if there is one. sizes: width, heads, mlp_dim."""
+        width, num_heads, mlp_dim = sizes
+        if pre_norm:
+            self.pre_norm = pre_norm()
+        for i, rate in enumerate(drop_path * i / max(1, self.depth - 1) for i in range(self.depth)):
+            setattr(self, f"block_{i}", Block(width, num_heads, mlp_dim, drop_path=rate, **options))
+
+    def _add_decoder(self, name, width: int, channels: int, blocks, num_classes: int, class_head: bool, norm) -> None:
+        _check_dense(self.task, self.fill, num_classes, class_head or self.has_distillation)
+        self.decoder_blocks = _decoder_blocks(blocks, self.depth)
+        self.norm = norm()
+        sizes = width, channels, len(self.decoder_blocks), num_classes or 1
+        self.decoder = build_decoder(name, *sizes, dtype=self.dtype, rngs=norm.keywords["rngs"])
+
+    def _add_heads(self, num_classes: int, width: int, class_head: bool, norm: Any, pooling: Any) -> None:
+        _check_heads(num_classes, self.pool, hasattr(self, "class_token"), class_head, self.has_distillation)
         normal, num_features = nnx.initializers.truncated_normal(0.02), width * (1 + (self.pool == "class_and_mean"))
-        head = partial(nnx.Linear, num_features, num_classes, kernel_init=normal, dtype=self.dtype, rngs=rngs)
+        given = dict(kernel_init=normal, dtype=self.dtype, rngs=norm.keywords["rngs"])
+        head = partial(nnx.Linear, num_features, num_classes, **given)
+        if self.pool == "attention":
+            self.attention_pool = pooling()
         self.norm = norm()
         if num_classes:
             self.head = head()
@@ -146,18 +176,44 @@ class ViT(Model):
         x = jnp.concatenate([*special, patches], axis=1)
         return self.pre_norm(x) if hasattr(self, "pre_norm") else x
 
+    @property
+    def num_classes(self) -> int:
+        """Outputs of the head, or classes of a pixel; 0 without a head, and of depth."""
+        return self.decoder.num_outputs if self.task == "segmentation" else super().num_classes
+
+    def encode(
+        self,
+        x: Float[Array, "B T D"],
+        rngs: nnx.Rngs | None = None,
+        *,
+        blocks: Sequence[Any] | None = None,
+        reducer: Reducer | None = None,
+    ) -> tuple[Float[Array, "B S D"], Aux]:
+        """As `Model.encode`; for a dense task aux has the features that the decoder reads, too: `blocks/I`."""
+        blocks = self.blocks if blocks is None else blocks
+        watch = Watch(blocks, self.decoder_blocks)
+        left, aux = super().encode(x, rngs, blocks=watch.blocks, reducer=reducer)
+        if not self.decoder_blocks:
+            return left, aux
+        grids = watch.grids(left, aux, self.tokens(x.shape[0]), self.fill, x[:, self.num_special :])
+        return left, {**aux, **{f"blocks/{i}": grid for i, grid in grids.items()}}
+
     def predict(
         self,
         x: Float[Array, "B S D"],
         aux: Aux,
         patch_weight: Float[Array, "B N"] | None = None,
         rngs: nnx.Rngs | None = None,
-    ) -> tuple[Float[Array, "B L"], Aux]:
-        """Class logits, float32. patch_weight: each patch token's share where patches are pooled (the oracle's gates).
+    ) -> tuple[Float[Array, "B *prediction"], Aux]:
+        """Class logits, or what the decoder makes of aux['blocks/...'], float32.
+
+        patch_weight: each patch token's share where patches are pooled (the oracle's gates).
 
         Where a reducer masks patches instead of removing them, aux['mask'] is their share. In attention pooling a token
         that stands for aux['size'] patches counts as often (ToMe's proportional attention); in a mean, once.
         """
+        if self.task != "classification":
+            return self._decoded(aux)
         if patch_weight is None:
             patch_weight = aux.get("mask", aux.get("size") if self.pool == "attention" else None)
         features = self._pooled(x, patch_weight)
@@ -171,6 +227,24 @@ class ViT(Model):
             aux = {**aux, "logits/main": logits, "logits/distillation": distilled}
             logits = (logits + distilled) / 2
         return logits, aux
+
+    def to_grid(
+        self, x: Float[Array, "B S D"], aux: Aux, embedded: Float[Array, "B T D"] | None = None
+    ) -> Float[Array, "B rows columns D"]:
+        """Every patch of the raster as `encode` left it (`grids.to_grid`), whatever the reducer. x, aux: what that returned.
+
+        embedded: what `embed` returned, where the field `fill` is 'embedding'.
+        """
+        patches = None if embedded is None else embedded[:, self.num_special :]
+        return to_grid(x, in_the_end(x, aux, self.tokens(x.shape[0])), self.fill, patches)
+
+    def _decoded(self, aux: Aux) -> tuple[Float[Array, "B *prediction"], Aux]:
+        """Depth in metres or class logits of every pixel, and aux without the features."""
+        features = [self.norm(aux[f"blocks/{i}"]) for i in self.decoder_blocks]
+        rest = {name: value for name, value in aux.items() if not name.startswith("blocks/")}
+        found = self.decoder(features, self.image_size)
+        # The 1: where a fresh decoder says nothing yet, depth is 2.7 m of 10, about that of a room.
+        return (self.max_depth * jax.nn.sigmoid(found[..., 0] - 1) if self.task == "depth" else found), rest
 
     def _pooled(self, x: Float[Array, "B S D"], weight: Float[Array, "B N"] | None) -> Float[Array, "B F"]:
         """The features that the head reads."""
@@ -223,6 +297,27 @@ def _check(height, columns, patch_size, width, num_heads, pool, class_token, gel
         raise InputError(f"pool {pool!r} needs class_token=True")
     if gelu not in GELUS:
         raise InputError(f"gelu is {gelu!r}; allowed: {', '.join(map(repr, GELUS))}")
+
+
+def _decoder_blocks(given: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
+    """The blocks whose features a decoder reads."""
+    chosen = tuple(depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)) if given is None else given
+    if not chosen or list(chosen) != sorted({*chosen}) or not 0 <= chosen[0] <= chosen[-1] < depth:
+        raise InputError(f"decoder_blocks is {chosen}; it lists blocks of 0..{depth - 1} in ascending order")
+    return chosen
+
+
+def _check_dense(task: str, fill: str, num_classes: int, has_further_heads: bool) -> None:
+    """Raises InputError for an unknown task, and for what a dense one does not have."""
+    for name, value, allowed in (("task", task, TASKS), ("fill", fill, FILLS)):
+        if value not in allowed:
+            raise InputError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}")
+    if has_further_heads:
+        raise InputError(f"class_head and distillation_token are for classification; the task is {task!r}")
+    if task == "segmentation" and num_classes < 2:
+        raise InputError(f"num_classes is {num_classes}; segmentation tells two classes apart at least")
+    if task == "depth" and num_classes:
+        raise InputError(f"num_classes is {num_classes}; depth has none: leave it 0")
 
 
 def _check_heads(num_classes, pool, class_token, class_head, distillation_token) -> None:

@@ -7,22 +7,24 @@ A reducer is an nnx.Module (if it has parameters) or a frozen dataclass, called 
     reducer(blocks, x, tokens, rngs) -> (x, aux)
 
 Blocks have to be told what the rows of x are: block(x, tokens, ...) and block.attend(x, tokens, ...) -> (x, QueryKey).
-A reducer that takes patch tokens away, moves or joins them changes `tokens` with them (`tokens.keep`, `keep_rows`, `at_rows`;
-`position` of a joined one), because rotary positions turn queries and keys by where in the raster each token lies. A block
-refuses tokens of another number.
+A reducer that takes patch tokens away, moves or joins them changes `tokens` with them (`tokens.keep`, `keep_rows`, `at_rows`,
+`merged`, `set_aside`): rotary positions turn queries and keys by where in the raster each token lies, and a dense head asks
+what every patch is, in any block (`models/grids.py`). A block refuses tokens of another number.
 
 A pyramid's shrink blocks (`models/levit_blocks.py`) have `stride` 2 and need the complete raster. A reducer that leads
 tokens through them says so by an attribute `walks_pyramids = True`; the others are refused by such models.
 
 `aux` is the whole side channel. Reserved names:
   kept           int32 (B, K), raster positions of the patches that stay tokens of their own, ascending
-  source         int32 (B, N), for each patch the row among the patch tokens that come out in which it lives, or -1
+  source         int32 (B, P), for each patch of the raster the row among the patch tokens that come out in which it lives,
+                 or -1: `tokens.source` as it is in the end
   mask           float (B, S), 1 for the patch tokens that come out and are still there, 0 for those masked out (training
                  forms that gather nothing)
   size           float (B, S), how many patches each patch token that comes out stands for in attention pooling
   filter_logits  (B, N), raster order: how much each patch is worth keeping
   loss/...       per-example terms that the training step adds
   logits/...     predictions of single heads, where the model has several: the classification loss scores each
+  blocks/I       (B, rows, columns, D), every patch after block I: the model adds those that its dense head reads
   tokens         (B, S, D), the patch tokens that come out, after the last norm: the step adds them for distillation
 """
 

@@ -17,10 +17,9 @@ from jaxtyping import Array, Float, Int
 from tif_jax.layers import widened
 from tif_jax.reducers import _schedule as schedule
 from tif_jax.tokens import (
-    at_rows,
     class_attention,
-    identity_source,
     join,
+    merged,
     require_class,
     split,
     take,
@@ -64,7 +63,6 @@ class Bat:
     def __call__(self, blocks, x, tokens, rngs=None):
         require_class(tokens, "bat")
         amounts = schedule.amounts(self.keep_ratio, self.sites, self.num_kept, len(blocks))
-        source = identity_source(tokens)
         for i, block in enumerate(blocks):
             x, qk = block.attend(x, tokens, rngs=rngs)
             counts = counts_at(tokens.index.shape[1], amounts.get(i, 1.0))
@@ -72,10 +70,10 @@ class Bat:
                 special, patches = split(x, tokens.num_special)
                 scores = class_attention(qk, tokens.num_special)
                 patches, position, left, row = reduce(patches, tokens.position, scores, counts)
-                x, tokens = join(special, patches), at_rows(tokens, left)._replace(position=position)
-                source = take(row, source)
+                x = join(special, patches)
+                tokens = merged(tokens, row, position)._replace(index=take(tokens.index, left))
             x = block.feed_forward(x, rngs=rngs)
-        return x, {"kept": tokens.index, "source": source}
+        return x, {"kept": tokens.index, "source": tokens.source}
 
 
 def counts_at(num_patches: int, amount: schedule.Amount) -> Counts:

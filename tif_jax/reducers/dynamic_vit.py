@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from tif_jax.errors import InputError
 from tif_jax.layers import Linear, gelu, widened
 from tif_jax.reducers import _schedule as schedule
-from tif_jax.tokens import at_rows, identity_source, join, rows_of, split, take, top_k
+from tif_jax.tokens import at_rows, join, split, take, top_k
 
 
 class Left(NamedTuple):
@@ -95,16 +95,15 @@ class DynamicVit(nnx.Module):
         return self._gather(sites, blocks, x, tokens) if rngs is None else self._mask(sites, blocks, x, tokens, rngs)
 
     def _gather(self, sites, blocks, x, tokens):
-        own, left = identity_source(tokens), tokens
+        left = tokens
         for i, block in enumerate(blocks):
             if i in sites:
                 special, patches = split(x, tokens.num_special)
                 everyone = jnp.ones(patches.shape[:2], widened(x.dtype))
                 kept = top_k(self._predict(i, patches, everyone)[..., 0], sites[i].number)
-                x, own, left = join(special, take(patches, kept)), take(own, kept), at_rows(left, kept)
+                x, left = join(special, take(patches, kept)), at_rows(left, kept)
             x, _ = block(x, left)
-        source = rows_of(own, tokens.index.shape[1], others=-1)
-        return x, {"kept": left.index, "source": source}
+        return x, {"kept": left.index, "source": left.source}
 
     def _mask(self, sites, blocks, x, tokens, rngs):
         num_special = tokens.num_special

@@ -17,10 +17,9 @@ from tif_jax.layers import widened
 from tif_jax.reducers import _schedule as schedule
 from tif_jax.tokens import (
     class_attention,
-    follow,
-    identity_source,
     join,
     mean_position,
+    merged,
     require_class,
     rows_of,
     split,
@@ -54,7 +53,6 @@ class Evit:
         require_class(tokens, "evit")
         amounts = schedule.amounts(self.keep_ratio, self.sites, self.num_kept, len(blocks))
         own = tokens.index  # raster positions of the patches that are tokens of their own, while their number is known
-        source = identity_source(tokens)
         for i, block in enumerate(blocks):
             x, qk = block.attend(x, tokens, rngs=rngs)
             num_patches = x.shape[1] - tokens.num_special
@@ -64,11 +62,10 @@ class Evit:
                 rows = rows_of(kept, num_patches, others=num_kept if self.fuse else -1)
                 fused = rows == num_kept if self.fuse else None
                 x = reorganise(x, scores, kept, fused)
-                tokens = tokens._replace(position=_positions(tokens.position, scores, kept, fused))
-                source = follow(source, rows)
+                tokens = merged(tokens, rows, _positions(tokens.position, scores, kept, fused))
                 own = take(own, kept) if own is not None and own.shape[1] == num_patches else None
             x = block.feed_forward(x, rngs=rngs)
-        return x, {"source": source} if own is None else {"source": source, "kept": own}
+        return x, {"source": tokens.source} | ({} if own is None else {"kept": own})
 
     def _num_kept(self, amount: schedule.Amount, num_patches: int) -> int:
         num_kept = schedule.count(amount, num_patches, math.ceil)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from tif_jax.reducers.evo_vit import evolve
 from tif_jax.reducers.full import Full
-from tif_jax.tokens import Tokens, check_keep_ratio, class_attention, identity_source, require_class, take, top_k
+from tif_jax.tokens import Tokens, check_keep_ratio, class_attention, require_class, take, top_k
 
 _DENSE = 2  # blocks of the first stage before the first selection
 
@@ -47,23 +47,21 @@ class EvoLevit(nnx.Module):
 
     def __call__(self, blocks, x, tokens, rngs=None):
         require_class(tokens, "evo_levit")
-        source = identity_source(tokens)
-        if num_shrinks := sum(_shrinks(block) for block in blocks):
-            source = jnp.broadcast_to(_cells(tokens.grid, num_shrinks)[None], source.shape)
         if self.keep_ratio == 1:
             x, _ = Full()(blocks, x, tokens, rngs)
-            for block in filter(_shrinks, blocks):
-                tokens = _subsample(block, tokens)
-            return x, {"kept": tokens.index, "source": source}
+            for i, block in enumerate(filter(_shrinks, blocks)):
+                tokens = _subsample(block, tokens, 1 + i)
+            return x, {"kept": tokens.index, "source": tokens.source}
 
         share = jax.nn.sigmoid(self.theta[...])
         momenta = [0.0] + [1 - share[i] for i in range(1, len(blocks))]  # the first block has nothing to average with
         runs, num_dense = _runs(blocks, self.layer_wise)
-        score = jnp.zeros(tokens.index.shape, share.dtype)
+        score, num_shrinks = jnp.zeros(tokens.index.shape, share.dtype), 0
         for start, stop in runs:
             if _shrinks(blocks[start]):
                 x, score = _shrink(blocks[start], x, tokens, score, momenta[start], rngs)
-                tokens = _subsample(blocks[start], tokens)
+                num_shrinks += 1
+                tokens = _subsample(blocks[start], tokens, num_shrinks)
                 continue
             num_patches = tokens.index.shape[1]
             num_slow = num_patches if start < num_dense else max(1, math.floor(self.keep_ratio * num_patches))
@@ -71,7 +69,7 @@ class EvoLevit(nnx.Module):
             x, score = evolve(
                 blocks[start:stop], x, tokens, score, slow, momenta[start:stop], self.representative, rngs
             )
-        return x, {"kept": take(tokens.index, slow), "source": source}
+        return x, {"kept": take(tokens.index, slow), "source": tokens.source}
 
 
 def _shrinks(block: Any) -> bool:
@@ -99,9 +97,11 @@ def _shrink(
     return x, score * (total / jnp.maximum(score.sum(axis=1, keepdims=True), jnp.finfo(score.dtype).tiny))
 
 
-def _subsample(block: Any, tokens: Tokens) -> Tokens:
-    """The tokens that a shrink block leaves of a complete raster."""
-    return tokens._replace(index=block.subsample(tokens.index), position=block.subsample(tokens.position))
+def _subsample(block: Any, tokens: Tokens, num_shrinks: int) -> Tokens:
+    """The tokens that a shrink block, so many with those before it, leaves of a complete raster."""
+    source = jnp.broadcast_to(_cells(tokens.grid, num_shrinks)[None], tokens.source.shape)
+    index, position = block.subsample(tokens.index), block.subsample(tokens.position)
+    return tokens._replace(index=index, position=position, source=source)
 
 
 def _cells(grid: tuple[int, int], num_shrinks: int) -> Int[Array, " N"]:

@@ -21,13 +21,12 @@ from tif_jax.reducers import _schedule as schedule
 from tif_jax.reducers.full import Full
 from tif_jax.tokens import (
     Tokens,
-    at_rows,
     class_attention,
-    identity_source,
     join,
     mean_position,
     put,
     require_class,
+    set_aside,
     split,
     take,
     top_k,
@@ -60,11 +59,10 @@ class EvoVit:
 
     def __call__(self, blocks, x, tokens, rngs=None):
         require_class(tokens, "evo_vit")
-        num_patches, source = tokens.index.shape[1], identity_source(tokens)
-        stages = self._stages(len(blocks), num_patches)
+        stages = self._stages(len(blocks), tokens.index.shape[1])
         if not stages:
             x, _ = Full()(blocks, x, tokens, rngs)
-            return x, {"kept": tokens.index, "source": source}
+            return x, {"kept": tokens.index, "source": tokens.source}
 
         for block in blocks[: min(stages)]:
             x, qk = block(x, tokens, rngs=rngs)
@@ -74,7 +72,7 @@ class EvoVit:
             slow = top_k(score, num_slow)
             momenta = [_MOMENTUM] * (stop - start)
             x, score = evolve(blocks[start:stop], x, tokens, score, slow, momenta, self.representative, rngs)
-        return x, {"kept": take(tokens.index, slow), "source": source}
+        return x, {"kept": take(tokens.index, slow), "source": tokens.source}
 
     def _stages(self, depth: int, num_patches: int) -> dict[int, int]:
         """The number of slow tokens of each stage, by the block that it begins with; none if all tokens are slow."""
@@ -106,14 +104,16 @@ def evolve(
     """
     num_special, num_slow = tokens.num_special, slow.shape[1]
     special, patches = split(x, num_special)
-    walking = at_rows(tokens, slow)
     representative &= num_slow < patches.shape[1]
     y = join(special, take(patches, slow))
-    if representative:
+    if not representative:
+        walking = set_aside(tokens, slow, patches)
+    else:
         weight = _placeholder_weights(score, slow)
         wide = widened(x.dtype)
         before = jnp.einsum("bn,bnd->bd", weight.astype(wide), patches.astype(wide))[:, None].astype(x.dtype)
         y = join(y, before)
+        walking = set_aside(tokens, slow, patches - before, others=num_slow)
         walking = walking._replace(position=join(walking.position, mean_position(tokens.position, weight)))
     slow_score = take(score, slow)
     for block, momentum in zip(blocks, momenta, strict=True):

@@ -19,6 +19,6 @@ class Norm:
 
     def __call__(self, blocks, x, tokens, rngs=None):
         scores = jnp.linalg.norm(split(x, tokens.num_special)[1].astype(jnp.float32), axis=-1)
-        x, tokens, source = keep(x, tokens, scores, self.keep_ratio)
+        x, tokens = keep(x, tokens, scores, self.keep_ratio)
         x, aux = Full()(blocks, x, tokens, rngs)
-        return x, {**aux, "kept": tokens.index, "source": source}
+        return x, {**aux, "kept": tokens.index, "source": tokens.source}

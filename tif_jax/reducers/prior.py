@@ -20,6 +20,6 @@ class Prior(nnx.Module):
 
     def __call__(self, blocks, x, tokens, rngs=None):
         scores = self.logits[...][tokens.index]
-        x, tokens, source = keep(x, tokens, scores, self.keep_ratio)
+        x, tokens = keep(x, tokens, scores, self.keep_ratio)
         x, aux = Full()(blocks, x, tokens, rngs)
-        return x, {**aux, "kept": tokens.index, "source": source}
+        return x, {**aux, "kept": tokens.index, "source": tokens.source}

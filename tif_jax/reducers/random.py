@@ -32,9 +32,9 @@ class Random:
         patches = split(x, tokens.num_special)[1]
         keys = draw_keys(self.draw_seed, patches, rngs)
         scores = jax.vmap(lambda key: jax.random.uniform(key, patches.shape[1:2]))(keys)
-        x, tokens, source = keep(x, tokens, scores, self.keep_ratio)
+        x, tokens = keep(x, tokens, scores, self.keep_ratio)
         x, aux = Full()(blocks, x, tokens, rngs)
-        return x, {**aux, "kept": tokens.index, "source": source}
+        return x, {**aux, "kept": tokens.index, "source": tokens.source}
 
 
 def draw_keys(seed: int, patches: Float[Array, "B N D"], rngs: nnx.Rngs | None) -> Key[Array, " B"]:

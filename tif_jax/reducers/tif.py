@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from tif_jax.errors import InputError
 from tif_jax.layers import Linear, gelu
 from tif_jax.reducers.full import Full
-from tif_jax.tokens import check_keep_ratio, follow, join, keep_rows, num_kept, split, take, top_k
+from tif_jax.tokens import check_keep_ratio, join, keep_rows, num_kept, split, take, top_k
 
 _HEADS = 4  # of the adapter
 
@@ -116,12 +116,10 @@ class Tif(nnx.Module):
         patches = split(x, tokens.num_special)[1]
         logits = self.filter(patches)
         kept = top_k(logits, num_kept(self.keep_ratio, patches.shape[1]))
-        x, tokens, source = keep_rows(x, tokens, kept)
+        x, tokens = keep_rows(x, tokens, kept)
         if self.adapter is not None:
             x = x + self.adapter(patches, kept, tokens.num_special)
         x, aux = self.then(blocks, x, tokens, rngs)
-        if "source" in aux:
-            source = follow(source, aux["source"])
         if isinstance(self.then, Full):
             aux["kept"] = tokens.index
-        return x, {**aux, "source": source, "filter_logits": logits}
+        return x, {"source": tokens.source, **aux, "filter_logits": logits}

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from tif_jax.errors import InputError
 from tif_jax.layers import widened
 from tif_jax.reducers import _schedule as schedule
-from tif_jax.tokens import QueryKey, gates_to_log_weight, identity_source, join, split, take
+from tif_jax.tokens import QueryKey, gates_to_log_weight, join, merged, split, take
 
 
 class Pairs(NamedTuple):
@@ -72,8 +72,7 @@ class Tome:
 
     def __call__(self, blocks, x, tokens, rngs=None):
         per_block = self.per_block(len(blocks))
-        source = identity_source(tokens)
-        size = jnp.ones(source.shape, widened(x.dtype))
+        size = jnp.ones(tokens.position.shape[:2], widened(x.dtype))
         log_size = None  # nothing to add while every size is 1
         for block, num_merged in zip(blocks, per_block, strict=True):
             x, qk = block.attend(x, tokens, log_size, rngs)
@@ -83,12 +82,11 @@ class Tome:
                 pairs = match(unit_keys(qk, tokens.num_special), num_merged)
                 position, _ = merge(tokens.position, size, pairs)
                 patches, size = merge(patches, size, pairs)
-                tokens = tokens._replace(position=position)
+                tokens = merged(tokens, destination(pairs, num_patches), position)
                 x = join(special, patches)
-                source = take(destination(pairs, num_patches), source)
                 log_size = gates_to_log_weight(size, tokens.num_special) if self.proportional else None
             x = block.feed_forward(x, rngs)
-        return x, {"source": source} | ({} if log_size is None else {"size": size})
+        return x, {"source": tokens.source} | ({} if log_size is None else {"size": size})
 
 
 def unit_keys(qk: QueryKey, num_special: int) -> Float[Array, "B N C"]:

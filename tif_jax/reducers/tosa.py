@@ -20,12 +20,11 @@ from tif_jax.reducers.random import draw_keys
 from tif_jax.tokens import (
     QueryKey,
     Tokens,
-    at_rows,
     attention_logits,
     class_attention,
-    identity_source,
     put,
     require_class,
+    set_aside,
     split,
     take,
     top_k,
@@ -162,9 +161,9 @@ class Tosa(nnx.Module):
                 scores = self._attention_received(i, block, x, tokens, qk)
             selected = top_k(scores, num_kept)
             rows = _with_special(selected, num_special)
-            y, _ = block(take(x, rows), at_rows(tokens, selected), rngs=rngs)
+            y, _ = block(take(x, rows), set_aside(tokens, selected, split(x, num_special)[1]), rngs=rngs)
             x, kept = put(x, rows, y), take(tokens.index, selected)
-        return x, {"kept": kept, "source": identity_source(tokens)}
+        return x, {"kept": kept, "source": tokens.source}
 
     def _attention_received(
         self, i: int, block, x: Float[Array, "B T D"], tokens: Tokens, qk: QueryKey
@@ -188,7 +187,7 @@ class Tosa(nnx.Module):
             if predicted is not None:
                 divergences.append(_divergence(_logits(qk), predicted))
         loss = sum(divergences) / len(divergences)
-        return x, {"kept": tokens.index, "source": identity_source(tokens), "loss/selector": loss}
+        return x, {"kept": tokens.index, "source": tokens.source, "loss/selector": loss}
 
 
 def _logits(qk: QueryKey) -> Float[Array, "B H T T"]:

@@ -23,7 +23,7 @@ from tif_jax.data.source import Example, Source
 from tif_jax.errors import InputError
 from tif_jax.models import Model
 from tif_jax.models.build import check_seed
-from tif_jax.models.heads import with_fresh_heads
+from tif_jax.models.fresh_heads import with_fresh_heads
 from tif_jax.models.predictions import pictures_of
 from tif_jax.runtime.mesh import shard
 from tif_jax.training import losses

@@ -1,0 +1,131 @@
+"""Features on the raster of patches, whatever a reducer has made of the tokens.
+
+Legend: B images, P patches of the raster, T tokens, N patch tokens, M rows that a patch is a mixture of, D width.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from tif_jax.errors import InputError
+from tif_jax.layers import widened
+from tif_jax.models.around import Around
+from tif_jax.reducers import Aux
+from tif_jax.tokens import GONE, Spread, Tokens, split, take
+
+FILLS = ("position", "embedding")
+
+
+def to_grid(
+    x: Float[Array, "B T D"],
+    tokens: Tokens,
+    fill: str = "position",
+    embedded: Float[Array, "B P D"] | None = None,
+) -> Float[Array, "B rows columns D"]:
+    """Every patch as the tokens x have it: kept ones in their place, merged ones all as their token is.
+
+    A patch that was dropped is what the patch is that is nearest to it among those that were not: nearest on the raster
+    (fill 'position'), or most alike (cosine) before the first block (fill 'embedding', for which `embedded` are all patches
+    then). Ties go to the first in raster order. Where a patch has a row of its own, that row is copied. Raises InputError
+    where `embedded` is asked for and missing.
+    """
+    if fill == "embedding" and embedded is None:
+        raise InputError("fill is 'embedding', and the embedded patches are not given; give what `embed` returned")
+    patches, source = split(x, tokens.num_special)[1], tokens.source
+    nearest = _nearest(source, tokens.grid, embedded if fill == "embedding" else None)
+    if tokens.spread is None and tokens.offset is None:
+        found = take(patches, take(source, nearest))
+    else:
+        row = take(patches, jnp.maximum(source, 0)) if tokens.spread is None else _mixed(patches, tokens.spread)
+        found = jnp.where(source[..., None] >= 0, row, 0)
+        found = take(found if tokens.offset is None else found + tokens.offset.astype(x.dtype), nearest)
+    return found.reshape(x.shape[0], *tokens.grid, x.shape[2])
+
+
+def _mixed(patches: Float[Array, "B N D"], spread: Spread) -> Float[Array, "B P D"]:
+    """Each patch as its mixture of rows, summed at least in float32."""
+    wide = widened(patches.dtype)
+    rows = take(patches, spread.rows.reshape(len(spread.rows), -1)).reshape(*spread.rows.shape, patches.shape[2])
+    mixed = jnp.einsum("bpm,bpmd->bpd", spread.weight.astype(wide), rows.astype(wide))
+    return mixed.astype(patches.dtype)
+
+
+def _nearest(
+    source: Int[Array, "B P"], grid: tuple[int, int], embedded: Float[Array, "B P D"] | None
+) -> Int[Array, "B P"]:
+    """For each patch the one whose features stand for it: itself, unless it is gone."""
+    held = source != GONE
+    itself = jnp.arange(source.shape[1], dtype=jnp.int32)[None]
+    if embedded is None:
+        # A distance and a patch in one number: their minimum is the nearest, the first of equally near ones.
+        far = np.iinfo(np.int32).max
+        nearest = jnp.where(held[:, None], jnp.asarray(_distances(grid))[None], far).min(axis=2) % source.shape[1]
+    else:
+        unit = jax.lax.stop_gradient(embedded).astype(widened(embedded.dtype))
+        unit = unit * jax.lax.rsqrt(jnp.maximum(jnp.square(unit).sum(axis=2, keepdims=True), 1e-24))
+        alike = jnp.einsum("bpd,bqd->bpq", unit, unit)
+        nearest = jnp.where(held[:, None], alike, -jnp.inf).argmax(axis=2).astype(jnp.int32)
+    return jnp.where(held, itself, nearest)
+
+
+def _distances(grid: tuple[int, int]) -> Int[np.ndarray, "P P"]:
+    """Squared distances on the raster times P, plus the number of the patch in whose column it stands."""
+    places = np.stack(np.divmod(np.arange(grid[0] * grid[1], dtype=np.int64), grid[1]), axis=-1)
+    squared = np.square(places[:, None] - places[None]).sum(axis=-1)
+    return (squared * len(places) + np.arange(len(places))).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class _Watched(Around):
+    """A block whose tokens are noted when they come in: those that the block before it leaves."""
+
+    seen: dict[int, tuple[Any, Tokens]]
+    before: int  # number of the block before
+
+    def attend(self, x, tokens, *args, **kwargs):
+        self.seen[self.before] = x, tokens
+        return self.block.attend(x, tokens, *args, **kwargs)
+
+
+class Watch:
+    """Blocks that note what comes out of some of them while a reducer walks: afterwards `grids` has it on the raster.
+
+    chosen: numbers of blocks, the last one may be among them. What is noted and not read, the compiler deletes.
+    """
+
+    def __init__(self, blocks: Sequence[Any], chosen: Sequence[int]):
+        self._chosen, self._seen, self._last = chosen, dict[int, tuple[Any, Tokens]](), len(blocks) - 1
+        self.blocks = [
+            _Watched(block, self._seen, i - 1) if i - 1 in chosen else block for i, block in enumerate(blocks)
+        ]
+
+    def grids(
+        self, x: Float[Array, "B T D"], aux: Aux, tokens: Tokens, fill: str, embedded: Float[Array, "B P D"]
+    ) -> dict[int, Float[Array, "B rows columns D"]]:
+        """By number of the block. x, aux: what the reducer returned, tokens: what it was given.
+
+        Raises InputError for a reducer that does not say where patches are, or passes a chosen block by.
+        """
+        found: dict[int, tuple[Any, Tokens]] = {**self._seen, self._last: (x, in_the_end(x, aux, tokens))}
+        if missing := [i for i in self._chosen if i not in found]:
+            raise InputError(
+                f"the reducer runs no block after block {missing[0]}, whose features the decoder reads; choose other "
+                "decoder_blocks"
+            )
+        return {i: to_grid(*found[i], fill, embedded) for i in self._chosen}
+
+
+def in_the_end(x: Float[Array, "B T D"], aux: Mapping[str, Any], tokens: Tokens) -> Tokens:
+    """What the rows are that a reducer returned."""
+    source = aux.get("source", tokens.source)
+    if "source" not in aux and x.shape[1] != tokens.num_special + source.shape[1]:
+        raise InputError(
+            f"a dense head asks where every patch is: the reducer returned {x.shape[1] - tokens.num_special} patch tokens "
+            f"for {source.shape[1]} patches and no aux['source']; return tokens.source"
+        )
+    return tokens._replace(source=source, offset=None, spread=None)
