@@ -22,7 +22,6 @@ from tif_jax.reducers import Aux, Full, Reducer
 from tif_jax.tokens import Tokens, raster_tokens
 
 FULL = Full()
-TASKS = ("classification", "depth", "segmentation")
 # Normalised images lie within about 3, with noise in place of erased parts within 6; those from 0 to 255 far beyond.
 _FAR, _FAR_BEYOND = 20.0, 4.0
 _PREPARE = "tif_jax.preprocess(files, model) makes them"
@@ -44,7 +43,7 @@ class Model(nnx.Module):
     num_special: int  # class, distillation and register tokens, in front of the patches
     depth: int  # blocks
     dtype: Any  # of the computation; parameters and logits are float32
-    task: str = "classification"  # what it predicts: one of TASKS
+    task: str = "classification"  # what it predicts: one of `tif_jax.tasks`
     reducer: Reducer
     preprocessing: Preprocessing = Preprocessing()  # of the images that its weights were trained with
     class_names: tuple[str, ...] | None = None  # one per output of the head

@@ -16,11 +16,12 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
+from tif_jax import tasks
 from tif_jax.errors import InputError
 from tif_jax.layers import Linear, at_least_float32
 from tif_jax.models.grids import FILLS, Watch, in_the_end, to_grid
 from tif_jax.models.heads import build_decoder
-from tif_jax.models.model import FULL, TASKS, Model, check_images, dtype_named, height_and_width, token_embedding
+from tif_jax.models.model import FULL, Model, check_images, dtype_named, height_and_width, token_embedding
 from tif_jax.models.pooling import POOLS, AttentionPooling, weighted_mean
 from tif_jax.models.rotary import rotary_positions
 from tif_jax.models.vit_blocks import GELUS, Block
@@ -309,7 +310,7 @@ def _decoder_blocks(given: tuple[int, ...] | None, depth: int) -> tuple[int, ...
 
 def _check_dense(task: str, fill: str, num_classes: int, has_further_heads: bool) -> None:
     """Raises InputError for an unknown task, and for what a dense one does not have."""
-    for name, value, allowed in (("task", task, TASKS), ("fill", fill, FILLS)):
+    for name, value, allowed in (("task", task, tasks.TASKS), ("fill", fill, FILLS)):
         if value not in allowed:
             raise InputError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}")
     if has_further_heads:
