@@ -15,8 +15,9 @@ from PIL import Image
 from tif_jax.data.classes import MAX_CLASSES, names_by_output
 from tif_jax.data.source import LabelMap, UnreadableImage
 from tif_jax.errors import InputError
+from tif_jax.tasks import DEPTH, SEGMENTATION
 
-KINDS = ("depth", "segmentation")
+KINDS = (DEPTH.name, SEGMENTATION.name)
 UNMEASURED = 0.0  # metres: the depth of a pixel that was not measured
 IGNORED = -1  # the class of a pixel that does not count
 
@@ -33,7 +34,7 @@ class LabelMaps:
     num_classes: int = 0  # segmentation: classes are below; 0: what class_index has, else unknown
 
     def __post_init__(self):
-        for number, output in (self.class_index or {}).items() if self.kind == "segmentation" else ():
+        for number, output in (self.class_index or {}).items() if self.kind == SEGMENTATION.name else ():
             if not (number.isascii() and number.isdecimal() and len(number) < 6 and int(number) < _MOST):
                 raise InputError(
                     f"data.class_index has an entry for {number!r:.40}; classes of label maps are whole numbers from 0 to "
@@ -48,7 +49,7 @@ class LabelMaps:
     @property
     def num_outputs(self) -> int:
         """Outputs that a head needs; 0: unknown, or none."""
-        if self.kind == "depth":
+        if self.kind == DEPTH.name:
             return 0
         return self.num_classes or 1 + max((self.class_index or {}).values(), default=-1)
 
@@ -60,19 +61,19 @@ class LabelMaps:
 
     def without_labels(self, size: tuple[int, int]) -> LabelMap:
         """A map of (rows, columns) that says nothing."""
-        if self.kind == "depth":
+        if self.kind == DEPTH.name:
             return np.full(size, UNMEASURED, np.float32)
         return np.full(size, IGNORED, np.int32)
 
     def check(self, dtype: np.dtype | type, where: str) -> None:
         """Raises InputError where numbers of this type can not be made sense of."""
         whole = np.dtype(dtype).kind in "iub"
-        if self.kind == "depth" and whole and self.scale is None:
+        if self.kind == DEPTH.name and whole and self.scale is None:
             raise InputError(
                 f"data.label_scale is not given, and {where} has whole numbers: say how many metres a unit is, as in 0.001 "
                 "where they are millimetres (or set data.label_kind=segmentation if they are classes)"
             )
-        if self.kind == "segmentation" and not whole:
+        if self.kind == SEGMENTATION.name and not whole:
             raise InputError(
                 f"{where} has numbers of type {np.dtype(dtype).name}, and classes are whole numbers: set "
                 "data.label_kind=depth if they are metres"
@@ -84,7 +85,7 @@ class LabelMaps:
         Said to be ignored are negative numbers, the largest of 8 or 16 bits (255, 65535), and what class_index has no entry
         for. name: of the map, in the InputError for a class that there is not.
         """
-        if self.kind == "depth":
+        if self.kind == DEPTH.name:
             return _metres(numbers, 1.0 if self.scale is None else self.scale)
         if self.class_index:
             table = np.full(_MOST, IGNORED, np.int32)
@@ -123,7 +124,7 @@ def _numbers(opened: Image.Image, kind: str) -> UInt8[np.ndarray, "Y X"] | UInt1
     layout = tile[0][3] if tile else opened.mode  # as the file has it: Pillow spreads 2 and 4 bits over 8
     if opened.mode not in ("1", "L", "P", "I", "I;16") or (opened.mode == "L" and layout != "L"):
         raise ValueError(f"its pixels are of the kind {layout}; save it with one channel of 8 or 16 bits")
-    if opened.mode == "P" and kind == "depth":
+    if opened.mode == "P" and kind == DEPTH.name:
         raise ValueError("it has a palette, whose colours are no metres; save the depth in grey levels of 16 bits")
     pixels = np.asarray(opened)
     return pixels.astype(np.uint16 if opened.mode.startswith("I") else np.uint8)

@@ -12,6 +12,7 @@ from tif_jax.checked import key
 from tif_jax.data.classes import MAX_CLASSES
 from tif_jax.data.label_maps import KINDS, LabelMaps
 from tif_jax.data.preprocess import FRACTIONS, INTERPOLATIONS, PARTS, Preprocessing, replaced
+from tif_jax.tasks import CLASSIFICATION, DEPTH
 
 _ELSE = "none: what the weights of backbone.init_from say, else"
 DIVISIBLE = ("image_folder", "image_pairs", "image_table")  # kinds whose labels are known before an image is read
@@ -71,7 +72,9 @@ class DataOptions:
         "", "tfds only: which feature is the label map, as depth of nyu_depth_v2; '': images have a class each"
     )
     label_folder: str = key("depth", "image_pairs only: the folder beside image/ that holds the label maps")
-    label_kind: str = key("depth", "label maps only: what they say of a pixel, its depth or its class", choices=KINDS)
+    label_kind: str = key(
+        DEPTH.name, "label maps only: what they say of a pixel, its depth or its class", choices=KINDS
+    )
     label_scale: float | None = key(
         None,
         "depth only: metres per unit of a label map; none: 1, which holds for floating-point numbers",
@@ -123,12 +126,12 @@ class DataOptions:
     def task(self) -> str:
         """What is learned from such labels: 'classification' of images, 'depth' or 'segmentation' of pixels."""
         has_maps = self.name == "image_pairs" or (self.name == "tfds" and bool(self.label_map))
-        return self.label_kind if has_maps else "classification"
+        return self.label_kind if has_maps else CLASSIFICATION.name
 
     @cached_property
     def label_maps(self) -> LabelMaps | None:
         """What label maps say; None where images have a class each. InputError for what does not fit together."""
-        if self.task == "classification":
+        if self.task == CLASSIFICATION.name:
             return None
         return LabelMaps(self.label_kind, self.label_scale, self.class_index, self.num_classes)
 

@@ -10,6 +10,7 @@ from tif_jax.data.pictures import read_image
 from tif_jax.data.source import Example, LabelMap
 from tif_jax.errors import InputError
 from tif_jax.runtime import records
+from tif_jax.tasks import DEPTH
 
 IMAGES = "image"  # the folder of a split that holds the images
 
@@ -47,7 +48,9 @@ class ImagePairs:
     @property
     def fingerprint(self) -> str:
         maps = self._label_maps
-        meaning = [maps.kind, maps.scale] if maps.kind == "depth" else [maps.kind, maps.num_classes, maps.class_index]
+        meaning = (
+            [maps.kind, maps.scale] if maps.kind == DEPTH.name else [maps.kind, maps.num_classes, maps.class_index]
+        )
         return records.digest([self.ids, self._label_folder, meaning])
 
     def __len__(self) -> int:

@@ -22,6 +22,7 @@ from tif_jax.data.source import Example, LabelMap, UnreadableImage
 from tif_jax.data.tfrecord import TFRecords
 from tif_jax.errors import InputError, WorkError
 from tif_jax.runtime import once, records
+from tif_jax.tasks import SEGMENTATION
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +203,7 @@ def _map_feature(info: Any, tfds: Any, name: str, label_maps: LabelMaps) -> tupl
         )
     label_maps.check(feature.np_dtype, f"feature {name!r} of data set {info.name}")
     known = getattr(feature, "num_classes", None)  # of a LabeledImage
-    if known and label_maps.kind == "segmentation" and not label_maps.class_index and not label_maps.num_classes:
+    if known and label_maps.kind == SEGMENTATION.name and not label_maps.class_index and not label_maps.num_classes:
         label_maps = dataclasses.replace(label_maps, num_classes=known)
     return name, label_maps
 

@@ -15,6 +15,7 @@ from tif_jax.data.options import DataOptions
 from tif_jax.errors import InputError
 from tif_jax.experiment.reducer_entry import ReducerEntry
 from tif_jax.impact.oracle import ESTIMATORS, MASKS, TARGETS, check_options
+from tif_jax.tasks import CLASSIFICATION
 from tif_jax.training.recipe import MOST_EPOCHS, MOST_IMAGES, FreshViews, NetworkRecipe, Recipe, Sharding
 
 DTYPES = ("float32", "bfloat16")
@@ -231,7 +232,7 @@ class Experiment:
             )
 
         for name, recipe in (("backbone", self.backbone), ("finetune", self.finetune)):
-            if self.data.task != "classification" and recipe.num_epochs:
+            if self.data.task != CLASSIFICATION.name and recipe.num_epochs:
                 with checked.named(f"{name}.augmentation", [field.name for field in dataclasses.fields(FreshViews)]):
                     check_joint(recipe.augmentation)
                 if recipe.mixing.mixup or recipe.mixing.cutmix:

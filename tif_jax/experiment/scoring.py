@@ -21,6 +21,7 @@ from tif_jax.impact.oracle import TARGETS
 from tif_jax.models import Model
 from tif_jax.models.params import backbone_digest, params_of
 from tif_jax.runtime import records
+from tif_jax.tasks import CLASSIFICATION
 from tif_jax.weights.loading import load
 
 _ROWS_PER_PART = 256
@@ -57,7 +58,7 @@ def _score(of_stage: job.Job, workdir: Path, earlier: Path | None) -> None:
 def expected_manifest(experiment: Experiment, model: Model, source: Source) -> dict[str, Any]:
     """What the manifest of impact shards must say to fit this backbone, these examples and their views."""
     options = experiment.data
-    identity = _IDENTITY if options.task == "classification" else (*_IDENTITY, *_OF_LABEL_MAPS)
+    identity = _IDENTITY if options.task == CLASSIFICATION.name else (*_IDENTITY, *_OF_LABEL_MAPS)
     return {
         "num_examples": len(source),
         "backbone": backbone_digest(params_of(model)),

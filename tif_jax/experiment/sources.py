@@ -14,6 +14,7 @@ from tif_jax.experiment.preprocessing import check_prepared
 from tif_jax.experiment.schema import Experiment
 from tif_jax.models import Model
 from tif_jax.runtime import once, records
+from tif_jax.tasks import CLASSIFICATION, SEGMENTATION
 from tif_jax.weights.loading import NEW_HEAD
 
 logger = logging.getLogger(__name__)
@@ -27,9 +28,9 @@ def open_for_model(experiment: Experiment, split: str, model: Model, labelled: b
     labelled: every example must have a label. Raises InputError for labels that are missing, beyond the head, or numbered
     otherwise than the head for all that is known; and for label maps or classes where the model learns the other.
     """
-    task = getattr(model, "task", "classification")
+    task = getattr(model, "task", CLASSIFICATION.name)
     _check_task(experiment.data, task)
-    if task != "classification":
+    if task != CLASSIFICATION.name:
         check_prepared(model, experiment, "the network")
         return _open_label_maps(experiment.data, split, model, labelled)
     if not model.num_classes:
@@ -52,11 +53,11 @@ def check_splits(experiment: Experiment, workdir: Path) -> None:
     """
     options = experiment.data
     if (task := experiment.backbone.model.get("task")) or not experiment.backbone.init_from:
-        _check_task(options, task or "classification")
+        _check_task(options, task or CLASSIFICATION.name)
     for split in ("train", "test"):
         if options.label_maps:
             opened = data.open_source(options, split)
-            if experiment.backbone.head and options.task == "segmentation" and not opened.num_classes:
+            if experiment.backbone.head and options.task == SEGMENTATION.name and not opened.num_classes:
                 raise InputError(
                     "backbone.head 'fresh' has an output for each class, and how many the label maps have is not said: set "
                     "data.num_classes"
@@ -78,12 +79,12 @@ def _check_task(options: DataOptions, task: str) -> None:
     """Raises InputError where a model of this task can not learn from such data."""
     if options.task == task:
         return
-    if task == "classification":
+    if task == CLASSIFICATION.name:
         raise InputError(
             f"data.{'label_map' if options.name == 'tfds' else 'name'} asks for label maps of {options.task}, and the model "
             f"classifies images: set backbone.model.task={options.task}, or use data with a class for each image"
         )
-    if options.task == "classification":
+    if options.task == CLASSIFICATION.name:
         raise InputError(
             f"the model's task is {task}, and {options.name} as it is set has a class for each image: use "
             "data.name=image_pairs, or tfds with data.label_map (docs/data.md, Label maps)"

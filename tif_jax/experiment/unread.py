@@ -9,7 +9,7 @@ from tif_jax import checked
 from tif_jax.data.options import DIVISIBLE, DataOptions
 from tif_jax.experiment.reducer_entry import FITTED
 from tif_jax.experiment.schema import Backbone, Experiment
-from tif_jax.tasks import DEPTH
+from tif_jax.tasks import CLASSIFICATION, DEPTH, SEGMENTATION
 
 logger = logging.getLogger(__name__)
 
@@ -119,11 +119,11 @@ def _unused_of_label_maps(data: DataOptions) -> Iterator[tuple[str, str]]:
         yield "data.label_map", f"the data are {data.name}"
     if data.name != "image_pairs":
         yield "data.label_folder", f"the data are {data.name}"
-    if data.task == "classification":
+    if data.task == CLASSIFICATION.name:
         yield "data.label_kind", "there are no label maps"
-    if data.task != "depth":
+    if data.task != DEPTH.name:
         yield "data.label_scale", "labels are classes"
-    if data.task != "segmentation":
+    if data.task != SEGMENTATION.name:
         yield "data.num_classes", "there are no label maps with classes"
-    if data.task == "depth":
+    if data.task == DEPTH.name:
         yield "data.class_index", "labels are depths"
