@@ -9,8 +9,8 @@ import pytest
 from jax.test_util import check_grads
 
 from tif_jax import tasks
+from tif_jax.data.label_maps import IGNORED
 from tif_jax.errors import InputError
-from tif_jax.training import dense_losses
 from tif_jax.training.dense_losses import (
     class_counts,
     depth,
@@ -152,7 +152,7 @@ def test_losses_of_reducers_are_added():
     batch = {"label_map": jnp.ones((2, 2, 2))}
     aux = {"loss/keep": jnp.float32([0.5, 0.25]), "scores": jnp.ones((2, 9))}
     np.testing.assert_allclose(depth(jnp.ones((2, 2, 2)), aux, batch)["loss"], [0.5, 0.25])
-    labels = {"label_map": jnp.full((2, 2, 2), dense_losses.IGNORED)}
+    labels = {"label_map": jnp.full((2, 2, 2), IGNORED)}
     np.testing.assert_allclose(segmentation(jnp.ones((2, 2, 2, 3)), aux, labels)["loss"], [0.5, 0.25])
 
 

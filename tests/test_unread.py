@@ -34,6 +34,7 @@ TABLE = [
     ),
     (("finetune.mixing.switch=0.1",), dict(finetune=dict(mixing=dict(mixup=0.8))), "finetune.mixing.switch (mixup and"),
     (("data.tfds_name=mnist",), dict(data=dict(name="image_folder")), "data.tfds_name (the data are image_folder)"),
+    (("evaluate.eigen_crop=true",), {}, "evaluate.eigen_crop (the data have no depth)"),
     (("data.root=photos",), {}, "data.root (digits are generated)"),
     (("data.test_fraction=0.2",), {}, "data.test_fraction (it is of folders and tables)"),
     (("data.label_map=depth",), {}, "data.label_map (the data are digits)"),

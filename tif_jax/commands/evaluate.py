@@ -113,7 +113,8 @@ def settings_of(config: Experiment) -> dict[str, Any]:
 
 def _evaluate(config: Experiment, model: Model, split: str = "test") -> dict[str, Any]:
     source = open_for_model(config, split, model)
-    chosen = [output for output, name in enumerate(source.class_names) if name] if config.data.class_index else []
+    some = config.data.class_index and config.data.task == CLASSIFICATION.name
+    chosen = [output for output, name in enumerate(source.class_names) if name] if some else []
     counted = cost(model)
     tokens_left = counted.tokens[-1] - model.num_special  # patch tokens that leave the last block
     return accuracy(model, source, config, chosen) | {"gmac": counted.gmac, "tokens_left": tokens_left}

@@ -76,10 +76,8 @@ def _unused(experiment: Experiment) -> Iterator[tuple[str, str]]:
     yield ("filter.rho", "labels are top") if labels.labels == "top" else ("filter.keep_ratio", "labels are not top")
     if not any(entry.has_adapter for entry in entries):
         yield "adapter", "no reducer here has an adapter"
-    if (
-        backbone.model.get("task", DEPTH.name if backbone.init_from else "") != DEPTH.name
-    ):  # weights may know their task
-        yield "evaluate.eigen_crop", "the model's task is not depth"
+    if experiment.data.task != DEPTH.name:
+        yield "evaluate.eigen_crop", "the data have no depth"
     yield from _unused_in_finetuning(experiment)
     yield from _unused_of_data(experiment)
 

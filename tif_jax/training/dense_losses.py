@@ -15,9 +15,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from tif_jax.data.label_maps import IGNORED
 from tif_jax.layers import widened
 
-IGNORED = -1  # the label of pixels that do not count
 MAX_DEPTH = 10.0  # metres: the usual cap of NYU Depth V2
 
 _NEAREST = 1e-3  # metres: metrics take nothing for nearer
