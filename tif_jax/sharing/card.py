@@ -59,7 +59,7 @@ def model_card(model: Model, facts: Facts, config: Mapping[str, Any], beside: Co
     config: the content of config.json; beside: the other files of the folder; name: what to load, hf:OWNER/NAME.
     """
     reducer, has_learned = config["tif_jax"]["reducer"], REDUCER in beside
-    task = of_name(getattr(model, "task", CLASSIFICATION.name))
+    task = of_name(model.task)
     plain = _PLAIN + (_REDUCER if has_learned else "") + _UPDATE if "parameters.json" in beside else ""
     options = ", ".join(f"{name} {value!r}" for name, value in reducer.items() if name != "name")
     how = model.preprocessing

@@ -55,8 +55,7 @@ def of_task(name: str, *, max_depth: float = MAX_DEPTH, eigen_crop: bool = False
 
 def of_model(model: Model, eigen_crop: bool = False) -> Judged:
     """Of a model's task, up to the depth that it can say at most."""
-    name = getattr(model, "task", tasks.CLASSIFICATION.name)
-    return of_task(name, max_depth=getattr(model, "max_depth", MAX_DEPTH), eigen_crop=eigen_crop)
+    return of_task(model.task, max_depth=getattr(model, "max_depth", MAX_DEPTH), eigen_crop=eigen_crop)
 
 
 def _segmentation_terms(prediction: Array, aux: Mapping[str, Any], batch: Mapping[str, Any]) -> Terms:
