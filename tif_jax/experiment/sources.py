@@ -28,9 +28,8 @@ def open_for_model(experiment: Experiment, split: str, model: Model, labelled: b
     labelled: every example must have a label. Raises InputError for labels that are missing, beyond the head, or numbered
     otherwise than the head for all that is known; and for label maps or classes where the model learns the other.
     """
-    task = getattr(model, "task", CLASSIFICATION.name)
-    _check_task(experiment.data, task)
-    if task != CLASSIFICATION.name:
+    _check_task(experiment.data, model.task)
+    if model.task != CLASSIFICATION.name:
         check_prepared(model, experiment, "the network")
         return _open_label_maps(experiment.data, split, model, labelled)
     if not model.num_classes:
