@@ -32,6 +32,10 @@ def check(experiment: Experiment) -> None:
     for where, entry in _entries(experiment):
         check_options(entry, where)
         _check_then(entry)
+    if experiment.data.task != "classification" and experiment.finetune.distillation.kind:
+        raise InputError(
+            f"finetune.distillation is of a teacher's classes, and the task is {experiment.data.task}: set its kind to ''"
+        )
     _check_memory(experiment)
     _check_phases(experiment)
     _check_shared_parts(experiment)

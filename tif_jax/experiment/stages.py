@@ -30,7 +30,8 @@ from tif_jax.models import Model, blueprint, create_model
 from tif_jax.models.budget import AMOUNTS
 from tif_jax.models.params import backbone_digest, params_of
 from tif_jax.runtime import records
-from tif_jax.training import losses
+from tif_jax.tasks import DEPTH
+from tif_jax.training import losses, tasks
 from tif_jax.training.checkpoints import Checkpoints
 from tif_jax.training.recipe import NetworkRecipe, Recipe
 from tif_jax.training.stage import REDUCER_RESTS, Stage, claim_of, describe, fit
@@ -73,7 +74,7 @@ def backbone(experiment: Experiment, workdir: Path) -> Stage:
         model=prepare(model, experiment, source),
         fields=fields,
         reducer={"name": "full"},
-        loss=partial(losses.classification, label_smoothing=recipe.label_smoothing),
+        loss=_task_loss(model, recipe),
         batches=_fresh_views(experiment, recipe, source),
         num_examples=len(source),
         examples=fingerprint(source),
@@ -86,10 +87,9 @@ def before_backbone(experiment: Experiment) -> tuple[Model, dict[str, Any]]:
     recipe = experiment.backbone
     given: dict[str, Any] = dict(recipe.model)
     if recipe.head:
-        given |= {
-            "num_classes": data.open_source(experiment.data, "train").num_classes,
-            "image_size": experiment.data.image_size,
-        }
+        given |= {"image_size": experiment.data.image_size}
+        if experiment.data.task != DEPTH.name:
+            given["num_classes"] = data.open_source(experiment.data, "train").num_classes
     if recipe.is_trained:
         given |= {"drop_path": recipe.drop_path, **_remat(recipe)}
     if not recipe.init_from:
@@ -185,7 +185,7 @@ def adapter(experiment: Experiment, workdir: Path) -> Stage:
         loaded,
         directory=adapter_folder(experiment, workdir),
         recipe=recipe,
-        loss=losses.divergence,
+        loss=tasks.of_model(loaded[0]).divergence,
         **_all_images(experiment, recipe, loaded[0]),
         trainable=ADAPTER_LEARNS,
         teacher=load(finished(backbone_folder(workdir))[0], reducer="full", dtype=experiment.dtype),
@@ -201,7 +201,7 @@ def finetune(experiment: Experiment, workdir: Path) -> Stage:
     recipe, entry = experiment.finetune, experiment.reducer
     model, fields = before_finetuning(experiment, workdir)
     source = open_for_model(experiment, "train", model)
-    loss, teacher = _finetuning_loss(experiment, workdir)
+    loss, teacher = _finetuning_loss(experiment, workdir, model)
     begin = made_from(experiment, workdir, "finetune")
     if recipe.distillation.teacher and teacher:
         begin["teacher"] = backbone_digest(params_of(teacher))
@@ -300,10 +300,16 @@ def _remat(recipe: NetworkRecipe) -> dict[str, bool]:
     return {"remat": True} if recipe.remat else {}
 
 
-def _finetuning_loss(experiment: Experiment, workdir: Path) -> tuple[losses.Loss, Model | None]:
+def _task_loss(model: Model, recipe: NetworkRecipe) -> losses.Loss:
+    """What the whole network learns from labels."""
+    loss = tasks.of_model(model).loss
+    return partial(loss, label_smoothing=recipe.label_smoothing) if loss is losses.classification else loss
+
+
+def _finetuning_loss(experiment: Experiment, workdir: Path, model: Model) -> tuple[losses.Loss, Model | None]:
     """The loss that finetune.distillation asks for, and the teacher that it needs: by default the backbone, unreduced."""
     recipe = experiment.finetune
-    base = partial(losses.classification, label_smoothing=recipe.label_smoothing)
+    base = _task_loss(model, recipe)
     given = recipe.distillation
     if not given.kind:
         return base, None

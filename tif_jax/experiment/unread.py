@@ -76,6 +76,9 @@ def _unused(experiment: Experiment) -> Iterator[tuple[str, str]]:
     yield ("filter.rho", "labels are top") if labels.labels == "top" else ("filter.keep_ratio", "labels are not top")
     if not any(entry.has_adapter for entry in entries):
         yield "adapter", "no reducer here has an adapter"
+    if experiment.data.task != "classification":
+        for name in ("backbone", "finetune"):
+            yield f"{name}.label_smoothing", "labels are of pixels"
     if experiment.data.task != DEPTH.name:
         yield "evaluate.eigen_crop", "the data have no depth"
     yield from _unused_in_finetuning(experiment)

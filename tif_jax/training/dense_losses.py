@@ -137,6 +137,20 @@ def segmentation(
     }
 
 
+def depth_divergence(prediction, aux, batch) -> dict[str, Float[Array, " B"]]:
+    """Root mean squared difference of ln depth from the teacher's; needs a step with a `teacher`."""
+    taught = batch["teacher/logits"]
+    everywhere = jnp.ones(taught.shape, bool)
+    return {"loss": _root(_mean(_log_ratio(prediction, taught, everywhere, _NEAREST) ** 2, everywhere))}
+
+
+def segmentation_divergence(prediction, aux, batch) -> dict[str, Float[Array, " B"]]:
+    """log(0.1 + KL(teacher || student)), KL the mean over pixels in nats (`losses.divergence`); needs a `teacher`."""
+    taught, said = (jax.nn.log_softmax(logits, axis=-1) for logits in (batch["teacher/logits"], prediction))
+    kl = jnp.sum(jnp.exp(taught) * (taught - said), axis=-1).mean(axis=(1, 2))
+    return {"loss": jnp.log(0.1 + kl), "teacher_kl": kl}
+
+
 def class_counts(
     prediction: Float[Array | np.ndarray, "B Y X L"], labels: Int[Array | np.ndarray, "B Y X"]
 ) -> dict[str, Float[Array, "B L"]]:

@@ -30,6 +30,7 @@ class Judged:
 
     task: tasks.Task
     loss: losses.Loss
+    divergence: losses.Loss  # from a teacher's prediction of the same images, without labels
     terms: Callable[..., Terms]  # of (prediction, aux, batch)
     measured: Callable[[Sums, float | int], dict[str, float]]
 
@@ -47,10 +48,11 @@ def of_task(name: str, *, max_depth: float = MAX_DEPTH, eigen_crop: bool = False
     task = tasks.of_name(name)
     if task is tasks.DEPTH:
         loss = partial(dense_losses.depth, cap=max_depth)
-        return Judged(task, loss, partial(loss, eigen_crop=eigen_crop), _means)
+        return Judged(task, loss, dense_losses.depth_divergence, partial(loss, eigen_crop=eigen_crop), _means)
     if task is tasks.SEGMENTATION:
-        return Judged(task, dense_losses.segmentation, _segmentation_terms, _of_counts)
-    return Judged(task, losses.classification, losses.classification, _means)
+        divergence = dense_losses.segmentation_divergence
+        return Judged(task, dense_losses.segmentation, divergence, _segmentation_terms, _of_counts)
+    return Judged(task, losses.classification, losses.divergence, losses.classification, _means)
 
 
 def of_model(model: Model, eigen_crop: bool = False) -> Judged:
