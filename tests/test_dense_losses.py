@@ -10,8 +10,7 @@ from jax.test_util import check_grads
 
 from tif_jax import tasks
 from tif_jax.data.label_maps import IGNORED
-from tif_jax.errors import InputError
-from tif_jax.training.dense_losses import (
+from tif_jax.dense_losses import (
     class_counts,
     depth,
     depth_metrics,
@@ -21,6 +20,7 @@ from tif_jax.training.dense_losses import (
     segmentation,
     valid_depth,
 )
+from tif_jax.errors import InputError
 from tif_jax.training.tasks import of_task  # fmt: skip
 
 RNG = np.random.default_rng(0)

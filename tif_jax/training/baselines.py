@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Float, Int, Num
 
 from tif_jax import tasks
+from tif_jax.dense_losses import valid_depth
 from tif_jax.errors import InputError
-from tif_jax.training.dense_losses import valid_depth
 
 Sums = dict[str, Num[np.ndarray, "Y X ..."]]
 

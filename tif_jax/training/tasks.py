@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Float
 
-from tif_jax import tasks
+from tif_jax import dense_losses, tasks
+from tif_jax.dense_losses import MAX_DEPTH
 from tif_jax.models import Model
-from tif_jax.training import dense_losses, losses
-from tif_jax.training.dense_losses import MAX_DEPTH
+from tif_jax.training import losses
 
 Terms = dict[str, Float[Array, "B ..."]]
 Sums = Mapping[str, Any]
