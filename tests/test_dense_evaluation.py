@@ -221,9 +221,17 @@ def test_figures_have_the_task_s_axis(monkeypatch, tmp_path):
     monkeypatch.setattr(plots, "save", lambda figure, path, dpi: drawn.append(figure))
     plots.accuracy_cost(_results.summarise(ROWS, tasks.DEPTH), tmp_path / "x.png", tasks.DEPTH.headline)
     assert drawn[0].axes[0].get_ylabel() == "RMSE (m)" and 0.5 < drawn[0].axes[0].get_ylim()[1] < 1
+    plots.accuracy_cost(
+        _results.summarise(ROWS, tasks.DEPTH),
+        tmp_path / "z.png",
+        tasks.DEPTH.headline,
+        ("images_per_second", "images/s"),
+    )
+    (point, *_), axes = drawn[1].axes[0].lines, drawn[1].axes[0]
+    assert axes.get_xlabel() == "images/s" and (*point.get_xdata(), *point.get_ydata()) == (50.0, 0.55)
     curves = {"full-1-0": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]}
     plots.training_curves(curves, tmp_path / "y.png", tasks.DEPTH)
-    assert drawn[1].axes[0].get_title() == "depth: scale-invariant log loss"
+    assert drawn[2].axes[0].get_title() == "depth: scale-invariant log loss"
 
 
 def test_runs_of_several_tasks_are_not_compared():

@@ -20,11 +20,12 @@ from tif_jax.impact import shards
 from tif_jax.models import Model
 from tif_jax.models.budget import AMOUNTS
 from tif_jax.runtime import files, records
-from tif_jax.tasks import Task, of_metrics
+from tif_jax.tasks import CLASSIFICATION, Task, of_metrics
 from tif_jax.tokens import num_kept, top_k
 from tif_jax.weights.loading import load
 
 TOKENS = "tokens.png"
+_SPEED = "accuracy_speed.png"
 _NUM_PICTURES = 8
 _OF_COST = (
     Column("images", ("num_images",)),  # where the rows are not of the same ones
@@ -44,7 +45,7 @@ _SHOWN = (
 
 
 def write_report(workdir: Path, of_filter: Experiment | None = None) -> None:
-    """DIR/report.json, DIR/report.md, accuracy_cost.png, training.png and, of a token filter, tokens.png.
+    """DIR/report.json, DIR/report.md, the figures of `write_markdown` and, of a token filter, tokens.png.
 
     of_filter: the config of the token filter of the first seed, if there is one.
     """
@@ -60,10 +61,16 @@ def write_report(workdir: Path, of_filter: Experiment | None = None) -> None:
 
 
 def write_markdown(workdir: Path, result: Mapping[str, Any], folder: Path) -> None:
-    """FOLDER/report.md of the run in a workdir, with accuracy_cost.png and training.png; tokens.png is there or not."""
+    """FOLDER/report.md of the run in a workdir, with accuracy_cost.png and training.png; tokens.png is there or not.
+
+    Of a dense task also accuracy_speed.png, if the speed of all rows is measured.
+    """
     task = of_metrics(result["backbone"])
     summary, shown = summarise(result["rows"], task), ["accuracy_cost.png", "training.png"]
     accuracy_cost(summary, folder / "accuracy_cost.png", task.headline)
+    if task is not CLASSIFICATION and summary and all(row["images_per_second"] for row in summary):
+        accuracy_cost(summary, folder / _SPEED, task.headline, ("images_per_second", "images/s"))
+        shown.append(_SPEED)
     curves = {Path(name).name: lines for name, lines in curves_of(workdir).items()}
     training_curves(curves, folder / "training.png", task)
     shown += [TOKENS] if result["rankings"] and (folder / TOKENS).exists() else []
@@ -96,6 +103,7 @@ def markdown_of(result: Mapping[str, Any], summary: Sequence[dict[str, Any]], pi
         "",
         *_notes(result),
         *(["![accuracy against cost](accuracy_cost.png)", ""] if "accuracy_cost.png" in pictures else []),
+        *([f"![accuracy against speed]({_SPEED})", ""] if _SPEED in pictures else []),
         *(_of_filter(result["rankings"]) if result["rankings"] else []),
         *(_SHOWN if "tokens.png" in pictures else []),
         *(["![training curves](training.png)", ""] if "training.png" in pictures else []),

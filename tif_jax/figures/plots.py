@@ -16,16 +16,22 @@ _MARKERS = "os^DvPX"
 _LABEL = 28  # letters of a line of a legend
 
 
-def accuracy_cost(rows: Sequence[Mapping[str, Any]], path: Path, metric: Metric = CLASSIFICATION.headline) -> None:
-    """The metric (mean, standard deviation or None) against GMAC, one point per reducer: each its own colour and marker."""
+def accuracy_cost(
+    rows: Sequence[Mapping[str, Any]],
+    path: Path,
+    metric: Metric = CLASSIFICATION.headline,
+    cost: tuple[str, str] = ("gmac", "GMAC per image"),
+) -> None:
+    """The metric (mean, standard deviation or None) against the cost (its key, its name), one point per reducer: each its
+    own colour and marker."""
     figure, axes = blank(9, height_for([row["label"] for row in rows]))
     for i, row in enumerate(rows):
         value, spread = row[metric.key]
         axes.errorbar(
-            row["gmac"], metric.factor * value, spread and metric.factor * spread, capsize=3, label=narrow(row["label"]),
+            row[cost[0]], metric.factor * value, spread and metric.factor * spread, capsize=3, label=narrow(row["label"]),
             fmt=_MARKERS[i // len(CYCLE) % len(_MARKERS)], color=CYCLE[i % len(CYCLE)],
         )  # fmt: skip
-    accuracy_against(axes, "GMAC per image", metric)
+    accuracy_against(axes, cost[1], metric)
     figure.legend(loc="outside right upper", fontsize=8)
     axes.grid(alpha=0.3)
     save(figure, path, dpi=120)
