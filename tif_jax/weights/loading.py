@@ -20,7 +20,7 @@ from tif_jax.models.model import dtype_name
 from tif_jax.models.params import params_of
 from tif_jax.runtime import records
 from tif_jax.training.checkpoints import load_params, newest, read_config
-from tif_jax.weights import described, folders, hub, pretrained
+from tif_jax.weights import dense, described, folders, hub, pretrained
 from tif_jax.weights.layout import shortened
 from tif_jax.weights.positions import resize_positions
 
@@ -110,10 +110,11 @@ def load_with_fields(
     named = {*named, *reducers.modules_in({"name": reducer, **options})}
     how = vars(preprocessing) if isinstance(preprocessing, Preprocessing) else preprocessing or {}
     replaced(Preprocessing(), how)  # a mistake in it is told before the weights are read
-    fields, params, own, may_be_fresh, said = _read(path, given, reducer)
+    fields, params, own, may_be_fresh, said = _read(path, given, reducer, bool(fresh_head))
     if fresh_head:
-        params = {name: of_module for name, of_module in params.items() if f"{name}/" not in (*HEADS, *TRAINING_HEADS)}
-        may_be_fresh = [*may_be_fresh, *HEADS]
+        heads = (*HEADS, *TRAINING_HEADS, dense.DECODER)
+        params = {name: of_module for name, of_module in params.items() if f"{name}/" not in heads}
+        may_be_fresh = [*may_be_fresh, *heads]
     fields["dtype"] = dtype
     reducer_name = own["name"] if reducer is None else reducer
     if reducer_name == own["name"]:
@@ -134,15 +135,21 @@ def load_with_fields(
     found = {name: jnp.asarray(found[name]) for name in wanted}
     nnx.update(model, traverse_util.unflatten_dict(found, sep="/"))
     model.preprocessing = described.complete(said, how, _REMEDY)
-    if said.class_names and not fresh_head and len(said.class_names) == model.num_classes:
+    _name_classes(model, said, fresh, bool(fresh_head))
+    model.origin = str(source) if hub.is_name(source) else ""
+    return model, fields
+
+
+def _name_classes(model: Model, said: described.Description, fresh: Sequence[str], fresh_head: bool) -> None:
+    """Gives the model the names of its classes. fresh: names of parameters that were drawn."""
+    has_own_head = not fresh_head and not any(name.startswith(dense.DECODER) for name in fresh)
+    if said.class_names and has_own_head and len(said.class_names) == model.num_classes:
         model.class_names = said.class_names
-    elif said.class_names and model.num_classes and not any(name.startswith(HEADS) for name in fresh):
+    elif said.class_names and model.num_classes and not any(name.startswith((*HEADS, dense.DECODER)) for name in fresh):
         logger.warning(
             "%s names %d classes, and the head has %d outputs: the names are left out",
             said.origin, len(said.class_names), model.num_classes,
         )  # fmt: skip
-    model.origin = str(source) if hub.is_name(source) else ""
-    return model, fields
 
 
 class _Read(NamedTuple):
@@ -155,18 +162,23 @@ class _Read(NamedTuple):
     said: described.Description
 
 
-def _read(path: Path, given: Mapping[str, Any], reducer_name: str | None) -> _Read:
-    """given: fields of the model that stand instead of the source's; reducer_name: of the reducer, None for the source's."""
+def _read(path: Path, given: Mapping[str, Any], reducer_name: str | None, fresh_head: bool) -> _Read:
+    """given: fields of the model that stand instead of the source's; reducer_name: of the reducer, None for the source's.
+
+    fresh_head: the source's heads will not be used.
+    """
     may_be_fresh = ["reducer/", *TRAINING_HEADS]
     if not _is_checkpoint(path):
         said = described.of_file(path)
         _check_facts(said.origin, said.fields, given)
+        if not fresh_head:
+            dense.check_given(said.origin, said.fields, given)
         fields, params = pretrained.read_weights(path, said.fields, **given)
         _check_described(said, fields, given)
         saved_with = said.reducer or {"name": "full"}
         if said.reducer_digest and reducer_name in (None, saved_with["name"]):
             params["reducer"] = folders.read_reducer(path, said.reducer_digest)
-        return _Read(fields, params, saved_with, [*may_be_fresh, *HEADS], said)
+        return _Read(fields, params, saved_with, [*may_be_fresh, *_heads_to_draw(said.fields)], said)
     params, stored = load_params(checkpoint_directory(path))
     own, reducer = stored.get("model"), stored.get("reducer")
     if not isinstance(own, dict) or not isinstance(reducer, dict) or not isinstance(reducer.get("name"), str):
@@ -174,8 +186,18 @@ def _read(path: Path, given: Mapping[str, Any], reducer_name: str | None) -> _Re
             f"{path} does not say which model and reducer its weights are of: it is no checkpoint of tif_jax"
         )
     _check_facts(path, with_defaults(own), given)
+    if not fresh_head:
+        dense.check_given(path, with_defaults(own), given)
+    if not dense.is_dense(own) and dense.is_dense(given):
+        may_be_fresh = [*may_be_fresh, dense.DECODER]
+        own, params = dense.begun(own, params, given["task"], given.get("num_classes"))
     fields = {**own, **given}
     return _Read(fields, _resized(params, own, fields), reducer, may_be_fresh, described.of_checkpoint(path, stored))
+
+
+def _heads_to_draw(said: Mapping[str, Any]) -> tuple[str, ...]:
+    """How the names begin of parameters that may lack in a file with these fields: a classifier's heads, and a decoder."""
+    return () if dense.is_dense(said) else (*HEADS, dense.DECODER)
 
 
 def located(source: str | Path) -> Path:
@@ -207,7 +229,8 @@ def _check_facts(origin: str | Path, said: Mapping[str, Any], given: Mapping[str
 
 def _check_described(said: described.Description, fields: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Raises InputError where the description of a file is that of other weights."""
-    for name in ("width", "num_heads", "num_classes"):
+    of_same_head = ("num_classes",) if dense.task_of(said.fields) == dense.task_of(fields) else ()
+    for name in ("width", "num_heads", *of_same_head):
         if name in said.fields and name in fields and name not in given and said.fields[name] != fields[name]:
             raise InputError(
                 f"{said.origin} is not of these weights: it says {name} {said.fields[name]!r}, the tensors {fields[name]!r}; "
@@ -224,7 +247,9 @@ def _refuse_modules(path: Path, names: Collection[str]) -> None:
 
 
 def _module(name: str) -> str:
-    """The module that a parameter belongs to, at most two levels down: 'reducer/adapter', 'head'."""
+    """The module that a parameter belongs to, at most two levels down: 'reducer/adapter', 'head'; of a decoder, that."""
+    if name.startswith(dense.DECODER):
+        return dense.DECODER.rstrip("/")
     return "/".join(name.split("/")[:-1][:2])
 
 

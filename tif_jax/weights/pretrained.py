@@ -20,7 +20,8 @@ from flax import traverse_util
 from tif_jax.errors import InputError
 from tif_jax.models import grid_of, with_defaults
 from tif_jax.runtime import files
-from tif_jax.weights import timm_eva, timm_levit, timm_vit, transformers_vit
+from tif_jax.tasks import CLASSIFICATION
+from tif_jax.weights import dense, timm_eva, timm_levit, timm_vit, transformers_vit
 from tif_jax.weights.layout import Tensors, shortened
 from tif_jax.weights.positions import resize_positions
 from tif_jax.weights.torch_file import NESTED, read_torch
@@ -46,16 +47,36 @@ def read_weights(
     The architecture is read off the file. said: fields of the model that the weights were saved from, as a description in or
     beside the file has them; given: fields that a file cannot tell or that are to differ (`infer_fields` of timm_vit and
     timm_levit). The position embedding is resized to the image_size that is given; heads for another num_classes are left
-    out.
+    out. A dense task leaves out all of a classifier's, and has the decoder if the file has one.
     """
-    tensors: Tensors = read_tensors(path)
+    said, tensors = said or {}, read_tensors(path)
+    task = dense.task_of(given, said)
+    with _naming(path):
+        tensors, decoder = dense.divided(tensors, said, given)
+    if task == CLASSIFICATION.name:
+        return _read_backbone(path, tensors, dense.of_backbone(said), given)
+    if timm_levit.is_levit(tensors):
+        raise InputError(f"{path}: {dense.NEEDS_VIT.format(task)}")
+    own = {key: value for key, value in {**said, **given}.items() if key in dense.FREE}
+    num_classes = given.get("num_classes", said.get("num_classes") if dense.is_dense(said) else None)
+    said, given = dense.of_backbone(said), dense.of_backbone(given) | {"num_classes": 0}
+    fields, params = _read_backbone(path, tensors, said, given)
+    with _naming(path):
+        fields, params = dense.begun(fields, params, task, num_classes)
+    return fields | own, params | decoder
+
+
+def _read_backbone(
+    path: str | Path, tensors: Tensors, said: Mapping[str, Any], given: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A classifier, or without its head a backbone."""
     if transformers_vit.is_transformers(tensors):
         with _naming(path):
             tensors, defaults = transformers_vit.to_timm(tensors)
-        said = {**defaults, **(said or {})}
-    layout = timm_eva if (said or {}).get("rotary") else _layout_of(tensors)
-    headless = layout is not timm_levit and "head.weight" not in tensors and (said or {}).get("num_classes") == 0
-    said = {key: value for key, value in (said or {}).items() if key in layout.FREE}
+        said = {**defaults, **said}
+    layout = timm_eva if said.get("rotary") else _layout_of(tensors)
+    headless = layout is not timm_levit and "head.weight" not in tensors and said.get("num_classes") == 0
+    said = {key: value for key, value in said.items() if key in layout.FREE}
     said |= {"num_classes": 0} if headless else {}  # it says so, so that nobody has to
     wanted = given.get("image_size")
     if said.get("pool") == "mean" and "fc_norm.weight" not in tensors:  # timm has one name for both
@@ -92,13 +113,15 @@ def to_tensors(params: dict[str, Any], fields: dict[str, Any]) -> tuple[dict[str
     layout: Any = timm_levit if full["family"] == "levit" else timm_eva if full["rotary"] else timm_vit
     # JSON has lists for tuples.
     fields = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    decoder, params = dense.tensors_of(params), dense.of_backbone(params)
     tensors = layout.to_tensors(params, fields)
     free = {key: value for key, value in full.items() if key in layout.FREE}
-    free |= {} if fields.get("num_classes", 1) else {"num_classes": 0}
+    headless = dense.is_dense(full) or not fields.get("num_classes", 1)
+    free |= {"num_classes": 0} if headless else {}
     again = layout.to_params(tensors, layout.infer_fields(tensors, **free))
     if not jax.tree.all(jax.tree.map(np.array_equal, again, params)):
         raise InputError("timm's layout can not tell this model from another; keep its Orbax checkpoint")
-    return tensors, free
+    return tensors | decoder, free | dense.told_of(full)
 
 
 def names_of(params: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, str] | None:
@@ -111,11 +134,13 @@ def names_of(params: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, str
         return None
     layout = timm_levit if full["family"] == "levit" else timm_vit
     flat = traverse_util.flatten_dict(params, sep="/")
+    decoder = {path: path for path in dense.tensors_of(params)}
+    flat = {path: leaf for path, leaf in flat.items() if path not in decoder}
     # Each parameter is filled with its number, which is then looked for among the tensors.
     marked = {path: np.full(leaf.shape, number) for number, (path, leaf) in enumerate(flat.items())}
     tensors = layout.to_tensors(traverse_util.unflatten_dict(marked, sep="/"), fields)
     by_number = {int(tensor.flat[0]): name for name, tensor in tensors.items()}
-    return {path: by_number[number] for number, path in enumerate(flat)}
+    return {path: by_number[number] for number, path in enumerate(flat)} | decoder
 
 
 def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
