@@ -82,42 +82,54 @@ def _distances(grid: tuple[int, int]) -> Int[np.ndarray, "P P"]:
 
 @dataclass(frozen=True)
 class _Watched(Around):
-    """A block whose tokens are noted when they come in: those that the block before it leaves."""
+    """A block of which is noted what goes in and what comes out, by its number."""
 
-    seen: dict[int, tuple[Any, Tokens]]
-    before: int  # number of the block before
+    number: int
+    going_in: dict[int, Tokens]
+    coming_out: dict[int, tuple[Any, Tokens]]
 
     def attend(self, x, tokens, *args, **kwargs):
-        self.seen[self.before] = x, tokens
+        left = self.coming_out.get(self.number - 1)
+        if left is not None and left[0].shape[1] != left[1].num_special + left[1].position.shape[1]:
+            self.coming_out[self.number - 1] = x, tokens
+        self.going_in[self.number] = tokens
         return self.block.attend(x, tokens, *args, **kwargs)
+
+    def feed_forward(self, x, *args, **kwargs):
+        y = self.block.feed_forward(x, *args, **kwargs)
+        self.coming_out[self.number] = y, self.going_in[self.number]
+        return y
 
 
 class Watch:
-    """Blocks that note what comes out of some of them while a reducer walks: afterwards `grids` has it on the raster.
+    """Blocks that note what comes out of them while a reducer walks; afterwards `grids` has it on the raster.
 
-    chosen: numbers of blocks, the last one may be among them. What is noted and not read, the compiler deletes.
+    Where a reducer changes the rows between the half-steps of a block, that is what comes into the next one. What is noted
+    and not read, the compiler deletes.
     """
 
-    def __init__(self, blocks: Sequence[Any], chosen: Sequence[int]):
-        self._chosen, self._seen, self._last = chosen, dict[int, tuple[Any, Tokens]](), len(blocks) - 1
-        self.blocks = [
-            _Watched(block, self._seen, i - 1) if i - 1 in chosen else block for i, block in enumerate(blocks)
-        ]
+    def __init__(self, blocks: Sequence[Any]):
+        self._seen: dict[int, tuple[Any, Tokens]] = {}
+        going_in: dict[int, Tokens] = {}
+        self.blocks = [_Watched(block, i, going_in, self._seen) for i, block in enumerate(blocks)]
 
     def grids(
-        self, x: Float[Array, "B T D"], aux: Aux, tokens: Tokens, fill: str, embedded: Float[Array, "B P D"]
+        self,
+        chosen: Sequence[int],
+        x: Float[Array, "B T D"],
+        aux: Aux,
+        tokens: Tokens,
+        fill: str,
+        embedded: Float[Array, "B P D"],
     ) -> dict[int, Float[Array, "B rows columns D"]]:
-        """By number of the block. x, aux: what the reducer returned, tokens: what it was given.
+        """Of the chosen blocks, by number. x, aux: what the reducer returned, tokens: what it was given.
 
         Raises InputError for a reducer that does not say where patches are, or passes a chosen block by.
         """
-        found: dict[int, tuple[Any, Tokens]] = {**self._seen, self._last: (x, in_the_end(x, aux, tokens))}
-        if missing := [i for i in self._chosen if i not in found]:
-            raise InputError(
-                f"the reducer runs no block after block {missing[0]}, whose features the decoder reads; choose other "
-                "decoder_blocks"
-            )
-        return {i: to_grid(*found[i], fill, embedded) for i in self._chosen}
+        found = {**self._seen, len(self.blocks) - 1: (x, in_the_end(x, aux, tokens))}
+        if missing := [i for i in chosen if i not in found]:
+            raise InputError(f"the reducer passes block {missing[0]} by, whose features the decoder reads")
+        return {i: to_grid(*found[i], fill, embedded) for i in chosen}
 
 
 def in_the_end(x: Float[Array, "B T D"], aux: Mapping[str, Any], tokens: Tokens) -> Tokens:

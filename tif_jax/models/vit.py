@@ -191,12 +191,12 @@ class ViT(Model):
         reducer: Reducer | None = None,
     ) -> tuple[Float[Array, "B S D"], Aux]:
         """As `Model.encode`; for a dense task aux has the features that the decoder reads, too: `blocks/I`."""
-        blocks = self.blocks if blocks is None else blocks
-        watch = Watch(blocks, self.decoder_blocks)
-        left, aux = super().encode(x, rngs, blocks=watch.blocks, reducer=reducer)
         if not self.decoder_blocks:
-            return left, aux
-        grids = watch.grids(left, aux, self.tokens(x.shape[0]), self.fill, x[:, self.num_special :])
+            return super().encode(x, rngs, blocks=blocks, reducer=reducer)
+        watch = Watch(self.blocks if blocks is None else blocks)
+        left, aux = super().encode(x, rngs, blocks=watch.blocks, reducer=reducer)
+        patches = x[:, self.num_special :]
+        grids = watch.grids(self.decoder_blocks, left, aux, self.tokens(x.shape[0]), self.fill, patches)
         return left, {**aux, **{f"blocks/{i}": grid for i, grid in grids.items()}}
 
     def predict(
