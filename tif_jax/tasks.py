@@ -44,6 +44,7 @@ class Task(NamedTuple):
     others: tuple[Metric, ...]
     hub_tag: str  # what hubs call it
     loss: str  # of an axis with training losses
+    divergence: str = "divergence (nats)"  # of one with losses against a teacher's prediction
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
@@ -68,6 +69,7 @@ DEPTH = Task(
     ),
     "depth-estimation",
     "scale-invariant log loss",
+    "RMS difference of ln depth",
 )
 SEGMENTATION = Task(
     "segmentation",

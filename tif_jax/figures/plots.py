@@ -114,7 +114,7 @@ def picture_page(pictures: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def _kind_of_loss(run: str, task: Task) -> str:
     if run.startswith("adapter"):
-        return "adapter: divergence (nats)"
+        return f"adapter: {task.divergence}"
     return "filter: loss (nats)" if run.startswith("filter") else f"{task.name}: {task.loss}"
 
 

@@ -23,8 +23,8 @@ def sums_of_depth(maps: Float[np.ndarray, "B Y X"], cap: float) -> Sums:
 
 def sums_of_classes(maps: Int[np.ndarray, "B Y X"], num_classes: int) -> Sums:
     """Per pixel, how often it is labelled with each class: `number`, (Y, X, L)."""
-    number = np.stack([(maps == each).sum(axis=0) for each in range(num_classes)], axis=-1)
-    return {"number": number}
+    counts = [(maps == each).sum(axis=0, dtype=np.int32) for each in range(num_classes)]
+    return {"number": np.stack(counts, axis=-1)}
 
 
 def predictions(task: tasks.Task, sums: Sums) -> dict[str, Num[np.ndarray, "Y X ..."]]:
@@ -61,4 +61,4 @@ def most_frequent(number: Int[np.ndarray, "Y X L"]) -> Float[np.ndarray, "Y X L"
     """1 for the class that each pixel has most often, else 0; of an unlabelled pixel, that of all pixels."""
     overall = number.sum(axis=(0, 1)).argmax()
     chosen = np.where(number.any(axis=-1), number.argmax(axis=-1), overall)
-    return np.eye(number.shape[-1])[chosen]
+    return np.eye(number.shape[-1], dtype=np.float32)[chosen]
