@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from tif_jax.commands import evaluate
+from tif_jax.commands._results import BASELINES
 from tif_jax.data import open_source
 from tif_jax.data.loader import evaluation_batches
 from tif_jax.data.source import Source, fingerprint
@@ -25,8 +26,6 @@ from tif_jax.training import baselines, tasks
 from tif_jax.training.checkpoints import read_config
 from tif_jax.weights.loading import load
 
-FILE = "baselines.json"
-
 
 def make(config: Experiment, workdir: Path) -> None:
     """Writes the file, unless it is there, of these data; of a classification run there is none."""
@@ -40,18 +39,18 @@ def make(config: Experiment, workdir: Path) -> None:
         "settings": evaluate.settings_of(config),
         "trained_on": fingerprint(open_source(config.data, "train")),
     }
-    path = workdir / FILE
-    if processes.is_first() and records.read_result(path, made_from) is None:
+    path = workdir / BASELINES
+    if processes.first_says(records.read_result(path, made_from) is None):
         model = load(checkpoint, dtype=config.dtype)
         sources = (open_for_model(config, split, model) for split in ("train", "test"))
         records.write(path, {**made_from, "baselines": judged(config, model, *sources)})
-    processes.wait_for_all("baselines")
 
 
 def judged(config: Experiment, model: Model, train: Source, test: Source) -> dict[str, dict[str, Any]]:
     """By its name, what each of `baselines.predictions` is measured by on the test images, as in metrics.json.
 
-    The training images are seen as in evaluation, without augmentation. One process does it all.
+    The training images are seen as in evaluation, without augmentation. Of several processes each does the whole work: it is
+    little beside training.
     """
     judged_by = tasks.of_model(model, config.evaluate.eigen_crop)
     sums: dict[str, np.ndarray] = {}

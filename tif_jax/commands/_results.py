@@ -16,6 +16,7 @@ from tif_jax.tasks import CLASSIFICATION, Metric, Task, of_metrics
 
 logger = logging.getLogger(__name__)
 
+BASELINES = "baselines.json"
 _OF_RUN = ("command", "config", "versions", "machine", "from")  # of run.json
 
 
@@ -42,7 +43,7 @@ def result_of(workdir: Path) -> dict[str, Any]:
     ranked = next((stage["folder"] for stage in plan["stages"] if stage.get("ranked")), None)
     rankings = records.read(workdir / ranked / "metrics.json") if ranked else None
     best, chosen_on = _best([row for row in rows if row["label"] == plan["label"]], task.headline)
-    baselines = records.read(workdir / "baselines.json")
+    baselines = records.read(workdir / BASELINES)
     return {
         **{key: plan[key] for key in _OF_RUN},
         "begun": plan["date"],
