@@ -13,7 +13,7 @@ from flax import nnx
 from tif_jax import reducers, tokens
 from tif_jax.errors import InputError
 from tif_jax.models.around import Around
-from tif_jax.models.grids import to_grid
+from tif_jax.models.grids import grid_features, to_grid
 from tif_jax.models.params import params_of
 from tif_jax.models.trace import trace
 from tif_jax.tokens import raster_tokens
@@ -102,6 +102,17 @@ def slow_grids(name):
 def test_after_every_block_every_patch_is_what_a_slow_walk_says(name):
     for i, (ours, slow) in enumerate(zip(grids_of(name), slow_grids(name), strict=True)):
         np.testing.assert_allclose(ours, slow, atol=2e-4, err_msg=f"block {i}")
+
+
+def test_a_classifier_has_features_on_the_raster_too():
+    depth, images = model_of("tome"), numpy_images(2, SIZE)
+    classifier = lively(FIELDS | dict(task="classification", num_classes=3), reducer="tome", **OPTIONS["tome"])
+    nnx.update(classifier, {name: of for name, of in params_of(depth).items() if name != "decoder"})
+    found = jax.jit(lambda x: grid_features(classifier, x, (2, 0)))(images)
+    for ours, i in zip(found, (2, 0), strict=True):
+        np.testing.assert_allclose(ours, grids_of("tome")[i], atol=1e-5)
+    with pytest.raises(InputError, match=r"blocks are \(4,\) and fill is 'position'; the model has blocks 0..3"):
+        grid_features(classifier, images, (4,))
 
 
 @pytest.mark.parametrize("name", NAMES)

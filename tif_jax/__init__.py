@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tif_jax.impact.shards import read_impact as read_impact
     from tif_jax.models import create_model as create_model
     from tif_jax.models.cost import cost as cost
+    from tif_jax.models.grids import grid_features as grid_features
     from tif_jax.models.predictions import predict_images as predict_images
     from tif_jax.runtime.version import __version__ as __version__
     from tif_jax.sharing.share import push_to_hub as push_to_hub
@@ -31,6 +32,7 @@ _WHERE = {
     "create_model": "models",
     "fit": "training.fitting",
     "from_pretrained": "weights.loading",
+    "grid_features": "models.grids",
     "load": "weights.loading",
     "predict_images": "models.predictions",
     "preprocess": "data.preprocess",

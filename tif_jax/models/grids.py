@@ -1,6 +1,7 @@
 """Features on the raster of patches, whatever a reducer has made of the tokens.
 
-Legend: B images, P patches of the raster, T tokens, N patch tokens, M rows that a patch is a mixture of, D width.
+Legend: B images, Y X height and width, P patches of the raster, T tokens, N patch tokens, M rows that a patch is a mixture
+of, D width.
 """
 
 from collections.abc import Mapping, Sequence
@@ -130,6 +131,27 @@ class Watch:
         if missing := [i for i in chosen if i not in found]:
             raise InputError(f"the reducer passes block {missing[0]} by, whose features the decoder reads")
         return {i: to_grid(*found[i], fill, embedded) for i in chosen}
+
+
+def grid_features(
+    model: Any, images: Float[Array | np.ndarray, "B Y X 3"], blocks: Sequence[int], fill: str = "position"
+) -> list[Float[Array, "B rows columns D"]]:
+    """What comes out of these blocks of a ViT, on the raster of patches whatever its reducer: for a decoder of your own.
+
+    Before any norm. blocks: numbers from 0. fill: what stands for a patch that was dropped (`to_grid`). Raises InputError for
+    blocks that there are not, and for a LeViT.
+    """
+    if getattr(model, "decoder_blocks", None) is None:
+        raise InputError(f"features on the raster need a ViT; a {type(model).__name__} has fewer rows in later blocks")
+    if not set(blocks) <= {*range(model.depth)} or fill not in FILLS:
+        raise InputError(
+            f"blocks are {tuple(blocks)} and fill is {fill!r}; the model has blocks 0..{model.depth - 1}, and fill is one of "
+            f"{', '.join(map(repr, FILLS))}"
+        )
+    x, tokens, watch = model.embed(images), model.tokens(len(images)), Watch(model.blocks)
+    left, aux = model.reducer(watch.blocks, x, tokens)
+    grids = watch.grids(blocks, left, aux, tokens, fill, x[:, model.num_special :])
+    return [grids[i] for i in blocks]
 
 
 def in_the_end(x: Float[Array, "B T D"], aux: Mapping[str, Any], tokens: Tokens) -> Tokens:
