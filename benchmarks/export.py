@@ -40,6 +40,7 @@ ROWS = [
     (WEIGHTS, "dynamic_vit", dict(keep_ratio=0.7)),
     (WEIGHTS, "evo_vit", dict(keep_ratio=0.5)),
     (WEIGHTS, "tosa", dict(keep_ratio=0.5)),
+    *[(WEIGHTS, name, dict(keep_ratio=0.43)) for name in ("expediting", "ailurus")],
     ("levit_128s", "full", {}),
     ("evo_levit_128s", "evo_levit", {}),
 ]  # fmt: skip

@@ -1,11 +1,11 @@
 """Accuracy and cost of every reducer off the shelf: a real DeiT-Ti, without fine-tuning, on photographs with ImageNet labels.
 
-    python -m benchmarks.reducers [accuracy_cost.png]
+    python -m benchmarks.reducers [accuracy_cost.png] [--only REDUCER ...]
 
 Needs imagenet_ccby and the DeiT-Ti weights in $TIF_DATA (default: ../shared/data). Speed: `tif benchmark`.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -29,29 +29,35 @@ ROWS = [
     *[("tosa", dict(keep_ratio=0.5, selector=choice)) for choice in ("copy", "oracle", "class", "random")],
     *[("random", dict(keep_ratio=ratio)) for ratio in (0.7, 0.5)],
     ("norm", dict(keep_ratio=0.7)),
+    *[(name, dict(budget=budget)) for budget in (0.8, 0.61) for name in ("tome", "expediting", "ailurus")],
 ]  # fmt: skip
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.add_argument("figure", nargs="?", type=Path)
+    parser.add_argument("--only", nargs="+", default=[name for name, _ in ROWS])
+    arguments = parser.parse_args()
     root = data_root()
     use_all_cores()
     data = dict(name="image_table", root=str(root / "imagenet_ccby"), test_split="labels.csv", num_test=0)
     batches = list(evaluation_batches(open_source(data, "test"), data, batch_size=BATCH_SIZE))
     labels, weight = (np.concatenate([batch[key] for batch in batches]) for key in ("label", "weight"))
-    print("| reducer | options | top-1 % | GMAC |\n|---|---|---|---|")
-    rows = []
-    for name, options in ROWS:
+    print("| reducer | options | top-1 % | class of full % | GMAC |\n|---|---|---|---|---|")
+    rows, full = [], None
+    for name, options in [row for row in ROWS if row[0] in ("full", *arguments.only)]:
         model = load(root / "deit_tiny_patch16_224.safetensors", reducer=name, **options)
         forward = plain_forward(model, batches[0]["image"])
         predictions = np.concatenate([forward(batch["image"]) for batch in batches]).argmax(axis=-1)
-        top1 = np.average(predictions == labels, weights=weight)
+        full = predictions if full is None else full
+        top1, same = (np.average(predictions == other, weights=weight) for other in (labels, full))
         text = ", ".join(f"{key}={value}" for key, value in options.items())
         gmac = cost(model).gmac
-        print(f"| {name} | {text} | {100 * top1:.1f} | {gmac:.3f} |", flush=True)
+        print(f"| {name} | {text} | {100 * top1:.1f} | {100 * same:.1f} | {gmac:.3f} |", flush=True)
         error = (top1 * (1 - top1) / weight.sum()) ** 0.5
         rows.append({"label": f"{name} {text}", "gmac": gmac, "top1": (top1, error)})
-    if len(sys.argv) > 1:
-        accuracy_cost(rows, Path(sys.argv[1]))
+    if arguments.figure:
+        accuracy_cost(rows, arguments.figure)
 
 
 if __name__ == "__main__":

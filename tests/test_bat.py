@@ -12,7 +12,8 @@ from flax import nnx
 from tif_jax.errors import InputError
 from tif_jax.models import blueprint, create_model
 from tif_jax.models.params import params_of
-from tif_jax.reducers.bat import Counts, cluster, counts_at, decouple, match, merge, reduce, shares
+from tif_jax.reducers._density_peaks import cluster, merge, shares
+from tif_jax.reducers.bat import Counts, counts_at, decouple, match, reduce
 
 TINY = dict(image_size=48, patch_size=8, width=32, depth=4, num_heads=2, num_classes=5)  # 36 patches; sites 1, 2, 3
 FRONT = dict(pool="mean", distillation_token=True, num_registers=2, qk_norm=True, layer_scale=0.3)

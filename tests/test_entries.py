@@ -45,6 +45,7 @@ def entry_of(entry, **changes):
         (dict(name="evit", fuse=False), "evit-0.25,fuse=False"),
         (dict(name="evit", num_kept=(12, 8, 4)), "evit-12+8+4"),
         (dict(name="bat", budget=0.8), "bat-0.8GMAC"),
+        (dict(name="expediting", clusters=(7, 8)), "expediting-7+8"),
         (dict(name="tif", then=dict(name="evit", fuse=False)), "tif-0.25,then=evit+fuse=False"),
     ],
 )

@@ -93,6 +93,19 @@ def _on_raster(tokens: Tokens, patches: Float[Array, "B N D"]) -> Float[Array, "
     return jnp.where(tokens.source[..., None] >= 0, value, 0)
 
 
+def mixed(patches: Float[Array, "B N D"], spread: Spread) -> Float[Array, "B P D"]:
+    """Each patch as its mixture of rows, summed at least in float32.
+
+    As a product of two matrices, most of the first zeros: rows would be gathered M times as many as there are patches.
+    """
+    wide = widened(patches.dtype)
+    num_images, num_patches, _ = spread.rows.shape
+    image, patch = jnp.arange(num_images)[:, None, None], jnp.arange(num_patches)[None, :, None]
+    dense = jnp.zeros((num_images, num_patches, patches.shape[1]), wide)
+    dense = dense.at[image, patch, spread.rows].add(spread.weight.astype(wide))
+    return jnp.einsum("bpn,bnd->bpd", dense, patches.astype(wide), precision="highest").astype(patches.dtype)
+
+
 def mean_position(position: Float[Array, "B N 2"], weight: Float[Array, "B N"]) -> Float[Array, "B 1 2"]:
     """Where a token lies that is made of these patch tokens with these weights. No gradient."""
     weight = jax.lax.stop_gradient(weight).astype(position.dtype) + jnp.finfo(position.dtype).tiny

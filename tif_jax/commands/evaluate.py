@@ -121,8 +121,8 @@ def _evaluate(config: Experiment, model: Model, split: str = "test") -> dict[str
 
 
 def _keep_ratio(reducer: Reducer) -> Any:
-    """What sets how much is kept, where that is a ratio; None where numbers do (`num_kept`, `num_merged`)."""
-    by_number = getattr(reducer, "num_kept", None) is not None
+    """What sets how much is kept, where that is a ratio; None where numbers do (`num_kept`, `clusters`, `num_merged`)."""
+    by_number = any(getattr(reducer, name, None) is not None for name in ("num_kept", "clusters"))
     return 1.0 if isinstance(reducer, Full) else None if by_number else getattr(reducer, "keep_ratio", None)
 
 

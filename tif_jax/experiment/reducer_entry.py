@@ -78,7 +78,7 @@ class ReducerEntry:
         defaults = _defaults(self.name)
         solved = next((key for key in SOLVED if key in defaults), None)
         amount = self.options.get(solved, defaults[solved]) if solved else 1
-        return _spelled(self.options.get("num_kept") or amount)
+        return _spelled(self.options.get("num_kept") or self.options.get("clusters") or amount)
 
     def _differing(self, but: tuple[str, ...]) -> str:
         defaults = _defaults(self.name)

@@ -17,7 +17,7 @@ from tif_jax.errors import InputError
 from tif_jax.layers import widened
 from tif_jax.models.around import Around
 from tif_jax.reducers import Aux
-from tif_jax.tokens import GONE, Spread, Tokens, split, take
+from tif_jax.tokens import GONE, Tokens, mixed, split, take
 
 FILLS = ("position", "embedding")
 
@@ -42,18 +42,10 @@ def to_grid(
     if tokens.spread is None and tokens.offset is None:
         found = take(patches, take(source, nearest))
     else:
-        row = take(patches, jnp.maximum(source, 0)) if tokens.spread is None else _mixed(patches, tokens.spread)
+        row = take(patches, jnp.maximum(source, 0)) if tokens.spread is None else mixed(patches, tokens.spread)
         found = jnp.where(source[..., None] >= 0, row, 0)
         found = take(found if tokens.offset is None else found + tokens.offset.astype(x.dtype), nearest)
     return found.reshape(x.shape[0], *tokens.grid, x.shape[2])
-
-
-def _mixed(patches: Float[Array, "B N D"], spread: Spread) -> Float[Array, "B P D"]:
-    """Each patch as its mixture of rows, summed at least in float32."""
-    wide = widened(patches.dtype)
-    rows = take(patches, spread.rows.reshape(len(spread.rows), -1)).reshape(*spread.rows.shape, patches.shape[2])
-    mixed = jnp.einsum("bpm,bpmd->bpd", spread.weight.astype(wide), rows.astype(wide))
-    return mixed.astype(patches.dtype)
 
 
 def _nearest(

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from tif_jax.layers import widened
 from tif_jax.reducers import _schedule as schedule
+from tif_jax.reducers._density_peaks import cluster, merge, products, shares
 from tif_jax.tokens import (
     class_attention,
     join,
@@ -126,30 +127,6 @@ def decouple(scores: Float[Array, "B N"]) -> Int[Array, "B N"]:
     return jax.lax.top_k(jax.lax.stop_gradient(scores), scores.shape[1])[1].astype(jnp.int32)
 
 
-def cluster(x: Float[Array, "B N D"], num_clusters: int, neighbours: int) -> Int[Array, "B N"]:
-    """The cluster centre that each token belongs to, by simplified density peak clustering; centres belong to themselves.
-
-    Centres have the largest density * distance to the next denser token, density = exp(-mean of the squared distances
-    to the nearest neighbours, self included); distances are divided by sqrt(D). Of equally dense tokens the first is
-    the denser one. In logarithms, because densities underflow where tokens are large.
-    """
-    num = x.shape[1]
-    itself = jnp.eye(num, dtype=bool)[None]
-    products = _products(x, x)
-    square = jnp.square(x.astype(products.dtype)).sum(axis=-1)
-    distance = jnp.maximum(square[:, None] + square[:, :, None] - 2 * products, 0) / x.shape[-1]
-    distance = jnp.where(itself, 0, distance)  # squared, here and below
-    density = jax.lax.top_k(-distance, min(neighbours, num))[0].mean(axis=-1)
-    earlier = ~jnp.tri(num, dtype=bool)[None]
-    own, other = density[:, None], density[:, :, None]  # reduced over the first: on a CPU faster than over the last
-    denser = (other > own) | ((other == own) & earlier)
-    furthest = distance.max(axis=(1, 2), keepdims=True)
-    peak = jnp.where(denser, distance, furthest).min(axis=1)
-    centres = top_k(density + 0.5 * jnp.log(peak), num_clusters)
-    to_centre = jnp.where(take(jnp.broadcast_to(itself, distance.shape), centres), -1, take(distance, centres))
-    return take(centres, to_centre.argmin(axis=1).astype(jnp.int32))
-
-
 def match(x: Float[Array, "B K D"], num_pairs: int) -> Int[Array, "B K"]:
     """The token that each of the tokens, given from the most attentive down, is merged into; itself, if it stays.
 
@@ -161,43 +138,9 @@ def match(x: Float[Array, "B K D"], num_pairs: int) -> Int[Array, "B K"]:
         return ranks
     wide = x.astype(widened(x.dtype))
     unit = wide / jnp.maximum(jnp.linalg.norm(wide, axis=-1, keepdims=True), 1e-12)
-    similarity = _products(unit[:, ::2], unit[:, 1::2])
+    similarity = products(unit[:, ::2], unit[:, 1::2])
     even = ranks[:, ::2]
     chosen = top_k(similarity.max(axis=-1), num_pairs)
     moves = (chosen[:, :, None] == ranks[:, None, : even.shape[1]]).any(axis=1)
     even = jnp.where(moves, 2 * similarity.argmax(axis=-1).astype(jnp.int32) + 1, even)
     return jnp.where(ranks % 2 == 0, jnp.repeat(even, 2, axis=1)[:, : x.shape[1]], ranks)
-
-
-def shares(weights: Float[Array, "B N"], joined: Int[Array, "B N"]) -> Float[Array, "B N"]:
-    """Each token's share in the weight of all tokens that join the same one. Exactly 1 for a token on its own."""
-    together = joined[:, :, None] == joined[:, None]
-    return weights / jnp.where(together, weights[:, None], 0).sum(axis=-1)
-
-
-def merge(
-    x: Float[Array, "B N D"], share: Float[Array, "B N"], joined: Int[Array, "B N"], num_left: int
-) -> tuple[Float[Array, "B M D"], Int[Array, "B M"], Int[Array, "B N"]]:
-    """Sums of share * x over the tokens that join the same one; the positions of those joined; the row of every token.
-
-    joined: for each token the position of the one that it joins, itself for the num_left that are left.
-    """
-    is_left = joined == jnp.arange(joined.shape[1], dtype=jnp.int32)[None]
-    order = jnp.argsort(~is_left, axis=1, stable=True).astype(jnp.int32)
-    left, gone = order[:, :num_left], order[:, num_left:]
-    row = take(jnp.cumsum(is_left, axis=1, dtype=jnp.int32) - 1, joined)
-    wide = widened(x.dtype)
-    share = share.astype(wide)
-    # Tokens that nothing joins are copied as they are; a product with all of `share` would cost several times as much.
-    joins = take(row, gone)[:, None] == jnp.arange(num_left, dtype=jnp.int32)[None, :, None]
-    gone_share = jnp.where(joins, take(share, gone)[:, None], 0)
-    merged = take(share, left)[..., None] * take(x, left).astype(wide) + jnp.einsum(
-        "bmn,bnd->bmd", gone_share, take(x, gone).astype(wide), precision="highest"
-    )
-    return merged.astype(x.dtype), left, row
-
-
-def _products(x: Float[Array, "B N D"], y: Float[Array, "B P D"]) -> Float[Array, "B N P"]:
-    """All inner products, exact enough to rank by: full float32, also where devices would round the factors."""
-    wide = widened(x.dtype)
-    return jnp.einsum("bnd,bpd->bnp", x, y, precision="highest", preferred_element_type=wide)
