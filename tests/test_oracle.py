@@ -184,7 +184,9 @@ def test_unlabelled_images_have_no_loss_but_teacher_impact():
     impact = token_impact(model, images, target="teacher")
     assert (np.asarray(impact) >= -1e-6).all() and np.abs(impact).max() > 0
     options = oracle.check_options("exact", "zero", "teacher", num_samples=1, keep_ratio=0.5)
-    scores = jax.jit(lambda x: oracle.shared_scores(model, x, jnp.array([-1, -1]), seed=0, **options))(images)
+    scores = jax.jit(lambda x: oracle.shared_scores(model, x, {"label": jnp.array([-1, -1])}, seed=0, **options))(
+        images
+    )
     assert np.isnan(scores.loss).all() and np.isfinite(scores.impact).all()
 
 
@@ -218,7 +220,7 @@ def test_float32_is_not_rounded_before_products(estimator, dtype):
     options = check_options(estimator, None, "label", 2, 0.5) | {"seed": 0}
     graphdef, params = nnx.split(model)
     program = jax.jit(lambda *given: shared_scores(nnx.merge(graphdef, given[0]), *given[1:], **options)).lower(
-        params, jnp.zeros((2, 16, 16, 3)), jnp.zeros(2, jnp.int32)
+        params, jnp.zeros((2, 16, 16, 3)), {"label": jnp.zeros(2, jnp.int32)}
     )
     products = re.findall(r"stablehlo\.(?:dot_general|convolution).*", program.as_text())
     exact = ["HIGHEST" in product for product in products]

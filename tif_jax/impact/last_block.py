@@ -1,9 +1,11 @@
-"""What is left of the last block where only special tokens are read: exact, and nearly free.
+"""From some block to the prediction; and what is left of the last block where only special tokens are read: exact, and
+nearly free.
 
 Only the tokens that are read ask, are projected and go through the feed-forward network; keys and values fold into the
 queries' side: logits = (W_key^T q) . y, out = W_value (sum_t softmax_t y_t), with y = LayerNorm(x).
 
-Legend: B images, T tokens, R special tokens read, N patch tokens, D width, H heads, C channels of a head, L classes.
+Legend: B images, T tokens, R special tokens read, N patch tokens, D width, P patches of the raster, H heads, C channels of a
+head.
 """
 
 from collections.abc import Sequence
@@ -13,20 +15,29 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
+from tif_jax.impact.dense import dense_prediction
 from tif_jax.layers import widened
 from tif_jax.models.vit import ViT
 from tif_jax.models.vit_blocks import Block
+from tif_jax.reducers import Aux
+from tif_jax.tasks import CLASSIFICATION
 from tif_jax.tokens import Tokens, attention_logits, gates_to_log_weight
 
 
-def logits_after(
+def prediction_after(
     model: ViT,
     blocks: Sequence[Block],
     x: Float[Array, "B T D"],
     tokens: Tokens,
+    embedded: Float[Array, "B P D"],
     gates: Float[Array, "B N"] | None = None,
-) -> Float[Array, "B L"]:
-    """Class logits when x goes through `blocks`, the last of which is the model's last. gates: of `token_impact`."""
+) -> tuple[Float[Array, "B *prediction"], Aux]:
+    """The prediction and its aux when x goes through `blocks`, the last of which is the model's last.
+
+    embedded: all patches before the first block, which some dense heads ask. gates: of `token_impact`.
+    """
+    if model.task != CLASSIFICATION.name:
+        return dense_prediction(model, blocks, x, tokens, embedded, gates)
     log_weight = None if gates is None else gates_to_log_weight(gates, model.num_special)
     # Mean pooling reads every token. Otherwise the class token and the distillation token are in front.
     shortened = model.pool == "class" and bool(blocks)
@@ -34,7 +45,7 @@ def logits_after(
         x, _ = block(x, tokens, log_weight)
     if shortened:
         x = _last_block(blocks[-1], x, tokens, 1 + model.has_distillation, log_weight)
-    return model.predict(x, {}, gates)[0]
+    return model.predict(x, {}, gates)
 
 
 def _last_block(

@@ -7,12 +7,12 @@ softmax is a rank-one update of the clean one: with A = exp(logits), U = value W
 
     out_i[t] = sum_h (sum_j A[t,j] U[j] - A[t,i] U[i] + A'[t,i] U'[i]) / (sum_{j != i} A[t,j] + A'[t,i])
 
-Last block: see `last_block`.
+Last block, of a classifier: see `last_block`. What dense heads read: see `dense`.
 
 Nothing else is shared exactly: after the first block's feed-forward network every token of every masked image is another.
 
 Legend: B images, T tokens, N patch tokens, M masks of a chunk, BM masked images, S tokens of a masked image, D width, H
-heads, C channels of a head, L classes.
+heads, C channels of a head.
 """
 
 from collections.abc import Callable
@@ -23,17 +23,19 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
-from tif_jax.impact.last_block import logits_after
+from tif_jax.impact.last_block import prediction_after
 from tif_jax.layers import widened
 from tif_jax.models.vit import ViT
 from tif_jax.models.vit_blocks import Block
-from tif_jax.tokens import Tokens, at_rows, attention_logits
+from tif_jax.reducers import Aux
+from tif_jax.tokens import Tokens, at_rows, attention_logits, split
 
 
-def masked_logits(
+def masked_predictions(
     model: ViT, x: Float[Array, "B T D"], mask: str
-) -> Callable[[Int[Array, " M"]], Float[Array, "BM L"]]:
-    """A function of patch positions: the logits of every image with each of these patches masked, images outermost.
+) -> Callable[[Int[Array, " M"]], tuple[Float[Array, "BM *prediction"], Aux]]:
+    """A function of patch positions: the prediction, and its aux, of every image with each of these patches masked, images
+    outermost.
 
     x: the embedded images. mask: 'zero', 'content' or 'drop', as in `token_impact`.
     """
@@ -44,15 +46,17 @@ def masked_logits(
     else:  # what a norm follows is no sum over tokens
         masked, rest = _masked(x, tokens.num_special, stand_in), blocks
 
-    def logits(positions: Int[Array, " M"]) -> Float[Array, "BM L"]:
+    embedded = split(x, tokens.num_special)[1]
+
+    def predictions(positions: Int[Array, " M"]) -> tuple[Float[Array, "BM *prediction"], Aux]:
         y = rearrange(masked(positions), "b m s d -> (b m) s d")
         left = model.tokens(y.shape[0])
         if stand_in is None:
             others = _slots_without(positions, left.index.shape[1])
             left = at_rows(left, jnp.tile(others, (x.shape[0], 1)))
-        return logits_after(model, rest, y, left)
+        return prediction_after(model, rest, y, left, jnp.repeat(embedded, positions.size, axis=0))
 
-    return logits
+    return predictions
 
 
 def _masked(

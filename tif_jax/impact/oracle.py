@@ -1,10 +1,11 @@
 """The oracle: how much the loss of a frozen ViT changes when a patch token is masked (TIF's "delta loss").
 
-    impact_i = L(f(x with token i masked), y) - L(f(x), y)        nats; positive: the token helps
+    impact_i = L(f(x with token i masked), y) - L(f(x), y)        positive: the token helps
 
-Everything here walks the plain blocks: the model's reducer plays no part.
+L is the loss of the model's task (`objective`), in nats where it is a cross-entropy, or a user's own. Everything here walks
+the plain blocks: the model's reducer plays no part.
 
-Legend: B images, N patch tokens, T = special + patch tokens, D width, L classes, K random masks, M masks of a chunk.
+Legend: B images, N patch tokens, T = special + patch tokens, D width, K random masks, M masks of a chunk.
 """
 
 from collections.abc import Mapping
@@ -20,30 +21,33 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from tif_jax import checked
 from tif_jax.errors import InputError
-from tif_jax.impact.last_block import logits_after
-from tif_jax.impact.masked import masked_logits
+from tif_jax.impact.last_block import prediction_after
+from tif_jax.impact.masked import masked_predictions
+from tif_jax.impact.objective import TARGETS, Batch, Loss, checked_batch, objective
 from tif_jax.layers import true_float32, widened
 from tif_jax.models import Model, ViT, check_images, check_seed, plain_vit, require_head
+from tif_jax.reducers import Aux
+from tif_jax.tasks import CLASSIFICATION, DEPTH
 from tif_jax.tokens import image_keys
 
 ESTIMATORS = ("exact", "gradient", "sampled")
 MASKS = ("zero", "content", "drop")
-TARGETS = ("label", "teacher")
 _FRACTION = checked.Range(above=0, most=1, advice="it is the expected fraction of tokens in a random mask")
 _MIN_GATE = 1e-3  # a gate of exactly 0 has no derivative with respect to its logarithm
 
 
 class Scores(NamedTuple):
-    impact: Float[Array, "B N"]  # nats, raster order
-    prediction: Int[Array, " B"]  # the unmasked model's class
-    loss: Float[Array, " B"]  # the unmasked model's cross-entropy with the label, nats; NaN where there is no label
+    impact: Float[Array, "B N"]  # in the unit of the loss, raster order
+    prediction: Int[Array, " B"]  # the unmasked model's class; -1 of what is no classifier
+    loss: Float[Array, " B"]  # the unmasked model's, with the label; NaN where there is no label
 
 
 def token_impact(
     model: Model,
     images: Float[Array | np.ndarray, "B Y X 3"],
-    labels: Int[Array | np.ndarray, " B"] | None = None,
+    labels: Any = None,
     *,
+    loss: Loss | None = None,
     estimator: str = "exact",
     mask: str | None = None,
     target: str = "label",
@@ -52,60 +56,51 @@ def token_impact(
     seed: int = 0,
     chunk: int | None = None,
 ) -> Float[Array, "B N"]:
-    """Impact of every patch token in nats, raster order, float32; positive: the token helps.
+    """Impact of every patch token in the unit of the loss, raster order, float32; positive: the token helps.
 
+    labels: of a classifier numbers of classes (B,); of a dense task label maps (B, Y, X), of depth metres, 0 where not
+      measured, of segmentation classes, -1 where ignored. Or a batch: a dict of arrays with a row for each image, among them
+      'label' or 'label_map'.
+    loss: a function of (prediction, aux, batch) that gives (B,) floats, from what the model returns and the batch of
+      `labels`, to which are added 'image' and 'unmasked', the prediction with all tokens. Default: that of the model's
+      task and the target. It may be called under `jax.jit`, and is compiled anew for every new function.
     estimator:
       'exact'     N masked forwards minus the clean one.
       'gradient'  -dL/dw at w = 1, one backward pass, where the gate w_i in [0, 1] multiplies exp(logit to key i) in
-                  every attention layer (also of attention pooling; and the token's share in a mean): `drop` to first order.
+                  every attention layer (also of attention pooling; and the token's share in a mean; on the raster of a
+                  dense head see `impact.dense`): `drop` to first order.
       'sampled'   mean of -dL/dw at w = max(m, 1e-3) over num_samples random masks m ~ Bernoulli(keep_ratio)^N: what a
                   token is worth among half-empty neighbours. The masks depend on `seed` and the image alone.
     mask (exact): 'zero' (default: the token's input to the first block becomes 0), 'content' (only its position
-      embedding remains), 'drop' (the token is absent). The other estimators are 'drop' by definition.
-    target: 'label' (cross-entropy with `labels`), 'teacher' (KL divergence from the unmasked model's own prediction).
+      embedding remains), 'drop' (the token is absent; a dense head fills its place as that of any dropped patch). The other
+      estimators are 'drop' by definition.
+    target: 'label' (cross-entropy with `labels`, of pixels their mean; of depth the scale-invariant log loss that it is
+      trained by), 'teacher' (KL divergence from the unmasked model's own prediction, of pixels the mean; of depth the mean
+      squared difference of ln depth).
     chunk: masked images (image x mask) that run at once: bounds memory. Default: 7 on a CPU, with a backward pass 4,
-      else 1024; `scoring.Scorer` fits it to the device's memory.
+      else 1024, of a dense task 64; `scoring.Scorer` fits it to the device's memory.
 
     Raises InputError for unknown or contradictory options, for what are no normalised images or no labels of the model's
-    classes, and for a LeViT.
+    task, and for a LeViT.
     """
     model = plain_vit(model, "impact")
-    require_head(model, "impact, a difference of losses,")
+    if loss is None and model.task != DEPTH.name:
+        require_head(model, "impact, a difference of losses,")
+    if not (loss is None or callable(loss)):
+        raise InputError(f"loss is {loss!r:.60}; it is a function of (prediction, aux, batch)")
     options = check_options(estimator, mask, target, num_samples, keep_ratio)
     options["seed"] = check_seed(seed)
     options["chunk"] = checked.value_of(int | None, chunk, "chunk", checked.Range(least=1))
     check_images(model, images)
-    num_images, num_classes = len(images), model.num_classes
-    if target == "label" and labels is None:
-        raise InputError("target 'label' needs labels; target 'teacher' does without")
-    if labels is None:
-        labels = jnp.full(num_images, -1, jnp.int32)
-    else:
-        labels = _checked_labels(labels, num_images, num_classes, least=0 if target == "label" else -1)
+    batch = checked_batch(model, labels, len(images), target, loss)
     graphdef, params = nnx.split(model)
-    return _jitted(graphdef, tuple(options.items()), params, images, labels).impact
-
-
-def _checked_labels(labels: Any, num_images: int, num_classes: int, least: int) -> Int[Array, " B"]:
-    """As an array. Raises InputError unless they are one class's number for each image; -1, where allowed, is no label."""
-    try:
-        labels = jnp.asarray(labels)
-    except (TypeError, ValueError):
-        raise InputError(f"labels are {labels!r:.60}; they are an array of whole numbers") from None
-    if labels.shape != (num_images,) or not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise InputError(
-            f"labels are {labels.dtype} of shape {labels.shape}; for {num_images} images they are as many whole numbers, "
-            f"0..{num_classes - 1}"
-        )
-    if not isinstance(labels, jax.core.Tracer) and num_images and (labels.min() < least or labels.max() >= num_classes):
-        raise InputError(f"labels lie in [{labels.min()}, {labels.max()}]; the model has classes 0..{num_classes - 1}")
-    return labels
+    return _jitted(graphdef, tuple((options | {"loss": loss}).items()), params, images, batch).impact
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _jitted(graphdef, options, params, images, labels) -> Scores:
+def _jitted(graphdef, options, params, images, batch) -> Scores:
     model = nnx.merge(graphdef, params)
-    scores = shared_scores(model, images, labels, **dict(options))
+    scores = shared_scores(model, images, batch, **dict(options))
     return scores._replace(impact=scores.impact[:, : model.grid[0] * model.grid[1]])
 
 
@@ -136,7 +131,7 @@ def num_units(options: Mapping[str, Any], num_patches: int) -> int:
 def shared_scores(
     model: ViT,
     images: Float[Array, "B Y X 3"],
-    labels: Int[Array, " B"],
+    batch: Batch,
     share: int | Int[Array, ""] = 0,
     num_shares: int = 1,
     *,
@@ -145,30 +140,31 @@ def shared_scores(
 ) -> Scores:
     """The Scores as far as one of num_shares workers on the same images makes them; see `whole_impact`.
 
-    chunk: as for `token_impact`. options: those of `check_options` and seed. A float32 model is computed in `true_float32`.
+    batch: what the loss reads, each array with a row for each image. chunk: as for `token_impact`. options: those of
+    `check_options`, seed, and loss, if it is a user's. A float32 model is computed in `true_float32`.
     """
     with true_float32(model.dtype):
-        return _grouped_scores(model, images, labels, share, num_shares, chunk, options)
+        return _grouped_scores(model, images, batch, share, num_shares, chunk, options)
 
 
-def _grouped_scores(model, images, labels, share, num_shares, chunk, options) -> Scores:
+def _grouped_scores(model, images, batch, share, num_shares, chunk, options) -> Scores:
     num_images = images.shape[0]
-    chunk = chunk or default_chunk(options["estimator"])
+    chunk = chunk or default_chunk(options["estimator"], model.task)
     # All masks of few images rather than few masks of all images: what the masks of an image share takes memory too.
     units = -(-num_units(options, model.grid[0] * model.grid[1]) // num_shares)
     group = max(n for n in range(1, num_images + 1) if num_images % n == 0 and n <= max(1, chunk // units))
     score = partial(_scores, model, share=share, num_shares=num_shares, chunk=chunk // group, **options)
     if group == num_images:
-        return score(images=images, labels=labels)
-    arrays = jax.tree.map(lambda x: x.reshape(-1, group, *x.shape[1:]), (images, labels))
-    scores = jax.lax.map(lambda xs: score(images=xs[0], labels=xs[1]), arrays)
+        return score(images=images, batch=batch)
+    arrays = jax.tree.map(lambda x: x.reshape(-1, group, *x.shape[1:]), (images, dict(batch)))
+    scores = jax.lax.map(lambda xs: score(images=xs[0], batch=xs[1]), arrays)
     return jax.tree.map(lambda x: x.reshape(num_images, *x.shape[2:]), scores)
 
 
-def default_chunk(estimator: str) -> int:
+def default_chunk(estimator: str, task: str) -> int:
     """Masked images at once on a device. A CPU is fastest while what is kept for the backward pass stays in its caches."""
     if jax.default_backend() != "cpu":
-        return 1024
+        return 1024 if task == CLASSIFICATION.name else 64  # a decoder has numbers for every pixel
     return 7 if estimator == "exact" else 4
 
 
@@ -180,45 +176,41 @@ def whole_impact(shares: Float[Array | np.ndarray, "B S _"], estimator: str, num
 
 
 def _scores(
-    model, *, images, labels, share, num_shares, chunk, estimator, mask, target, num_samples, keep_ratio, seed
+    model, *, images, batch, share, num_shares, chunk, estimator, mask, target, num_samples, keep_ratio, seed, loss=None
 ) -> Scores:
     """chunk: of each image."""
     x = model.embed(images)
     num_patches = x.shape[1] - model.num_special
-    onehot = jax.nn.one_hot(labels, model.num_classes, dtype=widened(x.dtype))
-
-    def goal(logits: Float[Array, "B L"]) -> Float[Array, "B L"]:
-        return onehot if target == "label" else jax.nn.softmax(logits)
-
-    if estimator == "gradient":  # its forward pass is the clean one
-        gates = jnp.ones((x.shape[0], num_patches), onehot.dtype)
-        impact, logits = _gate_gradient(model, x, goal(onehot), gates)
+    loss, label_loss = objective(model, target, loss)
+    prediction, aux = prediction_after(model, model.blocks, x, model.tokens(x.shape[0]), x[:, model.num_special :])
+    batch = {**batch, "image": images, "unmasked": prediction}
+    if estimator == "gradient":  # its forward pass is the clean one: where the loss does not read that, it is deleted
+        gates = jnp.ones((x.shape[0], num_patches), widened(x.dtype))
+        impact, (prediction, aux) = _gate_gradient(model, x, loss, batch, gates)
         impact = jnp.where(share == 0, impact, 0)
+    elif estimator == "exact":
+        impact = _exact(model, x, loss, batch, mask, share, num_shares, chunk)
+        impact = impact - loss(prediction, aux, batch)[:, None]
     else:
-        logits = logits_after(model, model.blocks, x, model.tokens(x.shape[0]))
-        if estimator == "exact":
-            impact = _exact(model, x, goal(logits), mask, share, num_shares, chunk)
-            impact = impact - _divergence(goal(logits), logits)[:, None]
-        else:
-            kept = sample_masks(image_keys(seed, images), num_samples, num_patches, keep_ratio)
-            impact = _sampled(model, x, goal(logits), kept, share, num_shares, chunk)
-    loss = jnp.where(labels < 0, jnp.nan, _divergence(onehot, logits))
-    return Scores(impact, logits.argmax(axis=-1).astype(jnp.int32), loss)
+        kept = sample_masks(image_keys(seed, images), num_samples, num_patches, keep_ratio)
+        impact = _sampled(model, x, loss, batch, kept, share, num_shares, chunk)
+    return Scores(impact, _classes(model, prediction), label_loss(prediction, aux, batch))
 
 
-def _divergence(goal: Float[Array, "B L"], logits: Float[Array, "B L"]) -> Float[Array, " B"]:
-    """KL(goal || softmax(logits)) in nats: the cross-entropy where goal is one-hot."""
-    return jnp.sum(jax.scipy.special.xlogy(goal, goal) - goal * jax.nn.log_softmax(logits), axis=-1)
+def _classes(model: ViT, prediction: Float[Array, "B *prediction"]) -> Int[Array, " B"]:
+    if model.task != CLASSIFICATION.name:
+        return jnp.full(prediction.shape[:1], -1, jnp.int32)
+    return prediction.argmax(axis=-1).astype(jnp.int32)
 
 
-def _exact(model, x, goal, mask, share, num_shares, chunk) -> Float[Array, "B n"]:
+def _exact(model, x, loss, batch, mask, share, num_shares, chunk) -> Float[Array, "B n"]:
     """Loss with token i masked, for a share of the i, `chunk` of them at a time folded into the batch axis."""
     num_patches = x.shape[1] - model.num_special
-    logits = masked_logits(model, x, mask)
+    predictions = masked_predictions(model, x, mask)
 
     def losses(positions: Int[Array, " M"]) -> Float[Array, "B M"]:
-        loss = _divergence(jnp.repeat(goal, positions.size, axis=0), logits(positions))
-        return rearrange(loss, "(b m) -> b m", m=positions.size)
+        found = loss(*predictions(positions), _copies(batch, positions.size))
+        return rearrange(found, "(b m) -> b m", m=positions.size)
 
     # Shares and chunks are filled up with the last position; what that computes is cut off again.
     size = -(-num_patches // num_shares)
@@ -234,18 +226,25 @@ def _least_padding(num_units: int, most: int) -> int:
     return min(range(most, most // 2, -1), key=lambda chunk: -(-num_units // chunk) * chunk)
 
 
-def _gate_gradient(model, x, goal, gates) -> tuple[Float[Array, "B N"], Float[Array, "B L"]]:
-    """-dL/dw at w = gates, and the logits there. Images do not interact: the summed loss has each image's own gradient."""
+def _copies(batch: Batch, number: int) -> dict[str, Array]:
+    """Every image's rows so many times in succession."""
+    return jax.tree.map(partial(jnp.repeat, repeats=number, axis=0), dict(batch))
+
+
+def _gate_gradient(model, x, loss, batch, gates) -> tuple[Float[Array, "B N"], tuple[Array, Aux]]:
+    """-dL/dw at w = gates, and the prediction and aux there. Images do not interact: the summed loss has each image's own
+    gradient."""
 
     def total_loss(gates):
-        logits = logits_after(model, model.blocks, x, model.tokens(x.shape[0]), gates)
-        return _divergence(goal, logits).sum(), logits
+        patches = x[:, model.num_special :]
+        found = prediction_after(model, model.blocks, x, model.tokens(x.shape[0]), patches, gates)
+        return loss(*found, batch).sum(), found
 
-    gradient, logits = jax.grad(total_loss, has_aux=True)(gates)
-    return -gradient, logits
+    gradient, found = jax.grad(total_loss, has_aux=True)(gates)
+    return -gradient, found
 
 
-def _sampled(model, x, goal, kept, share, num_shares, chunk) -> Float[Array, "B N"]:
+def _sampled(model, x, loss, batch, kept, share, num_shares, chunk) -> Float[Array, "B N"]:
     """A share of the mean of -dL/dw over the masks, `chunk` of them at a time folded into the batch axis."""
     num_samples = kept.shape[1]
     size = -(-num_samples // num_shares)
@@ -254,9 +253,9 @@ def _sampled(model, x, goal, kept, share, num_shares, chunk) -> Float[Array, "B 
     last = jnp.minimum((share + 1) * size, num_samples)  # what fills up shares and chunks has no weight
 
     def impacts(sample: Int[Array, " M"]) -> Float[Array, "B N"]:
-        gates = jnp.maximum(kept[:, jnp.minimum(sample, num_samples - 1)].astype(goal.dtype), _MIN_GATE)
-        copies = partial(jnp.repeat, repeats=chunk, axis=0)
-        impact, _ = _gate_gradient(model, copies(x), copies(goal), rearrange(gates, "b m n -> (b m) n"))
+        gates = jnp.maximum(kept[:, jnp.minimum(sample, num_samples - 1)].astype(widened(x.dtype)), _MIN_GATE)
+        copies = _copies({"x": x, **batch}, chunk)
+        impact, _ = _gate_gradient(model, copies.pop("x"), loss, copies, rearrange(gates, "b m n -> (b m) n"))
         return jnp.einsum(
             "bmn,m->bn", rearrange(impact, "(b m) n -> b m n", m=chunk), (sample < last).astype(impact.dtype)
         )

@@ -15,9 +15,10 @@ import numpy as np
 import psutil
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Float, Int
+from jaxtyping import Float, Num
 
 from tif_jax.errors import WorkError
+from tif_jax.impact.objective import label_key, label_shape
 from tif_jax.impact.oracle import Scores, check_options, default_chunk, num_units, shared_scores, whole_impact
 from tif_jax.models import Model, plain_vit
 
@@ -58,18 +59,21 @@ class Scorer:
         self._params = jax.device_put(params, NamedSharding(self.mesh, PartitionSpec()))
         self._data = NamedSharding(self.mesh, PartitionSpec("data"))
         self._lower = partial(_lower, graphdef, self._params, self.mesh, self._options | {"seed": seed})
+        label = label_shape(model, batch_size)
         self._inputs = (
             jax.ShapeDtypeStruct((batch_size, *model.image_size, 3), jnp.float32, sharding=self._data),
-            jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=self._data),
+            {label_key(model): label.update(sharding=self._data)},
         )
-        self._compile(chunk or default_chunk(self._options["estimator"]))
+        self._label_key = label_key(model)
+        self._compile(chunk or default_chunk(self._options["estimator"], model.task))
 
-    def __call__(self, images: Float[np.ndarray, "B Y X 3"], labels: Int[np.ndarray, " B"]) -> Callable[[], Scores]:
+    def __call__(self, images: Float[np.ndarray, "B Y X 3"], labels: Num[np.ndarray, "B ..."]) -> Callable[[], Scores]:
         """Starts; the function returned waits for the Scores (numpy), and at a lack of memory halves the chunk and repeats.
 
-        Raises WorkError, on waiting, if a single masked image does not fit.
+        labels: classes (B,), or of a dense task label maps (B, Y, X). Raises WorkError, on waiting, if a single masked image
+        does not fit.
         """
-        inputs = jax.device_put((images, labels), self._data)
+        inputs = jax.device_put((images, {self._label_key: labels}), self._data)
         program, outcome = self.program, self._start(*inputs)
 
         def wait() -> Scores:
@@ -91,9 +95,9 @@ class Scorer:
 
         return wait
 
-    def _start(self, images, labels) -> Scores | Exception:
+    def _start(self, images, batch) -> Scores | Exception:
         try:
-            return self.program(self._params, images, labels)
+            return self.program(self._params, images, batch)
         except jax.errors.JaxRuntimeError as error:  # a device may notice at once or only when it comes to the work
             return error
 
@@ -113,10 +117,10 @@ class Scorer:
             self.program = self._lower(*self._inputs, chunk=self.chunk).compile()
 
 
-def _lower(graphdef, params, mesh, options, images, labels, *, chunk):
-    def score(params, images, labels):
+def _lower(graphdef, params, mesh, options, images, batch, *, chunk):
+    def score(params, images, batch):
         model, share = nnx.merge(graphdef, params), jax.lax.axis_index("mask")
-        scores = shared_scores(model, images, labels, share, mesh.shape["mask"], chunk=chunk, **options)
+        scores = shared_scores(model, images, batch, share, mesh.shape["mask"], chunk=chunk, **options)
         return scores._replace(impact=scores.impact[:, None])
 
     data = PartitionSpec("data")
@@ -124,7 +128,7 @@ def _lower(graphdef, params, mesh, options, images, labels, *, chunk):
     sharded = jax.shard_map(
         score, mesh=mesh, in_specs=(PartitionSpec(), data, data), out_specs=out_specs, check_vma=False
     )
-    return jax.jit(sharded).lower(params, images, labels)
+    return jax.jit(sharded).lower(params, images, batch)
 
 
 def _memory_needed(program: jax.stages.Compiled) -> int:

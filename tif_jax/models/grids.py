@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from tif_jax.errors import InputError
 from tif_jax.layers import widened
@@ -38,32 +38,41 @@ def to_grid(
     if fill == "embedding" and embedded is None:
         raise InputError("fill is 'embedding', and the embedded patches are not given; give what `embed` returned")
     patches, source = split(x, tokens.num_special)[1], tokens.source
-    nearest = _nearest(source, tokens.grid, embedded if fill == "embedding" else None)
+    held_by = _holders(source, tokens.grid, embedded if fill == "embedding" else None)
     if tokens.spread is None and tokens.offset is None:
-        found = take(patches, take(source, nearest))
+        found = take(patches, take(source, held_by))
     else:
         row = take(patches, jnp.maximum(source, 0)) if tokens.spread is None else mixed(patches, tokens.spread)
         found = jnp.where(source[..., None] >= 0, row, 0)
-        found = take(found if tokens.offset is None else found + tokens.offset.astype(x.dtype), nearest)
+        found = take(found if tokens.offset is None else found + tokens.offset.astype(x.dtype), held_by)
     return found.reshape(x.shape[0], *tokens.grid, x.shape[2])
 
 
-def _nearest(
+def _holders(
     source: Int[Array, "B P"], grid: tuple[int, int], embedded: Float[Array, "B P D"] | None
 ) -> Int[Array, "B P"]:
     """For each patch the one whose features stand for it: itself, unless it is gone."""
     held = source != GONE
     itself = jnp.arange(source.shape[1], dtype=jnp.int32)[None]
+    return jnp.where(held, itself, nearest(held[:, None], grid, embedded))
+
+
+def nearest(
+    among: Bool[Array, "B Q P"], grid: tuple[int, int], embedded: Float[Array, "B P D"] | None
+) -> Int[Array, "B P"]:
+    """For each patch the nearest of those that it may be: on the raster, or with `embedded` the most alike (cosine).
+
+    among: which these are, for each patch a row, or one row for all; if there are none, what is found means nothing. Ties go
+    to the first in raster order. No gradient.
+    """
     if embedded is None:
         # A distance and a patch in one number: their minimum is the nearest, the first of equally near ones.
         far = np.iinfo(np.int32).max
-        nearest = jnp.where(held[:, None], jnp.asarray(_distances(grid))[None], far).min(axis=2) % source.shape[1]
-    else:
-        unit = jax.lax.stop_gradient(embedded).astype(widened(embedded.dtype))
-        unit = unit * jax.lax.rsqrt(jnp.maximum(jnp.square(unit).sum(axis=2, keepdims=True), 1e-24))
-        alike = jnp.einsum("bpd,bqd->bpq", unit, unit)
-        nearest = jnp.where(held[:, None], alike, -jnp.inf).argmax(axis=2).astype(jnp.int32)
-    return jnp.where(held, itself, nearest)
+        return jnp.where(among, jnp.asarray(_distances(grid))[None], far).min(axis=2) % among.shape[2]
+    unit = jax.lax.stop_gradient(embedded).astype(widened(embedded.dtype))
+    unit = unit * jax.lax.rsqrt(jnp.maximum(jnp.square(unit).sum(axis=2, keepdims=True), 1e-24))
+    alike = jnp.einsum("bpd,bqd->bpq", unit, unit)
+    return jnp.where(among, alike, -jnp.inf).argmax(axis=2).astype(jnp.int32)
 
 
 def _distances(grid: tuple[int, int]) -> Int[np.ndarray, "P P"]:
