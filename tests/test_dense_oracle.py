@@ -1,5 +1,6 @@
 """Impact on dense tasks, and on losses of a user's own, against loops that mask one token after the other by hand."""
 
+import inspect
 from functools import partial
 
 import cases
@@ -28,18 +29,19 @@ KINDS = {"linear": LINEAR, "by embedding": LINEAR | {"fill": "embedding"}, "dpt"
 PLACES = np.stack(np.divmod(np.arange(N), COLUMNS), axis=1)
 
 
-def made(task, kind="linear", **fields):
-    """A model in float64, images, and label maps of which a part is not known."""
-    num_classes = {"depth": 0, "segmentation": 3}[task]
-    model = lively(TINY | KINDS[kind] | dict(task=task, num_classes=num_classes, dtype="float64") | fields)
-    nnx.update(model, jax.tree.map(lambda x: x.astype(jnp.float64), nnx.state(model, nnx.Param)))
+def made(task, kind="linear"):
+    """A model, images, and label maps of which a part is not known; in float64 where that is enabled."""
+    dtype, num_classes = jnp.zeros(()).dtype, {"depth": 0, "segmentation": 3}[task]
+    model = as_dtype(lively(TINY | KINDS[kind] | dict(task=task, num_classes=num_classes, dtype=dtype.name)), dtype)
     rng = np.random.default_rng(1)
-    maps = rng.uniform(0.5, 11, (2, *SIZE)) if task == "depth" else rng.integers(0, 3, (2, *SIZE))
-    return (
-        model,
-        rng.normal(size=(2, *SIZE, 3)),
-        np.where(rng.random(maps.shape) < 0.2, 0 if task == "depth" else -1, maps),
-    )
+    maps = rng.uniform(0.5, 11, (2, *SIZE)).astype(dtype) if task == "depth" else rng.integers(0, 3, (2, *SIZE))
+    maps[rng.random(maps.shape) < 0.2] = 0 if task == "depth" else -1
+    return model, rng.normal(size=(2, *SIZE, 3)).astype(dtype), maps
+
+
+def as_dtype(model, dtype):
+    nnx.update(model, jax.tree.map(lambda x: x.astype(dtype), nnx.state(model, nnx.Param)))
+    return model
 
 
 @jax.jit
@@ -201,8 +203,8 @@ def brier(prediction, aux, batch):
 @pytest.mark.parametrize("mask", mostly_long(["drop", "zero", "content"]))
 def test_a_users_loss_of_a_classifier_is_brute_force(mask):
     with jax.enable_x64(True):
-        model = lively(TINY | dict(depth=2, num_classes=3, distillation_token=True, dtype="float64"))
-        nnx.update(model, jax.tree.map(lambda x: x.astype(jnp.float64), nnx.state(model, nnx.Param)))
+        fields = TINY | dict(depth=2, num_classes=3, distillation_token=True, dtype="float64")
+        model = as_dtype(lively(fields), jnp.float64)
         images = np.random.default_rng(0).normal(size=(2, *SIZE, 3))
         batch = dict(label=np.array([0, 2]), weight=np.array([1.0, 0.5]))
 
@@ -234,8 +236,8 @@ def test_a_users_loss_of_a_classifier_is_brute_force(mask):
 
 def test_a_users_loss_of_depth_needs_no_labels():
     """With the loss of the task's own target it gives the same."""
-    model, images, maps = made("depth", dtype="float32")
-    images, maps = jnp.asarray(images, jnp.float32), jnp.asarray(maps, jnp.float32)
+    model, images, _ = made("depth")
+    images = jnp.asarray(images)
     difference = lambda d, aux, batch: ((jnp.log(d) - jnp.log(batch["unmasked"])) ** 2).mean((1, 2))  # noqa: E731
     expected = token_impact(model, images, target="teacher")
     np.testing.assert_allclose(token_impact(model, images, loss=difference), expected, rtol=1e-5, atol=1e-7)
@@ -247,8 +249,8 @@ def test_a_users_loss_of_depth_needs_no_labels():
     mostly_long([("exact", 2), ("sampled", 8), ("exact", 8), ("sampled", 2), ("gradient", 2)], (0, 1)),
 )
 def test_eight_devices_find_the_same_as_one(estimator, num_images):
-    model, images, maps = made("depth", dtype="float32")
-    images, maps = (np.tile(x, (4, *[1] * (x.ndim - 1)))[:num_images].astype(np.float32) for x in (images, maps))
+    model, images, maps = made("depth")
+    images, maps = (np.tile(x, (4, *[1] * (x.ndim - 1)))[:num_images] for x in (images, maps))
     images += np.random.default_rng(0).normal(size=images.shape).astype(np.float32) / 4
     options = dict(estimator=estimator, mask="drop", target="label", num_samples=4, keep_ratio=0.5)
     expected = token_impact(model, images, maps, **options)
@@ -260,8 +262,8 @@ def test_eight_devices_find_the_same_as_one(estimator, num_images):
 
 
 def test_a_map_that_says_nothing_has_no_loss_and_no_impact():
-    model, images, maps = made("depth", dtype="float32")
-    images, maps = images.astype(np.float32), (maps * np.array([[[1]], [[0]]])).astype(np.float32)
+    model, images, maps = made("depth")
+    maps[1] = 0
     for estimator in ("exact", "gradient", "sampled"):
         options = dict(estimator=estimator, mask="drop", target="label", num_samples=2, keep_ratio=0.5)
         scores = Scorer(model, 2, devices=jax.devices()[:1], **options)(images, maps)()
@@ -285,20 +287,25 @@ def test_a_map_that_says_nothing_has_no_loss_and_no_impact():
         ("segmentation", np.zeros((1, *SIZE), np.float32), {}, r"label maps are float32 .*classes 0\.\.2, -1: ignored"),
         ("segmentation", np.full((1, *SIZE), 3), {}, r"lie in \[3, 3\]; the model has classes 0\.\.2"),
         ("depth", None, dict(loss=3), "loss is 3; it is a function"),
-        ("depth", None, dict(loss=lambda *_: 0.0), r"the loss gives a float; of 1 images"),
+        ("depth", None, dict(loss=lambda *_: 0.0), r"the loss gives a float; it gives a float for each image"),
         (
             "depth",
             None,
             dict(loss=lambda d, *_: d),
-            r"the loss gives float32 of shape \(1, 16, 24\); of 1 images it is",
+            r"the loss gives float32 of shape \(6, 16, 24\); .* \(6,\) here",
         ),
         ("depth", None, dict(loss=lambda d, *_: d[:, 0, 0], target="teacher"), "leave the target"),
-        ("depth", dict(id=["a"]), dict(loss=lambda d, *_: d[:, 0, 0]), r"labels\['id'\] is \['a'\]; it is an array"),
+        (
+            "depth",
+            dict(id=["a"]),
+            dict(loss=lambda d, *_: d[:, 0, 0]),
+            r"labels\['id'\] is \['a'\]; it is an array of numbers",
+        ),
         ("depth", dict(weight=np.ones(2)), dict(loss=lambda d, *_: d[:, 0, 0]), r"labels\['weight'\] has shape \(2,\)"),
     ],
 )
 def test_misuse(task, labels, options, message):
-    model, images, _ = made(task, dtype="float32")
+    model, images, _ = made(task)
     with pytest.raises(InputError, match=message) as error:
-        token_impact(model, jnp.asarray(images[:1], jnp.float32), labels, **options)
+        inspect.unwrap(token_impact)(model, jnp.asarray(images[:1]), labels, **options)
     assert "\n" not in str(error.value)

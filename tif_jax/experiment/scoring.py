@@ -17,8 +17,8 @@ from tif_jax.experiment.schema import Experiment
 from tif_jax.experiment.sources import open_for_model
 from tif_jax.impact import job
 from tif_jax.impact.manifest import Manifest
-from tif_jax.impact.oracle import TARGETS
-from tif_jax.models import Model
+from tif_jax.impact.objective import TARGETS, described
+from tif_jax.models import Model, plain_vit
 from tif_jax.models.params import backbone_digest, params_of
 from tif_jax.runtime import records
 from tif_jax.tasks import CLASSIFICATION
@@ -153,4 +153,6 @@ def _manifest(
         "target": of_oracle["target"],
         "versions": records.versions(),
     }
+    if model.task != CLASSIFICATION.name:
+        manifest |= {"task": model.task, "loss": described(plain_vit(model, "impact"), of_oracle["target"])}
     return cast(Manifest, manifest | expected | {"data": expected["data"] | {"split": split}})

@@ -24,11 +24,13 @@ from tif_jax.data.source import Source
 from tif_jax.errors import InputError, Preempted
 from tif_jax.impact import shards
 from tif_jax.impact.manifest import Manifest, open_manifest
+from tif_jax.impact.objective import has_label
 from tif_jax.impact.oracle import Scores
 from tif_jax.impact.scoring import Scorer
-from tif_jax.models import Model
+from tif_jax.models import Model, plain_vit
 from tif_jax.runtime.preemption import stop_flag
 from tif_jax.runtime.progress import Progress
+from tif_jax.tasks import CLASSIFICATION
 
 logger = logging.getLogger(__name__)
 
@@ -135,20 +137,32 @@ def _scored(scorer: Scorer, job: Job, rows: Int[np.ndarray, "R 2"], meter: "_Met
     """The shard columns of one batch of rows after the other; the device has the next before one is waited for."""
     if not len(rows):
         return
+    model = plain_vit(job.model, "impact")
     batches = evaluation_batches(job.source, job.data, batch_size=job.batch_size, records=rows)
     try:
         running = None
         for batch in meter.timed(batches):
-            real = batch["weight"] > 0
-            if job.options["target"] == "label" and (unlabelled := real & (batch["label"] < 0)).any():
-                raise InputError(f"{batch['id'][unlabelled][0]} has no label; set score.target to 'teacher'")
-            before, running = running, (batch, real, scorer(batch["image"], batch["label"]))
+            labels, real = batch[scorer.label_key], batch["weight"] > 0
+            if job.options["target"] == "label":
+                real = _with_label(job, batch, real, has_label(model, labels))
+            before, running = running, (batch, real, scorer(batch["image"], labels))
             if before is not None:
                 yield meter.counted(_columns(*before))
         if running is not None:
             yield meter.counted(_columns(*running))
     finally:
         batches.close()
+
+
+def _with_label(
+    job: Job, batch: Batch, real: Bool[np.ndarray, " B"], labelled: Bool[np.ndarray, " B"]
+) -> Bool[np.ndarray, " B"]:
+    """The real images that are scored: one without a class is an error, one whose label map is empty is left out."""
+    for name in batch["id"][real & ~labelled]:
+        if job.model.task == CLASSIFICATION.name:
+            raise InputError(f"{name} has no label; set score.target to 'teacher'")
+        logger.warning("Left out: the label map of %s has no pixel that counts", name)
+    return real & labelled
 
 
 def _columns(batch: Batch, real: Bool[np.ndarray, " B"], wait: Callable[[], Scores]) -> Columns:

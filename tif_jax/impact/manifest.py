@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict, get_origin
+from typing import Any, NotRequired, TypedDict, get_origin, get_type_hints
 
 from tif_jax.errors import InputError
 from tif_jax.runtime import files, records
@@ -35,6 +35,8 @@ class Manifest(TypedDict):
     preprocessing: dict[str, Any]
     backbone: str  # `models.params.backbone_digest`
     versions: dict[str, str]
+    task: NotRequired[str]  # of the backbone, if it is no classifier
+    loss: NotRequired[str]  # then: what impact is the change of (`objective.described`)
 
 
 def open_manifest(directory: str | os.PathLike[str], manifest: Manifest) -> None:
@@ -79,7 +81,9 @@ def read_manifest(directory: Path, expected: Mapping[str, Any] | None = None) ->
 
 def _is_sound(manifest: Mapping[str, Any]) -> bool:
     """Whether every entry is of its type, and the numbers fit each other: what is read by them must not be without end."""
-    for name, kind in Manifest.__annotations__.items():
+    for name, kind in get_type_hints(Manifest).items():
+        if name in Manifest.__optional_keys__ and name not in manifest:
+            continue
         kind = get_origin(kind) or kind
         if type(manifest[name]) is not kind or (kind is int and manifest[name] < 1):
             return False

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Num
 
 from tif_jax import dense_losses
 from tif_jax.errors import InputError
@@ -109,7 +109,9 @@ def _per_image(loss: Loss) -> Loss:
         is_array = isinstance(found, jax.Array | np.ndarray)
         if not is_array or found.shape != prediction.shape[:1] or not jnp.issubdtype(found.dtype, jnp.floating):
             said = f"{found.dtype} of shape {found.shape}" if is_array else f"a {type(found).__name__}"
-            raise InputError(f"the loss gives {said}; of {len(prediction)} images it is as many floats")
+            raise InputError(
+                f"the loss gives {said}; it gives a float for each image of the prediction, ({len(prediction)},) here"
+            )
         return at_least_float32(jnp.asarray(found))
 
     return checked
@@ -126,6 +128,16 @@ def label_shape(model: ViT, num_images: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((num_images,), jnp.int32)
     kind = jnp.float32 if model.task == DEPTH.name else jnp.int32
     return jax.ShapeDtypeStruct((num_images, *model.image_size), kind)
+
+
+def has_label(model: ViT, labels: Num[np.ndarray, "B ..."]) -> Bool[np.ndarray, " B"]:
+    """Which images have one, or a label map with a pixel that counts."""
+    if model.task == CLASSIFICATION.name:
+        return labels >= 0
+    counts = labels >= 0
+    if model.task == DEPTH.name:
+        counts = np.asarray(dense_losses.valid_depth(labels, model.max_depth))
+    return np.any(counts, axis=(1, 2))
 
 
 def checked_batch(model: ViT, labels: Any, num_images: int, target: str, own: Loss | None) -> dict[str, Array]:
@@ -151,14 +163,16 @@ def checked_batch(model: ViT, labels: Any, num_images: int, target: str, own: Lo
 
 def _array_of_images(name: str, value: Any, num_images: int) -> Array:
     try:
-        array = jnp.asarray(value)
-    except (TypeError, ValueError):
-        raise InputError(f"labels[{name!r}] is {value!r:.60}; it is an array with a row for each image") from None
+        array = value if isinstance(value, jax.Array) else np.asarray(value)
+    except ValueError:  # rows of different lengths
+        array = np.array(None)
+    if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
+        raise InputError(f"labels[{name!r}] is {value!r:.60}; it is an array of numbers with a row for each image")
     if array.shape[:1] != (num_images,):
         raise InputError(
             f"labels[{name!r}] has shape {array.shape}; for {num_images} images it has as many rows ({num_images}, ...)"
         )
-    return array
+    return jnp.asarray(array)
 
 
 def _checked_labels(model: ViT, labels: Any, num_images: int, least: int) -> Array:

@@ -59,12 +59,11 @@ class Scorer:
         self._params = jax.device_put(params, NamedSharding(self.mesh, PartitionSpec()))
         self._data = NamedSharding(self.mesh, PartitionSpec("data"))
         self._lower = partial(_lower, graphdef, self._params, self.mesh, self._options | {"seed": seed})
-        label = label_shape(model, batch_size)
+        self.label_key, label = label_key(model), label_shape(model, batch_size)  # of a batch, what the loss reads
         self._inputs = (
             jax.ShapeDtypeStruct((batch_size, *model.image_size, 3), jnp.float32, sharding=self._data),
-            {label_key(model): label.update(sharding=self._data)},
+            {self.label_key: label.update(sharding=self._data)},
         )
-        self._label_key = label_key(model)
         self._compile(chunk or default_chunk(self._options["estimator"], model.task))
 
     def __call__(self, images: Float[np.ndarray, "B Y X 3"], labels: Num[np.ndarray, "B ..."]) -> Callable[[], Scores]:
@@ -73,7 +72,7 @@ class Scorer:
         labels: classes (B,), or of a dense task label maps (B, Y, X). Raises WorkError, on waiting, if a single masked image
         does not fit.
         """
-        inputs = jax.device_put((images, {self._label_key: labels}), self._data)
+        inputs = jax.device_put((images, {self.label_key: labels}), self._data)
         program, outcome = self.program, self._start(*inputs)
 
         def wait() -> Scores:

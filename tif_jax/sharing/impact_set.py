@@ -21,6 +21,12 @@ _COLUMNS = {
     "loss": "float32, nats. Cross-entropy with the label, all tokens present; NaN where there is no label",
     "impact": "list of float32 or float16, nats. By how much the loss rises without the token, one number per patch token",
 }
+_OF_MAPS = {  # where the network says something of every pixel
+    "label": "int32. -1: there is a label map, which is not included",
+    "prediction": "int32. -1",
+    "loss": "float32. That of the label map, all tokens present; NaN where it has no pixel that counts",
+    "impact": "list of float32 or float16. By how much the loss rises without the token, one number per patch token",
+}
 _TARGETS = {
     "label": "cross-entropy with the true class",
     "teacher": "Kullback-Leibler divergence from the network's own prediction with all tokens; no label is read",
@@ -48,6 +54,9 @@ def _card(manifest: Mapping[str, Any], rows: int, license: str, name: str) -> st
     size, how = manifest["image_size"], manifest["preprocessing"]
     grid = " x ".join(map(str, _grid(size, manifest["num_tokens"])))
     images = data.get("tfds_name") or data["name"]
+    is_dense = "loss" in manifest
+    unit = "that of the loss" if is_dense else "nats"
+    loss = manifest["loss"] if is_dense else _TARGETS[manifest["target"]]
     lines = [
         *_front_matter(data.get("split", "train"), license),
         "# Impact of patch tokens",
@@ -56,15 +65,15 @@ def _card(manifest: Mapping[str, Any], rows: int, license: str, name: str) -> st
         f"Transformer: for {manifest['num_images']} images of `{images}`, split `{data.get('split')}`, in "
         f"{manifest['views']} view(s) each. {rows} rows, by tif_jax {__version__}.",
         "",
-        "**Sign**: positive means that the token helps, for without it the loss is higher. **Unit**: nats.",
+        f"**Sign**: positive means that the token helps, for without it the loss is higher. **Unit**: {unit}.",
         "",
         "| column | what |",
         "|---|---|",
-        *(f"| `{column}` | {what} |" for column, what in _COLUMNS.items()),
+        *(f"| `{column}` | {what} |" for column, what in (_COLUMNS | (_OF_MAPS if is_dense else {})).items()),
         "",
         "## How it was measured",
         "",
-        f"* Loss: {_TARGETS[manifest['target']]}.",
+        f"* Loss: {loss}.",
         f"* Estimator: `{estimator['name']}` ({options}); a masked token is treated as `{manifest['mask']}`.",
         f"* Network: the backbone whose parameters have the sha256 `{manifest['backbone']}`; its images are "
         f"{size[0]} x {size[1]} pixels, mean {how.get('mean')}, standard deviation {how.get('std')}.",
