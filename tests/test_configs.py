@@ -81,7 +81,7 @@ def test_its_training_takes_their_values(name):
         if recipe.num_epochs:
             assert config.data.augment != "none" or recipe.augmentation.repeats == 1
             assert 0 <= recipe.warmup_epochs < recipe.num_epochs
-    if config.backbone.model:
+    if config.backbone.model and not config.backbone.init_from:
         assert config.data.size == (config.backbone.model["image_size"],) * 2
     elif not config.backbone.head:
         assert config.backbone.init_from.endswith(".safetensors")
