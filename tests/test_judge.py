@@ -33,12 +33,12 @@ def test_only_the_best_tokens_of_each_image_are_seen(seen):
     assert {name: list(row) for name, row in found.items()} == {name: [1.0, 0.25] for name in rankings}
     assert unreduced["agreement"] == found["random"][1.0]["agreement"] == 1
     np.testing.assert_allclose(found["random"][1.0]["cross_entropy"], unreduced["cross_entropy"], rtol=1e-5)
-    whole = np.asarray(jax.jit(judge.unreduced_logits)(model, images))
+    whole = np.asarray(jax.jit(judge.unreduced)(model, images))
     np.testing.assert_allclose(
         unreduced["cross_entropy"], -log_softmax(whole, 1)[np.arange(6), labels].mean(), rtol=1e-5
     )
     for name in rankings:
-        logits = jax.jit(lambda x, r: judge.logits_of_best(model, x, r, 0.25))(images, rankings[name])
+        logits = jax.jit(lambda x, r: judge.best_alone(model, x, r, 0.25))(images, rankings[name])
         expected = judge.outcome(np.asarray(logits), whole, labels)
         assert found[name][0.25] == pytest.approx(expected, rel=1e-5)
     assert found["random"][0.25]["cross_entropy"] != found["opposite"][0.25]["cross_entropy"]

@@ -17,10 +17,11 @@ from tif_jax.experiment.schema import Experiment
 from tif_jax.experiment.sources import open_for_model
 from tif_jax.figures.plots import accuracy_cost, picture_page, training_curves
 from tif_jax.impact import shards
+from tif_jax.impact.judge import OUTCOMES
 from tif_jax.models import Model
 from tif_jax.models.budget import AMOUNTS
 from tif_jax.runtime import files, records
-from tif_jax.tasks import CLASSIFICATION, Task, of_metrics
+from tif_jax.tasks import CLASSIFICATION, Metric, Task, of_metrics
 from tif_jax.tokens import num_kept, top_k
 from tif_jax.weights.loading import load
 
@@ -104,7 +105,7 @@ def markdown_of(result: Mapping[str, Any], summary: Sequence[dict[str, Any]], pi
         *_notes(result),
         *(["![accuracy against cost](accuracy_cost.png)", ""] if "accuracy_cost.png" in pictures else []),
         *([f"![accuracy against speed]({_SPEED})", ""] if _SPEED in pictures else []),
-        *(_of_filter(result["rankings"]) if result["rankings"] else []),
+        *(_of_filter(result["rankings"], task) if result["rankings"] else []),
         *(_SHOWN if "tokens.png" in pictures else []),
         *(["![training curves](training.png)", ""] if "training.png" in pictures else []),
     ]
@@ -189,36 +190,37 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
     return [line for paragraph in told for line in (paragraph, "")]
 
 
-def _of_filter(found: dict[str, Any]) -> list[str]:
+def _of_filter(found: dict[str, Any], task: Task) -> list[str]:
     """The sections about the token filter."""
+    said = OUTCOMES[task.name]
+    own = ", ".join(f"{metric.name} {metric.text(found['unreduced'][metric.key])}" for metric in said[:-1])
     return [
         "## What the filter knows",
         "",
         f"{found['num_images']} held-out images, the frozen backbone, only each ranking's best tokens kept: "
-        "cross-entropy in nats / top-1 / agreement with the unreduced model, whose own cross-entropy and top-1 are "
-        f"{fixed(3)(found['unreduced']['cross_entropy'])} / {fixed(3)(found['unreduced']['top1'])}. "
+        f"{' / '.join(metric.label for metric in said)}; the unreduced model: {own}. "
         "AUC: for the labels the filter is trained on; Spearman: mean per image, with each oracle.",
         "",
-        *_ranking_table(found["rankings"]),
+        *_ranking_table(found["rankings"], said),
         "",
     ]
 
 
-def _ranking_table(rankings: dict[str, Any]) -> list[str]:
-    """The rankings by their agreement at the middle keep ratio, the worst first."""
-    middle = str(KEEP_RATIOS[1])
+def _ranking_table(rankings: dict[str, Any], said: Sequence[Metric]) -> list[str]:
+    """The rankings by how near they are to the unreduced model at the middle keep ratio, the worst first."""
+    middle, nearness = str(KEEP_RATIOS[1]), said[-1]
+
+    def outcome(found: Mapping[str, float]) -> str:
+        return " / ".join(fixed(3)(found[metric.key]) for metric in said)
+
     rows = [row | {"name": name} for name, row in rankings.items()]
     columns = [
         Column("ranking", ("name",)),
         Column("AUC", ("auc",), fixed(3)),
         *(Column(f"rho({target})", ("spearman", target), fixed(3)) for target in rows[0]["spearman"]),
-        *(Column(f"keep {ratio:g}", ("keep", str(ratio)), _outcome) for ratio in KEEP_RATIOS),
+        *(Column(f"keep {ratio:g}", ("keep", str(ratio)), outcome) for ratio in KEEP_RATIOS),
     ]
-    return markdown(columns, sorted(rows, key=lambda row: row["keep"][middle]["agreement"]))
-
-
-def _outcome(outcome: dict[str, float]) -> str:
-    return " / ".join(fixed(3)(outcome[key]) for key in ("cross_entropy", "top1", "agreement"))
+    return markdown(columns, sorted(rows, key=lambda row: nearness.merit(row["keep"][middle][nearness.key])))
 
 
 def _pictures(config: Experiment, workdir: Path) -> list[dict[str, np.ndarray]]:

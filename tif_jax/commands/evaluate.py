@@ -221,6 +221,7 @@ class Heldout(NamedTuple):
     impacts: dict[str, Float[np.ndarray, "E N"]]  # by the oracle's target
     labels: Bool[np.ndarray, "E N"]  # which tokens the label oracle finds worth keeping
     fixed_rankings: dict[str, Float[np.ndarray, "E N"]]  # the oracles' own and the position prior's
+    eigen_crop: bool  # whether depth is compared in it alone
 
 
 def heldout(config: Experiment, workdir: Path, model: ViT, trained_on: Float[np.ndarray, "R N"]) -> Heldout:
@@ -235,7 +236,8 @@ def heldout(config: Experiment, workdir: Path, model: ViT, trained_on: Float[np.
     if "label" not in oracles:
         raise InputError(f"{workdir}/heldout-label is missing; `tif run` makes it: score held-out images first")
     table, labelling = oracles["label"], label_options(config, trained_on)
-    impacts = {target: oracle.impact for target, oracle in oracles.items()}
+    # A teacher scores images, too, whose label map is empty.
+    impacts = {target: oracle.impact[np.isin(oracle.index, table.index)] for target, oracle in oracles.items()}
     prior = np.asarray(position_prior(keep_labels(trained_on, **labelling)))
     fixed = {f"{target} oracle": impact for target, impact in impacts.items()}
     fixed["position prior"] = np.broadcast_to(prior, table.impact.shape)
@@ -245,6 +247,7 @@ def heldout(config: Experiment, workdir: Path, model: ViT, trained_on: Float[np.
         impacts=impacts,
         labels=np.asarray(keep_labels(table.impact, **labelling)),
         fixed_rankings=fixed,
+        eigen_crop=config.evaluate.eigen_crop,
     )
 
 
@@ -261,7 +264,9 @@ def _batches(config: Experiment, source, table: shards.ImpactTable, label: str) 
 
 def judged(model: ViT, test: Heldout, rankings: Mapping[str, Float[np.ndarray, "E N"]]) -> dict[str, Any]:
     """A ranking table as it stands in metrics.json: of each ranking what it knows, and the outcome per keep ratio."""
-    unreduced, outcomes = judge.judge_rankings(model, test.batches("judge"), test.mesh, rankings, KEEP_RATIOS)
+    unreduced, outcomes = judge.judge_rankings(
+        model, test.batches("judge"), test.mesh, rankings, KEEP_RATIOS, test.eigen_crop
+    )
     rows = {
         name: knowledge(ranking, test.impacts, test.labels)
         | {"keep": {str(ratio): outcome for ratio, outcome in outcomes[name].items()}}
