@@ -40,6 +40,9 @@ CASES = {
     "stack and tile": lambda x, ranks: jnp.tile(jnp.stack([x, -x], axis=2), (1, 2, 1, 1)),
     "pad": lambda x, ranks: jnp.pad(x, ((0, 0), (2, 0), (0, 1)), constant_values=3),
     "numbers of images": lambda x, ranks: x + jnp.arange(x.shape[0], dtype=x.dtype)[:, None, None] * x.shape[0],
+    "what was spread before": lambda x, ranks: jnp.concatenate(
+        [jnp.cumsum(numbers := jnp.broadcast_to(jnp.arange(6.0)[None], x.shape[:2]), axis=1), jnp.abs(2 - numbers)], axis=1
+    ),
     "products": lambda x, ranks: jnp.einsum("bnd,bmd->bnm", x, x) @ jnp.ones((6, 2))
     + jnp.einsum("bnd,bmd->b", x, x)[:, None, None],
     "outer product": lambda x, ranks: jnp.einsum("bn,bmd->bmdn", x[:, :, 0], x),

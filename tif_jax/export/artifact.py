@@ -21,6 +21,7 @@ from tif_jax.models import Model, built_with
 from tif_jax.models.cost import cost
 from tif_jax.models.model import carried
 from tif_jax.runtime import files, records
+from tif_jax.tasks import DEPTH, SEGMENTATION
 
 logger = logging.getLogger(__name__)
 
@@ -30,30 +31,38 @@ MANIFEST, LOADER = "manifest.json", "predict.py"
 MEANING = {
     "logits": "of the classes, before the softmax",
     "features": "pooled; the model has no head",
+    "depth": "of each pixel, metres",
     "kept": "raster positions of the patches that stay tokens of their own, ascending",
     "source": "for each patch the row, among the patch tokens that come out, in which it lives; -1: it is gone",
 }
-# Of logits, times the largest of them, if that is above 1: sums in another order. Where two patches are all but equally
-# worth keeping, that may decide between them, and what follows is another computation: such images' logits are not compared.
+_OF_PIXELS = "of each pixel's classes, before the softmax"
+# Of logits or metres, times the largest of them, if that is above 1: sums in another order. Where two patches are all but equally
+# worth keeping, that may decide between them, and what follows is another computation: such images are not compared.
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2, "float64": 1e-3}
 _NUM_IMAGES = 4  # of the check: one alone, then the others as a batch
 
 
 def forward(model: Model) -> Callable[[Float[Array, "B Y X 3"]], dict[str, Array]]:
-    """From images to what is exported, by name (`MEANING`): logits, and which tokens were kept where the reducer says it."""
+    """From images to what is exported, by name (`MEANING`): the prediction, and which tokens were kept where that is said."""
 
     def call(images):
         with true_float32(model.dtype):
-            logits, aux = model(images)
+            prediction, aux = model(images)
         told = next(({name: aux[name]} for name in ("kept", "source") if name in aux), {})
-        return {main_output(model): logits, **told}
+        return {main_output(model): prediction, **told}
 
     return call
 
 
 def main_output(model: Model) -> str:
     """What the first output is called."""
+    if model.task == DEPTH.name:
+        return "depth"
     return "logits" if model.num_classes else "features"
+
+
+def _meaning(model: Model, name: str) -> str:
+    return _OF_PIXELS if name == "logits" and model.task == SEGMENTATION.name else MEANING[name]
 
 
 def check(model: Any, folder: str | Path) -> None:
@@ -110,7 +119,7 @@ def compared(model: Model, call: Call) -> dict[str, Any]:
     tokens = [(joined[name] == wanted[name]).all(axis=1) for name in wanted if name != main]
     same_tokens = tokens[0] if tokens else np.ones(_NUM_IMAGES, bool)
     ours, theirs = (np.asarray(one[main], np.float32) for one in (wanted, joined))
-    worst = float(np.abs(ours - theirs).max(axis=1, where=same_tokens[:, None], initial=0).max())
+    worst = float(np.abs(ours - theirs).max(initial=0, where=same_tokens.reshape(-1, *[1] * (ours.ndim - 1))))
     largest = float(np.abs(ours).max())
     tolerance = _TOLERANCE[jnp.dtype(model.dtype).name] * max(1.0, largest)
     if not worst <= tolerance or 2 * same_tokens.sum() < _NUM_IMAGES:
@@ -122,9 +131,17 @@ def compared(model: Model, call: Call) -> dict[str, Any]:
         "images": f"{_NUM_IMAGES} of random pixels",
         "max_difference": worst,
         "largest_output": largest,
-        **({"same_class": int((ours.argmax(axis=1) == theirs.argmax(axis=1)).sum())} if model.num_classes else {}),
+        **_same_class(model, ours, theirs),
         "same_tokens": int(same_tokens.sum()),
     }
+
+
+def _same_class(model: Model, ours: Float[np.ndarray, "B *_"], theirs: Float[np.ndarray, "B *_"]) -> dict[str, Any]:
+    """How often the likeliest class is the same: of images, or of all pixels their share."""
+    if not model.num_classes:
+        return {}
+    same = ours.argmax(axis=-1) == theirs.argmax(axis=-1)
+    return {"same_class": int(same.sum()) if same.ndim == 1 else float(same.mean())}
 
 
 def _manifest(
@@ -143,13 +160,14 @@ def _manifest(
     return {
         "format": form,
         "model": main,
+        "task": model.task,
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
         "preprocessing": {"image_size": [height, width], **own["preprocessing"]},
         "class_names": own["class_names"],
         "inputs": [{"name": "images", "shape": ["batch", height, width, 3], "dtype": "float32"}],
         "outputs": [
-            {"name": name, "shape": ["batch", *outputs[name].shape[1:]], "meaning": meaning}
-            for name, meaning in MEANING.items()
+            {"name": name, "shape": ["batch", *outputs[name].shape[1:]], "meaning": _meaning(model, name)}
+            for name in MEANING
             if name in outputs
         ],
         "reducer": built_with(model)["reducer"],

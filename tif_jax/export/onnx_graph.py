@@ -68,7 +68,8 @@ class Graph:
         (self._thin if thin else self._names)[value] = name
 
     def is_thin(self, value: Value) -> bool:
-        return value in self._thin and value not in self._names
+        """Whether `name` has it thin, be it spread as well."""
+        return value in self._thin
 
     def size(self, dim: Any) -> str:
         """A one-element tensor with a dimension's size."""

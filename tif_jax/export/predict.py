@@ -1,5 +1,8 @@
-"""python predict.py IMAGE... - names and probabilities of the likeliest classes, by the model in this folder.
+"""python predict.py [--out DIR] IMAGE... - what the model in this folder predicts.
 
+Of a classifier: names and probabilities of the likeliest classes. Of a depth model: the nearest, middle and farthest metres.
+Of a segmentation model: how much of the picture each class has. Of the last two, --out writes what is predicted for every
+pixel of the view: DIR/IMAGE.depth.png (16 bits, millimetres) or DIR/IMAGE.classes.png (numbers of classes).
 It needs numpy, Pillow and what the model's format needs (manifest.json): jax, onnxruntime, or timm.
 """
 
@@ -34,7 +37,7 @@ def prepared(path, image_size, crop_fraction, mean, std, interpolation):
 
 
 def loaded(manifest):
-    """A function from images (B, Y, X, 3) to the main output, (B, classes)."""
+    """A function from images (B, Y, X, 3) to the main output: (B, classes), (B, Y, X) metres or (B, Y, X, classes)."""
     file, name = FOLDER / manifest["model"], manifest["outputs"][0]["name"]
     if manifest["format"] == "stablehlo":
         from jax import export
@@ -54,27 +57,69 @@ def loaded(manifest):
         return lambda images: model(torch.from_numpy(images).permute(0, 3, 1, 2)).detach().numpy()
 
 
-def main(paths):
-    if not paths:
+def classes(logits, names):
+    """What is printed of a picture, and no map."""
+    shares = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    likeliest = np.argsort(-shares, kind="stable")[:5]
+    return [f"{100 * shares[output]:5.1f} %  {names[output] if names else output}" for output in likeliest], None
+
+
+def metres(depth, names):
+    """What is printed of a picture, and its map in millimetres."""
+    least, middle, most = np.quantile(depth, [0, 0.5, 1])
+    millimetres = np.round(1000 * depth).clip(0, 65535).astype(np.uint16)
+    return [f"{least:.2f} m nearest, {middle:.2f} m median, {most:.2f} m farthest"], millimetres
+
+
+def areas(logits, names):
+    """What is printed of a picture, and its map of classes."""
+    found = logits.argmax(axis=-1)
+    shares = np.bincount(found.reshape(-1), minlength=logits.shape[-1]) / found.size
+    largest = [output for output in np.argsort(-shares, kind="stable") if shares[output]]
+    kind = np.uint8 if logits.shape[-1] <= 256 else np.uint16
+    return [f"{100 * shares[one]:5.1f} %  {names[one] if names else one}" for one in largest], found.astype(kind)
+
+
+TASKS = {"classification": (classes, ""), "depth": (metres, "depth"), "segmentation": (areas, "classes")}
+
+
+def main(words):
+    out = Path(words[1]) if words[:1] == ["--out"] and len(words) > 1 else None
+    paths = words[2:] if out else words
+    if not paths or paths[0].startswith("--"):
         sys.exit(__doc__)
     manifest = json.loads((FOLDER / "manifest.json").read_text(encoding="utf-8"))
-    if manifest["outputs"][0]["name"] != "logits":
+    if manifest["outputs"][0]["name"] == "features":
         sys.exit("this model has no classes; import `prepared` and `loaded` from here for its features")
+    told, kind = TASKS[manifest["task"]]
+    if out and not kind:
+        sys.exit("--out is for depth and segmentation, which say something of every pixel")
     call, names = loaded(manifest), manifest["class_names"]
-    unread = 0
+    failed = 0
     for path in paths:
         try:
             image = prepared(path, **manifest["preprocessing"])
         except Exception as error:  # Pillow raises every kind; the other pictures go on
-            unread += 1
+            failed += 1
             print(f"cannot read image {path}: {error}", file=sys.stderr)
             continue
-        logits = call(image[None])[0].astype(np.float64)
-        shares = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
-        print(path)
-        for output in np.argsort(-shares, kind="stable")[:5]:
-            print(f"  {100 * shares[output]:5.1f} %  {names[output] if names else output}")
-    sys.exit(1 if unread else 0)
+        lines, found = told(call(image[None])[0].astype(np.float64), names)
+        print(path, *lines, sep="\n  ")
+        if out and not written(out / f"{Path(path).name}.{kind}.png", found):
+            failed += 1
+    sys.exit(1 if failed else 0)
+
+
+def written(path, found):
+    """Whether the map is at the path now; what was there before stays."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("xb") as file:
+            Image.fromarray(found).save(file, "PNG")
+        return True
+    except OSError as error:
+        print(f"{path} is not written: {error.strerror or error}", file=sys.stderr)
+        return False
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from tif_jax.models import Model, blueprint, built_with
 from tif_jax.models.params import params_of
 from tif_jax.sharing.facts import Facts
 from tif_jax.sharing.model_folder import contents_of
+from tif_jax.tasks import CLASSIFICATION
 from tif_jax.weights.folders import WEIGHTS
 from tif_jax.weights.loading import load
 from tif_jax.weights.timm_config import architecture_of
@@ -32,6 +33,8 @@ def to_timm(model: Model, folder: str | Path) -> dict[str, Any]:
     there is such a folder already or it can not be written; WorkError where the folder computes something else.
     """
     artifact.check(model, folder)
+    if model.task != CLASSIFICATION.name:
+        raise InputError(f"timm has no models of {model.task}; StableHLO and ONNX take any")
     built = built_with(model)
     if architecture_of(built["model"]) is None:
         raise InputError("timm has no model of this kind; StableHLO and ONNX take any")
