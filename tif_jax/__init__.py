@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tif_jax.models.cost import cost as cost
     from tif_jax.models.grids import grid_features as grid_features
     from tif_jax.models.predictions import predict_images as predict_images
+    from tif_jax.models.predictions import predict_maps as predict_maps
     from tif_jax.runtime.version import __version__ as __version__
     from tif_jax.sharing.share import push_to_hub as push_to_hub
     from tif_jax.sharing.share import save_impact as save_impact
@@ -35,6 +36,7 @@ _WHERE = {
     "grid_features": "models.grids",
     "load": "weights.loading",
     "predict_images": "models.predictions",
+    "predict_maps": "models.predictions",
     "preprocess": "data.preprocess",
     "push_to_hub": "sharing.share",
     "read_impact": "impact.shards",

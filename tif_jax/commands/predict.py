@@ -1,4 +1,4 @@
-"""The likeliest classes of your pictures, by the model of a workdir or a weight file."""
+"""The likeliest classes of your pictures, or a depth or class for each pixel, by the model of a workdir or a weight file."""
 
 import csv
 import io
@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tif_jax.commands import _arguments
+from tif_jax.commands._maps import write_maps
 from tif_jax.data import remote
 from tif_jax.data.folder import as_id
 from tif_jax.errors import InputError
 from tif_jax.models.predictions import Prediction, pictures_of, predictions
 from tif_jax.runtime import files
 from tif_jax.runtime.progress import Progress
+from tif_jax.tasks import CLASSIFICATION
 from tif_jax.weights.loading import load
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,9 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE|FOLDER", help="folders are searched with those below them")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="how many classes a picture (default: 5)")
+    parser.add_argument(
+        "--out", metavar="DIR", help="of a depth or segmentation model: where the maps of pixels go, as PNG files"
+    )
     parser.add_argument("--csv", metavar="FILE", help=f"also write a table: {','.join(COLUMNS)}")
     arguments = parser.parse_args(argv)
     _arguments.log_to_stderr()
@@ -39,6 +44,15 @@ def main(argv: list[str]) -> None:
     table = None if arguments.csv is None else _table_path(arguments.csv)
     pictures = pictures_of(arguments.images)
     model = load(arguments.weights if arguments.workdir is None else arguments.workdir)
+    if model.task != CLASSIFICATION.name:
+        if table:
+            raise InputError(
+                f"--csv is for classes of pictures, and this is a model of {model.task}: --out DIR has its maps"
+            )
+        write_maps(model, pictures, arguments.out)
+        return
+    if arguments.out is not None:
+        raise InputError("--out is for models of depth or segmentation, and this is a classifier: leave it out")
     found = []
     with Progress("predict", len(pictures), "image") as progress:
         for prediction in predictions(model, pictures, arguments.top):

@@ -1,7 +1,6 @@
 """What a model sees in your pictures, and what reducers leave of them: PNG files and one HTML page."""
 
 import logging
-import re
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,12 +8,13 @@ from typing import Any, NamedTuple
 
 from tif_jax.commands import _arguments
 from tif_jax.commands._parser import Parser
+from tif_jax.commands._pictures import check_ours, file_names
 from tif_jax.commands._reducers import reducers_in
 from tif_jax.data.folder import as_id
 from tif_jax.errors import InputError
 from tif_jax.experiment import config as config_file
 from tif_jax.experiment.folders import backbone_folder, finetune_folder
-from tif_jax.figures.page import MADE_BY, page
+from tif_jax.figures.page import page
 from tif_jax.figures.seen import OFF_THE_SHELF, Seen, ways_of
 from tif_jax.figures.sheet import as_png, sheet
 from tif_jax.figures.view import chosen, seen_in
@@ -28,9 +28,6 @@ from tif_jax.weights.loading import load_with_fields
 logger = logging.getLogger(__name__)
 
 PAGE = "index.html"
-_IN_A_NAME = re.compile(r"[^\w-]+")
-_LONGEST_NAME = 60
-_HEAD = 1000  # bytes of a file, in which `MADE_BY` is found
 
 
 class Found(NamedTuple):
@@ -49,14 +46,15 @@ def main(argv: list[str]) -> None:
     named = None if arguments.reducers is None else reducers_in(arguments.reducers)
     out = _out_folder(arguments)
     pictures = chosen(pictures_of(arguments.images), arguments.num_images)
-    _check_ours(out, pictures)
+    name_of = file_names()
+    check_ours([out / PAGE, *(out / f"{name_of(as_id(name))}.png" for name, _ in pictures)], "tif view", "--out")
     found = _models(arguments, overrides, named)
     seen: list[Seen] = []
-    names = _file_names()
+    names = file_names()
     with Progress("view", len(pictures), "image") as progress:
         for one in seen_in(found.full, found.ways, pictures, arguments.top, **oracle):
             seen.append(one)
-            files.write(out / names(one.name), as_png(sheet([one])))
+            files.write(out / f"{names(one.name)}.png", as_png(sheet([one])))
             progress.update(1)
     how = (
         "exact, each patch masked by zeros"
@@ -118,17 +116,6 @@ def _out_folder(arguments: Namespace) -> Path:
     return out
 
 
-def _check_ours(out: Path, pictures: Sequence[tuple[str, Any]]) -> None:
-    """Raises InputError where a file that `tif view` did not make would be overwritten: a picture, with --out beside it."""
-    name_of = _file_names()
-    for path in (out / PAGE, *(out / name_of(as_id(name)) for name, _ in pictures)):
-        if not path.is_file():
-            continue
-        with path.open("rb") as opened:
-            if MADE_BY.encode() not in opened.read(_HEAD):
-                raise InputError(f"{path} is no file of `tif view`, and would be overwritten; choose another --out")
-
-
 def _models(arguments: Namespace, overrides: list[str], named: Sequence[Mapping[str, Any]] | None) -> Found:
     if not arguments.workdir:
         full = _load(arguments.weights)
@@ -173,19 +160,3 @@ def _reported(workdir: Path) -> dict[str, Path]:
 
 def _load(path: str | Path, named: set[str] = frozenset()) -> Model:  # type: ignore[assignment]
     return load_with_fields(path, named=named, fresh_told_at=logging.WARNING)[0]
-
-
-def _file_names() -> Any:
-    """A function that gives each picture's file a name of its own, like the picture's, whatever folder that is in."""
-    taken: set[str] = set()
-
-    def name_of(picture: str) -> str:
-        stem = _IN_A_NAME.sub("_", Path(picture).stem)[:_LONGEST_NAME] or "picture"
-        number, name = 1, stem
-        while name.lower() in taken:  # some file systems do not tell A from a
-            number += 1
-            name = f"{stem}-{number}"
-        taken.add(name.lower())
-        return f"{name}.png"
-
-    return name_of

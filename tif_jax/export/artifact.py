@@ -36,8 +36,8 @@ MEANING = {
     "source": "for each patch the row, among the patch tokens that come out, in which it lives; -1: it is gone",
 }
 _OF_PIXELS = "of each pixel's classes, before the softmax"
-# Of logits or metres, times the largest of them, if that is above 1: sums in another order. Where two patches are all but equally
-# worth keeping, that may decide between them, and what follows is another computation: such images are not compared.
+# Of logits or metres, times the largest of them, if that is above 1: sums in another order. Where two patches are all but
+# equally worth keeping, that may decide between them, and what follows is another computation: such images are not compared.
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2, "float64": 1e-3}
 _NUM_IMAGES = 4  # of the check: one alone, then the others as a batch
 

@@ -50,6 +50,30 @@ def logit_scale(logits: Float[np.ndarray, "*shape"]) -> Scale:
     return _scale(_table("viridis"), middle - bound, middle + bound, "logit: yellow is worth keeping", logits)
 
 
+def depth_scale(*depths: Float[np.ndarray, "Y X"]) -> Scale:
+    """One for all depth maps of a picture, metres: near is bright. Where a depth is 0, nothing is known of it."""
+    known = np.concatenate([depth[depth > 0] for depth in depths])
+    least, most = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
+    most = most if most > least else least + 0.1
+    return _scale(_table("magma_r"), least, most, "depth (m)", known)
+
+
+def error_scale(*errors: Float[np.ndarray, "Y X"]) -> Scale:
+    """Of prediction less true depth, metres, NaN where the truth is not known: white where it is right."""
+    known = np.concatenate([error[~np.isnan(error)] for error in errors])
+    bound = _bound(np.abs(known)) if len(known) else 1.0
+    return _scale(_table("PuOr_r"), -bound, bound, "error (m): orange is too far, purple too near", known)
+
+
+def class_colours(num_classes: int) -> Float[np.ndarray, "classes 3"]:
+    """A colour for each class of a pixel, far apart in hue for neighbours."""
+    import matplotlib
+
+    hues = np.arange(num_classes) * 0.618034 % 1  # the golden section: however many there are, they spread
+    lightness = 1 - 0.3 * (np.arange(num_classes) % 3) / 2
+    return matplotlib.colors.hsv_to_rgb(np.stack([hues, np.full(num_classes, 0.6), lightness], axis=1))
+
+
 def _scale(table: Float[np.ndarray, "levels 3"], least: float, most: float, label: str, values: np.ndarray) -> Scale:
     beyond = (bool(values.min(initial=least) < least), bool(values.max(initial=most) > most))
     extend = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}[beyond]

@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tif_jax.errors import InputError
 from tif_jax.models.build import built_with
 from tif_jax.models.levit import Head
 from tif_jax.models.model import Model
+from tif_jax.tasks import CLASSIFICATION
 
 _HEADS = ("head", "distillation_head", "class_head", "class_distillation_head")
 
@@ -16,8 +18,12 @@ _HEADS = ("head", "distillation_head", "class_head", "class_distillation_head")
 def with_fresh_heads(model: Model, num_classes: int, seed: int) -> Model:
     """A copy of the model whose heads, drawn from the seed, have so many outputs; they have no names yet.
 
-    A model without a head gets one.
+    A model without a head gets one. Raises InputError for a model that predicts maps of pixels.
     """
+    if model.task != CLASSIFICATION.name:
+        raise InputError(
+            f"new heads are for classes of pictures, and this is a model of {model.task}: load its weights anew"
+        )
     made, rngs = nnx.clone(model), nnx.Rngs(seed)
     needed = ("head", "distillation_head") if getattr(model, "has_distillation", False) else ("head",)
     for name in _HEADS:

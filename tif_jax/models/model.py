@@ -17,7 +17,7 @@ from tif_jax.data.pictures import AnyImage
 from tif_jax.data.preprocess import Preprocessing, preprocess
 from tif_jax.errors import InputError
 from tif_jax.layers import widened
-from tif_jax.models.predictions import Prediction, predict_images
+from tif_jax.models.predictions import PredictedMap, Prediction, predict_images, predict_maps
 from tif_jax.reducers import Aux, Full, Reducer
 from tif_jax.tokens import Tokens, raster_tokens
 
@@ -112,6 +112,10 @@ class Model(nnx.Module):
     def predict_images(self, files: Iterable[AnyImage] | AnyImage, top: int = 5) -> list[Prediction]:
         """The likeliest classes of pictures and of those in folders, with names (`tif_jax.predict_images`)."""
         return predict_images(self, files, top)
+
+    def predict_maps(self, files: Iterable[AnyImage] | AnyImage) -> list[PredictedMap]:
+        """Of a depth or segmentation model: metres, or the class, of each pixel of pictures (`tif_jax.predict_maps`)."""
+        return predict_maps(self, files)
 
     def tokens(self, num_images: int) -> Tokens:
         """What the rows of `embed`'s output are."""

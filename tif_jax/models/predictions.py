@@ -1,11 +1,11 @@
-"""What a model takes pictures for: the likeliest classes of each, with names and probabilities.
+"""What a model predicts of pictures: the likeliest classes of each, with names and probabilities, or a map of its pixels.
 
 Legend: B images, Y X height and width, L classes.
 """
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Num
 
 from tif_jax import checked
 from tif_jax.data.folder import as_id, image_files
@@ -23,6 +23,7 @@ from tif_jax.data.preprocess import evaluation_view
 from tif_jax.data.source import UnreadableImage
 from tif_jax.errors import InputError, WorkError
 from tif_jax.layers import true_float32
+from tif_jax.tasks import CLASSIFICATION, DEPTH
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,14 @@ class Prediction(NamedTuple):
     error: str = ""  # why it can not be read
 
 
+class PredictedMap(NamedTuple):
+    """What a depth or segmentation model says of the pixels of one picture; of one that can not be read there is no map."""
+
+    file: str  # as of `Prediction`
+    pixels: Num[np.ndarray, "Y X"] | None  # of the view that the model gets: metres (float32) or classes (int32)
+    error: str = ""  # why it can not be read
+
+
 def predict_images(model: Any, files: Iterable[AnyImage] | AnyImage, top: int = 5) -> list[Prediction]:
     """The `top` likeliest classes of every picture, in the order of `files`; fewer if the model has fewer.
 
@@ -51,8 +60,21 @@ def predict_images(model: Any, files: Iterable[AnyImage] | AnyImage, top: int = 
     return list(predictions(model, pictures_of(files), top))
 
 
+def predict_maps(model: Any, files: Iterable[AnyImage] | AnyImage) -> list[PredictedMap]:
+    """What a depth or segmentation model says of every picture, in the order of `files` (as of `predict_images`).
+
+    Raises InputError for a classifier and where no picture can be read, WorkError where the model's outputs are no numbers.
+    """
+    return list(predicted_maps(model, pictures_of(files)))
+
+
 def require_head(model: Any, what: str) -> None:
-    """Raises InputError for a model that returns features: `what` asks for its classes."""
+    """Raises InputError for a model that predicts no class of a picture: `what` asks for it."""
+    if model.task != CLASSIFICATION.name:
+        raise InputError(
+            f"{what} needs classes of pictures, and this is a model of {model.task}, which predicts maps of pixels: "
+            "predict_maps, or `tif predict --out DIR`, has them"
+        )
     if not model.num_classes:
         raise InputError(
             f"{what} needs classes, and this model has no head: its outputs are features; give num_classes for a fresh head"
@@ -83,6 +105,32 @@ def predictions(model: Any, pictures: list[tuple[str, AnyImage]], top: int) -> I
     """A prediction per picture, a batch at a time. Errors as of `predict_images`, some of them when all are given."""
     require_head(model, "a prediction")
     checked.value_of(int, top, "top", checked.Range(least=1))
+    for name, row in _rows(model, pictures, _probabilities):
+        if isinstance(row, str):
+            yield Prediction(name, (), (), (), row)
+        else:
+            yield _prediction(model, name, row, top)
+
+
+def predicted_maps(model: Any, pictures: list[tuple[str, AnyImage]]) -> Iterator[PredictedMap]:
+    """A map per picture, a batch at a time. Errors as of `predict_maps`, some of them when all are given."""
+    if model.task == CLASSIFICATION.name:
+        raise InputError(
+            "a map of pixels needs a depth or segmentation model, and this is a classifier: predict_images"
+        )
+    for name, row in _rows(model, pictures, _pixels):
+        if isinstance(row, str):
+            yield PredictedMap(name, None, row)
+            continue
+        if not np.isfinite(row).all():
+            raise WorkError(f"the model's outputs for {as_id(name)} are no numbers (NaN); take other weights")
+        yield PredictedMap(name, row)
+
+
+def _rows(
+    model: Any, pictures: list[tuple[str, AnyImage]], compute: Callable[..., Num[Array, "B *row"]]
+) -> Iterator[tuple[str, Num[np.ndarray, "*row"] | str]]:
+    """Each picture's name, and its row of compute(graphdef, state, images), or why it can not be read."""
     graphdef, state = nnx.split(model)
     last_error = ""
     some_read = False
@@ -91,15 +139,15 @@ def predictions(model: Any, pictures: list[tuple[str, AnyImage]], top: int) -> I
             batch = pictures[start : start + _BATCH_SIZES[-1]]
             views = list(pool.map(partial(_view, model), batch))
             readable = [view for view in views if not isinstance(view, str)]
-            rows = iter(_rows(graphdef, state, readable)) if readable else iter(())
+            rows = iter(_of_views(compute, graphdef, state, readable)) if readable else iter(())
             some_read |= bool(readable)
             for (name, _), view in zip(batch, views, strict=True):
                 if isinstance(view, str):
                     last_error = view
                     logger.warning("%s; it is left out", view)
-                    yield Prediction(name, (), (), (), view)
+                    yield name, view
                 else:
-                    yield _prediction(model, name, next(rows), top)
+                    yield name, next(rows)
     if not some_read:
         raise InputError(f"none of the pictures can be read ({len(pictures)}); the last: {last_error}")
 
@@ -113,19 +161,30 @@ def _view(model: Any, picture: tuple[str, AnyImage]) -> Float32[np.ndarray, "Y X
         return str(error)
 
 
-def _rows(graphdef: Any, state: Any, views: list[Float32[np.ndarray, "Y X 3"]]) -> Float32[np.ndarray, "B L"]:
-    """Probabilities of all classes."""
+def _of_views(
+    compute: Callable[..., Num[Array, "B *row"]], graphdef: Any, state: Any, views: list[Float32[np.ndarray, "Y X 3"]]
+) -> Num[np.ndarray, "B *row"]:
     size = next(size for size in _BATCH_SIZES if size >= len(views))
     images = np.zeros((size, *views[0].shape), np.float32)
     images[: len(views)] = views
-    return np.asarray(_probabilities(graphdef, state, images), np.float32)[: len(views)]
+    return np.asarray(compute(graphdef, state, images))[: len(views)]
 
 
 @partial(jax.jit, static_argnums=0)
-def _probabilities(graphdef: Any, state: Any, images: Float[Array, "B Y X 3"]) -> Float[Array, "B L"]:
+def _probabilities(graphdef: Any, state: Any, images: Float[Array, "B Y X 3"]) -> Float32[Array, "B L"]:
+    """Of all classes."""
     model = nnx.merge(graphdef, state)
     with true_float32(model.dtype):
         return jax.nn.softmax(model(images)[0].astype(jnp.float32))
+
+
+@partial(jax.jit, static_argnums=0)
+def _pixels(graphdef: Any, state: Any, images: Float[Array, "B Y X 3"]) -> Num[Array, "B Y X"]:
+    """Metres, or each pixel's likeliest class."""
+    model = nnx.merge(graphdef, state)
+    with true_float32(model.dtype):
+        found = model(images)[0]
+    return found.astype(jnp.float32) if model.task == DEPTH.name else found.argmax(axis=-1).astype(jnp.int32)
 
 
 def _prediction(model: Any, name: str, probabilities: Float32[np.ndarray, " L"], top: int) -> Prediction:

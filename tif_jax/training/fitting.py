@@ -26,6 +26,7 @@ from tif_jax.models.build import check_seed
 from tif_jax.models.fresh_heads import with_fresh_heads
 from tif_jax.models.predictions import pictures_of
 from tif_jax.runtime.mesh import shard
+from tif_jax.tasks import CLASSIFICATION
 from tif_jax.training import losses
 from tif_jax.training.loop import run
 from tif_jax.training.recipe import NetworkRecipe, Sharding
@@ -60,8 +61,7 @@ def fit(
     Pictures that can not be read are named in a warning and left out. Raises InputError for what does not fit, WorkError if
     the loss is not finite.
     """
-    if not isinstance(model, Model):
-        raise InputError(f"model is {model!r:.60}; it is what tif_jax.load or tif_jax.create_model returns")
+    _check_model(model)
     made = checked.read(NetworkRecipe, {**RECIPE, **recipe}, "recipe")
     if not made.num_epochs:
         raise InputError("recipe.num_epochs is 0; give a number above 0")
@@ -132,6 +132,17 @@ class _Pictures:
     def __getitem__(self, index: int) -> Example:
         name, picture = self._pictures[index]
         return Example(id=name, image=read_image(picture, name), label=self._labels[index])
+
+
+def _check_model(model: Any) -> None:
+    """Raises InputError for what is no classifier or backbone of one."""
+    if not isinstance(model, Model):
+        raise InputError(f"model is {model!r:.60}; it is what tif_jax.load or tif_jax.create_model returns")
+    if model.task != CLASSIFICATION.name:
+        raise InputError(
+            f"tif_jax.fit teaches classes of pictures, and this is a model of {model.task}: `tif train` and `tif run` train "
+            "it, with data that have label maps"
+        )
 
 
 def _source(images: Any, labels: Any) -> Source:
