@@ -32,7 +32,7 @@ def test_at_the_end_it_is_what_the_reducer_says(name, options):
     found = trace(model, IMAGES)
     logits, aux = call(model, IMAGES)
     np.testing.assert_array_equal(found.sources[-1], aux["source"])
-    np.testing.assert_allclose(found.logits, logits, atol=1e-4)
+    np.testing.assert_allclose(found.prediction, logits, atol=1e-4)
     num_special = model.num_special
     assert found.counts == tuple(number - num_special for number in tif_jax.cost(model).tokens)
     assert len(found.sources) == DEPTH

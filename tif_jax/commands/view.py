@@ -10,6 +10,7 @@ from tif_jax.commands import _arguments
 from tif_jax.commands._parser import Parser
 from tif_jax.commands._pictures import check_ours, file_names
 from tif_jax.commands._reducers import reducers_in
+from tif_jax.commands._truth import truths_as_trained
 from tif_jax.data.folder import as_id
 from tif_jax.errors import InputError
 from tif_jax.experiment import config as config_file
@@ -23,6 +24,7 @@ from tif_jax.models import Model
 from tif_jax.models.predictions import pictures_of
 from tif_jax.runtime import files, records
 from tif_jax.runtime.progress import Progress
+from tif_jax.tasks import CLASSIFICATION
 from tif_jax.weights.loading import load_with_fields
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,7 @@ class Found(NamedTuple):
     full: Model
     ways: dict[str, Model]
     about: str
+    folder: Path | None = None  # what a stage left, if the model is of one
 
 
 def main(argv: list[str]) -> None:
@@ -49,10 +52,12 @@ def main(argv: list[str]) -> None:
     name_of = file_names()
     check_ours([out / PAGE, *(out / f"{name_of(as_id(name))}.png" for name, _ in pictures)], "tif view", "--out")
     found = _models(arguments, overrides, named)
+    is_dense = found.full.task != CLASSIFICATION.name
+    truth_of = truths_as_trained(found.full, found.folder) if is_dense and found.folder else lambda picture: None
     seen: list[Seen] = []
     names = file_names()
     with Progress("view", len(pictures), "image") as progress:
-        for one in seen_in(found.full, found.ways, pictures, arguments.top, **oracle):
+        for one in seen_in(found.full, found.ways, pictures, arguments.top, truth_of, **oracle):
             seen.append(one)
             files.write(out / f"{names(one.name)}.png", as_png(sheet([one])))
             progress.update(1)
@@ -61,7 +66,7 @@ def main(argv: list[str]) -> None:
         if arguments.estimator == "exact"
         else f"{arguments.num_samples} random masks"
     )
-    about = [found.about, f"Impact: {how}; target: the model's own prediction."]
+    about = [found.about, *([] if is_dense else [f"Impact: {how}; target: the model's own prediction."])]
     if unread := len(pictures) - len(seen):
         about.append(f"{unread} of {len(pictures)} pictures could not be read.")
         logger.warning(about[-1])
@@ -133,20 +138,24 @@ def _models(arguments: Namespace, overrides: list[str], named: Sequence[Mapping[
     trained = {label: folder for label, folder in folders.items() if (folder / "checkpoints").is_dir()}
     if not trained and not (backbone_folder(workdir) / "checkpoints").is_dir():
         full = _load(workdir)
-        return Found(full, ways_of(full, named), f"Weights: {workdir}.")
+        return Found(full, ways_of(full, named), f"Weights: {workdir}.", workdir)
     of_full = next((trained.pop(label) for label in list(trained) if label.partition("-")[0] == "full"), None)
     of_full = of_full or backbone_folder(workdir)
     full = _load(of_full)
     if named is not None:
-        return Found(full, ways_of(full, named), f"Weights: {of_full}, and what reducers make of them untrained.")
+        return Found(
+            full, ways_of(full, named), f"Weights: {of_full}, and what reducers make of them untrained.", of_full
+        )
     if not trained:
         logger.warning("no reducer has been fine-tuned in %s; those that learn nothing are drawn", workdir)
-        return Found(full, ways_of(full, None), f"Weights: {of_full}, and what reducers make of them untrained.")
+        return Found(
+            full, ways_of(full, None), f"Weights: {of_full}, and what reducers make of them untrained.", of_full
+        )
     ways = {label: _load(folder, modules) for label, folder in trained.items()}
     fitted = workdir / "filter"
     if (fitted / "checkpoints").is_dir() and not any(label.partition("-")[0] == "tif" for label in ways):
         ways["filter, not fine-tuned"] = _load(fitted)
-    return Found(full, ways, f"All tokens: {of_full}. Each reducer is fine-tuned: {workdir}/finetune.")
+    return Found(full, ways, f"All tokens: {of_full}. Each reducer is fine-tuned: {workdir}/finetune.", of_full)
 
 
 def _reported(workdir: Path) -> dict[str, Path]:

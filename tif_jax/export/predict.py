@@ -1,7 +1,7 @@
-"""python predict.py [--out DIR] IMAGE... - what the model in this folder predicts.
+"""python predict.py IMAGE... - what the model in this folder predicts; python predict.py --out DIR IMAGE... - its maps, too.
 
 Of a classifier: names and probabilities of the likeliest classes. Of a depth model: the nearest, middle and farthest metres.
-Of a segmentation model: how much of the picture each class has. Of the last two, --out writes what is predicted for every
+Of a segmentation model: how much of the picture each class has. Of the last two --out writes what is predicted for every
 pixel of the view: DIR/IMAGE.depth.png (16 bits, millimetres) or DIR/IMAGE.classes.png (numbers of classes).
 It needs numpy, Pillow and what the model's format needs (manifest.json): jax, onnxruntime, or timm.
 """

@@ -3,6 +3,7 @@
 Legend: Y rows, X columns.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -60,9 +61,18 @@ def depth_scale(*depths: Float[np.ndarray, "Y X"]) -> Scale:
 
 def error_scale(*errors: Float[np.ndarray, "Y X"]) -> Scale:
     """Of prediction less true depth, metres, NaN where the truth is not known: white where it is right."""
-    known = np.concatenate([error[~np.isnan(error)] for error in errors])
+    return _of_distances(errors, "error (m): orange is too far, purple too near")
+
+
+def change_scale(*changes: Float[np.ndarray, "Y X"]) -> Scale:
+    """Of a depth less the one from all tokens, metres."""
+    return _of_distances(changes, "change (m): orange is farther than before")
+
+
+def _of_distances(distances: Sequence[Float[np.ndarray, "Y X"]], label: str) -> Scale:
+    known = np.concatenate([one[~np.isnan(one)] for one in distances])
     bound = _bound(np.abs(known)) if len(known) else 1.0
-    return _scale(_table("PuOr_r"), -bound, bound, "error (m): orange is too far, purple too near", known)
+    return _scale(_table("PuOr_r"), -bound, bound, label, known)
 
 
 def class_colours(num_classes: int) -> Float[np.ndarray, "classes 3"]:

@@ -3,9 +3,11 @@
 import base64
 import html
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 from tif_jax.figures.colours import AFTER, BEFORE, OUTLINE, Scale, impact_scale, logit_scale
 from tif_jax.figures.maps import Picture, as_jpeg, enlarged, map_over, tokens_over
+from tif_jax.figures.panels import Panel, first_panels, way_panels
 from tif_jax.figures.seen import Class, Seen, Way
 
 MADE_BY = "tif_jax"  # in the head of what is made here
@@ -30,26 +32,36 @@ td + td, th + th {{ text-align: right; white-space: nowrap; padding-left: .6rem;
 .shares {{ padding-bottom: .3rem }} .share {{ display: block; height: .35rem; margin-top: 1px }}
 .note {{ color: #555 }} .outline {{ border: 2px solid {OUTLINE}; padding: 0 .3rem }}
 """
-_INTRODUCTION = f"""
-<p><b>Impact</b>: how much the divergence from the model's own prediction with all tokens changes when the patch is masked,
-in nats. Red patches speak for the prediction, blue ones against it; white is 0. The few largest values of a picture share
-the last colour. <b>Tokens</b>: what a reducer leaves, by the block that works with it (blocks are counted from 0). Pale
+_IMPACT = """<b>Impact</b>: how much the divergence from the model's own prediction with all tokens changes when the patch is
+masked, in nats. Red patches speak for the prediction, blue ones against it; white is 0. The few largest values of a picture
+share the last colour. """
+_TOKENS = """<b>Tokens</b>: what a reducer leaves, by the block that works with it (blocks are counted from 0). Pale
 patches are no tokens there: they are gone, or pass the block by. Patches that one token holds together have its mean colour
-and an <span class="outline">outline</span>. <b>Classes</b>: probabilities with all tokens
-(<span style="color:{BEFORE}">&#9632;</span> before) and with those that are left
-(<span style="color:{AFTER}">&#9632;</span> after).</p>
-"""
+and an <span class="outline">outline</span>. """
+_CLASSES = f"""<b>Classes</b>: probabilities with all tokens (<span style="color:{BEFORE}">&#9632;</span> before) and with
+those that are left (<span style="color:{AFTER}">&#9632;</span> after)."""
+_DEPTH = """<b>Depth</b>: metres, of a picture on one scale. <b>Error</b>: prediction less truth, in metres; where the truth
+is not known both are grey. Without a truth, <b>change</b>: how much farther a pixel is than with all tokens."""
+_PIXELS = "<b>Classes</b>: the likeliest of each pixel; grey pixels have no label."
+
+
+def _introduction(pictures: Sequence[Seen]) -> str:
+    maps = next((seen.maps for seen in pictures if seen.maps), None)
+    if maps is None:
+        return f"\n<p>{_IMPACT}{_TOKENS}{_CLASSES}</p>\n"
+    return f"\n<p>{_TOKENS}{_PIXELS if maps.num_classes else _DEPTH}</p>\n"
 
 
 def page(title: str, about: Sequence[str], pictures: Iterable[Seen]) -> str:
     """The page's text. about: what is said below the title, a paragraph each."""
+    pictures = list(pictures)
     said = "".join(f"<p>{_escaped(text)}</p>\n" for text in about)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta name="generator" content="{MADE_BY}">\n'
         f"<title>{_escaped(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>{_escaped(title)}</h1>\n{said}{_INTRODUCTION}{''.join(map(_section, pictures))}</body>\n</html>\n"
+        f"<h1>{_escaped(title)}</h1>\n{said}{_introduction(pictures)}{''.join(map(_section, pictures))}</body>\n</html>\n"
     )
 
 
@@ -61,6 +73,7 @@ def _section(seen: Seen) -> str:
     if seen.predicted is not None:
         scale = logit_scale(seen.predicted)
         first.append(_map(seen, map_over(seen.photo, seen.predicted, scale), scale, "what the filter predicts"))
+    first += map(partial(_panel, seen), first_panels(seen.maps) if seen.maps else [])
     note = f'<p class="note">{_escaped(seen.note)}</p>\n' if seen.note else ""
     table = _table(seen.classes, only_before=True)
     return (
@@ -79,23 +92,39 @@ def _way(seen: Seen, way: Way) -> str:
         )
         for stage in way.stages
     ]
+    panels = way_panels(seen.maps, way.label) if seen.maps else []
     none = "" if figures else '<p class="note">all tokens, in every block</p>\n'
-    width = 10.5 * (max(1, len(figures)) + 2)  # rem
+    width = 10.5 * (max(1, len(figures)) + (len(panels) or 2))  # rem
+    figures += map(partial(_panel, seen), panels)
     return (
         f'<div class="way" style="flex:0 1 {width:g}rem">\n<h3>{_escaped(way.label)}</h3>\n{none}'
         f'<div class="row">\n{"".join(figures)}{_table(way.classes, only_before=False)}</div>\n</div>\n'
     )
 
 
+def _panel(seen: Seen, panel: Panel) -> str:
+    legend = _legend(panel.scale) if panel.scale else ""
+    return _figure(enlarged(panel.picture), f"{seen.name}: {panel.title}", panel.title, legend)
+
+
 def _map(seen: Seen, picture: Picture, scale: Scale, title: str) -> str:
+    least, most = _ends(scale)
+    return _figure(picture, f"{seen.name}: {title}, from {least} to {most}", title, _legend(scale))
+
+
+def _legend(scale: Scale) -> str:
     colours = ["#{:02x}{:02x}{:02x}".format(*(round(255 * c) for c in colour)) for colour in scale.table[::15]]
-    least, most = (f"{value:.2g}".replace("-", "\N{MINUS SIGN}") for value in (scale.least, scale.most))
+    least, most = _ends(scale)
     below, above = ("&le; " * (scale.extend in ("min", "both")), "&ge; " * (scale.extend in ("max", "both")))
-    legend = (
+    return (
         f'<div class="bar" style="background:linear-gradient(to right,{",".join(colours)})"></div>'
         f'<div class="ends"><span>{below}{least}</span><span>{above}{most}</span></div>{_escaped(scale.label)}'
     )
-    return _figure(picture, f"{seen.name}: {title}, from {least} to {most}", title, legend)
+
+
+def _ends(scale: Scale) -> tuple[str, str]:
+    least, most = (f"{value:.2g}".replace("-", "\N{MINUS SIGN}") for value in (scale.least, scale.most))
+    return least, most
 
 
 def _figure(picture: Picture, alt: str, caption: str, legend: str = "") -> str:

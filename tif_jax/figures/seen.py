@@ -12,21 +12,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from tif_jax import reducers
+from tif_jax.data.source import LabelMap
 from tif_jax.errors import InputError, WorkError
 from tif_jax.figures.maps import Picture, photograph
+from tif_jax.figures.panels import Maps
 from tif_jax.impact.oracle import token_impact
 from tif_jax.layers import true_float32
 from tif_jax.models import Model, ViT, built_with
 from tif_jax.models.model import FULL
 from tif_jax.models.trace import trace
 from tif_jax.reducers import Aux, Full
+from tif_jax.tasks import CLASSIFICATION
 
 OFF_THE_SHELF = ("evit", "tome", "random", "norm")  # they learn nothing, so that any weights run under them
 NUM_STAGES = 4  # of a reducer that are drawn: of those where the tokens change, evenly spaced, the last one too
 NO_IMPACT = "No impact: a LeViT's shrink blocks leave no token for each patch."
+NO_NUMBERS = "the model's outputs for {} are no numbers (NaN); take other weights"
 NO_HEAD = "No impact and no classes: this model has no head, its outputs are features."
 
 
@@ -62,18 +66,27 @@ class Seen(NamedTuple):
     predicted: Float[np.ndarray, "R C"] | None  # logits of a token filter
     ways: tuple[Way, ...]
     note: str = ""
+    maps: Maps | None = None  # of a dense model
 
 
 def see(
-    full: Model, ways: Mapping[str, Model], name: str, image: Float[np.ndarray, "Y X 3"], top: int, **oracle: Any
+    full: Model,
+    ways: Mapping[str, Model],
+    name: str,
+    image: Float[np.ndarray, "Y X 3"],
+    top: int,
+    truth: LabelMap | None = None,
+    **oracle: Any,
 ) -> Seen:
-    """One picture, given as the model takes it.
+    """One picture, given as the model takes it. truth: its label map.
 
     full: its impacts are those of the picture, its classes those with all tokens, whatever reducer it has. ways: models with
     a reducer, by what they are called; a filter among them gives the prediction. oracle: options of `token_impact`.
     Raises WorkError where a model's outputs are no numbers.
     """
     images, full = jnp.asarray(image)[None], under(full, FULL)
+    if full.task != CLASSIFICATION.name:
+        return _see_pixels(full, ways, name, image, truth)
     names = full.class_names if full.num_classes else None
     before = _probabilities(_call(full, images)[0], name)
     impact = predicted = None
@@ -95,6 +108,30 @@ def see(
         tuple(drawn),
         (NO_IMPACT if not isinstance(full, ViT) else "") if full.num_classes else NO_HEAD,
     )
+
+
+def _see_pixels(
+    full: Model, ways: Mapping[str, Model], name: str, image: Float[np.ndarray, "Y X 3"], truth: LabelMap | None
+) -> Seen:
+    images, drawn, maps = jnp.asarray(image)[None], [], {}
+    filtered = None
+    for label, model in ways.items():
+        found, aux, stages = _walk(model, images)
+        if filtered is None and "filter_logits" in aux:
+            filtered = np.asarray(aux["filter_logits"], np.float32).reshape(full.grid)
+        maps[label] = _pixels(full, found, name)
+        drawn.append(Way(label, stages, ()))
+    before = _pixels(full, _call(full, images)[0], name)
+    photo = photograph(image, full.preprocessing)
+    return Seen(name, photo, (), None, filtered, tuple(drawn), maps=Maps(before, maps, truth, full.num_classes))
+
+
+def _pixels(model: Model, found: Float[Array, "1 Y X *classes"], name: str) -> Num[np.ndarray, "Y X"]:
+    """Metres, or the likeliest classes."""
+    one = np.asarray(found[0].astype(jnp.float32))
+    if not np.isfinite(one).all():
+        raise WorkError(NO_NUMBERS.format(name))
+    return one.argmax(axis=-1) if model.num_classes else one
 
 
 def under(model: Model, reducer: Any) -> Model:
@@ -125,6 +162,10 @@ def ways_of(model: Any, named: Any) -> dict[str, Model]:
     found: dict[str, Model] = {}
     for one in named:
         if isinstance(one, Model):
+            if one.task != model.task:
+                raise InputError(
+                    f"a model among the reducers is one of {one.task}, the model that is viewed of {model.task}"
+                )
             if (one.num_classes, one.image_size) != (model.num_classes, model.image_size):
                 raise InputError(
                     f"a model among the reducers has {one.num_classes} classes and takes {one.image_size}, the model that is "
@@ -178,7 +219,9 @@ def _label(name: str, options: Mapping[str, Any]) -> str:
     return f"{name} ({said})" if said else name
 
 
-def _walk(model: Model, images: Float[Array, "1 Y X 3"]) -> tuple[Float[Array, "1 L"], Aux, tuple[Stage, ...]]:
+def _walk(
+    model: Model, images: Float[Array, "1 Y X 3"]
+) -> tuple[Float[Array, "1 *prediction"], Aux, tuple[Stage, ...]]:
     if not isinstance(model, ViT):
         logits, aux = _call(model, images)
         return logits, aux, _of_pyramid(aux, model.grid)
@@ -191,7 +234,7 @@ def _walk(model: Model, images: Float[Array, "1 Y X 3"]) -> tuple[Float[Array, "
             stages.append(Stage(f"block {i}", count, source.reshape(model.grid)))
         last = source
     chosen = [stages[(i + 1) * len(stages) // NUM_STAGES - 1] for i in range(NUM_STAGES)]
-    return found.logits, found.aux, tuple(stages if len(stages) <= NUM_STAGES else chosen)
+    return found.prediction, found.aux, tuple(stages if len(stages) <= NUM_STAGES else chosen)
 
 
 def _of_pyramid(aux: Aux, grid: tuple[int, int]) -> tuple[Stage, ...]:
@@ -204,12 +247,12 @@ def _of_pyramid(aux: Aux, grid: tuple[int, int]) -> tuple[Stage, ...]:
     return (Stage("last stage", int(left.sum()), np.where(left[cell], cell, -1).reshape(grid)),)
 
 
-def _call(model: Model, images: Float[Array, "B Y X 3"]) -> tuple[Float[Array, "B L"], Aux]:
+def _call(model: Model, images: Float[Array, "B Y X 3"]) -> tuple[Float[Array, "B *prediction"], Aux]:
     return _jitted(*nnx.split(model), images)
 
 
 @partial(jax.jit, static_argnums=0)
-def _jitted(graphdef: Any, state: Any, images: Float[Array, "B Y X 3"]) -> tuple[Float[Array, "B L"], Aux]:
+def _jitted(graphdef: Any, state: Any, images: Float[Array, "B Y X 3"]) -> tuple[Float[Array, "B *prediction"], Aux]:
     model = nnx.merge(graphdef, state)
     with true_float32(model.dtype):
         return model(images)
@@ -218,7 +261,7 @@ def _jitted(graphdef: Any, state: Any, images: Float[Array, "B Y X 3"]) -> tuple
 def _probabilities(logits: Float[Array, "1 L"], name: str) -> Float[np.ndarray, " L"]:
     found = np.asarray(jax.nn.softmax(logits.astype(jnp.float32)), np.float64)[0]
     if not np.isfinite(found).all():
-        raise WorkError(f"the model's outputs for {name} are no numbers (NaN); take other weights")
+        raise WorkError(NO_NUMBERS.format(name))
     return found
 
 

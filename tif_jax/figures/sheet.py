@@ -12,9 +12,11 @@ from matplotlib.figure import Figure
 from tif_jax.figures.colours import AFTER, BEFORE, Scale, impact_scale, logit_scale
 from tif_jax.figures.maps import Picture, enlarged, map_over, tokens_over
 from tif_jax.figures.page import MADE_BY
+from tif_jax.figures.panels import Panel, first_panels, way_panels
 from tif_jax.figures.seen import Class, Seen, Way
 
 _COLUMNS = 5  # of pictures and of classes
+_OF_MAPS = 6  # of pictures of a dense model
 _INCHES = 2.6  # of a picture
 _LONGEST = 38  # letters beside each other: a class and its probabilities
 _SMALL = 9  # points
@@ -29,12 +31,13 @@ class Sheet(Figure):
 
 def sheet(pictures: Sequence[Seen]) -> Sheet:
     """A figure of all pictures, one below the other."""
-    rows = [_packed(seen.ways) for seen in pictures]
+    rows = [_packed(seen) for seen in pictures]
+    most = max((_columns(seen) for seen in pictures), default=_COLUMNS)
     heights = [
         _INCHES * seen.photo.shape[0] / seen.photo.shape[1] * (1 + len(packed)) + 0.3 * len(packed) + 1.2
         for seen, packed in zip(pictures, rows, strict=True)
     ]
-    figure = Sheet(figsize=(_INCHES * _COLUMNS + 0.6, sum(heights)), layout="constrained")
+    figure = Sheet(figsize=(_INCHES * most + 0.6, sum(heights)), layout="constrained")
     parts = figure.subfigures(len(pictures), 1, height_ratios=heights, squeeze=False)[:, 0]
     for part, seen, packed in zip(parts, pictures, rows, strict=True):
         _draw(part, seen, packed)
@@ -67,21 +70,26 @@ def show(axes: Any, picture: Picture, title: str) -> None:
     axes.set_title(title, fontsize=10, parse_math=False)
 
 
-def _packed(ways: Sequence[Way]) -> list[list[Way]]:
-    """Rows of reducers, each of which takes a column for every picture and one for its classes."""
+def _columns(seen: Seen) -> int:
+    return _OF_MAPS if seen.maps else _COLUMNS
+
+
+def _packed(seen: Seen) -> list[list[Way]]:
+    """Rows of reducers, each of which takes a column for every picture, and one for its classes or some for its maps."""
     rows: list[list[Way]] = []
     room = 0
-    for way in ways:
-        if (needed := max(1, len(way.stages)) + 1) > room:
+    for way in seen.ways:
+        beside = len(way_panels(seen.maps, way.label)) if seen.maps else 1
+        if (needed := max(1, len(way.stages)) + beside) > room:
             rows.append([])
-            room = _COLUMNS
+            room = _columns(seen)
         rows[-1].append(way)
         room -= needed
     return rows
 
 
 def _draw(part: Any, seen: Seen, packed: Sequence[Sequence[Way]]) -> None:
-    grid = part.subplots(1 + len(packed), _COLUMNS, squeeze=False)
+    grid = part.subplots(1 + len(packed), _columns(seen), squeeze=False)
     part.suptitle(textwrap.shorten(seen.name, 110), fontsize=12, parse_math=False)
     for axes in grid.flat:
         axes.set_axis_off()
@@ -97,11 +105,22 @@ def _draw(part: Any, seen: Seen, packed: Sequence[Sequence[Way]]) -> None:
         scale, axes = logit_scale(seen.predicted), next(first)
         _put(axes, map_over(seen.photo, seen.predicted, scale), "what the filter predicts")
         colour_bar(part, axes, scale)
-    _bars(next(first), seen.classes, "with all tokens", only_before=True)
+    _draw_panels(part, first, first_panels(seen.maps) if seen.maps else [])
+    if seen.classes:
+        _bars(next(first), seen.classes, "with all tokens", only_before=True)
     for row, ways in zip(grid[1:], packed, strict=True):
         left = iter(row)
         for way in ways:
             _draw_way(left, seen.photo, way)
+            _draw_panels(part, left, way_panels(seen.maps, way.label) if seen.maps else [])
+
+
+def _draw_panels(part: Any, left: Iterator[Any], panels: Sequence[Panel]) -> None:
+    for panel in panels:
+        axes = next(left)
+        _put(axes, panel.picture, panel.title)
+        if panel.scale:
+            colour_bar(part, axes, panel.scale)
 
 
 def _draw_way(left: Iterator[Any], photo: Picture, way: Way) -> None:
@@ -113,7 +132,8 @@ def _draw_way(left: Iterator[Any], photo: Picture, way: Way) -> None:
     if not way.stages:
         _put(axes, photo, "all tokens")
     named.set_ylabel("\n".join(textwrap.wrap(way.label, 26, break_on_hyphens=False)), fontsize=11, parse_math=False)
-    _bars(next(left), way.classes, "all tokens (grey), those left (blue)")
+    if way.classes:
+        _bars(next(left), way.classes, "all tokens (grey), those left (blue)")
 
 
 def _put(axes: Any, picture: Picture, title: str) -> None:
@@ -123,8 +143,6 @@ def _put(axes: Any, picture: Picture, title: str) -> None:
 
 def _bars(axes: Any, classes: Sequence[Class], title: str, only_before: bool = False) -> None:
     """Probabilities: grey with all tokens, blue with those that are left."""
-    if not classes:
-        return
     axes.set_axis_on()
     axes.set(xlim=(0, 1), ylim=(max(3, len(classes)) - 0.4, -0.75), xticks=[], yticks=[])
     axes.spines[:].set_visible(False)

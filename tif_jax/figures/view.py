@@ -1,14 +1,22 @@
-"""`tif_jax.view`: what a model sees in pictures, and what its reducers leave of them."""
+"""`tif_jax.view`: what a model sees in pictures, and what its reducers leave of them.
+
+Legend: Y X height and width.
+"""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float32
+from PIL import Image
 
 from tif_jax import checked
 from tif_jax.data.folder import as_id
+from tif_jax.data.joint_views import evaluation_pair
 from tif_jax.data.pictures import AnyImage, read_image
 from tif_jax.data.preprocess import evaluation_view
-from tif_jax.data.source import UnreadableImage, evenly_spaced
+from tif_jax.data.source import LabelMap, UnreadableImage, evenly_spaced
 from tif_jax.errors import InputError
 from tif_jax.figures.seen import Seen, see, ways_of
 from tif_jax.models import Model
@@ -33,6 +41,7 @@ def view(
 ) -> "Sheet":
     """A matplotlib figure that shows, for each picture, the impact of its patches (nats, of the model's own prediction), the
     tokens that reducers leave, block by block, and the likeliest classes with all tokens and with these. Notebooks show it.
+    Of a depth or segmentation model there are maps of the pixels instead of classes, and no impact.
 
     images: as `predict_images` takes them: paths, folders, bytes, uint8 arrays, PIL images. Of more than num_images as many
       are drawn, evenly spaced. One that can not be read is told in a warning and left out.
@@ -46,7 +55,7 @@ def view(
     from tif_jax.figures.sheet import sheet
 
     ways = ways_of(model, reducers)
-    oracle = dict(estimator=estimator, num_samples=num_samples, seed=seed)
+    oracle: dict[str, Any] = dict(estimator=estimator, num_samples=num_samples, seed=seed)
     return sheet(list(seen_in(model, ways, chosen(pictures_of(images), num_images), top, **oracle)))
 
 
@@ -59,19 +68,35 @@ def chosen(pictures: list[tuple[str, AnyImage]], num_images: int) -> list[tuple[
 
 
 def seen_in(
-    full: Model, ways: Mapping[str, Model], pictures: list[tuple[str, AnyImage]], top: int, **oracle: Any
+    full: Model,
+    ways: Mapping[str, Model],
+    pictures: list[tuple[str, AnyImage]],
+    top: int,
+    truth_of: Callable[[AnyImage], LabelMap | None] = lambda picture: None,
+    **oracle: Any,
 ) -> Iterator[Seen]:
-    """What there is to see of every picture that can be read (`seen.see`); InputError where none can, when all were tried."""
+    """What there is to see of every picture that can be read (`seen.see`); InputError where none can, when all were tried.
+
+    truth_of: a picture's label map, as large as it is, if it has one.
+    """
     checked.value_of(int, top, "top", checked.Range(least=1))
     error, num_read = "", 0
     for name, picture in pictures:
         try:
-            image = evaluation_view(read_image(picture, as_id(name)), full.image_size, **vars(full.preprocessing))
+            image, truth = _views(full, read_image(picture, as_id(name)), truth_of(picture))
         except UnreadableImage as unreadable:
             error = str(unreadable)
             logger.warning("%s; it is left out", error)
             continue
         num_read += 1
-        yield see(full, ways, as_id(name), image, top, **oracle)
+        yield see(full, ways, as_id(name), image, top, truth, **oracle)
     if not num_read:
         raise InputError(f"none of the pictures can be read ({len(pictures)}); the last: {error}")
+
+
+def _views(
+    model: Model, image: Image.Image, label_map: LabelMap | None
+) -> tuple[Float32[np.ndarray, "Y X 3"], LabelMap | None]:
+    if label_map is None:
+        return evaluation_view(image, model.image_size, **vars(model.preprocessing)), None
+    return evaluation_pair(image, label_map, model.image_size, model.preprocessing)

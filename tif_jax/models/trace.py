@@ -1,6 +1,6 @@
 """Where every patch is on its way through the blocks, whatever the reducer: which token holds it, or that none does.
 
-Legend: B images, Y X height and width, N patch tokens, T tokens, S tokens in a block, M marks, D width, L classes.
+Legend: B images, Y X height and width, N patch tokens, T tokens, S tokens in a block, M marks, D width.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ class Trace(NamedTuple):
     counts: for each block that ran the number of its patch tokens.
     """
 
-    logits: Float[Array, "B L"]
+    prediction: Float[Array, "B *prediction"]  # what a call of the model gives first
     aux: Aux
     sources: list[Int[Array, "B N"]]
     counts: tuple[int, ...]
@@ -44,8 +44,8 @@ def trace(model: Model, images: Float[Array | np.ndarray, "B Y X 3"]) -> Trace:
     patches. Raises InputError for a LeViT, whose shrink blocks move rows themselves.
     """
     graphdef, params = nnx.split(plain_vit(model, "trace"))
-    logits, aux, sources, counts = _trace(graphdef, params, jnp.asarray(images))
-    return Trace(logits, aux, sources, tuple(map(int, counts)))
+    prediction, aux, sources, counts = _trace(graphdef, params, jnp.asarray(images))
+    return Trace(prediction, aux, sources, tuple(map(int, counts)))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -69,9 +69,9 @@ def _trace(graphdef: Any, params: Any, images: Float[Array, "B Y X 3"]):
             return seen.inside, left
 
         shares, left = _followed(from_first_block, unmarked, entering.index, num_special, num_patches)
-        logits, aux = model.predict(*left)
+        prediction, aux = model.predict(*left)
     sources = [_sources(share[..., :num_patches]) for share in shares]
-    return logits, aux, sources, [share.shape[1] for share in shares]
+    return prediction, aux, sources, [share.shape[1] for share in shares]
 
 
 def _followed(
