@@ -27,7 +27,7 @@ from tif_jax.impact.objective import TARGETS, Batch, Loss, checked_batch, object
 from tif_jax.layers import true_float32, widened
 from tif_jax.models import Model, ViT, check_images, check_seed, plain_vit, require_head
 from tif_jax.reducers import Aux
-from tif_jax.tasks import CLASSIFICATION, DEPTH
+from tif_jax.tasks import CLASSIFICATION
 from tif_jax.tokens import image_keys
 
 ESTIMATORS = ("exact", "gradient", "sampled")
@@ -84,7 +84,7 @@ def token_impact(
     task, and for a LeViT.
     """
     model = plain_vit(model, "impact")
-    if loss is None and model.task != DEPTH.name:
+    if loss is None and model.task == CLASSIFICATION.name:
         require_head(model, "impact, a difference of losses,")
     if not (loss is None or callable(loss)):
         raise InputError(f"loss is {loss!r:.60}; it is a function of (prediction, aux, batch)")
