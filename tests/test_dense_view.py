@@ -1,4 +1,4 @@
-"""`tif view` of depth and segmentation models: maps on one scale, errors where a truth is known, tokens, and no impact."""
+"""`tif view` of depth and segmentation models: maps on one scale, errors where a truth is known, tokens, impact."""
 
 import re
 
@@ -82,15 +82,16 @@ def test_the_truth_lies_beside(tmp_path, monkeypatch):
     first, second = re.findall(r"<section>.*?</section>", page, re.DOTALL)
     depth = tif_jax.load("run", reducer="full").predict_maps("val/image/a.jpg")[0].pixels
     assert "true depth" in first and f"error, RMSE {np.sqrt(np.square(depth - 3).mean()):.2f} m" in first
-    assert "true depth" not in second and "change, " in second and "impact" not in page.lower()
+    assert "true depth" not in second and "change, " in second and first.count("impact of each patch") == 2
+    assert "impact (of ln depth squared)" in first
     assert {path.name for path in (tmp_path / "run" / "view").iterdir()} == {"a.png", "b.png", "index.html"}
 
 
 def test_in_python():
     model = lively(CLASSES)
     figure = tif_jax.view(model, picture(0), reducers=["tome"])
-    assert [axes.get_title() for axes in figure.subfigs[0].axes if axes.get_title()][:2] == [
-        "as the model sees it", "classes, from all tokens",
+    assert [axes.get_title() for axes in figure.subfigs[0].axes if axes.get_title()][:3] == [
+        "as the model sees it", "impact of each patch", "classes, from all tokens",
     ]  # fmt: skip
     assert len(figure._repr_png_()) > 1000
     with pytest.raises(

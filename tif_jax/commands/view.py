@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
         if arguments.estimator == "exact"
         else f"{arguments.num_samples} random masks"
     )
-    about = [found.about, *([] if is_dense else [f"Impact: {how}; target: the model's own prediction."])]
+    about = [found.about, f"Impact: {how}; target: the model's own prediction."]
     if unread := len(pictures) - len(seen):
         about.append(f"{unread} of {len(pictures)} pictures could not be read.")
         logger.warning(about[-1])

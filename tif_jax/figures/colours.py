@@ -32,7 +32,7 @@ class Scale(NamedTuple):
         return self.table[np.clip(np.rint(share * (len(self.table) - 1)), 0, len(self.table) - 1).astype(int)]
 
 
-def impact_scale(impact: Float[np.ndarray, "*shape"]) -> Scale:
+def impact_scale(impact: Float[np.ndarray, "*shape"], unit: str = "nats") -> Scale:
     """Red where a patch helps, blue where it hurts, white at 0, as strong on both sides.
 
     Where nothing is negative, as with the target 'teacher' and the estimator 'exact', the scale is its red half.
@@ -40,8 +40,8 @@ def impact_scale(impact: Float[np.ndarray, "*shape"]) -> Scale:
     bound = _bound(np.abs(impact))
     table = _table("RdBu_r")
     if impact.min(initial=0) < 0:
-        return _scale(table, -bound, bound, "impact (nats): red helps, blue hurts", impact)
-    return _scale(table[_LEVELS // 2 :], 0.0, bound, "impact (nats): 0 (white) or more here", impact)
+        return _scale(table, -bound, bound, f"impact ({unit}): red helps, blue hurts", impact)
+    return _scale(table[_LEVELS // 2 :], 0.0, bound, f"impact ({unit}): 0 (white) or more here", impact)
 
 
 def logit_scale(logits: Float[np.ndarray, "*shape"]) -> Scale:

@@ -7,7 +7,7 @@ from functools import partial
 
 from tif_jax.figures.colours import AFTER, BEFORE, OUTLINE, Scale, impact_scale, logit_scale
 from tif_jax.figures.maps import Picture, as_jpeg, enlarged, map_over, tokens_over
-from tif_jax.figures.panels import Panel, first_panels, way_panels
+from tif_jax.figures.panels import Panel, first_panels, impact_unit, way_panels
 from tif_jax.figures.seen import Class, Seen, Way
 
 MADE_BY = "tif_jax"  # in the head of what is made here
@@ -35,6 +35,8 @@ td + td, th + th {{ text-align: right; white-space: nowrap; padding-left: .6rem;
 _IMPACT = """<b>Impact</b>: how much the divergence from the model's own prediction with all tokens changes when the patch is
 masked, in nats. Red patches speak for the prediction, blue ones against it; white is 0. The few largest values of a picture
 share the last colour. """
+_IMPACT_ON_DEPTH = """<b>Impact</b>: the mean square by which ln depth changes from what all tokens say when the patch is
+masked. Red patches matter; white is 0. The few largest values of a picture share the last colour. """
 _TOKENS = """<b>Tokens</b>: what a reducer leaves, by the block that works with it (blocks are counted from 0). Pale
 patches are no tokens there: they are gone, or pass the block by. Patches that one token holds together have its mean colour
 and an <span class="outline">outline</span>. """
@@ -49,7 +51,8 @@ def _introduction(pictures: Sequence[Seen]) -> str:
     maps = next((seen.maps for seen in pictures if seen.maps), None)
     if maps is None:
         return f"\n<p>{_IMPACT}{_TOKENS}{_CLASSES}</p>\n"
-    return f"\n<p>{_TOKENS}{_PIXELS if maps.num_classes else _DEPTH}</p>\n"
+    impact = _IMPACT if maps.num_classes else _IMPACT_ON_DEPTH
+    return f"\n<p>{impact}{_TOKENS}{_PIXELS if maps.num_classes else _DEPTH}</p>\n"
 
 
 def page(title: str, about: Sequence[str], pictures: Iterable[Seen]) -> str:
@@ -68,7 +71,7 @@ def page(title: str, about: Sequence[str], pictures: Iterable[Seen]) -> str:
 def _section(seen: Seen) -> str:
     first = [_figure(enlarged(seen.photo), f"{seen.name}, as the model sees it", "as the model sees it")]
     if seen.impact is not None:
-        scale = impact_scale(seen.impact)
+        scale = impact_scale(seen.impact, impact_unit(seen.maps))
         first.append(_map(seen, map_over(seen.photo, seen.impact, scale), scale, "impact of each patch"))
     if seen.predicted is not None:
         scale = logit_scale(seen.predicted)

@@ -33,6 +33,11 @@ class Maps(NamedTuple):
     num_classes: int  # 0: these are depths
 
 
+def impact_unit(maps: Maps | None) -> str:
+    """Of impact on the prediction itself: of depth it is the mean squared difference of ln depth, which has none."""
+    return "nats" if maps is None or maps.num_classes else "of ln depth squared"
+
+
 def first_panels(maps: Maps) -> list[Panel]:
     """Beside the photograph: the truth, what is predicted from all tokens, and how far that is from the truth."""
     if maps.num_classes:

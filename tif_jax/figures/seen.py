@@ -86,7 +86,7 @@ def see(
     """
     images, full = jnp.asarray(image)[None], under(full, FULL)
     if full.task != CLASSIFICATION.name:
-        return _see_pixels(full, ways, name, image, truth)
+        return _see_pixels(full, ways, name, image, truth, **oracle)
     names = full.class_names if full.num_classes else None
     before = _probabilities(_call(full, images)[0], name)
     impact = predicted = None
@@ -111,9 +111,15 @@ def see(
 
 
 def _see_pixels(
-    full: Model, ways: Mapping[str, Model], name: str, image: Float[np.ndarray, "Y X 3"], truth: LabelMap | None
+    full: Model,
+    ways: Mapping[str, Model],
+    name: str,
+    image: Float[np.ndarray, "Y X 3"],
+    truth: LabelMap | None,
+    **oracle: Any,
 ) -> Seen:
     images, drawn, maps = jnp.asarray(image)[None], [], {}
+    impact = np.asarray(token_impact(full, images, target="teacher", **oracle)).reshape(full.grid)
     filtered = None
     for label, model in ways.items():
         found, aux, stages = _walk(model, images)
@@ -123,7 +129,7 @@ def _see_pixels(
         drawn.append(Way(label, stages, ()))
     before = _pixels(full, _call(full, images)[0], name)
     photo = photograph(image, full.preprocessing)
-    return Seen(name, photo, (), None, filtered, tuple(drawn), maps=Maps(before, maps, truth, full.num_classes))
+    return Seen(name, photo, (), impact, filtered, tuple(drawn), maps=Maps(before, maps, truth, full.num_classes))
 
 
 def _pixels(model: Model, found: Float[Array, "1 Y X *classes"], name: str) -> Num[np.ndarray, "Y X"]:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from tif_jax.figures.colours import AFTER, BEFORE, Scale, impact_scale, logit_scale
 from tif_jax.figures.maps import Picture, enlarged, map_over, tokens_over
 from tif_jax.figures.page import MADE_BY
-from tif_jax.figures.panels import Panel, first_panels, way_panels
+from tif_jax.figures.panels import Panel, first_panels, impact_unit, way_panels
 from tif_jax.figures.seen import Class, Seen, Way
 
 _COLUMNS = 5  # of pictures and of classes
@@ -96,7 +96,7 @@ def _draw(part: Any, seen: Seen, packed: Sequence[Sequence[Way]]) -> None:
     first = iter(grid[0])
     _put(next(first), seen.photo, "as the model sees it")
     if seen.impact is not None:
-        scale, axes = impact_scale(seen.impact), next(first)
+        scale, axes = impact_scale(seen.impact, impact_unit(seen.maps)), next(first)
         _put(axes, map_over(seen.photo, seen.impact, scale), "impact of each patch")
         colour_bar(part, axes, scale)
     elif seen.note:

@@ -41,7 +41,7 @@ def view(
 ) -> "Sheet":
     """A matplotlib figure that shows, for each picture, the impact of its patches (nats, of the model's own prediction), the
     tokens that reducers leave, block by block, and the likeliest classes with all tokens and with these. Notebooks show it.
-    Of a depth or segmentation model there are maps of the pixels instead of classes, and no impact.
+    Of a depth or segmentation model there are maps of the pixels instead of classes.
 
     images: as `predict_images` takes them: paths, folders, bytes, uint8 arrays, PIL images. Of more than num_images as many
       are drawn, evenly spaced. One that can not be read is told in a warning and left out.
