@@ -36,7 +36,8 @@ _IMPACT = """<b>Impact</b>: how much the divergence from the model's own predict
 masked, in nats. Red patches speak for the prediction, blue ones against it; white is 0. The few largest values of a picture
 share the last colour. """
 _IMPACT_ON_DEPTH = """<b>Impact</b>: the mean square by which ln depth changes from what all tokens say when the patch is
-masked. Red patches matter; white is 0. The few largest values of a picture share the last colour. """
+masked. Red patches hold the prediction, blue ones pull away from it; white is 0. The few largest values of a
+picture share the last colour. """
 _TOKENS = """<b>Tokens</b>: what a reducer leaves, by the block that works with it (blocks are counted from 0). Pale
 patches are no tokens there: they are gone, or pass the block by. Patches that one token holds together have its mean colour
 and an <span class="outline">outline</span>. """
