@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 ONE = 1.16  # of tosa that selects half of the tokens in every other block
 BUDGETS = (ONE, 0.9)
 METHODS = {
-    "full": ("full",),
+    "full": (dict(name="full"),),
     # The least it can do with half of its blocks dense is 1.0.
     "tosa": (dict(name="tosa", keep_ratio=0.8), dict(name="tosa", layers=(1, 3, 5, 7, 9, 11), keep_ratio=0.5)),
     **{
@@ -34,7 +34,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = _config()
     if arg in METHODS:
         config.reducer = METHODS[arg][0]
-        config.benchmark.reducers = METHODS["full"] if arg == "full" else ("full", *METHODS[arg])
+        config.benchmark.reducers = METHODS["full"] if arg == "full" else (*METHODS["full"], *METHODS[arg])
         if arg != "tif":
             del config["score"]
         if arg not in ("tif", "tosa"):

@@ -21,6 +21,7 @@ from tif_jax.training import optim
 FOLDER = Path(__file__).parents[1] / "configs"
 WITH_ARGUMENTS = {
     "bat.py": ("300", "30"),
+    "depth.py": ("", "full", "tosa", "evo_vit", "expediting", "ailurus", "tome", "tif", "random", "tfds"),
     "dynamic_vit.py": ("small", "base"),
     "evit.py": ("300", "300_0.9", "300_0.8", "300_0.6", "300_0.5", "30"),
     "evo_levit.py": ("128s", "128", "192", "256", "384", "256_384", "384_384"),
