@@ -223,6 +223,12 @@ def test_a_reducer_that_does_not_say_where_patches_are_is_told():
     [
         (dict(task="depths"), "task is 'depths'; allowed: 'classification', 'depth', 'segmentation'"),
         (dict(task="depth", fill="zero"), "fill is 'zero'; allowed: 'position', 'embedding'"),
+        (dict(fill="zero"), "fill is 'zero'; allowed: 'position', 'embedding'"),
+        (dict(task="depth", pool="max"), "pool is 'max'"),
+        (
+            dict(task="depth", depth=3, decoder_blocks=None),
+            "depth is 3, too few for a block of each quarter",
+        ),
         (
             dict(task="depth", decoder_blocks=(0, 9)),
             r"decoder_blocks is \(0, 9\); it lists blocks of 0..3 in ascending order",

@@ -133,6 +133,20 @@ def test_order_of_the_loop():
     )  # no batch is taken that no step uses
 
 
+def test_label_maps_that_say_nothing_are_told_while_it_trains(caplog):
+    valid = iter([0.0, 0.0, 0.0, 0.5, 0.0])
+
+    def step(state, batch):
+        metrics = {"loss": 0.0, "grad_norm": 0.0, "valid": np.float32(next(valid))}
+        return State(np.int32(state.step + 1), {}, ()), metrics
+
+    batches = ({"index": np.array([i])} for i in range(5))
+    nothing = lambda *_: None  # noqa: E731
+    run(step, State(np.int32(0), {}, ()), batches, until=4, log_every=2, save_every=9, log=nothing, save=nothing)
+    [record] = caplog.records  # of steps 2 and 3 some count
+    assert "no pixel of the label maps of steps 0 to 1 counts" in record.getMessage()
+
+
 def test_nan_stops_before_it_is_saved_and_names_step_and_images(tmp_path):
     step, fresh, mesh = setup()
     poisoned = batch(2)

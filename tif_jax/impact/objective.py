@@ -206,7 +206,9 @@ def _checked_maps(model: ViT, maps: Any, num_images: int, least: int) -> Array:
     if isinstance(array, jax.core.Tracer) or not array.size:
         return array
     lowest, highest = array.min(), array.max()
-    if is_depth and not (lowest >= 0 and np.isfinite(highest)):
+    if is_depth and not jnp.isfinite(array).all():  # of which XLA's min and max may know nothing
+        raise InputError("label maps of depth have numbers that are not finite; they are metres, 0 where not measured")
+    if is_depth and lowest < 0:
         raise InputError(f"label maps of depth lie in [{lowest}, {highest}]; they are metres, 0 where not measured")
     if not is_depth and (lowest < -1 or highest >= model.num_classes):
         raise InputError(f"label maps lie in [{lowest}, {highest}]; the model has classes 0..{model.num_classes - 1}")

@@ -5,7 +5,7 @@ L classes.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -104,7 +104,8 @@ class ViT(Model):
         rngs: nnx.Rngs,
     ):
         self.image_size = height, columns = height_and_width(image_size)
-        _check(height, columns, patch_size, width, num_heads, pool, class_token, gelu)
+        _check(height, columns, patch_size, width, num_heads)
+        _check_names(pool=(pool, POOLS), gelu=(gelu, GELUS), task=(task, tasks.TASKS), fill=(fill, FILLS))
         self.dtype, self.task, self.fill, self.max_depth = dtype_named(dtype), task, fill, max_depth
         self.grid, self.patch_size, self.pool = (height // patch_size, columns // patch_size), patch_size, pool
         self.depth, self.reducer, self.absolute = depth, reducer, absolute_positions
@@ -141,7 +142,7 @@ class ViT(Model):
             setattr(self, f"block_{i}", Block(width, num_heads, mlp_dim, drop_path=rate, **options))
 
     def _add_decoder(self, name, width: int, channels: int, blocks, num_classes: int, class_head: bool, norm) -> None:
-        _check_dense(self.task, self.fill, num_classes, class_head or self.has_distillation)
+        _check_dense(self.task, num_classes, class_head or self.has_distillation)
         self.decoder_blocks = _decoder_blocks(blocks, self.depth)
         self.norm = norm()
         sizes = width, channels, len(self.decoder_blocks), num_classes or 1
@@ -284,7 +285,7 @@ def plain_vit(model: Model, what: str) -> ViT:
     return model
 
 
-def _check(height, columns, patch_size, width, num_heads, pool, class_token, gelu) -> None:
+def _check(height, columns, patch_size, width, num_heads) -> None:
     """Raises InputError for fields that do not fit together."""
     if height % patch_size or columns % patch_size:
         raise InputError(
@@ -292,27 +293,29 @@ def _check(height, columns, patch_size, width, num_heads, pool, class_token, gel
         )
     if width % num_heads:
         raise InputError(f"width {width} is not a multiple of num_heads {num_heads}")
-    if pool not in POOLS:
-        raise InputError(f"pool is {pool!r}; allowed: {', '.join(map(repr, POOLS))}")
-    if pool.startswith("class") and not class_token:
-        raise InputError(f"pool {pool!r} needs class_token=True")
-    if gelu not in GELUS:
-        raise InputError(f"gelu is {gelu!r}; allowed: {', '.join(map(repr, GELUS))}")
 
 
 def _decoder_blocks(given: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
     """The blocks whose features a decoder reads."""
+    if given is None and depth < 4:
+        raise InputError(
+            f"depth is {depth}, too few for a block of each quarter; give decoder='linear' and decoder_blocks"
+        )
     chosen = tuple(depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)) if given is None else given
     if not chosen or list(chosen) != sorted({*chosen}) or not 0 <= chosen[0] <= chosen[-1] < depth:
         raise InputError(f"decoder_blocks is {chosen}; it lists blocks of 0..{depth - 1} in ascending order")
     return chosen
 
 
-def _check_dense(task: str, fill: str, num_classes: int, has_further_heads: bool) -> None:
-    """Raises InputError for an unknown task, and for what a dense one does not have."""
-    for name, value, allowed in (("task", task, tasks.TASKS), ("fill", fill, FILLS)):
+def _check_names(**fields: tuple[str, Collection[str]]) -> None:
+    """Raises InputError for a field whose value is none of those allowed. fields: of each both."""
+    for name, (value, allowed) in fields.items():
         if value not in allowed:
             raise InputError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}")
+
+
+def _check_dense(task: str, num_classes: int, has_further_heads: bool) -> None:
+    """Raises InputError for what a dense task does not have."""
     if has_further_heads:
         raise InputError(f"class_head and distillation_token are for classification; the task is {task!r}")
     if task == "segmentation" and num_classes < 2:
@@ -323,6 +326,8 @@ def _check_dense(task: str, fill: str, num_classes: int, has_further_heads: bool
 
 def _check_heads(num_classes, pool, class_token, class_head, distillation_token) -> None:
     """Raises InputError for heads that do not fit the pooling."""
+    if pool.startswith("class") and not class_token:
+        raise InputError(f"pool {pool!r} needs class_token=True")
     if class_head and not (class_token and not pool.startswith("class") and num_classes):
         raise InputError(
             "class_head needs class_token=True and pool 'mean', 'normed_mean' or 'attention', and num_classes; otherwise "

@@ -1,5 +1,6 @@
 """The loop around the training step: batches in; logs, checkpoints and a preempted end out."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,8 @@ from tif_jax.errors import Preempted, WorkError
 from tif_jax.runtime.progress import Progress
 from tif_jax.training.state import State
 from tif_jax.training.step import Step
+
+logger = logging.getLogger(__name__)
 
 
 def run(
@@ -51,6 +54,11 @@ def run(
                     "step_seconds": elapsed / len(pending),
                     "data_wait": waited / elapsed,
                 }
+                if means.get("valid") == 0:  # a dense loss of nothing is 0
+                    logger.warning(
+                        "%s: no pixel of the label maps of steps %d to %d counts, so nothing is learnt; are "
+                        "data.label_folder and data.label_scale theirs?", title, at - len(pending), at - 1,
+                    )  # fmt: skip
                 log(at, means)
                 progress.update(len(pending), loss=means["loss"], images_per_second=means["images_per_second"])
                 pending, began, waited = [], time.perf_counter(), 0.0
