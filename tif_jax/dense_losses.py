@@ -21,7 +21,7 @@ from tif_jax.layers import widened
 MAX_DEPTH = 10.0  # metres: the usual cap of NYU Depth V2
 
 _NEAREST = 1e-3  # metres: metrics take nothing for nearer
-_LEAST_IN_LOG = 1e-6  # metres: keeps the loss finite, and its gradient alive far below _NEAREST
+LEAST_IN_LOG = 1e-6  # metres: keeps the loss finite, and its gradient alive far below _NEAREST
 _EIGEN_FRAME = (480, 640)
 _EIGEN_ROWS, _EIGEN_COLUMNS = (45, 471), (41, 601)
 _MULTIPLIER, _VARIANCE_WEIGHT = 10.0, 0.85
@@ -85,7 +85,7 @@ def scale_invariant_log(
     Eigen et al. 2014, equation 4, with the root, multiplier and weight of BTS (Lee et al. 2019, equation 3) and AdaBins.
     The means are over the valid pixels of an image; BTS's are over those of a batch. Where g is 0 the gradient is 0.
     """
-    g = _log_ratio(prediction, truth, valid, _LEAST_IN_LOG)
+    g = _log_ratio(prediction, truth, valid, LEAST_IN_LOG)
     mean = _mean(g, valid)
     # The same as in the equation, but as a sum of squares, so that rounding makes nothing negative.
     spread = _mean((g - mean[:, None, None]) ** 2, valid) + (1 - variance_weight) * mean**2

@@ -21,7 +21,7 @@ from tif_jax.impact.judge import OUTCOMES
 from tif_jax.models import Model
 from tif_jax.models.budget import AMOUNTS
 from tif_jax.runtime import files, records
-from tif_jax.tasks import CLASSIFICATION, Metric, Task, of_metrics
+from tif_jax.tasks import CLASSIFICATION, DEPTH, Metric, Task, of_metrics
 from tif_jax.tokens import num_kept, top_k
 from tif_jax.weights.loading import load
 
@@ -57,7 +57,9 @@ def write_report(workdir: Path, of_filter: Experiment | None = None) -> None:
         )
     records.write(workdir / "report.json", result)
     if of_filter:
-        picture_page(_pictures(of_filter, workdir), workdir / TOKENS)
+        # The oracle's loss is the task's: of depth it has no unit.
+        unit = "of the loss" if of_filter.data.task == DEPTH.name else "nats"
+        picture_page(_pictures(of_filter, workdir), workdir / TOKENS, unit)
     write_markdown(workdir, result, workdir)
 
 

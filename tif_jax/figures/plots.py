@@ -80,14 +80,14 @@ def training_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Pat
     save(figure, path, dpi=120)
 
 
-def picture_page(pictures: Sequence[Mapping[str, Any]], path: Path) -> None:
+def picture_page(pictures: Sequence[Mapping[str, Any]], path: Path, impact_unit: str = "nats") -> None:
     """A row per image: its class, its pixels, oracle impact, the filter's logits, and what it keeps; legends at the foot.
 
     Each is a dict: image (Y, X, 3) in [0, 1]; impact, logits and kept, one number per patch; perhaps class.
     """
     from tif_jax.figures.sheet import colour_bar, show
 
-    of_impact = impact_scale(np.stack([picture["impact"] for picture in pictures]))
+    of_impact = impact_scale(np.stack([picture["impact"] for picture in pictures]), impact_unit)
     of_logits = logit_scale(np.stack([picture["logits"] for picture in pictures]))
     shape = pictures[0]["image"].shape
     figure, grid = blank(8, 2 * len(pictures) * shape[0] / shape[1] + 1, rows=len(pictures), columns=4)

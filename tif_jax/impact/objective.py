@@ -22,7 +22,6 @@ from tif_jax.models import ViT
 from tif_jax.tasks import CLASSIFICATION, DEPTH
 
 TARGETS = ("label", "teacher")
-_LEAST_IN_LOG = 1e-6  # metres
 
 Batch = Mapping[str, Any]
 Loss = Callable[[Array, Mapping[str, Any], Batch], Array]
@@ -93,7 +92,7 @@ def _known(by_label: Callable[..., Mapping[str, Array]], prediction: Array, aux:
 
 def _depth_difference(prediction: Float[Array, "B Y X"], aux: Any, batch: Batch) -> Float[Array, " B"]:
     """Mean over all pixels of (ln d - ln d')^2, d' of the unmasked network: a relative error squared, without a unit."""
-    here, there = (jnp.log(jnp.maximum(depth, _LEAST_IN_LOG)) for depth in (prediction, batch["unmasked"]))
+    here, there = (jnp.log(jnp.maximum(depth, dense_losses.LEAST_IN_LOG)) for depth in (prediction, batch["unmasked"]))
     return jnp.square(here - there).mean(axis=(1, 2))
 
 

@@ -17,7 +17,7 @@ from tif_jax.errors import InputError
 from tif_jax.layers import widened
 from tif_jax.models.around import Around
 from tif_jax.reducers import Aux
-from tif_jax.tokens import GONE, Tokens, mixed, split, take
+from tif_jax.tokens import BESIDE, GONE, Tokens, mixed, split, take
 
 FILLS = ("position", "embedding")
 
@@ -163,4 +163,5 @@ def in_the_end(x: Float[Array, "B T D"], aux: Mapping[str, Any], tokens: Tokens)
             f"a dense head asks where every patch is: the reducer returned {x.shape[1] - tokens.num_special} patch tokens "
             f"for {source.shape[1]} patches and no aux['source']; return tokens.source"
         )
+    source = jnp.where(source == BESIDE, GONE, source)  # in the end nothing comes back any more
     return tokens._replace(source=source, offset=None, spread=None)

@@ -105,11 +105,19 @@ def _gradient(graphdef: Any, loss: Loss, trainable: Any, stochastic: bool, teach
             forward = model if teacher_graphdef is None else partial(_with_tokens, model)
             prediction, aux = forward(batch["image"], nnx.Rngs(key) if stochastic else None)
             terms = loss(prediction, aux, batch)
-            return terms["loss"].mean(), ({name: term.mean() for name, term in terms.items()}, statistics_of(model))
+            return _mean_loss(terms), ({name: term.mean() for name, term in terms.items()}, statistics_of(model))
 
         return jax.grad(mean_loss, has_aux=True)(ours)
 
     return gradient
+
+
+def _mean_loss(terms: Mapping[str, Array]) -> Array:
+    """Over the images of a batch; those of which no pixel counts (`valid` is 0) are left out."""
+    if "valid" not in terms:
+        return terms["loss"].mean()
+    counts = (terms["valid"] > 0).astype(terms["loss"].dtype)
+    return (terms["loss"] * counts).sum() / jnp.maximum(counts.sum(), 1)
 
 
 def _accumulated(gradient: _Gradient, graphdef: Any, trainable: Any, num_parts: int) -> _Gradient:
