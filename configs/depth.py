@@ -7,6 +7,7 @@
 `data.root` holds nyu_depth/{train,val}/{image,depth} and deit_tiny_patch16_224.safetensors; it defaults to $TIF_DATA, or
 ../shared/data. A depth map's unit is 1/25.5 m there. The stage `backbone` trains the whole network with all tokens and a
 fresh decoder; every method is fine-tuned from it by the same recipe. Budgets are GMAC, decoder included, of 1.47.
+Measured, one seed, RMSE in m: full 0.705; at 0.9 GMAC tome 0.706, expediting 0.726, tif 0.768, random 0.802, evo_vit 0.859.
 """
 
 import os
