@@ -91,7 +91,7 @@ def test_the_loader_writes_classes(tmp_path):
     assert manifest["outputs"][0]["meaning"] == "of each pixel's classes, before the softmax"
     assert manifest["check"]["same_class"] > 0.99 and json.loads((tmp_path / "made" / "manifest.json").read_text())
     picture(1, 40, 60).save(tmp_path / "room.png")
-    done = loader(tmp_path / "made", "--out", tmp_path / "maps", tmp_path / "room.png")
+    done = loader(tmp_path / "made", tmp_path / "room.png", "--out", tmp_path / "maps")
     expected = np.asarray(call(model, model.preprocess([tmp_path / "room.png"]))[0][0]).argmax(axis=-1)
     written = np.asarray(Image.open(tmp_path / "maps" / "room.png.classes.png"))
     assert written.dtype == np.uint8 and (written == expected).mean() > 0.99 and done.returncode == 0

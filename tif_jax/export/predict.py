@@ -84,9 +84,9 @@ TASKS = {"classification": (classes, ""), "depth": (metres, "depth"), "segmentat
 
 
 def main(words):
-    out = Path(words[1]) if words[:1] == ["--out"] and len(words) > 1 else None
-    paths = words[2:] if out else words
-    if not paths or paths[0].startswith("--"):
+    at = words.index("--out") if "--out" in words[:-1] else len(words)
+    out, paths = Path(words[at + 1]) if at < len(words) else None, words[:at] + words[at + 2 :]
+    if not paths or any(path.startswith("--") for path in paths):
         sys.exit(__doc__)
     manifest = json.loads((FOLDER / "manifest.json").read_text(encoding="utf-8"))
     if manifest["outputs"][0]["name"] == "features":
