@@ -24,7 +24,7 @@ from tif_jax.data.loader import evaluation_batches
 from tif_jax.experiment import config as config_file
 from tif_jax.figures.plots import picture_page
 from tif_jax.impact import shards
-from tif_jax.impact.judge import unreduced_logits
+from tif_jax.impact.judge import unreduced
 from tif_jax.impact.rankings import mean_spearman
 
 NUM_PICTURES = 3  # of each kind
@@ -36,7 +36,7 @@ def main(checkpoint: str, judge: str, out: str) -> None:
     model = load(checkpoint, keep_ratio=0.5, then=None)
     oracle = shards.read_impact(Path(judge) / "heldout-teacher")
     found = []
-    call = jax.jit(lambda x: (*model(x), unreduced_logits(model, x)))
+    call = jax.jit(lambda x: (*model(x), unreduced(model, x)))
     for batch in evaluation_batches(data.open_source(config.data, "test"), config.data, batch_size=20):
         logits, aux, whole = jax.device_get(call(batch["image"]))
         found.append((logits.argmax(1), whole.argmax(1), aux["filter_logits"], batch["label"]))
