@@ -40,20 +40,18 @@ def main(checkpoint: str, judge: str, out: str) -> None:
     for batch in evaluation_batches(data.open_source(config.data, "test"), config.data, batch_size=20):
         logits, aux, whole = jax.device_get(call(batch["image"]))
         found.append((logits.argmax(1), whole.argmax(1), aux["filter_logits"], batch["label"]))
-    said, unreduced, ranking, label = (
-        np.concatenate(column)[: len(oracle.index)] for column in zip(*found, strict=True)
-    )
+    said, whole, ranking, label = (np.concatenate(column)[: len(oracle.index)] for column in zip(*found, strict=True))
     rho = np.array([mean_spearman(a[None], b[None]) for a, b in zip(ranking, oracle.impact, strict=True)])
-    right = unreduced == label
-    successes = np.flatnonzero(right & (said == unreduced))
-    failures = np.flatnonzero(right & (said != unreduced))
+    right = whole == label
+    successes = np.flatnonzero(right & (said == whole))
+    failures = np.flatnonzero(right & (said != whole))
     best = successes[np.argsort(-rho[successes])][:NUM_PICTURES]
     worst = failures[np.argsort(rho[failures])][:NUM_PICTURES]
     chosen = np.concatenate([best, worst])
     credits = list(csv.DictReader((Path(config.data.root) / config.data.test_split).open()))
     for i in chosen:
         who = credits[oracle.index[i]]
-        verdict = "kept its class" if said[i] == unreduced[i] else "lost its class"
+        verdict = "kept its class" if said[i] == whole[i] else "lost its class"
         print(f"{verdict}, rho {rho[i]:.2f}: {who['author']}, {who['source']}")
     picture_page(pictures(model, config, oracle, chosen), Path(out))
 
