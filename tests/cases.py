@@ -77,6 +77,17 @@ def row_of(x, num_special=0):
     return raster_tokens(x.shape[0], num_special, (1, x.shape[1] - num_special), has_class=num_special > 0)
 
 
+class Seen:
+    """A block that notes what enters it."""
+
+    def __init__(self, block, seen):
+        self.block, self.seen = block, seen
+
+    def __call__(self, x, tokens, *args, **kwargs):
+        self.seen.append((x, tokens))
+        return self.block(x, tokens, *args, **kwargs)
+
+
 def write_safetensors(path, tensors):
     """The path, at which the tensors are now."""
     safetensors.numpy.save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, path)

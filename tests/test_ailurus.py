@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference_dense as reference
-from cases import cost_of, embed, lively, mostly_long, numpy_images, numpy_model
+from cases import Seen, cost_of, embed, lively, mostly_long, numpy_images, numpy_model
 
 from tif_jax import InputError, create_model
 from tif_jax.reducers._density_peaks import cluster
@@ -79,17 +79,6 @@ def test_equals_the_reference(variant, options, site, num_anchors):
         expected, anchors = reference.ailurus(model, x[b], site, num_anchors, *choices)
         np.testing.assert_allclose(found[b], expected, atol=2e-3 * np.abs(expected).max())
         np.testing.assert_array_equal(aux["kept"][b], anchors)
-
-
-class Seen:
-    """A block that notes what enters it."""
-
-    def __init__(self, block, seen):
-        self.block, self.seen = block, seen
-
-    def __call__(self, x, tokens, *args, **kwargs):
-        self.seen.append((x, tokens))
-        return self.block(x, tokens, *args, **kwargs)
 
 
 def walk(model, images):

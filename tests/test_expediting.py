@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference_dense as reference
-from cases import cost_of, embed, lively, mostly_long, numpy_images, numpy_model
+from cases import Seen, cost_of, embed, lively, mostly_long, numpy_images, numpy_model
 from flax import nnx
 
 from tif_jax import InputError, create_model
@@ -124,17 +124,6 @@ def test_equals_the_reference(variant, options, site, columns, number):
     for image, want in zip(found, x, strict=True):
         expected = reference.expediting(model, want, site, columns, temperature, number)
         np.testing.assert_allclose(image, expected, atol=2e-3 * np.abs(expected).max())
-
-
-class Seen:
-    """A block that notes what enters it."""
-
-    def __init__(self, block, seen):
-        self.block, self.seen = block, seen
-
-    def __call__(self, x, tokens, *args, **kwargs):
-        self.seen.append((x, tokens))
-        return self.block(x, tokens, *args, **kwargs)
 
 
 def test_tokens_say_of_what_clusters_every_patch_is_a_mixture():

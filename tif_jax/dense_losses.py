@@ -6,7 +6,8 @@ valid pixel are 0, the loss's gradient too; a mean over images leaves it out by 
 Legend: B images, Y X height and width in pixels, L classes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tif_jax.data.label_maps import IGNORED
 from tif_jax.layers import widened
+from tif_jax.tasks import DEPTH
 
 MAX_DEPTH = 10.0  # metres: the usual cap of NYU Depth V2
 
@@ -49,6 +51,11 @@ def depth(
     loss = scale_invariant_log(prediction, truth, valid) + _of_aux(aux)
     metrics = depth_metrics(prediction, truth, valid, cap)
     return {"loss": loss, **metrics, "valid": valid.mean(axis=(1, 2), dtype=jnp.float32)}
+
+
+def of_task(name: str, max_depth: float) -> Callable[..., dict[str, Float[Array, " B"]]]:
+    """What a model of a dense task is trained by: `depth`, up to max_depth metres, or `segmentation`."""
+    return partial(depth, cap=max_depth) if name == DEPTH.name else segmentation
 
 
 def valid_depth(truth: Truth, cap: float) -> Bool[Array, "B Y X"]:

@@ -79,7 +79,7 @@ def at_rows(tokens: Tokens, rows: Int[Array, "B K"], others: int = GONE) -> Toke
 def set_aside(tokens: Tokens, rows: Int[Array, "B K"], offset: Float[Array, "B N D"], others: int = BESIDE) -> Tokens:
     """At those rows alone, while the rest waits. others: the source of the rest, to which each of them adds its offset."""
     of_others = put(offset, rows, jnp.zeros((*rows.shape, offset.shape[2]), offset.dtype))
-    return at_rows(tokens, rows, others)._replace(offset=_on_raster(tokens, of_others))
+    return at_rows(tokens, rows, others)._replace(offset=on_raster(tokens, of_others))
 
 
 def merged(tokens: Tokens, destination: Int[Array, "B N"], position: Float[Array, "B K 2"]) -> Tokens:
@@ -87,7 +87,7 @@ def merged(tokens: Tokens, destination: Int[Array, "B N"], position: Float[Array
     return tokens._replace(position=position, source=follow(tokens.source, destination))
 
 
-def _on_raster(tokens: Tokens, patches: Float[Array, "B N D"]) -> Float[Array, "B P D"]:
+def on_raster(tokens: Tokens, patches: Float[Array, "B N D"]) -> Float[Array, "B P D"]:
     """For each patch of the raster the token that it lives in; zeros for one that lives in none."""
     value = take(patches, jnp.maximum(tokens.source, 0))
     return jnp.where(tokens.source[..., None] >= 0, value, 0)

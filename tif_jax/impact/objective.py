@@ -39,19 +39,12 @@ def objective(model: ViT, target: str, own: Loss | None = None) -> Objective:
         return Objective(checked, checked)
     if model.task == CLASSIFICATION.name:
         return Objective(_cross_entropy if target == "label" else _divergence_from_unmasked, _known_cross_entropy)
-    by_label = label_losses(model)
+    by_label = dense_losses.of_task(model.task, model.max_depth)
     if target == "label":
         with_label: Loss = lambda *given: by_label(*given)["loss"]  # noqa: E731
     else:
         with_label = _depth_difference if model.task == DEPTH.name else _pixel_divergence
     return Objective(with_label, partial(_known, by_label))
-
-
-def label_losses(model: ViT) -> Callable[..., dict[str, Float[Array, " B"]]]:
-    """What a model of a dense task is trained by: `dense_losses.depth` up to its max_depth, or `segmentation`."""
-    if model.task == DEPTH.name:
-        return partial(dense_losses.depth, cap=model.max_depth)
-    return dense_losses.segmentation
 
 
 def described(model: ViT, target: str) -> str:

@@ -17,7 +17,7 @@ from tif_jax.errors import InputError
 from tif_jax.layers import widened
 from tif_jax.models.around import Around
 from tif_jax.reducers import Aux
-from tif_jax.tokens import BESIDE, GONE, Tokens, mixed, split, take
+from tif_jax.tokens import BESIDE, GONE, Tokens, mixed, on_raster, split, take
 
 FILLS = ("position", "embedding")
 
@@ -42,8 +42,10 @@ def to_grid(
     if tokens.spread is None and tokens.offset is None:
         found = take(patches, take(source, held_by))
     else:
-        row = take(patches, jnp.maximum(source, 0)) if tokens.spread is None else mixed(patches, tokens.spread)
-        found = jnp.where(source[..., None] >= 0, row, 0)
+        if tokens.spread is None:
+            found = on_raster(tokens, patches)
+        else:
+            found = jnp.where(source[..., None] >= 0, mixed(patches, tokens.spread), 0)
         found = take(found if tokens.offset is None else found + tokens.offset.astype(x.dtype), held_by)
     return found.reshape(x.shape[0], *tokens.grid, x.shape[2])
 

@@ -55,6 +55,20 @@ def amounts(
     return dict(zip(sites, given, strict=True))
 
 
+def check_site(site: int | None) -> None:
+    """Raises InputError unless that many blocks may run on all patches, before their number is known."""
+    if site is not None and site < 0:
+        raise InputError(f"site is {site}; it is how many blocks run on all patches, from 0")
+
+
+def site_of(site: int | None, depth: int) -> int:
+    """How many of `depth` blocks run on all patches; None is a third. Raises InputError unless one runs on fewer."""
+    site = depth // 3 if site is None else site
+    if site >= depth:
+        raise InputError(f"site is {site}; it leaves none of {depth} blocks to run on fewer tokens")
+    return site
+
+
 RAMPS = {"constant": 0, "decreasing": -1, "increasing": 1}
 
 

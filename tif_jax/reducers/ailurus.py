@@ -14,8 +14,8 @@ from jaxtyping import Array, Bool, Float
 
 from tif_jax.errors import InputError
 from tif_jax.layers import widened
+from tif_jax.reducers import _schedule as schedule
 from tif_jax.reducers._density_peaks import cluster, merge, shares
-from tif_jax.reducers.expediting import site_of
 from tif_jax.reducers.full import Full
 from tif_jax.tokens import check_keep_ratio, gates_to_log_weight, join, merged, num_kept, split, take
 
@@ -37,15 +37,14 @@ class Ailurus:
 
     def __post_init__(self):
         check_keep_ratio(self.keep_ratio)
-        if self.site is not None and self.site < 0:
-            raise InputError(f"site is {self.site}; it is how many blocks run on all patches, from 0")
+        schedule.check_site(self.site)
         if self.num_neighbors < 1:
             raise InputError(f"num_neighbors is {self.num_neighbors}; it is a number of tokens, from 1")
         if self.window < 1 or self.window % 2 == 0:
             raise InputError(f"window is {self.window}; it is an odd number of patches, from 1")
 
     def __call__(self, blocks, x, tokens, rngs=None):
-        site = site_of(len(blocks) // 3 if self.site is None else self.site, len(blocks))
+        site = schedule.site_of(self.site, len(blocks))
         num_patches = tokens.position.shape[1]
         num_anchors = num_kept(self.keep_ratio, num_patches)
         source, num_special = tokens.source, tokens.num_special

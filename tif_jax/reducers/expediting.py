@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from tif_jax.errors import InputError
 from tif_jax.layers import widened
+from tif_jax.reducers import _schedule as schedule
 from tif_jax.reducers.full import Full
 from tif_jax.tokens import Spread, Tokens, check_keep_ratio, join, merged, mixed, num_kept, split, take
 
@@ -42,8 +43,7 @@ class Expediting:
 
     def __post_init__(self):
         check_keep_ratio(self.keep_ratio)
-        if self.site is not None and self.site < 0:
-            raise InputError(f"site is {self.site}; it is how many blocks run on all patches, from 0")
+        schedule.check_site(self.site)
         if self.clusters is not None and (len(self.clusters) != 2 or min(self.clusters) < 1):
             raise InputError(f"clusters is {self.clusters}; it is two numbers, rows and columns of clusters, from 1")
         if not 0 < self.inverse_temperature < math.inf:
@@ -52,10 +52,7 @@ class Expediting:
             raise InputError(f"num_neighbors is {self.num_neighbors}; it is a number of clusters, from 1")
 
     def __call__(self, blocks, x, tokens, rngs=None):
-        site, columns = (
-            site_of(len(blocks) // 3 if self.site is None else self.site, len(blocks)),
-            self._columns(tokens),
-        )
+        site, columns = schedule.site_of(self.site, len(blocks)), self._columns(tokens)
         source, num_special = tokens.source, tokens.num_special
         if sum(columns) >= tokens.position.shape[1]:
             return Full()(blocks, x, tokens, rngs)[0], {"source": source}
@@ -82,13 +79,6 @@ class Expediting:
         return (columns,) * rows
 
 
-def site_of(site: int, depth: int) -> int:
-    """How many of `depth` blocks run on all patches. Raises InputError unless one is left to run on fewer."""
-    if site >= depth:
-        raise InputError(f"site is {site}; it leaves none of {depth} blocks to run on fewer tokens")
-    return site
-
-
 def columns_of(grid: tuple[int, int], num_clusters: int) -> tuple[int, ...]:
     """That many clusters in rows, so that cells are about as high as wide: how many there are in each row.
 
@@ -105,9 +95,8 @@ def columns_of(grid: tuple[int, int], num_clusters: int) -> tuple[int, ...]:
 class Cells(NamedTuple):
     """Which patch tokens belong to the clusters, by their places in the raster."""
 
-    inside: Bool[
-        Array, "B N M"
-    ]  # the token lies in the cell that the cluster begins with: adaptive average pooling's bins
+    # The token lies in the cell that the cluster begins with: adaptive average pooling's bins.
+    inside: Bool[Array, "B N M"]
     near: Bool[Array, "B N M"]  # the token's own cell and the cluster's are at most `_REACH` apart
 
 

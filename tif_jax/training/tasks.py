@@ -46,13 +46,12 @@ def of_task(name: str, *, max_depth: float = MAX_DEPTH, eigen_crop: bool = False
     Raises InputError for a name that is no task.
     """
     task = tasks.of_name(name)
+    if task is tasks.CLASSIFICATION:
+        return Judged(task, losses.classification, losses.divergence, losses.classification, _means)
+    loss = dense_losses.of_task(name, max_depth)
     if task is tasks.DEPTH:
-        loss = partial(dense_losses.depth, cap=max_depth)
         return Judged(task, loss, dense_losses.depth_divergence, partial(loss, eigen_crop=eigen_crop), _means)
-    if task is tasks.SEGMENTATION:
-        divergence = dense_losses.segmentation_divergence
-        return Judged(task, dense_losses.segmentation, divergence, _segmentation_terms, _of_counts)
-    return Judged(task, losses.classification, losses.divergence, losses.classification, _means)
+    return Judged(task, loss, dense_losses.segmentation_divergence, _segmentation_terms, _of_counts)
 
 
 def of_model(model: Model, eigen_crop: bool = False) -> Judged:
