@@ -23,6 +23,8 @@ ROWS = [
     *[("evit", dict(keep_ratio=ratio)) for ratio in (0.7, 0.5)],
     *[("tome", dict(num_merged=number)) for number in (8, 13)],
     *[("tome", dict(num_merged=13, schedule=ramp)) for ramp in ("decreasing", "increasing")],
+    ("mctf", dict(num_merged=16)),
+    *[("mctf", dict(keep_ratio=ratio)) for ratio in (0.7, 0.65, 0.5)],
     *[("bat", dict(keep_ratio=ratio)) for ratio in (0.7, 0.5)],
     *[("evo_vit", dict(keep_ratio=0.5, representative=choice)) for choice in (True, False)],
     ("evo_vit", dict(keep_ratio=0.5, stages=(4, 5, 6, 7, 8, 9, 10, 11))),

@@ -6,7 +6,6 @@ sets whose keys are most alike become one token each: nothing is dropped, nothin
 Legend: B images, N patch tokens, R merged ones, D width, C channels of a head.
 """
 
-import math
 from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple
@@ -47,28 +46,17 @@ class Tome:
     proportional: bool = True
 
     def __post_init__(self):
-        given = self.num_merged
-        if isinstance(given, tuple):
-            fits = all(type(number) is int and number >= 0 for number in given)
-        else:
-            fits = type(given) in (int, float) and 0 <= given < math.inf
-        if not fits:
-            raise InputError(
-                f"num_merged is {given!r}; it is the number of patch tokens merged per block, "
-                "from 0, or a tuple of integers, one for each block"
-            )
+        schedule.check_merged(self.num_merged)
         if self.schedule not in schedule.RAMPS:
             raise InputError(f"schedule is {self.schedule!r}; allowed: {', '.join(map(repr, schedule.RAMPS))}")
-        if isinstance(given, tuple) and self.schedule != "constant":
-            raise InputError(f"schedule {self.schedule!r} is for one number; num_merged {given} is a schedule itself")
+        if isinstance(self.num_merged, tuple) and self.schedule != "constant":
+            raise InputError(
+                f"schedule {self.schedule!r} is for one number; num_merged {self.num_merged} is a schedule itself"
+            )
 
     def per_block(self, depth: int) -> tuple[int, ...]:
         """How many patch tokens are to merge in each of `depth` blocks. Raises InputError for a tuple of another length."""
-        if not isinstance(self.num_merged, tuple):
-            return schedule.ramp(self.num_merged, self.schedule, depth)
-        if len(self.num_merged) != depth:
-            raise InputError(f"num_merged has {len(self.num_merged)} entries for {depth} blocks; give one for each")
-        return self.num_merged
+        return schedule.merged_per_block(self.num_merged, depth, trend=self.schedule)
 
     def __call__(self, blocks, x, tokens, rngs=None):
         per_block = self.per_block(len(blocks))

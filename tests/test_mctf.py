@@ -1,0 +1,190 @@
+"""MCTF against a slow numpy version, its pure functions against loops, its cost and numbers against those published."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import attend, cost_of, embed, feed_forward, lively, mostly_long, numpy_images, numpy_model
+
+from tif_jax import InputError, create_model
+from tif_jax.reducers.mctf import Mctf, affinity, destination, fuse, match, total
+
+TINY = dict(image_size=32, patch_size=8, width=32, depth=4, num_heads=2, num_classes=5)
+BARE = dict(class_token=False, num_registers=2, pool="mean", qk_norm=True, layer_scale=0.3)
+AUTHORS = (1.0, 20.0, 40.0)
+
+
+def reference_affinity(x, matters, size, temperatures):
+    """Of one image (N, D), for every pair of tokens."""
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    matters, size = (value.min() / value for value in (matters, size))
+    criteria = (1 + unit @ unit.T) / 2, np.outer(matters, matters), np.outer(size, size)
+    return np.prod([c ** (1 / t) for c, t in zip(criteria, temperatures, strict=True) if t], axis=0)
+
+
+def reference_match(table, num_odd, num_even):
+    """Of one image's table over all pairs: the members of every token left, itself first, in the order they come in."""
+    odd, even = [*range(1, len(table), 2)], [*range(0, len(table), 2)]
+    best = sorted(odd, key=lambda i: (-max(table[i, j] for j in even), i))
+    groups = {i: [i] for i in range(len(table))}
+    for i in best[:num_odd]:
+        groups[max(even, key=lambda j: (table[i, j], -j))] += groups.pop(i)
+    left = sorted(best[num_odd:])
+    order = sorted(even, key=lambda j: (-max(table[i, j] for i in left), j)) if num_even else even
+    for j in order[:num_even]:
+        groups[max(left, key=lambda i: (table[i, j], -i))] += groups.pop(j)
+    return [groups[i] for i in (*left, *order[num_even:])]
+
+
+def reference_encode(model, x, numbers, proportional=True):
+    """The walk of one batch, image by image; half-steps of the blocks are taken as given."""
+    first, outputs, sources = model.num_special, [], []
+    for tokens in np.asarray(x, np.float64):
+        size = np.ones(len(tokens) - first)
+        patches_of = [[i] for i in range(len(size))]
+        for block, number in zip(model.blocks, numbers, strict=True):
+            log_size = np.log(np.concatenate([np.ones(first), size]))
+            weight = jnp.asarray(log_size[None], jnp.float32) if proportional else None
+            y, qk = attend(block, jnp.asarray(tokens[None], jnp.float32), weight)
+            tokens = np.asarray(feed_forward(block, y), np.float64)[0]
+            if not number:
+                continue
+            query, key = (np.asarray(part, np.float64)[0] for part in (qk.query, qk.key))
+            logits = np.einsum("qhc,khc->hqk", query, key) / query.shape[-1] ** 0.5 + log_size * proportional
+            maps = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+            matters, patches = maps.mean(axis=(0, 1))[first:], tokens[first:]
+            table = reference_affinity(patches, matters, size, AUTHORS)
+            members = reference_match(table, number // 2, number - number // 2)
+            weight = matters * size
+            fused = [(weight[m, None] * patches[m]).sum(axis=0) / weight[m].sum() for m in members]
+            size = np.array([size[m].sum() for m in members])
+            patches_of = [[patch for i in m for patch in patches_of[i]] for m in members]
+            tokens = np.concatenate([tokens[:first], fused])
+        outputs.append(tokens)
+        total = sum(map(len, patches_of))
+        sources.append([next(row for row, own in enumerate(patches_of) if i in own) for i in range(total)])
+    return np.array(outputs), np.array(sources)
+
+
+def drawn(num_images, num_tokens, width=6, seed=0):
+    """Tokens, how much they matter, and their sizes."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(num_images, num_tokens, width)).astype(np.float32)
+    matters = rng.uniform(0.01, 1, size=(num_images, num_tokens)).astype(np.float32)
+    return x, matters, rng.integers(1, 9, size=(num_images, num_tokens)).astype(np.float32)
+
+
+@pytest.mark.parametrize("temperatures", [AUTHORS, (0.5, 0.0, 3.0), (0.0, 2.0, 0.0)])
+def test_affinity(temperatures):
+    x, matters, size = drawn(3, 9)
+    found = jax.jit(affinity, static_argnums=3)(x, matters, size, temperatures)
+    for b in range(3):
+        expected = reference_affinity(x[b], matters[b], size[b], temperatures)[1::2, ::2]
+        np.testing.assert_allclose(found[b], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_odd", "num_even"), [(12, 3, 3), (13, 2, 3), (12, 6, 0), (13, 0, 7), (9, 0, 1), (2, 0, 1)]
+)
+def test_match_and_fuse(num_tokens, num_odd, num_even):
+    x, matters, size = drawn(4, num_tokens)
+    table = np.stack([reference_affinity(*of_image, AUTHORS) for of_image in zip(x, matters, size, strict=True)])
+
+    @jax.jit
+    def run(pairs, x, weight, size):
+        fusion = match(pairs, num_odd, num_even)
+        return *fuse(x, weight, fusion), total(size, fusion), destination(fusion), fusion.left
+
+    weight = matters * size
+    fused, weights, sizes, rows, left = map(np.asarray, run(jnp.asarray(table[:, 1::2, ::2]), x, weight, size))
+    for b in range(4):
+        members = reference_match(table[b], num_odd, num_even)
+        assert left[b].tolist() == [m[0] for m in members]
+        assert rows[b].tolist() == [next(r for r, m in enumerate(members) if i in m) for i in range(num_tokens)]
+        np.testing.assert_allclose(sizes[b], [size[b, m].sum() for m in members])
+        np.testing.assert_allclose(weights[b], [weight[b, m].sum() for m in members], rtol=1e-5)
+        means = [np.average(x[b, m], axis=0, weights=weight[b, m]) for m in members]
+        np.testing.assert_allclose(fused[b], means, atol=1e-5)
+        alone = [r for r, m in enumerate(members) if len(m) == 1]
+        np.testing.assert_array_equal(fused[b, alone], x[b, left[b, alone]])  # bit for bit
+
+
+def test_ties_go_to_the_lower_row():
+    fusion = jax.jit(match, static_argnums=(1, 2))(jnp.ones((1, 4, 5)), 1, 2)
+    assert fusion.left.tolist() == [[3, 5, 7, 4, 6, 8]]
+    assert fusion.gone.tolist() == [[1, 0, 2]] and fusion.into.tolist() == [[0, 0, 0]]  # 1 into 0, then 0 into 3
+
+
+@pytest.mark.parametrize(
+    ("options", "fields", "numbers"),
+    mostly_long(
+        [
+            (dict(num_merged=3), BARE, (0, 3, 3, 0)),
+            (dict(num_merged=(5, 0, 50, 7)), {}, (5, 0, 5, 0)),
+            (dict(num_merged=3, proportional=False), {}, (0, 3, 3, 0)),
+            (dict(keep_ratio=0.65, sites=(1, 2)), {}, (0, 5, 3, 0)),
+        ],
+        short=(0, 1),
+    ),
+)
+def test_against_the_reference(options, fields, numbers):
+    model = lively(TINY | fields, reducer="mctf", **options)
+    x = embed(model, numpy_images(3))
+    encoded, aux = jax.jit(lambda x: model.encode(x))(x)
+    proportional = options.get("proportional", True)
+    expected, source = reference_encode(model, x, numbers, proportional)
+    np.testing.assert_array_equal(aux["source"], source)
+    np.testing.assert_allclose(encoded, expected, atol=1e-3 * np.abs(expected).max())
+    assert ("size" in aux) == proportional
+    if proportional:
+        np.testing.assert_array_equal(aux["size"], [np.bincount(row) for row in source])
+
+
+@pytest.mark.parametrize("removed", [0.05, 0.1, 0.3, 0.35, 0.5])
+def test_ratios_leave_as_many_as_the_authors_code(removed):
+    left, numbers = 196, Mctf(keep_ratio=1 - removed).numbers(12, 196)
+    for i in (3, 6, 9):
+        assert numbers[i] == int(left * removed)
+        left -= numbers[i]
+    assert sum(numbers) == 196 - left
+
+
+def test_numbers_for_each_block():
+    assert Mctf().numbers(12, 196) == (0, *[16] * 10, 0)
+    assert Mctf(1.5).numbers(6, 16) == (0, 1, 2, 1, 2, 0)
+    assert Mctf((9, 1, 0, 3)).numbers(4, 16) == (8, 1, 0, 0)  # half of them is the most; nothing behind the last block
+    assert Mctf(keep_ratio=(0.5, 0.1), sites=(0, 1)).numbers(3, 13) == (6, 3, 0)
+
+
+def test_cost():
+    """The blocks, and 192 multiply-adds for every pair that is compared."""
+    counted = cost_of("deit_tiny_patch16_224", reducer="mctf", num_merged=16)
+    lengths = [197, 197, *(197 - 16 * i for i in range(1, 11))]
+    assert counted.tokens == tuple(lengths)
+    blocks = sum(12 * 192**2 * t + 2 * 192 * t**2 for t in lengths)
+    pairs = sum(192 * ((t - 1) // 2) * (t // 2) for t in lengths[1:-1])
+    assert counted.gmac == pytest.approx((blocks + pairs + 196 * 768 * 192 + 192_000) / 1e9, rel=1e-9)
+    assert counted.gmac == pytest.approx(0.778, abs=0.0005)  # of the authors' code, measured
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_equal_patches_have_finite_gradients(dtype):
+    model = numpy_model(TINY, reducer="mctf", num_merged=4, dtype=dtype)
+    loss = jax.jit(jax.grad(lambda x: model(x)[0].astype(jnp.float32).var()))
+    assert np.isfinite(np.asarray(loss(jnp.zeros((1, 32, 32, 3))), np.float32)).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(num_merged=-1), "num_merged is -1; it is the number of patch tokens merged per block"),
+        (dict(keep_ratio=1.5), "keep_ratio is 1.5"),
+        (dict(keep_ratio=0.5, num_merged=8), "keep_ratio is 0.5 and num_merged 8; give one of them"),
+        (dict(sites=(1,)), r"sites is \(1,\); give keep_ratio with it"),
+        (dict(temperatures=(1.0, 20.0)), "it is three numbers from 0"),
+        (dict(temperatures=(1.0, -1.0, 0.0)), "it is three numbers from 0"),
+    ],
+)
+def test_misuse(options, message):
+    with pytest.raises(InputError, match=message):
+        create_model(TINY, reducer="mctf", **options)

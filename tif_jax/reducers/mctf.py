@@ -1,0 +1,198 @@
+"""MCTF (Lee et al., "Multi-criteria Token Fusion with One-step-ahead Attention for Efficient Vision Transformers", 2024).
+
+Patch tokens are dealt alternately into two sets, and pairs across the sets fuse that are alike, matter little and stand for
+few patches, all three at once: half of them from the first set into the second, half the other way.
+
+Legend: B images, T tokens, N patch tokens, O and E those of odd and of even rows, R that fuse into others, M that are left,
+D width.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from tif_jax.errors import InputError
+from tif_jax.layers import widened
+from tif_jax.reducers import _schedule as schedule
+from tif_jax.reducers._density_peaks import products
+from tif_jax.tokens import QueryKey, attention_logits, gates_to_log_weight, join, merged, put, row_numbers, split, take
+
+_DEFAULT = 16  # the authors' number of tokens per block
+_LEAST = 1e-12  # attention may underflow
+
+
+class Fusion(NamedTuple):
+    """Which of N tokens fuse into which."""
+
+    left: Int[Array, "B M"]  # rows of the tokens that are left, in the order that they will have
+    gone: Int[Array, "B R"]  # rows of the tokens that fuse into these
+    into: Int[Array, "B R"]  # into which, by their new rows
+
+
+@dataclass(frozen=True)
+class Mctf:
+    """Fuses patch tokens by similarity, informativeness and size together, behind blocks whose attention says what matters.
+
+    num_merged: how many, behind each block but the first, a mean if it has a fraction; or an integer for each block. At
+    most half of those there. Behind the last block nothing fuses: nobody would read it.
+    keep_ratio: instead, the share that is left at each of the `sites`, or one for each; at least half of those there.
+    sites: block indices; None is a quarter, a half and three quarters of the way: 3, 6, 9 of 12.
+    temperatures: of similarity, informativeness and size: a criterion is raised to the power 1 / temperature, so that it
+    counts the less the higher that is. 0 leaves one out.
+    proportional: attention in proportion to how many patches a token stands for, as in ToMe; aux['size'] says it of those
+    left.
+    """
+
+    num_merged: int | float | tuple[int, ...] = _DEFAULT
+    keep_ratio: float | tuple[float, ...] | None = None
+    sites: tuple[int, ...] | None = None
+    temperatures: tuple[float, ...] = (1.0, 20.0, 40.0)
+    proportional: bool = True
+
+    def __post_init__(self):
+        schedule.check_merged(self.num_merged)
+        if self.keep_ratio is not None:
+            schedule.check(self.keep_ratio, self.sites, None)
+            if self.num_merged != _DEFAULT:
+                raise InputError(f"keep_ratio is {self.keep_ratio} and num_merged {self.num_merged}; give one of them")
+        elif self.sites is not None:
+            raise InputError(f"sites is {self.sites}; give keep_ratio with it, or a tuple num_merged for each block")
+        if len(self.temperatures) != 3 or not all(0 <= t < math.inf for t in self.temperatures):
+            raise InputError(
+                f"temperatures is {self.temperatures}; it is three numbers from 0: of similarity, informativeness, size"
+            )
+
+    def numbers(self, depth: int, num_patches: int) -> tuple[int, ...]:
+        """How many of num_patches tokens fuse behind each of `depth` blocks."""
+        if self.keep_ratio is None:
+            wanted: tuple[int, ...] | None = schedule.merged_per_block(self.num_merged, depth, first=1)
+            amounts = {}
+        else:
+            wanted, amounts = None, schedule.amounts(self.keep_ratio, self.sites, None, depth)
+        numbers = []
+        for i in range(depth):
+            to_fuse = wanted[i] if wanted else num_patches - schedule.count(amounts.get(i, 1.0), num_patches, _ceil)
+            numbers.append(min(to_fuse, num_patches // 2) if i < depth - 1 else 0)
+            num_patches -= numbers[-1]
+        return tuple(numbers)
+
+    def __call__(self, blocks, x, tokens, rngs=None):
+        size = jnp.ones(tokens.position.shape[:2], widened(x.dtype))
+        log_size = None  # nothing to add while every size is 1
+        numbers = self.numbers(len(blocks), size.shape[1])
+        for block, number in zip(blocks, numbers, strict=True):
+            x, qk = block(x, tokens, log_size, rngs)
+            if number:
+                special, patches = split(x, tokens.num_special)
+                matters = informativeness(qk, log_size)[:, tokens.num_special :]
+                fusion = match(affinity(patches, matters, size, self.temperatures), number // 2, number - number // 2)
+                position, _ = fuse(tokens.position, matters * size, fusion)
+                patches, _ = fuse(patches, matters * size, fusion)
+                size = total(size, fusion)
+                tokens = merged(tokens, destination(fusion), position)
+                x = join(special, patches)
+                log_size = gates_to_log_weight(size, tokens.num_special) if self.proportional else None
+        return x, {"source": tokens.source} | ({} if log_size is None else {"size": size})
+
+
+def _ceil(number: float) -> int:
+    return math.ceil(number - 1e-9)
+
+
+def informativeness(qk: QueryKey, log_weight: Float[Array, "B T"] | None = None) -> Float[Array, "B T"]:
+    """How much attention each token gets, mean over heads and queries, special tokens' included: above 0, of sum 1.
+
+    log_weight: as the block was given it. At least float32, no gradient.
+    """
+    logits = attention_logits(qk.query, qk.key)  # as attention computes it, so that it is computed once
+    if log_weight is not None:
+        logits = logits + log_weight[:, None, None, :].astype(logits.dtype)
+    maps = jax.lax.stop_gradient(jax.nn.softmax(logits, axis=-1))
+    return jnp.maximum(maps.mean(axis=(1, 2)), _LEAST)
+
+
+def affinity(
+    x: Float[Array, "B N D"],
+    matters: Float[Array, "B N"],
+    size: Float[Array, "B N"],
+    temperatures: tuple[float, ...] = (1.0, 20.0, 40.0),
+) -> Float[Array, "B O E"]:
+    """How readily the tokens of odd rows fuse with those of even rows, from 0; at least float32, no gradient.
+
+    ((1 + cosine) / 2)^(1/t0) (1 / product of what they matter)^(1/t1) (1 / product of their sizes)^(1/t2) for temperatures
+    t0, t1, t2; without the factors whose temperature is 0. Factors of a token alone are relative to the largest of the image.
+    """
+    x = jax.lax.stop_gradient(x).astype(widened(x.dtype))
+    of_similarity, *of_others = temperatures
+    readiness = jnp.ones(x.shape[:2], x.dtype)
+    for value, temperature in zip((matters, size), of_others, strict=True):
+        if temperature:
+            least = value.min(axis=1, keepdims=True)
+            readiness = readiness * jax.lax.stop_gradient(least / value).astype(x.dtype) ** (1 / temperature)
+    pairs = readiness[:, 1::2, None] * readiness[:, None, ::2]
+    if not of_similarity:
+        return pairs
+    unit = x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(axis=-1, keepdims=True), 1e-24))
+    similarity = jnp.maximum((1 + products(unit[:, 1::2], unit[:, ::2])) / 2, 0)
+    return pairs * (similarity if of_similarity == 1 else similarity ** (1 / of_similarity))
+
+
+def match(affinity: Float[Array, "B O E"], num_odd: int, num_even: int) -> Fusion:
+    """Bidirectional bipartite soft matching of tokens whose odd rows are set against the even ones.
+
+    First the num_odd odd tokens of the highest affinity fuse, each into the even one where it is highest. Then as many as
+    num_even even tokens do into the odd ones that are left, and take along what has fused into them. What is left are
+    the odd tokens in their order, then the even ones by affinity, the highest first (without num_even: in their order).
+    Ties go to the lower row. num_odd is below the number of odd rows if num_even is not 0.
+    """
+    num_images, odd, even = affinity.shape
+    _, order = jax.lax.top_k(affinity.max(axis=2), odd)
+    gone_odd, left_odd = order[:, :num_odd], jnp.sort(order[:, num_odd:], axis=1)
+    target = jnp.argmax(take(affinity, gone_odd), axis=2)  # the even token
+    rest = take(affinity, left_odd)
+    left_even, gone_even = row_numbers(num_images, even), jnp.zeros((num_images, 0), jnp.int32)
+    into_odd = gone_even
+    if num_even:
+        _, order = jax.lax.top_k(rest.max(axis=1), even)
+        gone_even, left_even = order[:, :num_even], order[:, num_even:]
+        into_odd = jnp.argmax(jnp.take_along_axis(rest, gone_even[:, None], axis=2), axis=1).astype(jnp.int32)
+    row_of_even = put(jnp.zeros((num_images, even), jnp.int32), gone_even, into_odd)
+    row_of_even = put(row_of_even, left_even, odd - num_odd + row_numbers(*left_even.shape))
+    return Fusion(
+        left=jnp.concatenate([2 * left_odd + 1, 2 * left_even], axis=1).astype(jnp.int32),
+        gone=jnp.concatenate([2 * gone_odd + 1, 2 * gone_even], axis=1).astype(jnp.int32),
+        into=jnp.concatenate([take(row_of_even, target), into_odd], axis=1),
+    )
+
+
+def fuse(
+    x: Float[Array, "B N D"], weight: Float[Array, "B N"], fusion: Fusion
+) -> tuple[Float[Array, "B M D"], Float[Array, "B M"]]:
+    """Means of the tokens that fuse, weighted by `weight` (above 0), and the sums of their weights.
+
+    Written as token + sum of share (other - token), so that a token that nothing fuses into is a copy.
+    """
+    image = jnp.arange(x.shape[0])[:, None]
+    together = total(weight, fusion)
+    share = take(weight, fusion.gone) / take(together, fusion.into)
+    left = take(x, fusion.left).astype(widened(x.dtype))
+    difference = take(x, fusion.gone).astype(left.dtype) - take(left, fusion.into)
+    fused = left.at[image, fusion.into].add(share[..., None].astype(left.dtype) * difference)
+    return fused.astype(x.dtype), together
+
+
+def total(value: Float[Array, "B N"], fusion: Fusion) -> Float[Array, "B M"]:
+    """Sums over the tokens that fuse."""
+    image = jnp.arange(value.shape[0])[:, None]
+    return take(value, fusion.left).at[image, fusion.into].add(take(value, fusion.gone))
+
+
+def destination(fusion: Fusion) -> Int[Array, "B N"]:
+    """The row where each of the N tokens is after fusing."""
+    num_images, num_left = fusion.left.shape
+    rows = jnp.zeros((num_images, num_left + fusion.gone.shape[1]), jnp.int32)
+    return put(put(rows, fusion.left, row_numbers(num_images, num_left)), fusion.gone, fusion.into)
