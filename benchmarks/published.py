@@ -5,6 +5,8 @@ GMAC of one image at 224 unless the name says otherwise; a multiply-add counts o
 
 from typing import Any, NamedTuple
 
+from tif_jax.reducers.diffrate import rates
+
 
 class Published(NamedTuple):
     model: str
@@ -68,6 +70,86 @@ TIF = [
     *_rows(_deit("small"), "tif", "keep_ratio", {0.7: 3.207, 0.5: 2.294}, _percent(1), "formula"),
     *_rows(_deit("tiny"), "tif", "keep_ratio", {0.7: 0.860, 0.5: 0.611}, _percent(1), "formula"),
 ]
+
+
+class Rates(NamedTuple):
+    """A pair of lists of DiffRate's `compression_rate.json`, and its cost by their formula."""
+
+    model: str  # with as many tokens and channels; some of the lists are for MAE's weights
+    prune_kept_num: tuple[int, ...]  # tokens left in each block after dropping, the class token included
+    merge_kept_num: tuple[int, ...]  # and after merging
+    gmac: float
+    readme: float | None = None  # as their README prints it: one patch embedded more
+
+
+# fmt: off
+DIFFRATE_RATES = [
+    Rates(
+        _deit("tiny"),
+        (197, 196, 180, 157, 130, 107, 86, 73, 63, 51, 40, 3),
+        (197, 187, 167, 139, 114, 90, 76, 66, 57, 45, 37, 3),
+        0.6547,
+    ),
+    Rates(
+        _deit("tiny"),
+        (197, 197, 196, 186, 166, 147, 117, 103, 92, 80, 74, 3),
+        (197, 196, 190, 172, 154, 125, 107, 96, 84, 78, 70, 3),
+        0.8086,
+    ),
+    Rates(
+        _deit("small"),
+        (197, 196, 190, 168, 150, 139, 129, 117, 99, 78, 58, 3),
+        (197, 194, 176, 156, 141, 133, 121, 107, 88, 64, 56, 3),
+        2.9050, 2.905,
+    ),
+    Rates(
+        _deit("small"),
+        (197, 192, 168, 143, 121, 105, 92, 74, 62, 45, 33, 3),
+        (197, 180, 156, 127, 109, 98, 80, 66, 52, 37, 31, 3),
+        2.3269,
+    ),
+    Rates(
+        _deit("small"),
+        (197, 197, 194, 180, 160, 147, 137, 129, 115, 92, 76, 3),
+        (197, 196, 186, 164, 150, 141, 133, 121, 103, 78, 68, 3),
+        3.1077,
+    ),
+    Rates(
+        _deit("base"),
+        (197, 192, 172, 156, 131, 107, 90, 72, 56, 33, 17, 3),
+        (197, 178, 162, 141, 115, 96, 78, 60, 47, 21, 13, 3),
+        8.7300,
+    ),
+    Rates(
+        _deit("base"),
+        (197, 197, 197, 188, 170, 154, 139, 123, 107, 72, 43, 3),
+        (197, 197, 192, 178, 158, 145, 127, 111, 94, 50, 35, 3),
+        11.5166, 11.517,
+    ),
+    Rates(
+        "vit_large_patch16_224",
+        (197, 197, 197, 195, 194, 193, 191, 187, 182, 180, 173, 149,
+         142, 134, 125, 121, 111, 106, 91, 87, 77, 39, 38, 32),
+        (197, 197, 196, 194, 193, 192, 187, 183, 181, 173, 154, 146,
+         137, 127, 123, 114, 105, 98, 87, 75, 43, 45, 32, 32),
+        42.2896, 42.290,
+    ),
+    Rates(
+        "vit_huge_patch14_224",
+        (257, 256, 255, 251, 245, 235, 204, 197, 194, 189, 185, 177, 169, 160, 152, 144,
+         146, 139, 139, 136, 135, 133, 131, 128, 126, 126, 124, 121, 114, 96, 82, 53),
+        (257, 256, 253, 247, 238, 211, 201, 195, 193, 185, 179, 171, 162, 154, 150, 145,
+         141, 138, 137, 135, 134, 133, 130, 127, 125, 125, 122, 114, 101, 90, 53, 53),
+        103.3363, 103.337,
+    ),
+]
+# fmt: on
+DIFFRATE = [
+    Published(
+        row.model, "diffrate", rates(row.prune_kept_num, row.merge_kept_num), row.gmac, 0.01 * row.gmac, "formula"
+    )
+    for row in DIFFRATE_RATES
+]
 _PAIRS, _LATER = (1, 3, 5, 7, 9, 11), (3, 5, 7, 9, 11)
 TOSA = [
     row
@@ -92,4 +174,4 @@ LEVIT = [
     for size, both in _LEVIT.items()
     for prefix, reducer, gmac in zip(("", "evo_"), ("full", "evo_levit"), both, strict=True)
 ]
-ROWS = [*DEIT, *TIF, *EVIT, *DYNAMIC_VIT, *BAT, *EVO_VIT, *TOME, *TOSA, *LEVIT]
+ROWS = [*DEIT, *TIF, *EVIT, *DYNAMIC_VIT, *BAT, *EVO_VIT, *TOME, *DIFFRATE, *TOSA, *LEVIT]

@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks._common import data_root, plain_forward
+from benchmarks.published import DIFFRATE_RATES
 from tif_jax import cost, load
 from tif_jax.__main__ import use_all_cores
 from tif_jax.data import open_source
 from tif_jax.data.loader import evaluation_batches
 from tif_jax.figures.plots import accuracy_cost
+from tif_jax.reducers.diffrate import rates
 
 BATCH_SIZE = 32
 ROWS = [
@@ -25,6 +27,7 @@ ROWS = [
     *[("tome", dict(num_merged=13, schedule=ramp)) for ramp in ("decreasing", "increasing")],
     ("mctf", dict(num_merged=16)),
     *[("mctf", dict(keep_ratio=ratio)) for ratio in (0.7, 0.65, 0.5)],
+    *[("diffrate", rates(row.prune_kept_num, row.merge_kept_num)) for row in DIFFRATE_RATES if "tiny" in row.model],
     *[("bat", dict(keep_ratio=ratio)) for ratio in (0.7, 0.5)],
     *[("evo_vit", dict(keep_ratio=0.5, representative=choice)) for choice in (True, False)],
     ("evo_vit", dict(keep_ratio=0.5, stages=(4, 5, 6, 7, 8, 9, 10, 11))),

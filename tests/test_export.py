@@ -30,6 +30,7 @@ OPTIONS = {
     "evit": dict(sites=(1,)),
     "evo_vit": dict(keep_ratio=0.5),
     "tif": dict(keep_ratio=0.5, adapter=4),
+    "diffrate": dict(num_merged=2, num_dropped=2),
     "tome": dict(num_merged=4),
     "tosa": dict(keep_ratio=0.5, layers=(1,)),
 }

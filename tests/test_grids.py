@@ -24,7 +24,7 @@ FIELDS = dict(
     decoder="linear", decoder_blocks=(0, 1, 2, 3), pool="mean",
 )  # fmt: skip
 OPTIONS = {
-    "tome": dict(num_merged=2),
+    **{name: dict(num_merged=2) for name in ("diffrate", "tome")},
     "evo_vit": dict(keep_ratio=0.5, stages=(1, 3)),
     "tosa": dict(keep_ratio=0.4, layers=(1, 3)),
 }

@@ -7,7 +7,8 @@ import pytest
 from cases import attend, cost_of, embed, feed_forward, lively, mostly_long, numpy_images, numpy_model
 
 from tif_jax import InputError, create_model
-from tif_jax.reducers.mctf import Mctf, affinity, destination, fuse, match, total
+from tif_jax.reducers._fusion import destination, fuse, total
+from tif_jax.reducers.mctf import Mctf, affinity, match
 
 TINY = dict(image_size=32, patch_size=8, width=32, depth=4, num_heads=2, num_classes=5)
 BARE = dict(class_token=False, num_registers=2, pool="mean", qk_norm=True, layer_scale=0.3)

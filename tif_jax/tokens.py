@@ -212,14 +212,19 @@ def attention_logits(query: Float[Array, "B T H C"], key: Float[Array, "B S H C"
     return jnp.einsum("bhtc,bhsc->bhts", query, key, preferred_element_type=wide) / query.shape[-1] ** 0.5
 
 
-def class_attention(qk: QueryKey, num_special: int) -> Float[Array, "B N"]:
+def class_attention(
+    qk: QueryKey, num_special: int, key_log_weight: Float[Array, "B T"] | None = None
+) -> Float[Array, "B N"]:
     """Attention of the class token to each patch token, mean over heads, at least in float32; rows sum to at most 1.
 
     The special tokens' columns take part in the softmax and are then left out, not renormalised (EViT, section 3.2).
+    key_log_weight: what the block's attention added to the logits of each key.
     """
     wide = widened(qk.query.dtype)
     query = qk.query[:, 0].astype(wide)
     logits = jnp.einsum("bhc,bthc->bht", query, qk.key.astype(wide)) / qk.query.shape[-1] ** 0.5
+    if key_log_weight is not None:
+        logits = logits + key_log_weight[:, None].astype(wide)
     return jax.nn.softmax(logits, axis=-1).mean(axis=1)[:, num_special:]
 
 

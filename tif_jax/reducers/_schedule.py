@@ -89,20 +89,25 @@ def ramp(number: int | float, trend: str, depth: int) -> tuple[int, ...]:
 Merged = int | float | tuple[int, ...]
 
 
-def check_merged(num_merged: Merged) -> None:
-    """Raises InputError unless num_merged is how many patch tokens are to merge in each block, a number or one for each."""
+def check_merged(num_merged: Merged, *, name: str = "num_merged", done: str = "merged") -> None:
+    """Raises InputError unless num_merged is how many patch tokens are to merge in each block, a number or one for each.
+
+    name: what the option is called, done: what happens to the tokens.
+    """
     if isinstance(num_merged, tuple):
         fits = all(type(number) is int and number >= 0 for number in num_merged)
     else:
         fits = type(num_merged) in (int, float) and 0 <= num_merged < math.inf
     if not fits:
         raise InputError(
-            f"num_merged is {num_merged!r}; it is the number of patch tokens merged per block, "
+            f"{name} is {num_merged!r}; it is the number of patch tokens {done} per block, "
             "from 0, or a tuple of integers, one for each block"
         )
 
 
-def merged_per_block(num_merged: Merged, depth: int, *, trend: str = "constant", first: int = 0) -> tuple[int, ...]:
+def merged_per_block(
+    num_merged: Merged, depth: int, *, trend: str = "constant", first: int = 0, name: str = "num_merged"
+) -> tuple[int, ...]:
     """How many patch tokens are to merge in each of `depth` blocks. Raises InputError for a tuple of another length.
 
     first: the first block in which one number for all blocks merges any. trend: one of RAMPS, of one number.
@@ -110,7 +115,7 @@ def merged_per_block(num_merged: Merged, depth: int, *, trend: str = "constant",
     if not isinstance(num_merged, tuple):
         return (0,) * min(first, depth) + ramp(num_merged, trend, max(0, depth - first))
     if len(num_merged) != depth:
-        raise InputError(f"num_merged has {len(num_merged)} entries for {depth} blocks; give one for each")
+        raise InputError(f"{name} has {len(num_merged)} entries for {depth} blocks; give one for each")
     return num_merged
 
 

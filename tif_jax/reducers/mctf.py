@@ -9,28 +9,20 @@ D width.
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from tif_jax.errors import InputError
 from tif_jax.layers import widened
 from tif_jax.reducers import _schedule as schedule
 from tif_jax.reducers._density_peaks import products
+from tif_jax.reducers._fusion import Fusion, destination, fuse, total
 from tif_jax.tokens import QueryKey, attention_logits, gates_to_log_weight, join, merged, put, row_numbers, split, take
 
 _DEFAULT = 16  # the authors' number of tokens per block
 _LEAST = 1e-12  # attention may underflow
-
-
-class Fusion(NamedTuple):
-    """Which of N tokens fuse into which."""
-
-    left: Int[Array, "B M"]  # rows of the tokens that are left, in the order that they will have
-    gone: Int[Array, "B R"]  # rows of the tokens that fuse into these
-    into: Int[Array, "B R"]  # into which, by their new rows
 
 
 @dataclass(frozen=True)
@@ -167,32 +159,3 @@ def match(affinity: Float[Array, "B O E"], num_odd: int, num_even: int) -> Fusio
         gone=jnp.concatenate([2 * gone_odd + 1, 2 * gone_even], axis=1).astype(jnp.int32),
         into=jnp.concatenate([take(row_of_even, target), into_odd], axis=1),
     )
-
-
-def fuse(
-    x: Float[Array, "B N D"], weight: Float[Array, "B N"], fusion: Fusion
-) -> tuple[Float[Array, "B M D"], Float[Array, "B M"]]:
-    """Means of the tokens that fuse, weighted by `weight` (above 0), and the sums of their weights.
-
-    Written as token + sum of share (other - token), so that a token that nothing fuses into is a copy.
-    """
-    image = jnp.arange(x.shape[0])[:, None]
-    together = total(weight, fusion)
-    share = take(weight, fusion.gone) / take(together, fusion.into)
-    left = take(x, fusion.left).astype(widened(x.dtype))
-    difference = take(x, fusion.gone).astype(left.dtype) - take(left, fusion.into)
-    fused = left.at[image, fusion.into].add(share[..., None].astype(left.dtype) * difference)
-    return fused.astype(x.dtype), together
-
-
-def total(value: Float[Array, "B N"], fusion: Fusion) -> Float[Array, "B M"]:
-    """Sums over the tokens that fuse."""
-    image = jnp.arange(value.shape[0])[:, None]
-    return take(value, fusion.left).at[image, fusion.into].add(take(value, fusion.gone))
-
-
-def destination(fusion: Fusion) -> Int[Array, "B N"]:
-    """The row where each of the N tokens is after fusing."""
-    num_images, num_left = fusion.left.shape
-    rows = jnp.zeros((num_images, num_left + fusion.gone.shape[1]), jnp.int32)
-    return put(put(rows, fusion.left, row_numbers(num_images, num_left)), fusion.gone, fusion.into)

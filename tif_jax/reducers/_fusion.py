@@ -1,0 +1,57 @@
+"""Tokens that go into others: what methods that merge have in common.
+
+Legend: B images, N patch tokens, M those that are left, R those that fuse into them, D width.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from tif_jax.layers import widened
+from tif_jax.tokens import put, row_numbers, take
+
+
+class Fusion(NamedTuple):
+    """Which of N tokens fuse into which. A token that is neither left nor gone is dropped."""
+
+    left: Int[Array, "B M"]  # rows of the tokens that are left, in the order that they will have
+    gone: Int[Array, "B R"]  # rows of the tokens that fuse into these
+    into: Int[Array, "B R"]  # into which, by their new rows
+
+
+def fusion_of(gone: Int[Array, "B R"], target: Int[Array, "B R"], num_tokens: int) -> Fusion:
+    """That of rows gone[b, r] into rows target[b, r], which are left; the tokens left keep their order."""
+    stays = put(jnp.ones((len(gone), num_tokens), jnp.int32), gone, jnp.zeros_like(gone))
+    left = jnp.argsort(1 - stays, axis=1, stable=True)[:, : num_tokens - gone.shape[1]].astype(jnp.int32)
+    return Fusion(left, gone, take(jnp.cumsum(stays, axis=1, dtype=jnp.int32) - 1, target))
+
+
+def fuse(
+    x: Float[Array, "B N D"], weight: Float[Array, "B N"], fusion: Fusion
+) -> tuple[Float[Array, "B M D"], Float[Array, "B M"]]:
+    """Means of the tokens that fuse, weighted by `weight` (above 0), and the sums of their weights.
+
+    Written as token + sum of share (other - token), so that a token that nothing fuses into is a copy.
+    """
+    image = jnp.arange(x.shape[0])[:, None]
+    together = total(weight, fusion)
+    share = take(weight, fusion.gone) / take(together, fusion.into)
+    left = take(x, fusion.left).astype(widened(x.dtype))
+    difference = take(x, fusion.gone).astype(left.dtype) - take(left, fusion.into)
+    fused = left.at[image, fusion.into].add(share[..., None].astype(left.dtype) * difference)
+    return fused.astype(x.dtype), together
+
+
+def total(value: Float[Array, "B N"], fusion: Fusion) -> Float[Array, "B M"]:
+    """Sums over the tokens that fuse."""
+    image = jnp.arange(value.shape[0])[:, None]
+    return take(value, fusion.left).at[image, fusion.into].add(take(value, fusion.gone))
+
+
+def destination(fusion: Fusion, num_tokens: int | None = None) -> Int[Array, "B N"]:
+    """The row where each of the num_tokens tokens is after fusing, or -1. None: those that are left and gone are all."""
+    num_images, num_left = fusion.left.shape
+    num_tokens = num_left + fusion.gone.shape[1] if num_tokens is None else num_tokens
+    rows = jnp.full((num_images, num_tokens), -1, jnp.int32)
+    return put(put(rows, fusion.left, row_numbers(num_images, num_left)), fusion.gone, fusion.into)
