@@ -67,7 +67,7 @@ def name(request):
 ONE_BASELINE = pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.long) if n in ("norm", "prior") else n for n in reducers.known()]
 )
-CLASS_RANKED = ("bat", "diffrate", "evit", "evo_vit", "evo_levit")
+CLASS_RANKED = ("as_vit", "bat", "diffrate", "evit", "evo_vit", "evo_levit")
 BIT_FOR_BIT = [(n, v) for n in reducers.known() for v in VARIANTS if v != "siglip" or n not in CLASS_RANKED]
 # The baselines choose tokens as tif does; other reducers are compared with a reference on such a model, in their own tests.
 EVERYTHING = ("tif", "bat", "evo_levit")

@@ -17,7 +17,7 @@ from tif_jax.layers import widened
 
 
 class QueryKey(NamedTuple):
-    """What attention compared: after q/k norm and rotary positions, before the 1/sqrt(C) scale.
+    """What attention compared, and made of it: queries and keys after q/k norm and rotary positions, before 1/sqrt(C).
 
     Scores are derived by whoever needs them.
     """
@@ -25,6 +25,8 @@ class QueryKey(NamedTuple):
     query: Float[Array, "B T H C"]
     key: Float[Array, "B T H C"]
     unrotated_key: Float[Array, "B T H C"] | None = None  # before rotary positions, if there are any
+    # The values as each head has mixed them, before the output layer and its norm. LeViT's attention does not say.
+    head_output: Float[Array, "B H T C"] | None = None
 
     @property
     def content_key(self) -> Float[Array, "B T H C"]:
@@ -220,12 +222,19 @@ def class_attention(
     The special tokens' columns take part in the softmax and are then left out, not renormalised (EViT, section 3.2).
     key_log_weight: what the block's attention added to the logits of each key.
     """
+    return class_attention_of_heads(qk, num_special, key_log_weight).mean(axis=1)
+
+
+def class_attention_of_heads(
+    qk: QueryKey, num_special: int, key_log_weight: Float[Array, "B T"] | None = None
+) -> Float[Array, "B H N"]:
+    """`class_attention` of each head by itself."""
     wide = widened(qk.query.dtype)
     query = qk.query[:, 0].astype(wide)
     logits = jnp.einsum("bhc,bthc->bht", query, qk.key.astype(wide)) / qk.query.shape[-1] ** 0.5
     if key_log_weight is not None:
         logits = logits + key_log_weight[:, None].astype(wide)
-    return jax.nn.softmax(logits, axis=-1).mean(axis=1)[:, num_special:]
+    return jax.nn.softmax(logits, axis=-1)[:, :, num_special:]
 
 
 def gates_to_log_weight(gates: Float[Array, "B N"], num_special: int) -> Float[Array, "B T"]:

@@ -64,7 +64,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], QueryKey]:
         qk, value = self.project(x, tokens)
         mixed = _attend(qk.query, qk.key, value, key_log_weight, key_weight)
-        return self.project_out(rearrange(mixed, "b h t c -> b t (h c)")), qk
+        return self.project_out(rearrange(mixed, "b h t c -> b t (h c)")), qk._replace(head_output=mixed)
 
     def project(self, x: Float[Array, "B T D"], tokens: Tokens) -> tuple[QueryKey, Float[Array, "B T H C"]]:
         """What is compared, and the values."""
