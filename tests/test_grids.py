@@ -96,7 +96,9 @@ def slow_grids(name):
     return found
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("full", "prior", "norm", "expediting")])
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if name not in ("full", "prior", "norm", "expediting", "token_learner")]
+)
 def test_after_every_block_every_patch_is_what_a_slow_walk_says(name):
     for i, (ours, slow) in enumerate(zip(grids_of(name), slow_grids(name), strict=True)):
         np.testing.assert_allclose(ours, slow, atol=2e-4, err_msg=f"block {i}")
