@@ -143,7 +143,7 @@ def test_against_the_reference(options, fields, numbers):
 
 @pytest.mark.parametrize("removed", [0.05, 0.1, 0.3, 0.35, 0.5])
 def test_ratios_leave_as_many_as_the_authors_code(removed):
-    left, numbers = 196, Mctf(keep_ratio=1 - removed).numbers(12, 196)
+    left, numbers = 196, Mctf(keep_ratio=1 - removed).per_block(12, 196)
     for i in (3, 6, 9):
         assert numbers[i] == int(left * removed)
         left -= numbers[i]
@@ -151,10 +151,15 @@ def test_ratios_leave_as_many_as_the_authors_code(removed):
 
 
 def test_numbers_for_each_block():
-    assert Mctf().numbers(12, 196) == (0, *[16] * 10, 0)
-    assert Mctf(1.5).numbers(6, 16) == (0, 1, 2, 1, 2, 0)
-    assert Mctf((9, 1, 0, 3)).numbers(4, 16) == (8, 1, 0, 0)  # half of them is the most; nothing behind the last block
-    assert Mctf(keep_ratio=(0.5, 0.1), sites=(0, 1)).numbers(3, 13) == (6, 3, 0)
+    assert Mctf().per_block(12, 196) == (0, *[16] * 10, 0)
+    assert Mctf(1.5).per_block(6, 16) == (0, 1, 2, 1, 2, 0)
+    assert Mctf((9, 1, 0, 3)).per_block(4, 16) == (
+        8,
+        1,
+        0,
+        0,
+    )  # half of them is the most; nothing behind the last block
+    assert Mctf(keep_ratio=(0.5, 0.1), sites=(0, 1)).per_block(3, 13) == (6, 3, 0)
 
 
 def test_cost():

@@ -250,7 +250,7 @@ def test_cost(size, num_merged, published, left):
 )
 def test_ramps_are_those_of_the_authors_code(schedule, merged, gmac):
     """What their parse_r(12, (13, -1 or 1)) gives: fractions are cut off, so that 151 tokens merge and not 156."""
-    assert Tome(num_merged=13, schedule=schedule).per_block(12) == merged and sum(merged) == 151
+    assert Tome(num_merged=13, schedule=schedule).per_block(12, 1000) == merged and sum(merged) == 151
     counted = cost_of("deit_tiny_patch16_224", reducer="tome", num_merged=13, schedule=schedule)
     assert counted.gmac == pytest.approx(gmac, abs=0.0005)
     assert counted.tokens == tuple(197 - sum(merged[: i + 1]) for i in range(12))
@@ -265,12 +265,12 @@ def test_a_ramp_for_every_number_and_depth(depth):
 
     for r in range(60):
         for schedule, inflect in (("constant", 0), ("decreasing", -1), ("increasing", 1)):
-            assert Tome(r, schedule).per_block(depth) == theirs(r, inflect)
+            assert Tome(r, schedule).per_block(depth, 10**6) == theirs(r, inflect)
 
 
 @pytest.mark.parametrize("total", [0, 1, 7, 12, 18, 133, 169])
 def test_a_fraction_is_spread_over_the_blocks(total):
-    merged = Tome(total / 12).per_block(12)
+    merged = Tome(total / 12).per_block(12, 1000)
     assert sum(merged) == total and max(merged) - min(merged) <= 1
 
 

@@ -22,7 +22,7 @@ class Fusion(NamedTuple):
 
 def fusion_of(gone: Int[Array, "B R"], target: Int[Array, "B R"], num_tokens: int) -> Fusion:
     """That of rows gone[b, r] into rows target[b, r], which are left; the tokens left keep their order."""
-    stays = put(jnp.ones((len(gone), num_tokens), jnp.int32), gone, jnp.zeros_like(gone))
+    stays = put(jnp.ones((gone.shape[0], num_tokens), jnp.int32), gone, jnp.zeros_like(gone))
     left = jnp.argsort(1 - stays, axis=1, stable=True)[:, : num_tokens - gone.shape[1]].astype(jnp.int32)
     return Fusion(left, gone, take(jnp.cumsum(stays, axis=1, dtype=jnp.int32) - 1, target))
 

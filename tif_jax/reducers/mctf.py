@@ -19,7 +19,8 @@ from tif_jax.layers import widened
 from tif_jax.reducers import _schedule as schedule
 from tif_jax.reducers._density_peaks import products
 from tif_jax.reducers._fusion import Fusion, destination, fuse, total
-from tif_jax.tokens import QueryKey, attention_logits, gates_to_log_weight, join, merged, put, row_numbers, split, take
+from tif_jax.reducers._steps import limited, log_sizes, walk
+from tif_jax.tokens import QueryKey, attention_logits, join, merged, put, row_numbers, split, take
 
 _DEFAULT = 16  # the authors' number of tokens per block
 _LEAST = 1e-12  # attention may underflow
@@ -58,37 +59,37 @@ class Mctf:
                 f"temperatures is {self.temperatures}; it is three numbers from 0: of similarity, informativeness, size"
             )
 
-    def numbers(self, depth: int, num_patches: int) -> tuple[int, ...]:
+    def per_block(self, depth: int, num_patches: int) -> tuple[int, ...]:
         """How many of num_patches tokens fuse behind each of `depth` blocks."""
         if self.keep_ratio is None:
-            wanted: tuple[int, ...] | None = schedule.merged_per_block(self.num_merged, depth, first=1)
-            amounts = {}
-        else:
-            wanted, amounts = None, schedule.amounts(self.keep_ratio, self.sites, None, depth)
-        numbers = []
+            wanted = schedule.merged_per_block(self.num_merged, depth, first=1)
+            return limited((*wanted[:-1], 0), self, num_patches)
+        amounts, left, numbers = schedule.amounts(self.keep_ratio, self.sites, None, depth), num_patches, []
         for i in range(depth):
-            to_fuse = wanted[i] if wanted else num_patches - schedule.count(amounts.get(i, 1.0), num_patches, _ceil)
-            numbers.append(min(to_fuse, num_patches // 2) if i < depth - 1 else 0)
-            num_patches -= numbers[-1]
-        return tuple(numbers)
+            numbers.append(left - schedule.count(amounts.get(i, 1.0), left, _ceil) if i < depth - 1 else 0)
+            left -= min(numbers[-1], self.most(left))
+        return limited(tuple(numbers), self, num_patches)
+
+    def most(self, num_patches: int) -> int:
+        """How many of num_patches can fuse behind one block."""
+        return num_patches // 2
+
+    def step(self, block, x, tokens, size, number, rngs=None):
+        log_size = log_sizes(size, tokens, self.proportional)
+        x, qk = block(x, tokens, log_size, rngs)
+        if number:
+            special, patches = split(x, tokens.num_special)
+            size = jnp.ones(patches.shape[:2], widened(x.dtype)) if size is None else size
+            matters = informativeness(qk, log_size)[:, tokens.num_special :]
+            fusion = match(affinity(patches, matters, size, self.temperatures), number // 2, number - number // 2)
+            position, _ = fuse(tokens.position, matters * size, fusion)
+            tokens = merged(tokens, destination(fusion, patches.shape[1]), position)
+            patches, _ = fuse(patches, matters * size, fusion)
+            size, x = total(size, fusion), join(special, patches)
+        return x, tokens, size
 
     def __call__(self, blocks, x, tokens, rngs=None):
-        size = jnp.ones(tokens.position.shape[:2], widened(x.dtype))
-        log_size = None  # nothing to add while every size is 1
-        numbers = self.numbers(len(blocks), size.shape[1])
-        for block, number in zip(blocks, numbers, strict=True):
-            x, qk = block(x, tokens, log_size, rngs)
-            if number:
-                special, patches = split(x, tokens.num_special)
-                matters = informativeness(qk, log_size)[:, tokens.num_special :]
-                fusion = match(affinity(patches, matters, size, self.temperatures), number // 2, number - number // 2)
-                position, _ = fuse(tokens.position, matters * size, fusion)
-                patches, _ = fuse(patches, matters * size, fusion)
-                size = total(size, fusion)
-                tokens = merged(tokens, destination(fusion), position)
-                x = join(special, patches)
-                log_size = gates_to_log_weight(size, tokens.num_special) if self.proportional else None
-        return x, {"source": tokens.source} | ({} if log_size is None else {"size": size})
+        return walk(self, blocks, x, tokens, rngs)
 
 
 def _ceil(number: float) -> int:

@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Int
 from tif_jax.errors import InputError
 from tif_jax.layers import widened
 from tif_jax.reducers import _schedule as schedule
-from tif_jax.tokens import QueryKey, gates_to_log_weight, join, merged, split, take
+from tif_jax.reducers._steps import limited, log_sizes, walk
+from tif_jax.tokens import QueryKey, join, merged, split, take
 
 
 class Pairs(NamedTuple):
@@ -54,27 +55,28 @@ class Tome:
                 f"schedule {self.schedule!r} is for one number; num_merged {self.num_merged} is a schedule itself"
             )
 
-    def per_block(self, depth: int) -> tuple[int, ...]:
-        """How many patch tokens are to merge in each of `depth` blocks. Raises InputError for a tuple of another length."""
-        return schedule.merged_per_block(self.num_merged, depth, trend=self.schedule)
+    def per_block(self, depth: int, num_patches: int) -> tuple[int, ...]:
+        """How many of num_patches merge in each of `depth` blocks. Raises InputError for a tuple of another length."""
+        return limited(schedule.merged_per_block(self.num_merged, depth, trend=self.schedule), self, num_patches)
+
+    def most(self, num_patches: int) -> int:
+        """How many of num_patches can merge in one block."""
+        return num_patches // 2
+
+    def step(self, block, x, tokens, size, number, rngs=None):
+        x, qk = block.attend(x, tokens, log_sizes(size, tokens, self.proportional), rngs)
+        if number:
+            special, patches = split(x, tokens.num_special)
+            size = jnp.ones(patches.shape[:2], widened(x.dtype)) if size is None else size
+            pairs = match(unit_keys(qk, tokens.num_special), number)
+            position, _ = merge(tokens.position, size, pairs)
+            tokens = merged(tokens, destination(pairs, patches.shape[1]), position)
+            patches, size = merge(patches, size, pairs)
+            x = join(special, patches)
+        return block.feed_forward(x, rngs), tokens, size
 
     def __call__(self, blocks, x, tokens, rngs=None):
-        per_block = self.per_block(len(blocks))
-        size = jnp.ones(tokens.position.shape[:2], widened(x.dtype))
-        log_size = None  # nothing to add while every size is 1
-        for block, num_merged in zip(blocks, per_block, strict=True):
-            x, qk = block.attend(x, tokens, log_size, rngs)
-            special, patches = split(x, tokens.num_special)
-            num_patches = patches.shape[1]
-            if num_merged := min(num_merged, num_patches // 2):
-                pairs = match(unit_keys(qk, tokens.num_special), num_merged)
-                position, _ = merge(tokens.position, size, pairs)
-                patches, size = merge(patches, size, pairs)
-                tokens = merged(tokens, destination(pairs, num_patches), position)
-                x = join(special, patches)
-                log_size = gates_to_log_weight(size, tokens.num_special) if self.proportional else None
-            x = block.feed_forward(x, rngs)
-        return x, {"source": tokens.source} | ({} if log_size is None else {"size": size})
+        return walk(self, blocks, x, tokens, rngs)
 
 
 def unit_keys(qk: QueryKey, num_special: int) -> Float[Array, "B N C"]:

@@ -1,0 +1,90 @@
+"""Merging by importance and similarity together; ours, after DiffRate and MCTF.
+
+In a block, between attention and feed-forward, those patch tokens merge that cost least: a token's price is how much
+attention it gets times how unlike it is to the nearest token that gets more.
+
+Legend: B images, T tokens, N patch tokens, R that merge into others, M that are left, D width.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from tif_jax.layers import widened
+from tif_jax.reducers import _schedule as schedule
+from tif_jax.reducers._density_peaks import products
+from tif_jax.reducers._fusion import Fusion, destination, fuse, fusion_of
+from tif_jax.reducers._steps import limited, log_sizes, walk
+from tif_jax.reducers.mctf import informativeness
+from tif_jax.tokens import class_attention, join, merged, put, row_numbers, split, take
+
+_CANDIDATES = 3  # tokens looked at for each that merges: those of least importance
+
+
+@dataclass(frozen=True)
+class ImportanceMerge:
+    """Merges `num_merged` patch tokens per block: one number for all, or one for each block; all but one may go.
+
+    A number with a fraction is a mean over the blocks: 8.5 is 8 and 9 in turns. `tif calibrate` finds the list.
+    power: of importance in the price; 0 asks for similarity alone.
+    proportional: attention in proportion to how many patches a token stands for, as in ToMe; aux['size'] says it of those
+    left.
+    """
+
+    num_merged: int | float | tuple[int, ...] = 13
+    power: float = 1.0
+    proportional: bool = True
+
+    def __post_init__(self):
+        schedule.check_merged(self.num_merged)
+
+    def per_block(self, depth, num_patches):
+        return limited(schedule.merged_per_block(self.num_merged, depth), self, num_patches)
+
+    def most(self, num_patches):
+        return num_patches - 1
+
+    def step(self, block, x, tokens, size, number, rngs=None):
+        log_size = log_sizes(size, tokens, self.proportional)
+        x, qk = block.attend(x, tokens, log_size, rngs)
+        if number:
+            special, patches = split(x, tokens.num_special)
+            if tokens.has_class:
+                importance = class_attention(qk, tokens.num_special, log_size)
+            else:
+                importance = informativeness(qk, log_size)[:, tokens.num_special :]
+            fusion = match(patches, importance, number, self.power)
+            size = jnp.ones(patches.shape[:2], widened(x.dtype)) if size is None else size
+            position, _ = fuse(tokens.position, size, fusion)
+            tokens = merged(tokens, destination(fusion, patches.shape[1]), position)
+            patches, size = fuse(patches, size, fusion)
+            x = join(special, patches)
+        return block.feed_forward(x, rngs), tokens, size
+
+    def __call__(self, blocks, x, tokens, rngs=None):
+        return walk(self, blocks, x, tokens, rngs)
+
+
+def match(x: Float[Array, "B N D"], importance: Float[Array, "B N"], number: int, power: float = 1.0) -> Fusion:
+    """The `number` tokens of the lowest price, each with the most similar of those that stay. These keep their order.
+
+    Token i's price is importance_i^power (1 - the largest cosine of i with a token of more importance). Only the
+    3 * number tokens of the least importance are asked. Of equal ones that at the higher row counts as more
+    important; of equal prices the less important one goes. Similarities are at least float32 and pass no gradient.
+    """
+    num_patches = x.shape[1]
+    wide = jax.lax.stop_gradient(x).astype(widened(x.dtype))
+    unit = wide * jax.lax.rsqrt(jnp.maximum(jnp.square(wide).sum(axis=-1, keepdims=True), 1e-24))
+    importance = jax.lax.stop_gradient(importance)
+    _, asked = jax.lax.top_k(-importance, min(_CANDIDATES * number, num_patches))
+    similarity = products(take(unit, asked), unit)
+    theirs, row = take(importance, asked)[:, :, None], row_numbers(*importance.shape)[:, None, :]
+    is_more = (importance[:, None, :] > theirs) | ((importance[:, None, :] == theirs) & (row > asked[:, :, None]))
+    nearest = jnp.where(is_more, similarity, -1).max(axis=2)
+    _, cheapest = jax.lax.top_k(-(theirs[..., 0] ** power * (1 - nearest)), number)
+    gone = take(asked, cheapest).astype(jnp.int32)
+    stays = put(jnp.ones(importance.shape, jnp.int32), gone, jnp.zeros_like(gone))
+    target = jnp.where(stays[:, None, :] > 0, take(similarity, cheapest), -jnp.inf).argmax(axis=2).astype(jnp.int32)
+    return fusion_of(gone, target, num_patches)
