@@ -9,18 +9,15 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from tif_jax.commands.benchmark import compile_forward
 from tif_jax.models import Model
+from tif_jax.models.compiled import compile_forward
+from tif_jax.models.compiled import random_images as random_images
 from tif_jax.runtime.mesh import make_mesh, shard
 
 
 def data_root() -> Path:
     """Real weights and photographs: $TIF_DATA, or ../shared/data beside the project."""
     return Path(os.environ.get("TIF_DATA") or Path(__file__).parents[2] / "shared" / "data")
-
-
-def random_images(model: Model, batch_size: int) -> Float[np.ndarray, "B Y X 3"]:
-    return np.random.default_rng(0).normal(size=(batch_size, *model.image_size, 3)).astype(np.float32)
 
 
 def plain_forward(model: Model, images: Float[np.ndarray, "B Y X 3"]) -> Callable[..., Float[Array, "B L"]]:

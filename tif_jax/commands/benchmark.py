@@ -8,22 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from flax import nnx
-from jax.sharding import Mesh
-from jaxtyping import Array, Float
 
 from tif_jax.commands import _arguments
 from tif_jax.commands._tables import Column, aligned, fixed
 from tif_jax.experiment.folders import backbone_folder
 from tif_jax.experiment.predecessors import standing
 from tif_jax.experiment.schema import Experiment
-from tif_jax.models import Model
+from tif_jax.models.compiled import compile_forward, peak_memory, random_images
 from tif_jax.models.cost import cost
-from tif_jax.models.params import params_of, with_params
 from tif_jax.runtime import records, timing
 from tif_jax.runtime.machine import machine
-from tif_jax.runtime.mesh import make_mesh, replicate, shard
+from tif_jax.runtime.mesh import make_mesh
 from tif_jax.runtime.workdir import begin_log, only_run
 from tif_jax.weights.loading import load_with_fields
 
@@ -59,8 +54,7 @@ def benchmark(config: Experiment, workdir: Path) -> dict[str, Any]:
     for entry in recipe.reducers:
         fields = config.finetune.model
         model, _ = load_with_fields(checkpoint, reducer=entry.name, dtype=recipe.dtype, **fields, **entry.arguments)
-        images = np.random.default_rng(0).normal(size=(recipe.batch_size, *model.image_size, 3)).astype(np.float32)
-        program, arguments = compile_forward(model, images, mesh)
+        program, arguments = compile_forward(model, random_images(model, recipe.batch_size), mesh)
         jax.block_until_ready(program(*arguments))
         turns.append(partial(_images_per_second, program, arguments))
         counted = cost(model)
@@ -73,7 +67,7 @@ def benchmark(config: Experiment, workdir: Path) -> dict[str, Any]:
                 "dtype": recipe.dtype,
                 "gmac": counted.gmac,
                 "parameters": counted.parameters,
-                "peak_memory_bytes": _peak_memory(program) * mesh.size,
+                "peak_memory_bytes": peak_memory(program, mesh),
             }
         )
         logger.info("benchmark: %s compiled", rows[-1]["label"])
@@ -86,14 +80,6 @@ def benchmark(config: Experiment, workdir: Path) -> dict[str, Any]:
     result = {"checkpoint": which, "device": device, "machine": machine(), "versions": versions, "rows": rows}
     records.write(workdir / "benchmark.json", result)
     return result
-
-
-def compile_forward(model: Model, images: Float[np.ndarray, "B Y X 3"], mesh: Mesh) -> tuple[Any, tuple[Any, Array]]:
-    """The plain forward pass, compiled, and its arguments on the mesh's devices: parameters and images. It gives logits."""
-    arguments = replicate(params_of(model), mesh), shard({"image": images}, mesh)["image"]
-    graphdef = nnx.split(model)[0]
-    predict = jax.jit(lambda params, images: with_params(graphdef, params)(images)[0])
-    return predict.lower(*arguments).compile(), arguments
 
 
 def is_measured(config: Experiment, workdir: Path) -> bool:
@@ -116,11 +102,6 @@ def table(rows: list[dict[str, Any]]) -> str:
         return {"speed_up": speed_up, "of_gmac": speed_up * row["gmac"] / full["gmac"]}
 
     return "\n".join(aligned(_COLUMNS, [row | beside_full(row) for row in rows]))
-
-
-def _peak_memory(program: Any) -> int:
-    """Bytes on one device while the program runs, as its compiler planned them."""
-    return program.memory_analysis().peak_memory_in_bytes
 
 
 def _images_per_second(program: Any, arguments: tuple) -> float:

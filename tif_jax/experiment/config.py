@@ -194,7 +194,7 @@ def _known_keys(settings: Settings) -> dict[str, Any]:
         known[f"data.class_index.{name}"] = int
     entry, prefix = settings.get("reducer"), "reducer"
     while isinstance(entry, Mapping):
-        known |= {f"{prefix}.name": str, f"{prefix}.budget": float}
+        known |= {f"{prefix}.name": str, f"{prefix}.budget": float | str}
         if isinstance(entry.get("name"), str):
             kinds = option_kinds(entry["name"], prefix)
             known |= {f"{prefix}.{name}": kind for name, kind in kinds.items()}

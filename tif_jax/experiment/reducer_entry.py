@@ -1,7 +1,8 @@
 """What a config says of a reducer, parsed once.
 
 `reducer=dict(name="evit", keep_ratio=0.5)` or an entry of benchmark.reducers: a name or such a dict. Keys are the options
-of the reducer's constructor, and `budget` (GMAC) instead of an amount.
+of the reducer's constructor, and `budget` (GMAC, or a speed as
+'120 images/s') instead of an amount.
 """
 
 import dataclasses
@@ -12,18 +13,18 @@ from flax import nnx
 
 from tif_jax import checked, reducers
 from tif_jax.errors import InputError
-from tif_jax.models.budget import AMOUNTS, SOLVED
+from tif_jax.models.budget import AMOUNTS, SOLVED, Speed, read_budget
 
 FITTED = ("tif", "tosa")  # reducers with a part that is fitted before fine-tuning (`experiment.stages`)
 
 
 @dataclasses.dataclass(frozen=True)
 class ReducerEntry:
-    """A reducer by name, its options, and perhaps the GMAC that its amount is solved for."""
+    """A reducer by name, its options, and perhaps the GMAC, or the speed, that its amount is solved for."""
 
     name: str
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    budget: float | None = None
+    budget: float | str | None = None
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -74,7 +75,8 @@ class ReducerEntry:
     @property
     def _amount(self) -> str:
         if self.budget is not None:
-            return f"{self.budget:g}GMAC"
+            budget = read_budget(self.budget)
+            return budget.label if isinstance(budget, Speed) else f"{budget:g}GMAC"
         defaults = _defaults(self.name)
         solved = next((key for key in SOLVED if key in defaults), None)
         amount = self.options.get(solved, defaults[solved]) if solved else 1
@@ -113,7 +115,8 @@ def read_entry(settings: Any, where: str, taken_over: Mapping[str, Any] | None =
             raise InputError(
                 f"{where}.budget is {checked.shown(given['budget'])}, but {name!r} has no amount to solve for"
             )
-        budget = checked.value_of(float, given["budget"], f"{where}.budget", checked.Range(above=0))
+        read = read_budget(given["budget"], f"{where}.budget")
+        budget = str(read) if isinstance(read, Speed) else read
         if amounts := sorted(key for key in AMOUNTS if options.get(key) is not None):
             raise InputError(f"{where} has a budget and {', '.join(amounts)}; a budget stands instead of them")
     return ReducerEntry(name, options, budget)

@@ -13,10 +13,11 @@ from jaxtyping import Array, Key
 
 from tif_jax import checked, reducers
 from tif_jax.errors import InputError
-from tif_jax.models.budget import within_budget
+from tif_jax.models.budget import Amounts, Speed, read_budget, within_budget
 from tif_jax.models.levit import PATCH_SIZE, LeViT
 from tif_jax.models.model import Model, dtype_name, height_and_width
 from tif_jax.models.names import model_fields
+from tif_jax.models.speed import Probes, within_speed
 from tif_jax.models.vit import ViT
 
 FAMILIES: dict[str, type[ViT] | type[LeViT]] = {"vit": ViT, "levit": LeViT}
@@ -88,7 +89,8 @@ def create_model(name: str | dict[str, Any], *, reducer: str = "full", seed: int
     """A model with random weights.
 
     name: timm's name, or a dict of fields. options: fields of the model (num_classes, image_size, dtype, ...) and
-    of the reducer (keep_ratio, ...); budget=GMAC instead of keep_ratio or num_merged keeps as many tokens as that allows.
+    of the reducer (keep_ratio, ...); budget=GMAC instead of keep_ratio or num_merged keeps as many tokens as that allows, and
+    budget="120 images/s" or "1.5x" (times the speed of all tokens) as many as are as fast on this device (`models.speed`).
     Raises InputError for anything unknown, of another type or out of range.
     """
     if "pretrained" in options:
@@ -123,7 +125,7 @@ def blueprint(
     fields = model_fields(name) if isinstance(name, str) else name
     fields = with_defaults({**fields, **{key: options.pop(key) for key in MODEL_FIELDS & options.keys()}})
     if (budget := options.pop("budget", None)) is not None:
-        options |= _solved(json.dumps([fields, reducer, options], default=dict), budget)
+        options |= _solved(json.dumps([fields, reducer, options], default=dict), read_budget(budget))
     own = {key: value for key, value in fields.items() if key != "family"}
 
     def build(key: Key[Array, ""]) -> Model:
@@ -152,13 +154,27 @@ def built_with(model: Model) -> dict[str, Any]:
 
 
 @functools.cache  # a run asks for the same solution several times
-def _solved(described: str, budget: float) -> dict[str, float | int]:
+def _solved(described: str, budget: float | Speed) -> dict[str, float | int]:
+    amounts = _amounts(described)
+    if not isinstance(budget, Speed):
+        return within_budget(budget, amounts)
+    return within_speed(budget, described, lambda: _probes(described, budget.batch_size))
+
+
+@functools.cache  # several budgets share what is counted
+def _amounts(described: str) -> Amounts:
     fields, reducer, options = json.loads(described)
 
     def build(key: Key[Array, ""], **given: Any) -> Model:
         return blueprint(fields, reducer=reducer, **given)(key)
 
-    return within_budget(budget, build, reducers.options(reducer), options)
+    return Amounts(build, reducers.options(reducer), options)
+
+
+@functools.lru_cache(maxsize=4)  # each holds the program of all tokens; several budgets share what is measured
+def _probes(described: str, batch_size: int) -> Probes:
+    full = nnx.eval_shape(blueprint(json.loads(described)[0]), jax.random.key(0))
+    return Probes(_amounts(described), full, batch_size)
 
 
 def with_defaults(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,11 +20,11 @@ def in_rounds(turns: Mapping[Name, Callable[[], Found]], num_rounds: int) -> dic
     return found
 
 
-def rate(run: Callable[[], int], seconds: float) -> float:
-    """Units per second of calls one after the other, for so many seconds and twice at least; a call returns its units."""
+def rate(run: Callable[[], int], seconds: float, least: int = 2) -> float:
+    """Units per second of calls one after the other, for so many seconds and `least` calls; a call returns its units."""
     num_calls = num_units = 0
     began = time.perf_counter()
-    while (elapsed := time.perf_counter() - began) < seconds or num_calls < 2:
+    while (elapsed := time.perf_counter() - began) < seconds or num_calls < least:
         num_units += run()
         num_calls += 1
     return num_units / elapsed
