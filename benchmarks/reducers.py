@@ -2,21 +2,22 @@
 
     python -m benchmarks.reducers [accuracy_cost.png] [--only REDUCER ...]
 
-Needs imagenet_ccby and the DeiT-Ti weights in $TIF_DATA (default: ../shared/data). Speed: `tif benchmark`.
+Needs imagenet_ccby and the DeiT-Ti weights in $TIF_DATA (default: ../shared/data). Speed, other weights
+and pictures: `tif compare`.
 """
 
 import argparse
 from pathlib import Path
 
-import numpy as np
-
-from benchmarks._common import data_root, plain_forward
+from benchmarks._common import data_root
 from benchmarks.published import DIFFRATE_RATES
 from tif_jax import cost, load
 from tif_jax.__main__ import use_all_cores
 from tif_jax.data import open_source
 from tif_jax.data.loader import evaluation_batches
 from tif_jax.figures.plots import accuracy_cost
+from tif_jax.impact.paired import beside, estimate, terms, unreduced_logits
+from tif_jax.runtime.mesh import make_mesh
 from tif_jax.reducers.diffrate import rates
 
 BATCH_SIZE = 32
@@ -48,20 +49,19 @@ def main() -> None:
     use_all_cores()
     data = dict(name="image_table", root=str(root / "imagenet_ccby"), test_split="labels.csv", num_test=0)
     batches = list(evaluation_batches(open_source(data, "test"), data, batch_size=BATCH_SIZE))
-    labels, weight = (np.concatenate([batch[key] for batch in batches]) for key in ("label", "weight"))
-    print("| reducer | options | top-1 % | class of full % | GMAC |\n|---|---|---|---|---|")
-    rows, full = [], None
+    mesh, weights = make_mesh(BATCH_SIZE), root / "deit_tiny_patch16_224.safetensors"
+    whole, labels = unreduced_logits(load(weights), batches, mesh)
+    print("| reducer | options | top-1 % | class of full % | KL nats | GMAC |\n|---|---|---|---|---|---|")
+    rows = []
     for name, options in [row for row in ROWS if row[0] in ("full", *arguments.only)]:
-        model = load(root / "deit_tiny_patch16_224.safetensors", reducer=name, **options)
-        forward = plain_forward(model, batches[0]["image"])
-        predictions = np.concatenate([forward(batch["image"]) for batch in batches]).argmax(axis=-1)
-        full = predictions if full is None else full
-        top1, same = (np.average(predictions == other, weights=weight) for other in (labels, full))
+        model = load(weights, reducer=name, **options)
+        ((classes, kl),) = beside([model], batches, mesh, whole)
+        found = {key: estimate(x) for key, x in terms(classes, kl, whole.argmax(axis=1), labels).items()}
         text = ", ".join(f"{key}={value}" for key, value in options.items())
+        top1, same = (f"{100 * found[key].mean:.1f}" for key in ("top1", "agreement"))
         gmac = cost(model).gmac
-        print(f"| {name} | {text} | {100 * top1:.1f} | {100 * same:.1f} | {gmac:.3f} |", flush=True)
-        error = (top1 * (1 - top1) / weight.sum()) ** 0.5
-        rows.append({"label": f"{name} {text}", "gmac": gmac, "top1": (top1, error)})
+        print(f"| {name} | {text} | {top1} | {same} | {found['kl'].mean:.3f} | {gmac:.3f} |", flush=True)
+        rows.append({"label": f"{name} {text}", "gmac": gmac, "top1": found["top1"]})
     if arguments.figure:
         accuracy_cost(rows, arguments.figure)
 

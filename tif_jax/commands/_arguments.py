@@ -50,14 +50,21 @@ def _folder(flag: str, name: str) -> Path:
     return path
 
 
-def _make_writable(folder: Path) -> None:
+def writable_folder(flag: str, name: str) -> Path:
+    """The folder, made if need be. Raises InputError where nothing can be written."""
+    path = _folder(flag, name)
+    _make_writable(path, "folder")
+    return path
+
+
+def _make_writable(folder: Path, what: str = "workdir") -> None:
     probe = folder / ".writable"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink(missing_ok=True)  # another process may be probing too
     except OSError as error:
-        raise InputError(f"workdir {folder} can not be written ({error.strerror}); choose another") from None
+        raise InputError(f"{what} {folder} can not be written ({error.strerror}); choose another") from None
 
 
 def log_to_stderr() -> None:

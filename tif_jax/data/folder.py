@@ -34,6 +34,11 @@ class ImageFiles:
         self._labels = labels
 
     @property
+    def files(self) -> Sequence[str]:
+        """Paths relative to `root`."""
+        return self._files
+
+    @property
     def ids(self) -> list[str]:
         return [as_id(file) for file in self._files]
 

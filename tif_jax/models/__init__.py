@@ -6,6 +6,8 @@
     names       timm's names -> fields
     build       names or fields -> a model with random weights, which a budget may size
     budget      multiply-adds allowed -> how many tokens a reducer keeps
+    speed       the same for images/s, measured on this device
+    compiled    the forward pass as one program
     cost        a model -> its multiply-adds, parameters and token counts
     heads       features on the raster of patches -> numbers for every pixel
     grids       tokens left -> features on that raster, whatever the reducer did

@@ -93,14 +93,14 @@ def load_with_fields(
     preprocessing: Any = None,
     named: Collection[str] = (),
     fresh_head: bool | None = None,
-    fresh_told_at: int = logging.INFO,
+    fresh_told_at: int | None = logging.INFO,
     **options: Any,
 ) -> tuple[Model, dict[str, Any]]:
     """`load`, and the fields that the model was built with: what a checkpoint of it has to say.
 
     named: further modules of reducers that the caller names. fresh_head: whether the head is drawn anew whatever the source
     has, and without its class names; False: never; None: where num_classes asks for one, as `load` does.
-    fresh_told_at: the level of the log line that names parameters drawn afresh.
+    fresh_told_at: the level of the log line that names parameters drawn afresh; None: none may be, which is an InputError.
     """
     if hub.is_name(source):
         source = hub.pinned(str(source))
@@ -130,7 +130,10 @@ def load_with_fields(
     may_go = [*TRAINING_HEADS] if reducer_name == own["name"] else ["reducer/", *TRAINING_HEADS]
     _check_fit(path, wanted, found, may_be_fresh, may_go)
     if fresh := sorted(set(wanted) - set(found)):
-        logger.log(fresh_told_at, "%s: freshly initialised: %s", path, ", ".join(dict.fromkeys(map(_module, fresh))))
+        lacking = ", ".join(dict.fromkeys(map(_module, fresh)))
+        if fresh_told_at is None:
+            raise InputError(f"{path} has no {lacking}, which {reducer_name!r} has to learn: take weights that have it")
+        logger.log(fresh_told_at, "%s: freshly initialised: %s", path, lacking)
         found |= _drawn(build, fresh, seed)
     found = {name: jnp.asarray(found[name]) for name in wanted}
     nnx.update(model, traverse_util.unflatten_dict(found, sep="/"))

@@ -1,0 +1,176 @@
+"""Reducers side by side on your pictures: agreement with all tokens, KL, top-1, cost and speed; as a table and curves."""
+
+import argparse
+import logging
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from tif_jax.commands import _arguments, _compare_report
+from tif_jax.commands._compare_data import Pictures, class_index_of, opened
+from tif_jax.commands._compare_kept import Kept, kept_in
+from tif_jax.commands._compare_rows import Asked, Weights, labels_of, read_weights, rows_asked
+from tif_jax.commands._compare_speed import speeds
+from tif_jax.errors import InputError
+from tif_jax.impact.judge import Batch
+from tif_jax.impact.paired import beside, unreduced_logits
+from tif_jax.models import Model, built_with
+from tif_jax.models.cost import cost
+from tif_jax.models.model import dtype_name
+from tif_jax.models.params import params_of
+from tif_jax.runtime.mesh import make_mesh
+from tif_jax.runtime.progress import Progress
+from tif_jax.runtime.workdir import begin_log, only_run
+
+logger = logging.getLogger(__name__)
+
+_AT_ONCE = 4  # rows that see a batch of images which is read once
+_NO_SPEED = "none"
+
+
+def main(argv: list[str]) -> None:
+    arguments = _parsed(argv)
+    _arguments.log_to_stderr()
+    sizes = _batch_sizes(arguments.batch_sizes)
+    for flag, value in (("--rounds", arguments.rounds), ("--num-images", arguments.num_images)):
+        if value is not None and value < 1:
+            raise InputError(f"{flag} is {value}; it is at least 1")
+    dtype_name(arguments.dtype)
+    out = _arguments.writable_folder("--out", arguments.out)
+    class_index = class_index_of(arguments.class_index)
+    with only_run(out):
+        begin_log(out)
+        weights = read_weights(arguments.weights, arguments.dtype)
+        pictures = opened(arguments.images, arguments.labels, weights.full, class_index, arguments.num_images)
+        asked = rows_asked(weights, arguments.reducer, arguments.budget, max(sizes, default=32))
+        labels = dict(zip(labels_of(asked), asked, strict=True))
+        _compare_report.reference_of(labels, arguments.reference)  # a mistake is told before the work
+        kept = kept_in(out, weights, pictures)
+        models = _predict(weights, pictures, labels, kept)
+        _measure(models, sizes, arguments.rounds, kept)
+        found = _compare_report.finish(out, kept, labels, sizes, arguments.reference)
+    print("\n".join(_compare_report.text(found)))
+    print(out / _compare_report.MARKDOWN)
+
+
+def _parsed(argv: list[str]) -> argparse.Namespace:
+    parser = _arguments.Parser(prog="tif compare", description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add(
+        "--weights",
+        required=True,
+        metavar="FILE",
+        help="a weight file, its folder, hf:OWNER/NAME, a checkpoint, a workdir",
+    )
+    add("--images", required=True, nargs="+", metavar="FOLDER", help="folders of images, with those below them")
+    add(
+        "--labels",
+        metavar="FILE.csv|folders",
+        help="columns file and label; or the class is the folder an image lies in",
+    )
+    add("--class-index", metavar="JSON", help="which class is which output, as in '{\"cat\": 281}'; or a .json file")
+    add("--num-images", type=int, metavar="N", help="how many images at most, evenly spaced (default: all)")
+    add(
+        "--reducer", action="append", default=[], metavar="REDUCER",
+        help="tome, evit:keep_ratio=0.5, '{\"name\": \"tome\", ...}', FILE.json, or own: the weights' own; may be repeated "
+        "(default: own, and all that need no training)",
+    )  # fmt: skip
+    add(
+        "--budget", action="append", default=[], metavar="BUDGET",
+        help="GMAC (0.8), '120 images/s', or 1.5x: times the speed of all tokens; may be repeated; for reducers that do not "
+        "say their amount",
+    )  # fmt: skip
+    add(
+        "--reference",
+        metavar="REDUCER",
+        help="also differences to this one under the same budget, as given to --reducer",
+    )
+    add(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="compare.json, compare.md, compare.png; finished rows are kept there",
+    )
+    add("--batch-sizes", default="1,16,256", metavar="N,...", help="of images/s (default: 1,16,256); none: no speeds")
+    add(
+        "--rounds",
+        type=int,
+        default=5,
+        metavar="N",
+        help="of speeds: in each all reducers have their turn (default: 5)",
+    )
+    add("--dtype", default="float32", metavar="NAME", help="to compute in (default: float32)")
+    return parser.parse_args(argv)
+
+
+def _batch_sizes(text: str) -> list[int]:
+    if text == _NO_SPEED:
+        return []
+    parts = text.split(",")
+    if not all(part.isdecimal() and 0 < int(part) < 2**20 for part in parts):
+        raise InputError(f"--batch-sizes is {text!r}; it is as in 1,16,256, or {_NO_SPEED}")
+    return sorted({int(part) for part in parts})
+
+
+def _predict(weights: Weights, pictures: Pictures, rows: dict[str, Asked], kept: Kept) -> dict[str, Model]:
+    """The model of each row. What is not kept yet is predicted, some rows at a time, and kept when these are done."""
+    mesh = make_mesh(pictures.batch_size, this_process_only=True)
+    models = {"full": weights.full}
+    missing = [label for label, asked in rows.items() if not kept.has(label, asked)]
+    whole = None
+    if missing:
+        whole, labels = unreduced_logits(weights.full, _read(pictures, "full"), mesh)
+        if not len(labels):
+            raise InputError("none of the images can be read")
+        kept.begin(whole.argmax(axis=1), labels, pictures.ids)
+    for label, asked in rows.items():
+        if label != "full":
+            described = kept.reducer_of(label, asked) or asked.entry.described
+            logger.info("%s: %s", label, "its model" if label in missing else "it is kept")
+            models[label] = weights.model(described)
+    for first in range(0, len(missing), _AT_ONCE):
+        group = missing[first : first + _AT_ONCE]
+        _predict_group(group, rows, models, _read(pictures, ", ".join(group)), mesh, whole, kept)
+    return models
+
+
+def _predict_group(
+    group: list[str], rows: dict[str, Asked], models: dict[str, Model], batches: Iterator[Batch], mesh: Mesh,
+    whole: Any, kept: Kept,
+) -> None:  # fmt: skip
+    found = beside([models[label] for label in group], batches, mesh, whole)
+    for label, (classes, kl) in zip(group, found, strict=True):
+        counted, asked = cost(models[label]), rows[label]
+        row = {
+            "label": label,
+            "asked": asked.key,
+            "given": asked.given,
+            "budget": asked.budget,
+            "reducer": built_with(models[label])["reducer"],
+            "gmac": counted.gmac,
+            "parameters": counted.parameters,
+            "tokens": list(counted.tokens),
+            "has_learned_part": "reducer" in params_of(models[label]),
+        }
+        kept.add(row, np.asarray(classes), np.asarray(kl))
+    kept.write()
+
+
+def _measure(models: dict[str, Model], sizes: list[int], num_rounds: int, kept: Kept) -> None:
+    """Speeds at every batch size. Those of fewer rows or rounds are not kept: they were of another time."""
+    for size in sizes:
+        if not kept.has_speeds(size, [*models], num_rounds):
+            kept.add_speeds(size, speeds(models, size, num_rounds), num_rounds)
+            kept.write()
+
+
+def _read(pictures: Pictures, title: str) -> Iterator[Batch]:
+    """Batches of the images that can be read, told as progress."""
+    with Progress(title, len(pictures), "image") as progress, closing(pictures.batches()) as batches:
+        for batch in batches:
+            yield batch
+            progress.update(min(len(batch["label"]), len(pictures) - progress.done))
+        pictures.leave_out(batches.unreadable)
