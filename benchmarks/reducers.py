@@ -17,8 +17,8 @@ from tif_jax.data import open_source
 from tif_jax.data.loader import evaluation_batches
 from tif_jax.figures.plots import accuracy_cost
 from tif_jax.impact.paired import beside, estimate, terms, unreduced_logits
-from tif_jax.runtime.mesh import make_mesh
 from tif_jax.reducers.diffrate import rates
+from tif_jax.runtime.mesh import make_mesh
 
 BATCH_SIZE = 32
 ROWS = [
