@@ -7,6 +7,8 @@ and pictures: `tif compare`.
 """
 
 import argparse
+import math
+from itertools import pairwise
 from pathlib import Path
 
 from benchmarks._common import data_root
@@ -21,6 +23,16 @@ from tif_jax.reducers.diffrate import rates
 from tif_jax.runtime.mesh import make_mesh
 
 BATCH_SIZE = 32
+
+
+def leaving(ratio: float) -> tuple[int, ...]:
+    """How many of a DeiT-Ti's tokens leave in each block, if that ratio of all is left, rounded up."""
+    left = [197]
+    while len(left) <= 12:
+        left.append(math.ceil(ratio * left[-1] - 1e-9))
+    return tuple(before - after for before, after in pairwise(left))
+
+
 ROWS = [
     ("full", {}),
     *[("evit", dict(keep_ratio=ratio)) for ratio in (0.7, 0.5)],
@@ -29,6 +41,8 @@ ROWS = [
     ("mctf", dict(num_merged=16)),
     *[("mctf", dict(keep_ratio=ratio)) for ratio in (0.7, 0.65, 0.5)],
     *[("diffrate", rates(row.prune_kept_num, row.merge_kept_num)) for row in DIFFRATE_RATES if "tiny" in row.model],
+    *[("tofu", dict(num_merged=leaving(ratio))) for ratio in (0.925, 0.88)],
+    *[("pitome", dict(keep_ratio=ratio)) for ratio in (0.925, 0.88)],
     *[("bat", dict(keep_ratio=ratio)) for ratio in (0.7, 0.5)],
     *[("evo_vit", dict(keep_ratio=0.5, representative=choice)) for choice in (True, False)],
     ("evo_vit", dict(keep_ratio=0.5, stages=(4, 5, 6, 7, 8, 9, 10, 11))),

@@ -31,6 +31,7 @@ OPTIONS = {
     "evo_vit": dict(keep_ratio=0.5),
     "tif": dict(keep_ratio=0.5, adapter=4),
     "diffrate": dict(num_merged=2, num_dropped=2),
+    "tofu": dict(num_merged=4, merging=(1,)),
     "tome": dict(num_merged=4),
     "tosa": dict(keep_ratio=0.5, layers=(1,)),
 }
@@ -64,7 +65,7 @@ def test_onnx_of_every_reducer(tmp_path, reducer):
     check_same(run_onnx(tmp_path / "made" / "model.onnx", numpy_images(3)), model, numpy_images(3))
     counts = Counter(node.op_type for node in onnx.load(tmp_path / "made" / "model.onnx").graph.node)
     assert counts["LayerNormalization"] >= 5 and counts["Softmax"] >= 2 and counts["Gelu"] >= 2, counts
-    assert not {"Erf", "Exp"} & {*counts} or reducer in ("bat", "dynamic_vit")  # they are in the fused ones
+    assert not {"Erf", "Exp"} & {*counts} or reducer in ("bat", "dynamic_vit", "pitome")  # they are in the fused ones
 
 
 def test_what_onnx_can_not_say_is_named(tmp_path):

@@ -24,7 +24,7 @@ FIELDS = dict(
     decoder="linear", decoder_blocks=(0, 1, 2, 3), pool="mean",
 )  # fmt: skip
 OPTIONS = {
-    **{name: dict(num_merged=2) for name in ("diffrate", "tome")},
+    **{name: dict(num_merged=2) for name in ("diffrate", "tofu", "tome")},
     "evo_vit": dict(keep_ratio=0.5, stages=(1, 3)),
     "tosa": dict(keep_ratio=0.4, layers=(1, 3)),
 }
@@ -158,9 +158,9 @@ def test_no_nan_in_bfloat16(name):
     assert not [key for key in aux if key.startswith("blocks/")]  # read, and gone
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("random", "tome", "mctf")])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("random", "tome", "mctf", "tofu")])
 def test_the_order_of_the_rows_does_not_matter(name):
-    """`random`, `tome` and `mctf` draw, or deal tokens into two sets, by their place in the array."""
+    """Those left out draw, or deal tokens into two sets, by their place in the array."""
     if name in ("expediting", "ailurus"):
         pytest.skip(f"{name} asks for the whole raster, in order")
     model, order = model_of(name), np.random.default_rng(0).permutation(15)

@@ -21,6 +21,8 @@ CASES = [
     ("bat", dict(keep_ratio=0.5)),
     ("evit", dict(keep_ratio=0.5, fuse=False)),
     ("random", {}),
+    ("tofu", dict(num_merged=4)),
+    ("pitome", dict(num_kept=(20, 15, 12))),
     ("diffrate", dict(num_dropped=2, num_merged=5)),
     ("dynamic_vit", {}),
     ("tif", dict(then=dict(name="tome", num_merged=3))),
