@@ -50,7 +50,7 @@ ROWS = [
     *[("random", dict(keep_ratio=ratio)) for ratio in (0.7, 0.5)],
     ("norm", dict(keep_ratio=0.7)),
     *[(name, dict(budget=budget)) for budget in (0.8, 0.61) for name in ("tome", "expediting", "ailurus")],
-    *[(name, dict(budget=budget)) for budget in (0.8, 0.61) for name in ("as_vit", "zero_tprune")],
+    *[(name, dict(budget=budget)) for budget in (0.8, 0.61) for name in ("evit", "as_vit", "zero_tprune")],
 ]  # fmt: skip
 
 
