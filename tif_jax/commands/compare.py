@@ -129,7 +129,7 @@ def _predict(weights: Weights, pictures: Pictures, rows: dict[str, Asked], kept:
     for label, asked in rows.items():
         if label != "full":
             described = kept.reducer_of(label, asked) or asked.entry.described
-            logger.info("%s: %s", label, "its model" if label in missing else "it is kept")
+            logger.info("%s: %s", label, "the model is made" if label in missing else "kept from before")
             models[label] = weights.model(described)
     for first in range(0, len(missing), _AT_ONCE):
         group = missing[first : first + _AT_ONCE]

@@ -171,7 +171,7 @@ def _amounts(described: str) -> Amounts:
     return Amounts(build, reducers.options(reducer), options)
 
 
-@functools.lru_cache(maxsize=4)  # each holds the program of all tokens; several budgets share what is measured
+@functools.cache  # several budgets share what is measured
 def _probes(described: str, batch_size: int) -> Probes:
     full = nnx.eval_shape(blueprint(json.loads(described)[0]), jax.random.key(0))
     return Probes(_amounts(described), full, batch_size)

@@ -31,16 +31,17 @@ class Probes:
 
     def __init__(self, amounts: Amounts, full: Any, batch_size: int):
         """full: the model with all tokens; like those of `amounts` without weights. Weights have no part in speed."""
-        self.amounts, self.full_gmac = amounts, cost(full).gmac
+        self.amounts, self._full, self.full_gmac = amounts, full, cost(full).gmac
         self._mesh = make_mesh(batch_size, this_process_only=True)
         self._batch_size = batch_size
-        self._run_full = self._turn(full)
+        self._run_full: Callable[[], float] | None = self._turn(full)
         self._rates: dict[int, dict[str, float]] = {}  # images/s of both, and their ratio
         self.full_rate = statistics.median(timing.in_rounds({0: self._run_full}, _ROUNDS)[0])
 
     def rate(self, i: int, is_relative: bool) -> float:
         """Images/s of the amount at position i, or times those of all tokens: the median of interleaved rounds."""
         if i not in self._rates:
+            self._run_full = self._run_full or self._turn(self._full)
             turns = {"full": self._run_full, "reduced": self._turn(self.amounts.built(i))}
             rounds = timing.in_rounds(turns, _ROUNDS)
             ratios = [reduced / full for reduced, full in zip(rounds["reduced"], rounds["full"], strict=True)]
@@ -51,6 +52,10 @@ class Probes:
         """What was measured so far, by position; the last amount reduces nothing and is taken to be as fast as all tokens."""
         known = {len(self.amounts.values) - 1: 1.0 if is_relative else self.full_rate}
         return known | {i: found["x" if is_relative else "images/s"] for i, found in self._rates.items()}
+
+    def release(self) -> None:
+        """Lets go of the program of all tokens, and of its weights on the devices; what was measured stays."""
+        self._run_full = None
 
     def _turn(self, model: Any) -> Callable[[], float]:
         model = _with_weights(model)
@@ -74,6 +79,7 @@ def within_speed(speed: Speed, described: str, probes: Callable[[], Probes]) -> 
     kept = _kept()
     if found := kept.get(key):
         return found
+    logger.info("budget %s: all tokens and up to %d amounts are compiled and timed on this device", speed, _MOST_PROBES)
     own = probes()
     i = fastest_enough(
         speed.number,
@@ -83,6 +89,7 @@ def within_speed(speed: Speed, described: str, probes: Callable[[], Probes]) -> 
         known=own.known(speed.is_relative),
         wished=str(speed),
     )
+    own.release()
     found = {own.amounts.name: own.amounts.values[i]}
     if path := _path():
         files.write(path, records.text({**_kept(), key: found}))
