@@ -39,7 +39,7 @@ ROWS = [
     *[("tome", dict(num_merged=number)) for number in (8, 13)],
     *[("tome", dict(num_merged=13, schedule=ramp)) for ramp in ("decreasing", "increasing")],
     ("mctf", dict(num_merged=16)),
-    *[("mctf", dict(keep_ratio=ratio)) for ratio in (0.7, 0.65, 0.5)],
+    *[("mctf", dict(keep_ratio=ratio, one_step_ahead=True)) for ratio in (0.7, 0.65, 0.5)],
     *[("diffrate", rates(row.prune_kept_num, row.merge_kept_num)) for row in DIFFRATE_RATES if "tiny" in row.model],
     *[("tofu", dict(num_merged=leaving(ratio))) for ratio in (0.925, 0.88)],
     *[("pitome", dict(keep_ratio=ratio)) for ratio in (0.925, 0.88)],

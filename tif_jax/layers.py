@@ -26,6 +26,13 @@ class Linear(nnx.Linear):
         rows = super().__call__(inputs.reshape(-1, inputs.shape[-1]), out_sharding)
         return rows.reshape(*inputs.shape[:-1], rows.shape[-1])
 
+    def outputs(self, inputs: Float[Array, "... D"], which: slice) -> Float[Array, "... E"]:
+        """Some of the outputs, computed alone."""
+        bias = None if self.bias is None else self.bias[...][which]
+        inputs, kernel, bias = self.promote_dtype((inputs, self.kernel[...][:, which], bias), dtype=self.dtype)
+        rows = inputs.reshape(-1, inputs.shape[-1]) @ kernel
+        return (rows if bias is None else rows + bias[None]).reshape(*inputs.shape[:-1], rows.shape[-1])
+
 
 def gelu(x: Float[Array, "..."], approximate: bool) -> Float[Array, "..."]:
     """GELU (Hendrycks & Gimpel 2016), exact or in the tanh approximation, the exact one at least in float32.

@@ -204,14 +204,17 @@ def num_kept(keep_ratio: float, num_patches: int) -> int:
     return max(1, round(keep_ratio * num_patches))
 
 
-def attention_logits(query: Float[Array, "B T H C"], key: Float[Array, "B S H C"]) -> Float[Array, "B H T S"]:
-    """query key^T / sqrt(C), queries before keys, at least in float32.
+def attention_logits(
+    query: Float[Array, "B T H C"], key: Float[Array, "B S H C"], key_log_weight: Float[Array, "B S"] | None = None
+) -> Float[Array, "B H T S"]:
+    """query key^T / sqrt(C) + key_log_weight, queries before keys, at least in float32.
 
     The one definition, for attention as for who ranks by it: in one program XLA computes equal terms once.
     """
     query, key = rearrange(query, "b t h c -> b h t c"), rearrange(key, "b s h c -> b h s c")
     wide = widened(query.dtype)
-    return jnp.einsum("bhtc,bhsc->bhts", query, key, preferred_element_type=wide) / query.shape[-1] ** 0.5
+    logits = jnp.einsum("bhtc,bhsc->bhts", query, key, preferred_element_type=wide) / query.shape[-1] ** 0.5
+    return logits if key_log_weight is None else logits + key_log_weight[:, None, None, :].astype(logits.dtype)
 
 
 def class_attention(

@@ -78,8 +78,9 @@ class ReducerEntry:
             budget = read_budget(self.budget)
             return budget.label if isinstance(budget, Speed) else f"{budget:g}GMAC"
         defaults = _defaults(self.name)
-        solved = next((key for key in SOLVED if key in defaults), None)
-        amount = self.options.get(solved, defaults[solved]) if solved else 1
+        solved = [key for key in SOLVED if key in defaults]
+        given = [self.options[key] for key in solved if self.options.get(key) is not None]
+        amount = next(iter(given), defaults[solved[0]] if solved else 1)
         return _spelled(self.options.get("num_kept") or self.options.get("clusters") or amount)
 
     def _differing(self, but: tuple[str, ...]) -> str:

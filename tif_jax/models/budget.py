@@ -12,7 +12,7 @@ from tif_jax import checked
 from tif_jax.errors import InputError
 from tif_jax.models.cost import cost
 
-SOLVED = ("keep_ratio", "num_merged")  # the options that a budget is solved for
+SOLVED = ("num_merged", "keep_ratio")  # the options that a budget is solved for: the first that a reducer has
 # The options that say how much a reducer reduces: one stands instead of another.
 AMOUNTS = (*SOLVED, "num_kept", "clusters", "budget")
 _THOUSANDTHS = 1000  # keep_ratio is solved for in these

@@ -68,12 +68,32 @@ class Attention(nnx.Module):
 
     def project(self, x: Float[Array, "B T D"], tokens: Tokens) -> tuple[QueryKey, Float[Array, "B T H C"]]:
         """What is compared, and the values."""
-        query, key, value = rearrange(self.qkv(x), "b t (three h c) -> three b t h c", three=3, h=self.num_heads)
+        query, key, value = self._of_heads(self.qkv(x), 3)
+        return self._compared(query, key, tokens), value
+
+    def _compared(self, query: Float[Array, "B T H C"], key: Float[Array, "B T H C"], tokens: Tokens) -> QueryKey:
+        """Of queries and keys as they are projected."""
         if self.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         if self.rotary is None:
-            return QueryKey(query, key), value
-        return QueryKey(self.rotary.turn(query, tokens), self.rotary.turn(key, tokens), key), value
+            return QueryKey(query, key)
+        return QueryKey(self.rotary.turn(query, tokens), self.rotary.turn(key, tokens), key)
+
+    def maps(
+        self, x: Float[Array, "B T D"], tokens: Tokens, key_log_weight: Float[Array, "B T"] | None = None
+    ) -> Float[Array, "B H T T"]:
+        """The weights alone with which each query would mix the values: heads, queries, keys."""
+        query, key = self._of_heads(self.qkv.outputs(x, slice(2 * x.shape[-1])), 2)
+        qk = self._compared(query, key, tokens)
+        return jax.nn.softmax(attention_logits(qk.query, qk.key, key_log_weight), axis=-1)
+
+    def by_maps(self, x: Float[Array, "B T D"], maps: Float[Array, "B H T T"]) -> Float[Array, "B T D"]:
+        """The values alone, mixed with these weights."""
+        (value,) = self._of_heads(self.qkv.outputs(x, slice(2 * x.shape[-1], None)), 1)
+        return self.project_out(rearrange(_mixed(maps, value), "b h t c -> b t (h c)"))
+
+    def _of_heads(self, x: Float[Array, "B T E"], number: int) -> Float[Array, "{number} B T H C"]:
+        return rearrange(x, "b t (n h c) -> n b t h c", n=number, h=self.num_heads)
 
     def project_out(self, mixed: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The output layer, of the mixed values of all heads."""
@@ -91,12 +111,13 @@ def _attend(
 
     Heads are made a batch axis first: on a CPU 1.5 times as fast as jax.nn.dot_product_attention, which keeps them third.
     """
-    logits = attention_logits(query, key)
-    value = rearrange(value, "b t h c -> b h t c")
-    if key_log_weight is not None:
-        logits = logits + key_log_weight[:, None, None, :].astype(logits.dtype)
+    logits = attention_logits(query, key, key_log_weight)
     weights = jax.nn.softmax(logits, axis=-1) if key_weight is None else _masked_softmax(logits, key_weight)
-    return jnp.einsum("bhts,bhsc->bhtc", weights.astype(value.dtype), value)
+    return _mixed(weights, value)
+
+
+def _mixed(weights: Float[Array, "B H T S"], value: Float[Array, "B S H C"]) -> Float[Array, "B H T C"]:
+    return jnp.einsum("bhts,bhsc->bhtc", weights.astype(value.dtype), rearrange(value, "b s h c -> b h s c"))
 
 
 def _masked_softmax(logits: Float[Array, "B H T T"], key_weight: Float[Array, "B T"]) -> Float[Array, "B H T T"]:
@@ -191,16 +212,24 @@ class Block(nnx.Module):
         key_log_weight: Float[Array, "B T"] | None = None,
         rngs: nnx.Rngs | None = None,
         key_weight: Float[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], QueryKey]:
+        maps: Float[Array, "B H T T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], QueryKey | None]:
         """x plus attention. key_log_weight is added to the logits of each key before the softmax.
 
         tokens: what the rows of x are. Raises InputError if it has another number of rows.
 
         key_weight, in [0, 1], is a soft mask: it multiplies each key's exponential for every query but the key's own, so
         that a masked token still attends to itself. Unlike a logarithm, it has a gradient where it is 0.
+
+        maps: attention is given, as made of `look`; then nothing is compared, and there are no queries and keys.
         """
 
         check_rows(x, tokens)
+        if maps is not None:
+            given = self._kept(
+                lambda x, maps: self.scale_attention(self.attention.by_maps(self.attention_norm(x), maps))
+            )
+            return x + drop_path(given(x, maps), self.drop_path, rngs), None
 
         def branch(x, position, key_log_weight, key_weight):
             at = tokens._replace(position=position)
@@ -209,6 +238,12 @@ class Block(nnx.Module):
 
         y, qk = self._kept(branch)(x, tokens.position, key_log_weight, key_weight)
         return x + drop_path(y, self.drop_path, rngs), qk
+
+    def look(
+        self, x: Float[Array, "B T D"], tokens: Tokens, key_log_weight: Float[Array, "B T"] | None = None
+    ) -> Float[Array, "B H T T"]:
+        """The attention maps alone that `attend` would mix values with: heads, queries, keys."""
+        return self.attention.maps(self.attention_norm(x), tokens, key_log_weight)
 
     def _kept(self, branch):
         """The branch, of whose inside a gradient keeps nothing if `remat`."""
@@ -235,7 +270,7 @@ class Block(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ) -> tuple[Float[Array, "B T D"], QueryKey]:
         x, qk = self.attend(x, tokens, key_log_weight, rngs)
-        return self.feed_forward(x, rngs), qk
+        return self.feed_forward(x, rngs), qk  # type: ignore[return-value]  # nothing is given: there are some
 
 
 def _scale(y: Float[Array, "... D"], scale: Float[Array, " D"]) -> Float[Array, "... D"]:

@@ -43,7 +43,7 @@ def fuse(
     return fused.astype(x.dtype), together
 
 
-def total(value: Float[Array, "B N"], fusion: Fusion) -> Float[Array, "B M"]:
+def total(value: Float[Array, "B N *rest"], fusion: Fusion) -> Float[Array, "B M *rest"]:
     """Sums over the tokens that fuse."""
     image = jnp.arange(value.shape[0])[:, None]
     return take(value, fusion.left).at[image, fusion.into].add(take(value, fusion.gone))

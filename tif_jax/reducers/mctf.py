@@ -3,8 +3,8 @@
 Patch tokens are dealt alternately into two sets, and pairs across the sets fuse that are alike, matter little and stand for
 few patches, all three at once: half of them from the first set into the second, half the other way.
 
-Legend: B images, T tokens, N patch tokens, O and E those of odd and of even rows, R that fuse into others, M that are left,
-D width.
+Legend: B images, T tokens, N patch tokens, O and E those of odd and of even rows, R that fuse into others, M that are left, S
+those and the special ones, D width, H heads.
 """
 
 import math
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Float
 
 from tif_jax.errors import InputError
@@ -20,7 +21,7 @@ from tif_jax.reducers import _schedule as schedule
 from tif_jax.reducers._density_peaks import products
 from tif_jax.reducers._fusion import Fusion, destination, fuse, total
 from tif_jax.reducers._steps import limited, log_sizes, walk
-from tif_jax.tokens import QueryKey, attention_logits, join, merged, put, row_numbers, split, take
+from tif_jax.tokens import attention_logits, join, merged, put, row_numbers, split, take
 
 _DEFAULT = 16  # the authors' number of tokens per block
 _LEAST = 1e-12  # attention may underflow
@@ -28,12 +29,14 @@ _LEAST = 1e-12  # attention may underflow
 
 @dataclass(frozen=True)
 class Mctf:
-    """Fuses patch tokens by similarity, informativeness and size together, behind blocks whose attention says what matters.
+    """Fuses patch tokens by similarity, informativeness and size together, between the blocks.
 
-    num_merged: how many, behind each block but the first, a mean if it has a fraction; or an integer for each block. At
-    most half of those there. Behind the last block nothing fuses: nobody would read it.
+    num_merged: how many, at each block but the first, a mean if it has a fraction; or an integer for each block. At most
+    half of those there.
     keep_ratio: instead, the share that is left at each of the `sites`, or one for each; at least half of those there.
     sites: block indices; None is a quarter, a half and three quarters of the way: 3, 6, 9 of 12.
+    one_step_ahead: a block's attention says what matters before the block, which then attends by its maps of all tokens,
+    fused as they are; else behind the block. Nothing fuses before the first block or behind the last.
     temperatures: of similarity, informativeness and size: a criterion is raised to the power 1 / temperature, so that it
     counts the less the higher that is. 0 leaves one out.
     proportional: attention in proportion to how many patches a token stands for, as in ToMe; aux['size'] says it of those
@@ -43,6 +46,7 @@ class Mctf:
     num_merged: int | float | tuple[int, ...] = _DEFAULT
     keep_ratio: float | tuple[float, ...] | None = None
     sites: tuple[int, ...] | None = None
+    one_step_ahead: bool = False
     temperatures: tuple[float, ...] = (1.0, 20.0, 40.0)
     proportional: bool = True
 
@@ -60,32 +64,41 @@ class Mctf:
             )
 
     def per_block(self, depth: int, num_patches: int) -> tuple[int, ...]:
-        """How many of num_patches tokens fuse behind each of `depth` blocks."""
+        """How many of num_patches tokens fuse at each of `depth` blocks."""
+        outside = 0 if self.one_step_ahead else depth - 1
         if self.keep_ratio is None:
             wanted = schedule.merged_per_block(self.num_merged, depth, first=1)
-            return limited((*wanted[:-1], 0), self, num_patches)
+            return limited((*wanted[:outside], 0, *wanted[outside + 1 :]), self, num_patches)
         amounts, left, numbers = schedule.amounts(self.keep_ratio, self.sites, None, depth), num_patches, []
         for i in range(depth):
-            numbers.append(left - schedule.count(amounts.get(i, 1.0), left, _ceil) if i < depth - 1 else 0)
+            numbers.append(0 if i == outside else left - schedule.count(amounts.get(i, 1.0), left, _ceil))
             left -= min(numbers[-1], self.most(left))
         return limited(tuple(numbers), self, num_patches)
 
     def most(self, num_patches: int) -> int:
-        """How many of num_patches can fuse behind one block."""
+        """How many of num_patches can fuse at one block."""
         return num_patches // 2
 
     def step(self, block, x, tokens, size, number, rngs=None):
         log_size = log_sizes(size, tokens, self.proportional)
-        x, qk = block(x, tokens, log_size, rngs)
-        if number:
-            special, patches = split(x, tokens.num_special)
-            size = jnp.ones(patches.shape[:2], widened(x.dtype)) if size is None else size
-            matters = informativeness(qk, log_size)[:, tokens.num_special :]
-            fusion = match(affinity(patches, matters, size, self.temperatures), number // 2, number - number // 2)
-            position, _ = fuse(tokens.position, matters * size, fusion)
-            tokens = merged(tokens, destination(fusion, patches.shape[1]), position)
-            patches, _ = fuse(patches, matters * size, fusion)
-            size, x = total(size, fusion), join(special, patches)
+        if not number:
+            return block(x, tokens, log_size, rngs)[0], tokens, size
+        if self.one_step_ahead:
+            maps = block.look(x, tokens, log_size)
+        else:
+            x, qk = block(x, tokens, log_size, rngs)
+            maps = jax.nn.softmax(attention_logits(qk.query, qk.key, log_size), axis=-1)  # as in the block: once
+        special, patches = split(x, tokens.num_special)
+        size = jnp.ones(patches.shape[:2], widened(x.dtype)) if size is None else size
+        matters = informativeness(maps)[:, tokens.num_special :]
+        fusion = match(affinity(patches, matters, size, self.temperatures), number // 2, number - number // 2)
+        weight = matters * size
+        position, _ = fuse(tokens.position, weight, fusion)
+        tokens = merged(tokens, destination(fusion, patches.shape[1]), position)
+        x, size = join(special, fuse(patches, weight, fusion)[0]), total(size, fusion)
+        if self.one_step_ahead:
+            x, _ = block.attend(x, tokens, rngs=rngs, maps=fused_maps(maps, weight, fusion))
+            x = block.feed_forward(x, rngs)
         return x, tokens, size
 
     def __call__(self, blocks, x, tokens, rngs=None):
@@ -96,16 +109,9 @@ def _ceil(number: float) -> int:
     return math.ceil(number - 1e-9)
 
 
-def informativeness(qk: QueryKey, log_weight: Float[Array, "B T"] | None = None) -> Float[Array, "B T"]:
-    """How much attention each token gets, mean over heads and queries, special tokens' included: above 0, of sum 1.
-
-    log_weight: as the block was given it. At least float32, no gradient.
-    """
-    logits = attention_logits(qk.query, qk.key)  # as attention computes it, so that it is computed once
-    if log_weight is not None:
-        logits = logits + log_weight[:, None, None, :].astype(logits.dtype)
-    maps = jax.lax.stop_gradient(jax.nn.softmax(logits, axis=-1))
-    return jnp.maximum(maps.mean(axis=(1, 2)), _LEAST)
+def informativeness(maps: Float[Array, "B H T T"]) -> Float[Array, "B T"]:
+    """How much attention each token gets, mean over heads and queries, special tokens' included: above 0. No gradient."""
+    return jnp.maximum(jax.lax.stop_gradient(maps).mean(axis=(1, 2)), _LEAST)
 
 
 def affinity(
@@ -160,3 +166,15 @@ def match(affinity: Float[Array, "B O E"], num_odd: int, num_even: int) -> Fusio
         gone=jnp.concatenate([2 * gone_odd + 1, 2 * gone_even], axis=1).astype(jnp.int32),
         into=jnp.concatenate([take(row_of_even, target), into_odd], axis=1),
     )
+
+
+def fused_maps(maps: Float[Array, "B H T T"], weight: Float[Array, "B N"], fusion: Fusion) -> Float[Array, "B H S S"]:
+    """Attention maps of all tokens as those of the S tokens after fusing: what keys get adds up, queries are means.
+
+    In front of the N patch tokens, to which `weight` and `fusion` belong, are T - N special ones.
+    """
+    num_special, num_heads = maps.shape[2] - weight.shape[1], maps.shape[1]
+    special, patches = split(rearrange(maps, "b h q k -> b k (h q)"), num_special)
+    by_query = rearrange(join(special, total(patches, fusion)), "b k (h q) -> b q (h k)", h=num_heads)
+    special, patches = split(by_query, num_special)
+    return rearrange(join(special, fuse(patches, weight, fusion)[0]), "b q (h k) -> b h q k", h=num_heads)
