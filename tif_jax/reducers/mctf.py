@@ -21,7 +21,7 @@ from tif_jax.reducers import _schedule as schedule
 from tif_jax.reducers._density_peaks import products
 from tif_jax.reducers._fusion import Fusion, destination, fuse, total
 from tif_jax.reducers._steps import limited, log_sizes, walk
-from tif_jax.tokens import attention_logits, join, merged, put, row_numbers, split, take
+from tif_jax.tokens import QueryKey, attention_logits, join, merged, put, row_numbers, split, take
 
 _DEFAULT = 16  # the authors' number of tokens per block
 _LEAST = 1e-12  # attention may underflow
@@ -85,12 +85,13 @@ class Mctf:
             return block(x, tokens, log_size, rngs)[0], tokens, size
         if self.one_step_ahead:
             maps = block.look(x, tokens, log_size)
+            matters = received(maps)
         else:
             x, qk = block(x, tokens, log_size, rngs)
-            maps = jax.nn.softmax(attention_logits(qk.query, qk.key, log_size), axis=-1)  # as in the block: once
+            matters = informativeness(qk, log_size)
         special, patches = split(x, tokens.num_special)
         size = jnp.ones(patches.shape[:2], widened(x.dtype)) if size is None else size
-        matters = informativeness(maps)[:, tokens.num_special :]
+        matters = matters[:, tokens.num_special :]
         fusion = match(affinity(patches, matters, size, self.temperatures), number // 2, number - number // 2)
         weight = matters * size
         position, _ = fuse(tokens.position, weight, fusion)
@@ -109,7 +110,13 @@ def _ceil(number: float) -> int:
     return math.ceil(number - 1e-9)
 
 
-def informativeness(maps: Float[Array, "B H T T"]) -> Float[Array, "B T"]:
+def informativeness(qk: QueryKey, log_weight: Float[Array, "B T"] | None = None) -> Float[Array, "B T"]:
+    """`received` in the block that gave `qk`. log_weight: as the block was given it."""
+    # As attention computes it, so that it is computed once.
+    return received(jax.nn.softmax(attention_logits(qk.query, qk.key, log_weight), axis=-1))
+
+
+def received(maps: Float[Array, "B H T T"]) -> Float[Array, "B T"]:
     """How much attention each token gets, mean over heads and queries, special tokens' included: above 0. No gradient."""
     return jnp.maximum(jax.lax.stop_gradient(maps).mean(axis=(1, 2)), _LEAST)
 
