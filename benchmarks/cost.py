@@ -3,19 +3,14 @@
 python -m benchmarks.cost
 """
 
-import jax
-from flax import nnx
-
 from benchmarks.published import ROWS
 from tif_jax import cost
-from tif_jax.models import blueprint
 
 
 def main() -> None:
     print("| model | reducer | GMAC | published | by | off by | parameters M |\n|---|---|---|---|---|---|---|")
     for row in ROWS:
-        model = nnx.eval_shape(blueprint(row.model, reducer=row.reducer, **row.options), jax.random.key(0))
-        counted = cost(model)
+        counted = cost(row.network())
         options = ", ".join(f"{key} {value}" for key, value in row.options.items())
         print(
             f"| {row.model} | {row.reducer}{', ' * bool(options)}{options} | {counted.gmac:.3f} | {row.gmac:g} | "

@@ -1,10 +1,15 @@
 """Costs as papers, authors' repositories and analytic formulas have them, against which ours are tested and printed.
 
 GMAC of one image at 224 unless the name says otherwise; a multiply-add counts once. `within` is how far a count may be off.
+A ViT's last block is counted whole.
 """
 
 from typing import Any, NamedTuple
 
+import jax
+from flax import nnx
+
+from tif_jax.models import Model, blueprint
 from tif_jax.reducers.diffrate import rates
 
 
@@ -15,6 +20,12 @@ class Published(NamedTuple):
     gmac: float
     within: float
     source: str
+
+    def network(self) -> Model:
+        """The model, abstract, that computes what the figure is of."""
+        whole = {} if "levit" in self.model else {"lean_last_block": False}
+        build = blueprint(self.model, reducer=self.reducer, **whole, **self.options)
+        return nnx.eval_shape(build, jax.random.key(0))
 
 
 def _deit(size: str) -> str:

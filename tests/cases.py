@@ -67,6 +67,11 @@ def cost_of(name, **options):
     return cost(nnx.eval_shape(blueprint(name, **options), jax.random.key(0)))
 
 
+def whole_cost_of(name, **options):
+    """`cost_of` as papers count: a ViT's last block computes every token, also those that no head reads."""
+    return cost_of(name, lean_last_block=False, **options)
+
+
 def numpy_images(num, size=(32, 32), seed=0):
     """Random numbers in the shape of images."""
     return jnp.asarray(np.random.default_rng(seed).standard_normal((num, *size, 3)), jnp.float32)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import attend, cost_of, embed, feed_forward, lively, mostly_long, numpy_images, row_of
+from cases import attend, cost_of, embed, feed_forward, lively, mostly_long, numpy_images, row_of, whole_cost_of
 
 from tif_jax import InputError, create_model
 
@@ -72,7 +72,7 @@ def test_sites_are_the_authors():
 
 def test_cost_of_deit():
     """Ranking is the class token's row of attention: T D a site."""
-    counted = cost_of("deit_tiny_patch16_224", reducer="as_vit", num_kept=(138, 97, 68))
+    counted = whole_cost_of("deit_tiny_patch16_224", reducer="as_vit", num_kept=(138, 97, 68))
     assert counted.tokens == (197,) * 4 + (139,) * 3 + (98,) * 3 + (69,) * 2
     blocks = sum(12 * t * 192**2 + 2 * t**2 * 192 for t in counted.tokens) + 196 * 768 * 192 + 192 * 1000
     assert counted.gmac == pytest.approx((blocks + (197 + 139 + 98) * 192) / 1e9, rel=1e-6)

@@ -30,6 +30,7 @@ WITH_ARGUMENTS = {
         name + variant for variant in ("", "_plain") for name in ("deit_tiny", "deit_small", "deit_base")
     ),
     "imagenette.py": ("", "plain", "peers", "photographs", "scratch", "scratch_deit_tiny"),
+    "tiny_imagenet.py": ("", "budget"),
     "tosa.py": ("tiny", "small"),
 }
 TINY = dict(image_size=16, patch_size=8, width=8, depth=2, num_heads=1, num_classes=2)
@@ -91,7 +92,7 @@ def test_its_training_takes_their_values(name):
 @pytest.mark.parametrize(
     "name",
     mostly_long(
-        [name for name in ALL if not name.startswith("imagenette.py:peers")],
+        [name for name in ALL if not name.endswith((":peers", ":budget"))],
         [ALL.index(name) for name in ("digits.py", "dynamic_vit.py:small", "evo_levit.py:128s", "evo_vit.py:tiny")],
     ),
 )
@@ -104,6 +105,8 @@ def test_every_phase_runs_on_its_model_and_has_the_same_parameters(name):
 def _fields(config):
     """Of the model that fine-tuning begins with."""
     init_from = config.backbone.init_from
+    if init_from.endswith("vit_ti16_tiny_imagenet.safetensors"):
+        return model_fields("vit_tiny_patch16_224") | {"num_classes": 200}
     return model_fields(Path(init_from).stem) if init_from else config.backbone.model
 
 

@@ -1,7 +1,7 @@
 """Counted costs against published figures and the analytic formula."""
 
 import pytest
-from cases import cost_of, mostly_long
+from cases import mostly_long, whole_cost_of
 
 from benchmarks.published import ROWS
 from tif_jax.errors import InputError
@@ -27,7 +27,7 @@ def analytic(width, depth, tokens, mlp=4):
     ),
 )
 def test_deit(name, width, published):
-    counted = cost_of(name)
+    counted = whole_cost_of(name)
     assert counted.gmac == pytest.approx(analytic(width, 12, 197), rel=1e-6)
     assert counted.gmac == pytest.approx(published, abs=0.005)
     assert counted.tokens == (197,) * 12
@@ -47,8 +47,8 @@ def test_deit(name, width, published):
 )
 def test_tif_with_and_without_its_filter(name, width, keep_ratio, with_filter, without):
     kept = round(196 * keep_ratio)
-    tif = cost_of(name, reducer="tif", keep_ratio=keep_ratio)
-    random = cost_of(name, reducer="random", keep_ratio=keep_ratio)
+    tif = whole_cost_of(name, reducer="tif", keep_ratio=keep_ratio)
+    random = whole_cost_of(name, reducer="random", keep_ratio=keep_ratio)
     assert tif.gmac == pytest.approx(with_filter, abs=0.001)
     assert random.gmac == pytest.approx(without, abs=0.001)
     assert random.gmac == pytest.approx(analytic(width, 12, kept + 1), rel=1e-6)
@@ -66,7 +66,7 @@ FIRST = {(row.reducer, row.model.split("_")[0]): i for i, row in reversed(list(e
     "row", mostly_long(ROWS, short=set(FIRST.values())), ids=lambda row: f"{row.model}-{row.reducer}"
 )
 def test_published(row):
-    assert cost_of(row.model, reducer=row.reducer, **row.options).gmac == pytest.approx(row.gmac, abs=row.within)
+    assert cost(row.network()).gmac == pytest.approx(row.gmac, abs=row.within)
 
 
 def test_size_is_checked():

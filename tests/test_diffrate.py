@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import attend, cost_of, embed, feed_forward, lively, mostly_long, numpy_images
+from cases import attend, cost_of, embed, feed_forward, lively, mostly_long, numpy_images, whole_cost_of
 
 from benchmarks.published import DIFFRATE_RATES
 from tif_jax.errors import InputError
@@ -105,7 +105,7 @@ def test_published_multiply_adds(row):
         "tiny": (192, 12, 16, 196), "small": (384, 12, 16, 196), "base": (768, 12, 16, 196),
         "large": (1024, 24, 16, 196), "huge": (1280, 32, 14, 256),
     }[row.model.split("_")[1]]  # fmt: skip
-    counted = cost_of(row.model, reducer="diffrate", **rates(row.prune_kept_num, row.merge_kept_num))
+    counted = whole_cost_of(row.model, reducer="diffrate", **rates(row.prune_kept_num, row.merge_kept_num))
     assert len(counted.tokens) == depth and counted.tokens == tuple(
         np.minimum.accumulate(np.minimum(row.prune_kept_num, row.merge_kept_num))
     )

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import attend, cost_of, embed, feed_forward, mostly_long, numpy_images, numpy_model, predict
+from cases import attend, embed, feed_forward, mostly_long, numpy_images, numpy_model, predict, whole_cost_of
 from flax import nnx
 
 from tif_jax import reducers
@@ -270,4 +270,4 @@ def test_cost_against_a_count_on_the_official_code(fuse, counted, tokens):
 
 
 def evit_cost(**options):
-    return cost_of("deit_small_patch16_224", reducer="evit", **options)
+    return whole_cost_of("deit_small_patch16_224", reducer="evit", **options)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import attend, cost_of, embed, feed_forward, mostly_long, numpy_images, numpy_model, row_of
+from cases import attend, cost_of, embed, feed_forward, mostly_long, numpy_images, numpy_model, row_of, whole_cost_of
 from flax import nnx
 
 from tif_jax.errors import InputError
@@ -226,7 +226,7 @@ def test_default_stages(depth, stages):
 )
 def test_published_cost(name, published, with_representative):
     for representative, gmac in ((False, published), (True, with_representative)):
-        counted = cost_of(name, reducer="evo_vit", representative=representative)
+        counted = whole_cost_of(name, reducer="evo_vit", representative=representative)
         # Published without the class attention and the representative's making.
         assert counted.gmac == pytest.approx(gmac, abs=0.0015)
         assert counted.tokens == (197,) * 4 + (99 + representative,) * 8

@@ -103,7 +103,8 @@ def test_segmentation_has_logits_of_every_pixel():
 
 
 def test_the_whole_model_costs_its_blocks_and_its_decoder():
-    plain, depth = (lively(FIELDS | given) for given in (dict(num_classes=0), dict(task="depth", num_classes=0)))
+    plain = lively(FIELDS, num_classes=0, lean_last_block=False)
+    depth = lively(FIELDS, num_classes=0, task="depth")
     rows, columns, c, d = 3, 5, 6, 16
     patches = rows * columns
     reassemble = patches * d * c * (16 + 4 + 1 + 1)

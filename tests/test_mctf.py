@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import attend, cost_of, embed, feed_forward, lively, mostly_long, numpy_images, numpy_model
+from cases import attend, embed, feed_forward, lively, mostly_long, numpy_images, numpy_model, whole_cost_of
 
 from tif_jax import InputError, create_model
 from tif_jax.reducers._fusion import destination, fuse, total
@@ -181,7 +181,7 @@ def test_numbers_for_each_block():
 
 def test_cost():
     """The blocks, and 192 multiply-adds for every pair that is compared."""
-    counted = cost_of("deit_tiny_patch16_224", reducer="mctf", num_merged=16)
+    counted = whole_cost_of("deit_tiny_patch16_224", reducer="mctf", num_merged=16)
     lengths = [197, 197, *(197 - 16 * i for i in range(1, 11))]
     assert counted.tokens == tuple(lengths)
     pairs = sum(192 * ((t - 1) // 2) * (t // 2) for t in lengths[1:-1])
@@ -193,7 +193,7 @@ def test_cost():
 def test_cost_one_step_ahead(keep_ratio, theirs):
     """Queries, keys and logits are of all tokens, everything else of those left."""
     options = dict(keep_ratio=keep_ratio, one_step_ahead=True)
-    counted = cost_of("deit_tiny_patch16_224", reducer="mctf", **options)
+    counted = whole_cost_of("deit_tiny_patch16_224", reducer="mctf", **options)
     lengths = (197, *counted.tokens)
     pairs = sum(192 * ((t - 1) // 2) * (t // 2) for t, left in zip(lengths, counted.tokens, strict=False) if left < t)
     assert counted.gmac == pytest.approx(of_blocks(lengths[:-1], counted.tokens, pairs), rel=1e-9)

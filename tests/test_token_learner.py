@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import attend, cost_of, embed, feed_forward, lively, mostly_long, numpy_images
+from cases import attend, cost_of, embed, feed_forward, lively, mostly_long, numpy_images, whole_cost_of
 from flax import nnx
 
 from tif_jax import InputError, create_model
@@ -64,7 +64,7 @@ def test_all_patches_need_no_network():
 
 
 def test_cost_of_deit():
-    counted = cost_of("deit_tiny_patch16_224", reducer="token_learner", keep_ratio=16 / 196, site=9)
+    counted = whole_cost_of("deit_tiny_patch16_224", reducer="token_learner", keep_ratio=16 / 196, site=9)
     assert counted.tokens == (197,) * 9 + (17,) * 3
     blocks = sum(12 * t * 192**2 + 2 * t**2 * 192 for t in counted.tokens) + 196 * 768 * 192 + 192 * 1000
     assert counted.gmac == pytest.approx((blocks + 196 * (192 * 64 + 64 * 16 + 16 * 192)) / 1e9, rel=1e-9)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import attend, cost_of, embed, feed_forward, lively, mostly_long, numpy_images, numpy_model
+from cases import attend, embed, feed_forward, lively, mostly_long, numpy_images, numpy_model, whole_cost_of
 from flax import nnx
 
 from tif_jax.errors import InputError
@@ -227,7 +227,7 @@ def test_keys_of_length_zero():
     ),
 )
 def test_cost(size, num_merged, published, left):
-    counted = cost_of(f"deit_{size}_patch16_224", reducer="tome", num_merged=num_merged)
+    counted = whole_cost_of(f"deit_{size}_patch16_224", reducer="tome", num_merged=num_merged)
     # The figures leave the similarities out: 64 multiply-adds a pair.
     patches = [max(196 - num_merged * i, 0) for i in range(12)]
     similarities = sum(64 * (n // 2) * ((n + 1) // 2) for n in patches) / 1e9
@@ -251,7 +251,7 @@ def test_cost(size, num_merged, published, left):
 def test_ramps_are_those_of_the_authors_code(schedule, merged, gmac):
     """What their parse_r(12, (13, -1 or 1)) gives: fractions are cut off, so that 151 tokens merge and not 156."""
     assert Tome(num_merged=13, schedule=schedule).per_block(12, 1000) == merged and sum(merged) == 151
-    counted = cost_of("deit_tiny_patch16_224", reducer="tome", num_merged=13, schedule=schedule)
+    counted = whole_cost_of("deit_tiny_patch16_224", reducer="tome", num_merged=13, schedule=schedule)
     assert counted.gmac == pytest.approx(gmac, abs=0.0005)
     assert counted.tokens == tuple(197 - sum(merged[: i + 1]) for i in range(12))
 

@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import attend, call, cost_of, embed, feed_forward, mostly_long, numpy_images, numpy_model
+from cases import attend, call, cost_of, embed, feed_forward, mostly_long, numpy_images, numpy_model, whole_cost_of
 from flax import nnx
 from reference_tosa import attention_logits, predict, softmax, walk
 
 from tif_jax.errors import InputError
-from tif_jax.models import blueprint, create_model
-from tif_jax.models.cost import cost
+from tif_jax.models import create_model
 from tif_jax.models.params import params_of
 from tif_jax.reducers.tosa import Tosa, _divergence
 from tif_jax.tokens import at_rows
@@ -236,16 +235,15 @@ def test_fitting_teaches_the_selectors_and_nothing_else():
 )
 def test_cost_of_the_specification(name, layers, gmac):
     for keep_ratio, expected in zip((0.8, 0.7, 0.5, 0.25), gmac, strict=True):
-        assert cost_of(name, reducer="tosa", layers=layers, keep_ratio=keep_ratio).gmac == pytest.approx(
+        assert whole_cost_of(name, reducer="tosa", layers=layers, keep_ratio=keep_ratio).gmac == pytest.approx(
             expected, rel=0.001
         )
 
 
 def test_cost_is_the_formula():
-    model = nnx.eval_shape(blueprint(TINY, reducer="tosa", keep_ratio=0.5), jax.random.key(0))
     block = lambda n: 12 * n * 32**2 + 2 * n**2 * 32  # noqa: E731
     selector = 2 * 2**2 * 17**2
-    counted = cost(model)
+    counted = whole_cost_of(TINY, reducer="tosa", keep_ratio=0.5)
     assert counted.gmac * 1e9 == pytest.approx(16 * 192 * 32 + 2 * (block(17) + block(9) + selector) + 32 * 5)
     assert counted.tokens == (17, 9, 17, 9)
     assert counted.parameters - cost_of(TINY).parameters == 2 * (2 * 2**2 + 2)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import attend, cost_of, embed, feed_forward, lively, mostly_long, numpy_images
+from cases import attend, cost_of, embed, feed_forward, lively, mostly_long, numpy_images, whole_cost_of
 
 from tif_jax import InputError, create_model
 from tif_jax.reducers.zero_tprune import importance, page_rank, redundant
@@ -142,7 +142,7 @@ def test_ties_go_to_the_lower_place():
 def test_cost_and_tokens_of_deit():
     """Of a block 12 T D² + 2 T² D; votes are T² a head, and half of the M patches are compared with the others."""
     options = dict(num_kept=(138, 97, 68), sites=(3, 6, 9))
-    counted = cost_of("deit_tiny_patch16_224", reducer="zero_tprune", **options)
+    counted = whole_cost_of("deit_tiny_patch16_224", reducer="zero_tprune", **options)
     assert counted.tokens == (197,) * 3 + (139,) * 3 + (98,) * 3 + (69,) * 3
     blocks = sum(12 * t * 192**2 + 2 * t**2 * 192 for t in counted.tokens) + 196 * 768 * 192 + 192 * 1000
     votes = sum(3 * t**2 * (2 + rounds) for t, rounds in ((197, 31), (139, 6), (98, 6)))

@@ -137,12 +137,12 @@ def best_alone(
         x, tokens = keep(x, tokens, ranking, keep_ratio)
         return FULL(blocks, x, tokens, rngs)[0], {"source": tokens.source}
 
-    return model.predict(*model.encode(model.embed(images), reducer=kept))[0]
+    return model.predict(*model.encode(model.embed(images), blocks=model.blocks_of_prediction, reducer=kept))[0]
 
 
 def unreduced(model: ViT, images: Float[Array, "B Y X 3"]) -> Float[Array, "B *prediction"]:
     """What the model predicts when all patches go all the way, whatever its own reducer does."""
-    return model.predict(*model.encode(model.embed(images), reducer=FULL))[0]
+    return model.predict(*model.encode(model.embed(images), blocks=model.blocks_of_prediction, reducer=FULL))[0]
 
 
 def _terms(

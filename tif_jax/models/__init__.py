@@ -12,6 +12,7 @@
     heads       features on the raster of patches -> numbers for every pixel
     grids       tokens left -> features on that raster, whatever the reducer did
     fresh_heads new classification heads on a trained model
+    special_alone  the last block, where heads read special tokens alone
     around      a block as another sees it who looks on (`cost`, `trace`, `grids`)
     predictions pictures -> their likeliest classes
     params      a model's weights as nested dicts, and back

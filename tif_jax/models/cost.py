@@ -77,11 +77,22 @@ def _multiply_adds(jaxpr) -> int:
 
 
 def _distinct(jaxpr) -> tuple[list[Any], dict[Any, Any]]:
-    """The equations without repetitions, and for each variable of a repetition the variable that has its value."""
+    """The equations without repetitions, and for each variable of a repetition the variable that has its value.
+
+    A slice out of joined arrays needs none but that which it lies in, as XLA has it.
+    """
     equations: list[Any] = []
     first: dict[Any, Any] = {}
     seen: dict[Any, Any] = {}
+    joined: dict[Any, Any] = {}  # the equation that joins arrays to a variable
     for equation in jaxpr.eqns:
+        if equation.primitive.name == "slice":
+            equation = _out_of_one(equation, first, joined)
+            if equation.invars[0].aval.shape == equation.outvars[0].aval.shape:
+                first[equation.outvars[0]] = equation.invars[0]
+                continue
+        elif equation.primitive.name == "concatenate":
+            joined[equation.outvars[0]] = equation
         inputs = tuple(repr(v.val) if hasattr(v, "val") else first.get(v, v) for v in equation.invars)
         term = (equation.primitive, inputs, tuple(equation.params.items()))
         try:
@@ -93,6 +104,22 @@ def _distinct(jaxpr) -> tuple[list[Any], dict[Any, Any]]:
         else:
             first.update(zip(equation.outvars, earlier.outvars, strict=True))
     return equations, first
+
+
+def _out_of_one(equation, first: dict[Any, Any], joined: dict[Any, Any]):
+    """The slice as one of the array that it lies in, where its operand is joined of several."""
+    source = first.get(equation.invars[0], equation.invars[0])
+    if source not in joined or equation.params["strides"] is not None:
+        return equation.replace(invars=[source])
+    axis = joined[source].params["dimension"]
+    start, limit = (list(equation.params[name]) for name in ("start_indices", "limit_indices"))
+    for part in joined[source].invars:
+        size = part.aval.shape[axis]
+        if 0 <= start[axis] and limit[axis] <= size and not hasattr(part, "val"):
+            params = equation.params | {"start_indices": tuple(start), "limit_indices": tuple(limit)}
+            return _out_of_one(equation.replace(invars=[part], params=params), first, joined)
+        start[axis], limit[axis] = start[axis] - size, limit[axis] - size
+    return equation.replace(invars=[source])
 
 
 def _dot_general(equation) -> int:

@@ -59,6 +59,11 @@ class Model(nnx.Module):
     def blocks(self) -> Sequence[Any]:
         return [getattr(self, f"block_{i}") for i in range(self.depth)]
 
+    @property
+    def blocks_of_prediction(self) -> Sequence[Any]:
+        """The blocks, for who reads no more of what they leave than `predict` does."""
+        return self.blocks
+
     def embed(
         self, images: Float[Array | np.ndarray, "B Y X 3"], rngs: nnx.Rngs | None = None
     ) -> Float[Array, "B T D"]:
@@ -102,7 +107,7 @@ class Model(nnx.Module):
         """The prediction and the reducer's side channel. Class logits (B, L), without a head the pooled features; of a dense
         task depth in metres (B, Y, X), or class logits of every pixel (B, Y, X, L).
         """
-        x, aux = self.encode(self.embed(images, rngs), rngs)
+        x, aux = self.encode(self.embed(images, rngs), rngs, blocks=self.blocks_of_prediction)
         return self.predict(x, aux, rngs=rngs)
 
     def preprocess(self, images: Iterable[AnyImage]) -> Float32[Array, "B Y X 3"]:

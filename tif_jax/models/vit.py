@@ -5,7 +5,7 @@ L classes.
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -21,10 +21,12 @@ from tif_jax.errors import InputError
 from tif_jax.layers import Linear, at_least_float32
 from tif_jax.models.grids import FILLS, Watch, in_the_end, to_grid
 from tif_jax.models.heads import build_decoder
-from tif_jax.models.model import FULL, Model, check_images, dtype_named, height_and_width, token_embedding
+from tif_jax.models.model import FULL, Model, check_images, dtype_named, token_embedding
 from tif_jax.models.pooling import POOLS, AttentionPooling, weighted_mean
 from tif_jax.models.rotary import rotary_positions
+from tif_jax.models.special_alone import SpecialAlone
 from tif_jax.models.vit_blocks import GELUS, Block
+from tif_jax.models.vit_fields import check_dense, check_heads, check_names, checked_size, chosen_blocks
 from tif_jax.reducers import Aux, Reducer
 
 
@@ -54,6 +56,8 @@ class ViT(Model):
         decoder: 'dpt' (`heads.DptDecoder`, of decoder_width channels) or 'linear' (`heads.LinearDecoder`), which reads the
         features of decoder_blocks after `norm` (None: the last of each quarter), on the raster whatever the reducer did;
         fill: what stands for a dropped patch there (`grids.to_grid`).
+      lean_last_block: with pool 'class', a call of the model computes no patch in the last block, since no head reads one;
+        `encode` does. False: a call does, too, as in published costs.
       remat: for the gradient, what lies inside the half-steps of blocks is computed again instead of kept.
 
     Raises InputError for fields that do not fit together.
@@ -98,17 +102,17 @@ class ViT(Model):
         max_depth: float = 10.0,
         fill: str = "position",
         drop_path: float = 0.0,
+        lean_last_block: bool = True,
         remat: bool = False,
         dtype: str = "float32",
         reducer: Reducer = FULL,
         rngs: nnx.Rngs,
     ):
-        self.image_size = height, columns = height_and_width(image_size)
-        _check(height, columns, patch_size, width, num_heads)
-        _check_names(pool=(pool, POOLS), gelu=(gelu, GELUS), task=(task, tasks.TASKS), fill=(fill, FILLS))
+        self.image_size = height, columns = checked_size(image_size, patch_size, width, num_heads)
+        check_names(pool=(pool, POOLS), gelu=(gelu, GELUS), task=(task, tasks.TASKS), fill=(fill, FILLS))
         self.dtype, self.task, self.fill, self.max_depth = dtype_named(dtype), task, fill, max_depth
         self.grid, self.patch_size, self.pool = (height // patch_size, columns // patch_size), patch_size, pool
-        self.depth, self.reducer, self.absolute = depth, reducer, absolute_positions
+        self.depth, self.reducer, self.absolute, self.lean = depth, reducer, absolute_positions, lean_last_block
         self.patch_embedding = Linear(3 * patch_size**2, width, use_bias=not pre_norm, dtype=self.dtype, rngs=rngs)
         self._add_embeddings(width, class_token, distillation_token, num_registers, special_positions, rngs)
         inner, sizes = (attention_inner_norm, mlp_inner_norm), (width, num_heads, mlp_dim or 4 * width)
@@ -142,14 +146,14 @@ class ViT(Model):
             setattr(self, f"block_{i}", Block(width, num_heads, mlp_dim, drop_path=rate, **options))
 
     def _add_decoder(self, name, width: int, channels: int, blocks, num_classes: int, class_head: bool, norm) -> None:
-        _check_dense(self.task, num_classes, class_head or self.has_distillation)
-        self.decoder_blocks = _decoder_blocks(blocks, self.depth)
+        check_dense(self.task, num_classes, class_head or self.has_distillation)
+        self.decoder_blocks = chosen_blocks(blocks, self.depth)
         self.norm = norm()
         sizes = width, channels, len(self.decoder_blocks), num_classes or 1
         self.decoder = build_decoder(name, *sizes, dtype=self.dtype, rngs=norm.keywords["rngs"])
 
     def _add_heads(self, num_classes: int, width: int, class_head: bool, norm: Any, pooling: Any) -> None:
-        _check_heads(num_classes, self.pool, hasattr(self, "class_token"), class_head, self.has_distillation)
+        check_heads(num_classes, self.pool, hasattr(self, "class_token"), class_head, self.has_distillation)
         normal, num_features = nnx.initializers.truncated_normal(0.02), width * (1 + (self.pool == "class_and_mean"))
         given = dict(kernel_init=normal, dtype=self.dtype, rngs=norm.keywords["rngs"])
         head = partial(nnx.Linear, num_features, num_classes, **given)
@@ -182,6 +186,13 @@ class ViT(Model):
     def num_classes(self) -> int:
         """Outputs of the head, or classes of a pixel; 0 without a head, and of depth."""
         return self.decoder.num_outputs if self.task == "segmentation" else super().num_classes
+
+    @property
+    def blocks_of_prediction(self) -> Sequence[Any]:
+        """The blocks; of the last one only the special tokens that heads read, where no head reads patches."""
+        *blocks, last = self.blocks
+        lean = self.lean and self.task == "classification" and self.pool == "class"
+        return [*blocks, SpecialAlone(last, 1 + self.has_distillation) if lean else last]
 
     def encode(
         self,
@@ -283,57 +294,3 @@ def plain_vit(model: Model, what: str) -> ViT:
     if not isinstance(model, ViT):
         raise InputError(f"{what} needs a ViT; a {type(model).__name__} has no token for each patch in every block")
     return model
-
-
-def _check(height, columns, patch_size, width, num_heads) -> None:
-    """Raises InputError for fields that do not fit together."""
-    if height % patch_size or columns % patch_size:
-        raise InputError(
-            f"image_size {height}x{columns} is not a multiple of patch_size {patch_size} in both directions"
-        )
-    if width % num_heads:
-        raise InputError(f"width {width} is not a multiple of num_heads {num_heads}")
-
-
-def _decoder_blocks(given: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
-    """The blocks whose features a decoder reads."""
-    if given is None and depth < 4:
-        raise InputError(
-            f"depth is {depth}, too few for a block of each quarter; give decoder='linear' and decoder_blocks"
-        )
-    chosen = tuple(depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)) if given is None else given
-    if not chosen or list(chosen) != sorted({*chosen}) or not 0 <= chosen[0] <= chosen[-1] < depth:
-        raise InputError(f"decoder_blocks is {chosen}; it lists blocks of 0..{depth - 1} in ascending order")
-    return chosen
-
-
-def _check_names(**fields: tuple[str, Collection[str]]) -> None:
-    """Raises InputError for a field whose value is none of those allowed. fields: of each both."""
-    for name, (value, allowed) in fields.items():
-        if value not in allowed:
-            raise InputError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}")
-
-
-def _check_dense(task: str, num_classes: int, has_further_heads: bool) -> None:
-    """Raises InputError for what a dense task does not have."""
-    if has_further_heads:
-        raise InputError(f"class_head and distillation_token are for classification; the task is {task!r}")
-    if task == "segmentation" and num_classes < 2:
-        raise InputError(f"num_classes is {num_classes}; segmentation tells two classes apart at least")
-    if task == "depth" and num_classes:
-        raise InputError(f"num_classes is {num_classes}; depth has none: leave it 0")
-
-
-def _check_heads(num_classes, pool, class_token, class_head, distillation_token) -> None:
-    """Raises InputError for heads that do not fit the pooling."""
-    if pool.startswith("class") and not class_token:
-        raise InputError(f"pool {pool!r} needs class_token=True")
-    if class_head and not (class_token and not pool.startswith("class") and num_classes):
-        raise InputError(
-            "class_head needs class_token=True and pool 'mean', 'normed_mean' or 'attention', and num_classes; otherwise "
-            "the class token has the head"
-        )
-    if distillation_token and pool == "class_and_mean":
-        raise InputError(
-            "pool 'class_and_mean' does not go with a distillation token, whose head reads the token alone"
-        )

@@ -11,6 +11,10 @@ A reducer that takes patch tokens away, moves or joins them changes `tokens` wit
 `merged`, `set_aside`): rotary positions turn queries and keys by where in the raster each token lies, and a dense head asks
 what every patch is, in any block (`models/grids.py`). A block refuses tokens of another number.
 
+The last of the blocks may leave patch tokens as they are, where the model's heads read special tokens alone
+(`models/special_alone.py`): a reducer that reads patches behind it, or runs it before others, asks its users for
+lean_last_block=False.
+
 A pyramid's shrink blocks (`models/levit_blocks.py`) have `stride` 2 and need the complete raster. A reducer that leads
 tokens through them says so by an attribute `walks_pyramids = True`; the others are refused by such models.
 
