@@ -43,7 +43,7 @@ ROWS = [
     *[("diffrate", rates(row.prune_kept_num, row.merge_kept_num)) for row in DIFFRATE_RATES if "tiny" in row.model],
     *[("tofu", dict(num_merged=leaving(ratio))) for ratio in (0.925, 0.88)],
     *[("pitome", dict(keep_ratio=ratio)) for ratio in (0.925, 0.88)],
-    *[("atc", dict(num_kept=numbers)) for numbers in ((137, 96, 67), (98, 49, 24))],
+    *[(name, dict(num_kept=n)) for n in ((137, 96, 67), (98, 49, 24)) for name in ("atc", "dpc_knn")],
     *[("bat", dict(keep_ratio=ratio)) for ratio in (0.7, 0.5)],
     *[("evo_vit", dict(keep_ratio=0.5, representative=choice)) for choice in (True, False)],
     ("evo_vit", dict(keep_ratio=0.5, stages=(4, 5, 6, 7, 8, 9, 10, 11))),
