@@ -29,11 +29,16 @@ def cost(model: Any, image_size: int | tuple[int, int] | None = None) -> Cost:
     height, columns = height_and_width(model.image_size if image_size is None else image_size)
     images = jax.ShapeDtypeStruct((1, height, columns, 3), jnp.float32)
     graphdef, params = nnx.split(model)
-    program = jax.make_jaxpr(lambda params, images: nnx.merge(graphdef, params)(images)[0])(params, images)
+    total = multiply_adds(lambda params, images: nnx.merge(graphdef, params)(images)[0], params, images)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     lengths: list[int] = []
     jax.eval_shape(lambda params, images: _walk(nnx.merge(graphdef, params), images, lengths), params, images)
-    return Cost(_multiply_adds(program.jaxpr) / 1e9, parameters, tuple(lengths))
+    return Cost(total / 1e9, parameters, tuple(lengths))
+
+
+def multiply_adds(function: Callable[..., Any], *arguments: Any) -> int:
+    """Multiply-adds of what the function returns, counted as `cost` does. Arguments may be shapes alone."""
+    return _multiply_adds(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""How many tokens go in which block: the schedule of a reducer with which a model changes least, without labels."""
