@@ -7,7 +7,7 @@ common with the one held (`hold`) up to some block is not computed again.
 Legend: B images of a batch, I images, Y X height and width, N patch tokens, L outputs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
+from tif_jax.impact.paired import divergence
 from tif_jax.layers import true_float32
 from tif_jax.models import Model
 from tif_jax.models.cost import multiply_adds
@@ -30,7 +31,7 @@ class State(NamedTuple):
     """Between two blocks. The rest of `Tokens` is the same for all blocks and images."""
 
     x: Array
-    index: Array
+    raster: Array  # `Tokens.index`
     position: Array
     source: Array
     size: Array | None
@@ -39,26 +40,26 @@ class State(NamedTuple):
 class Apart:
     """A model without its reducer, on some images, with `reducer` walking its blocks.
 
-    model: a ViT. images: batches as `model` takes them; the last one may be smaller. Holds what arrives at each block:
-    4 bytes x images x tokens x width x depth.
+    model: a classifier. batches: of images as it takes them; each other batch size compiles all programs once more. Holds
+    what arrives at each block: at most 4 bytes x images x tokens x width x depth.
     """
 
-    def __init__(self, model: Model, reducer: Stepwise, batches: Sequence[Float[np.ndarray, "B Y X 3"]]):
+    def __init__(self, model: Model, reducer: Stepwise, batches: Iterable[Float[np.ndarray | Array, "B Y X 3"]]):
         self.reducer, self.depth = reducer, len(model.blocks)
         self.graphdef, self.params = nnx.split(model)
         self.blocks = [nnx.split(block) for block in model.blocks]
         self.plain = model.tokens(1)
         self.num_patches = self.plain.position.shape[1]
         # Nobody reads what merges in a last block of which patches are not read.
-        self.num_free = self.depth - (getattr(model, 'blocks_of_prediction', [0])[-1] is not model.blocks[-1])
+        self.num_free = self.depth - (1)
         self.embedded = [_embed(self.graphdef, self.params, batch) for batch in batches]
         self.held: dict[Schedule, list[State]] = {}
         self.counted: dict[tuple[bool, int, int], float] = {}
         self.whole = self.logits((0,) * self.depth)
 
     def divergence(self, schedule: Schedule) -> Float32[np.ndarray, " I"]:
-        """Of each image, how far the prediction is from the unreduced model's: `divergence`."""
-        return divergence(self.whole, self.logits(schedule))
+        """KL(unreduced || reduced) of each image's classes, in nats."""
+        return np.asarray(divergence(jnp.asarray(self.whole), jnp.asarray(self.logits(schedule))))
 
     def logits(self, schedule: Schedule) -> Float32[np.ndarray, "I L"]:
         last, number = self.depth - 1, schedule[-1]
@@ -75,8 +76,11 @@ class Apart:
 
     def gmac(self, schedule: Schedule) -> float:
         """1e9 multiply-adds of the blocks, similarities included, for one image."""
-        arriving = self.num_patches - np.concatenate([[0], np.cumsum(schedule)[:-1]])
-        return sum(self._gmac(i == self.depth - 1, int(n), r) for i, (n, r) in enumerate(zip(arriving, schedule)))
+        left, total = self.num_patches, 0.0
+        for i, number in enumerate(schedule):
+            total += self._gmac(i == self.depth - 1, left, number)
+            left -= number
+        return total
 
     def _gmac(self, is_last: bool, arriving: int, number: int) -> float:
         if (key := (is_last, arriving, number)) not in self.counted:
@@ -84,19 +88,33 @@ class Apart:
         return self.counted[key]
 
     def _count(self, is_last: bool, arriving: int, number: int) -> int:
-        one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), self._state(self.embedded[0]))
-        cut = lambda a: jax.ShapeDtypeStruct((1, a.shape[1] - self.num_patches + arriving, *a.shape[2:]), a.dtype)  # noqa: E731
-        size = jax.ShapeDtypeStruct((1, arriving), jnp.float32) if arriving < self.num_patches else None
-        state = one._replace(x=cut(one.x), position=cut(one.position), size=size)
+        state = jax.eval_shape(lambda: self._arriving(arriving, 1))
         if is_last:
             return multiply_adds(partial(_finish, self.graphdef, self.reducer, number), self.params, state)
         graphdef, params = self.blocks[0]
         return multiply_adds(partial(_through, graphdef, self.reducer, number, self._fixed), params, state)
 
+    def one_block(self, arriving: int, number: int, batch_size: int) -> Callable[[], State]:
+        """A block, compiled, on a batch of `arriving` patch tokens of which `number` go: to be timed."""
+        graphdef, params = self.blocks[0]
+        state = self._arriving(arriving, batch_size)
+        run = partial(_through, graphdef, self.reducer, number, self._fixed, params, state)
+        jax.block_until_ready(run())
+        return run
+
+    def _arriving(self, number: int, num_images: int) -> State:
+        """A state of so many patch tokens, which are noise."""
+        shape = (num_images, self.plain.num_special + number, self.embedded[0].shape[2])
+        state = self._state(jax.random.normal(jax.random.key(0), shape, self.embedded[0].dtype))
+        size = jnp.ones((num_images, number)) if number < self.num_patches else None
+        return state._replace(position=state.position[:, :number], size=size)
+
     def _before(self, schedule: Schedule, block: int, held: dict[Schedule, list[State]] | None = None) -> list[State]:
         """What arrives at the block, of each batch."""
         held = self.held if held is None else held
-        begin = max((len(known) for known in held if len(known) <= block and known == schedule[: len(known)]), default=None)
+        begin = max(
+            (len(known) for known in held if len(known) <= block and known == schedule[: len(known)]), default=None
+        )
         states = [self._state(x) for x in self.embedded] if begin is None else held[schedule[:begin]]
         for i in range(begin or 0, block):
             graphdef, params = self.blocks[i]
@@ -105,20 +123,14 @@ class Apart:
         return states
 
     def _state(self, x: Array) -> State:
-        rows = [jnp.repeat(a, len(x), axis=0) for a in (self.plain.index, self.plain.position, self.plain.source)]
-        return State(x, *rows, None)
+        index, position, source = (
+            jnp.repeat(a, len(x), axis=0) for a in (self.plain.index, self.plain.position, self.plain.source)
+        )
+        return State(x, index, position, source, None)
 
     @property
     def _fixed(self) -> tuple[int, tuple[int, int], bool]:
         return self.plain.num_special, self.plain.grid, self.plain.has_class
-
-
-def divergence(
-    whole: Float32[np.ndarray, "I L"], reduced: Float32[np.ndarray, "I L"]
-) -> Float32[np.ndarray, " I"]:
-    """KL(whole || reduced) of the softmax of each image's logits, in nats, from 0."""
-    of_whole, of_reduced = (np.asarray(jax.nn.log_softmax(a.astype(np.float64), axis=-1)) for a in (whole, reduced))
-    return np.maximum((np.exp(of_whole) * (of_whole - of_reduced)).sum(axis=-1), 0).astype(np.float32)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -132,7 +144,7 @@ def _embed(graphdef: Any, params: Any, images: Array) -> Array:
 def _through(graphdef: Any, reducer: Stepwise, number: int, fixed: tuple, params: Any, state: State) -> State:
     """A state through one block."""
     num_special, grid, has_class = fixed
-    tokens = Tokens(num_special, grid, state.index, has_class, state.position, state.source)
+    tokens = Tokens(num_special, grid, state.raster, has_class, state.position, state.source)
     with true_float32(state.x.dtype):
         x, tokens, size = reducer.step(nnx.merge(graphdef, params), state.x, tokens, state.size, number)
     return State(x, tokens.index, tokens.position, tokens.source, size)
@@ -142,8 +154,8 @@ def _through(graphdef: Any, reducer: Stepwise, number: int, fixed: tuple, params
 def _finish(graphdef: Any, reducer: Stepwise, number: int, params: Any, state: State) -> Float32[Array, "B L"]:
     """The logits of a state that arrives at the last block."""
     model = nnx.merge(graphdef, params)
-    tokens = model.tokens(1)._replace(index=state.index, position=state.position, source=state.source)
+    tokens = model.tokens(1)._replace(index=state.raster, position=state.position, source=state.source)
     with true_float32(model.dtype):
-        block = getattr(model, 'blocks_of_prediction', model.blocks)[-1]
+        block = model.blocks[-1]
         x, tokens, size = reducer.step(block, state.x, tokens, state.size, number)
         return model.predict(x, aux_of(reducer, tokens, size))[0].astype(jnp.float32)

@@ -1,8 +1,10 @@
 """The search for a schedule: how many tokens go in each block so that a cost is met at the least divergence.
 
-Greedy first: from nothing reduced, again and again `step` more tokens in the block where that adds the least divergence for
-each unit of cost saved. Then exchange: more in one block, fewer in another, as long as that helps, in smaller and smaller
-steps. Last, single tokens use up what is left of the cost. Schedules are tried on the images; nothing is differentiated.
+A schedule is moved by how many tokens a block leaves: fewer there means that no later block leaves more, and more there that
+no earlier one leaves less. Greedy first: from nothing reduced, again and again `step` tokens fewer where that adds the least
+divergence for each unit of cost saved. Then exchange: fewer behind one block, more behind another, as long as that helps, in
+smaller and smaller steps. Last, single tokens use up what is left of the cost. Schedules are tried on images; nothing is
+differentiated.
 """
 
 import logging
@@ -18,7 +20,7 @@ _CHOICES = 3  # blocks tried on each side of an exchange
 
 
 class Problem(NamedTuple):
-    """cost must not be above `budget`; divergence is to be small."""
+    """A cost (GMAC of an image, or seconds of a batch) must not be above `budget`; divergence is to be small."""
 
     divergence: Callable[[Schedule], float]  # of a schedule, mean over images
     cost: Callable[[Schedule], float]
@@ -37,7 +39,7 @@ def search(problem: Problem, step: int, least: int) -> Schedule:
     while step >= least:
         schedule = _exchanged(problem, schedule, step)
         step //= 2
-    return _filled(problem, schedule)
+    return _filled(problem, schedule, range(problem.num_free), 1)
 
 
 def _greedy(problem: Problem, step: int) -> Schedule:
@@ -47,23 +49,23 @@ def _greedy(problem: Problem, step: int) -> Schedule:
     prices: dict[int, tuple[float, float, bool]] = {}  # price, divergence, whether it is of this schedule
     problem.hold(schedule)
     while (cost := problem.cost(schedule)) > problem.budget:
-        while True:
-            fitting = [i for i in range(problem.num_free) if _fits(problem, _changed(schedule, i, step))]
-            if not fitting:
-                raise InputError(
-                    f"budget {problem.budget:.4g} can not be met: with as few tokens as can be it takes {cost:.4g}"
-                )
-            block = min(fitting, key=lambda i: prices[i][0] if i in prices else -1.0)
-            if block in prices and prices[block][2]:
-                break
-            after = _changed(schedule, block, step)
-            found = problem.divergence(after)
-            prices[block] = ((found - now) / max(cost - problem.cost(after), 1e-9), found, True)
-        schedule, now = _changed(schedule, block, step), prices[block][1]
+        candidates = _candidates(problem, schedule, -step)
+        candidates = {i: other for i, other in candidates.items() if problem.cost(other) < cost}
+        if not candidates:
+            raise InputError(
+                f"budget {problem.budget:.4g} can not be met: with as few tokens as can be it takes {cost:.4g}"
+            )
         # The more is gone the dearer it gets: earlier prices are asked again only where they are the lowest.
         prices = {i: (price, found, False) for i, (price, found, _) in prices.items()}
+        while True:
+            block = min(candidates, key=lambda i: prices[i][0] if i in prices else -1.0)
+            if block in prices and prices[block][2]:
+                break
+            found = problem.divergence(candidates[block])
+            prices[block] = ((found - now) / (cost - problem.cost(candidates[block])), found, True)
+        schedule, now = candidates[block], prices[block][1]
         problem.hold(schedule)
-        logger.info("calibrate: cost %.4g, divergence %.4f nats: %s", problem.cost(schedule), now, _listed(schedule))
+        _tell(problem, schedule, now)
     return schedule
 
 
@@ -73,56 +75,64 @@ def _exchanged(problem: Problem, schedule: Schedule, step: int) -> Schedule:
     while (better := _better(problem, schedule, now, step)) is not None:
         schedule, now = better
         problem.hold(schedule)
-        logger.info("calibrate: cost %.4g, divergence %.4f nats: %s", problem.cost(schedule), now, _listed(schedule))
+        _tell(problem, schedule, now)
     return schedule
 
 
 def _better(problem: Problem, schedule: Schedule, now: float, step: int) -> tuple[Schedule, float] | None:
-    """A schedule within the budget of less divergence, by giving back tokens in one block and taking them in another."""
+    """A schedule within the budget of less divergence: fewer tokens behind one block, more behind another."""
     cost = problem.cost(schedule)
-    up, down = {}, {}  # divergence for each unit of cost saved; divergence avoided for each unit spent
-    for i in range(problem.num_free):
-        if _fits(problem, more := _changed(schedule, i, step)):
-            up[i] = (problem.divergence(more) - now) / max(cost - problem.cost(more), 1e-9)
-        if schedule[i]:
-            fewer = _changed(schedule, i, -min(step, schedule[i]))
-            down[i] = (now - problem.divergence(fewer)) / max(problem.cost(fewer) - cost, 1e-9)
-    takers = sorted(up, key=lambda i: up[i])[:_CHOICES]
-    givers = sorted(down, key=lambda i: -down[i])[:_CHOICES]
-    pairs = sorted(((a, b) for a in takers for b in givers if a != b), key=lambda pair: up[pair[0]] - down[pair[1]])
+    fewer, more = (_candidates(problem, schedule, change) for change in (-step, step))
+    # Divergence for each unit of cost that is saved; divergence avoided for each that is spent.
+    asked = {
+        i: (problem.divergence(other) - now) / (cost - less)
+        for i, other in fewer.items()
+        if (less := problem.cost(other)) < cost
+    }
+    given = {
+        i: (now - problem.divergence(other)) / (above - cost)
+        for i, other in more.items()
+        if (above := problem.cost(other)) > cost
+    }
+    takers = sorted(asked, key=lambda i: asked[i])[:_CHOICES]
+    givers = sorted(given, key=lambda i: -given[i])[:_CHOICES]
+    pairs = sorted(((a, b) for a in takers for b in givers if a != b), key=lambda pair: asked[pair[0]] - given[pair[1]])
     for taker, giver in pairs:
-        if up[taker] > down[giver]:
+        if asked[taker] > given[giver]:
             break
-        changed = _filled(problem, _changed(schedule, taker, step), giver, step)
-        if changed != schedule and _fits(problem, changed) and (found := problem.divergence(changed)) < now:
+        changed = _filled(problem, fewer[taker], (giver,), step)
+        if changed != fewer[taker] and (found := problem.divergence(changed)) < now:
             return changed, found
     return None
 
 
-def _filled(problem: Problem, schedule: Schedule, block: int | None = None, step: int = 1) -> Schedule:
-    """The schedule with as many tokens given back as the budget allows, `step` at a time in that block; None: one at a time,
-    where each costs least."""
-    blocks = range(problem.num_free) if block is None else (block,)
+def _filled(problem: Problem, schedule: Schedule, blocks: range | tuple[int, ...], step: int) -> Schedule:
+    """The schedule with more tokens behind these blocks, `step` at a time, where they use the most of the budget left."""
     while True:
-        fewer = [_changed(schedule, i, -min(step, schedule[i])) for i in blocks if schedule[i]]
-        within = [candidate for candidate in fewer if problem.cost(candidate) <= problem.budget]
+        more = [other for i, other in _candidates(problem, schedule, step).items() if i in blocks]
+        within = [other for other in more if problem.cost(schedule) < problem.cost(other) <= problem.budget]
         if not within:
             return schedule
         schedule = max(within, key=problem.cost)
 
 
-def _changed(schedule: Schedule, block: int, number: int) -> Schedule:
-    return (*schedule[:block], schedule[block] + number, *schedule[block + 1 :])
+def _candidates(problem: Problem, schedule: Schedule, change: int) -> dict[int, Schedule]:
+    """For each block the schedule with that many tokens more behind it, or fewer, if there is one."""
+    found = {}
+    for i in range(problem.num_free):
+        left = [problem.num_patches - sum(schedule[: j + 1]) for j in range(problem.depth)]
+        left[i] = min(max(left[i] + change, 1), problem.num_patches)
+        left = [
+            max(n, left[i]) if j < i and change > 0 else min(n, left[i]) if j > i else n for j, n in enumerate(left)
+        ]
+        left[problem.num_free :] = [left[problem.num_free - 1]] * (problem.depth - problem.num_free)
+        arriving = [problem.num_patches, *left[:-1]]
+        other = tuple(before - after for before, after in zip(arriving, left, strict=True))
+        if other != schedule and all(0 <= r <= problem.most(n) for r, n in zip(other, arriving, strict=True) if r):
+            found[i] = other
+    return found
 
 
-def _fits(problem: Problem, schedule: Schedule) -> bool:
-    left = problem.num_patches
-    for number in schedule:
-        if number > problem.most(left):
-            return False
-        left -= number
-    return True
-
-
-def _listed(schedule: Schedule) -> str:
-    return " ".join(map(str, schedule))
+def _tell(problem: Problem, schedule: Schedule, divergence: float) -> None:
+    listed = " ".join(map(str, schedule))
+    logger.info("calibrate: cost %.4g, divergence %.4f nats: %s", problem.cost(schedule), divergence, listed)

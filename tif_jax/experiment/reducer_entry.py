@@ -90,12 +90,15 @@ class ReducerEntry:
 
 
 def read_entry(settings: Any, where: str, taken_over: Mapping[str, Any] | None = None) -> ReducerEntry:
-    """The entry that a name or a dict says.
+    """The entry that a name, a dict or a JSON file of such a dict says.
 
     taken_over: options that it has unless it says otherwise, as far as the reducer knows them. An amount of its own stands
     instead of those taken over. Raises InputError, with the nearest known key, for an option that the reducer lacks.
     """
     own = {"name": settings} if isinstance(settings, str) else checked.plain(settings)
+    if isinstance(own, dict) and reducers.is_file(own.get("name")):
+        with checked.named(where):
+            own = {**reducers.described_in(own["name"]), **{key: own[key] for key in own if key != "name"}}
     if not isinstance(own, dict) or not isinstance(own.get("name"), str):
         example = "a name, or a dict as in dict(name='evit', keep_ratio=0.5)"
         raise InputError(f"{where} is {checked.shown(settings)}; it is {example}")

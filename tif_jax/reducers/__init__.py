@@ -34,9 +34,11 @@ tokens through them says so by an attribute `walks_pyramids = True`; the others 
 
 import importlib
 import inspect
+import json
 import pkgutil
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
@@ -103,6 +105,27 @@ def build(
         return _constructor(name)(**given, **{k: v for k, v in of_model.items() if k in _parameters(name)})
     except TypeError as error:
         raise InputError(f"Reducer {name!r} can not take {given}: {error}") from error
+
+
+def is_file(name: Any) -> bool:
+    """Whether it is no name of a reducer, but of a JSON file that describes one (`described_in`)."""
+    return isinstance(name, str) and name.endswith(".json")
+
+
+def described_in(path: str) -> dict[str, Any]:
+    """The reducer that a JSON file describes, as `tif calibrate` writes it: name and options. InputError for no such file."""
+    try:
+        found = json.loads(Path(path).expanduser().read_bytes())
+    except OSError as error:
+        raise InputError(f"the reducer's file {path} can not be read ({error.strerror})") from None
+    except ValueError:
+        found = None
+    found = found.get("reducer") if isinstance(found, dict) else None
+    if not isinstance(found, dict) or not isinstance(found.get("name"), str):
+        raise InputError(
+            f"{path} describes no reducer; `tif calibrate` writes such files: {{'reducer': {{'name': ...}}}}"
+        )
+    return found
 
 
 def modules_in(description: Any) -> Iterator[str]:

@@ -51,7 +51,8 @@ def load(
     hf:OWNER/NAME[@REVISION] names weights on the Hugging Face hub, which are downloaded once (`from_pretrained`).
     A workdir stands for its own checkpoints, else for the fine-tuned model that its report.json calls best; any other folder
     for the model.safetensors in it, or its shards.
-    reducer: None is the one that the weights were saved with ('full' where they do not say). The same weights run under any
+    reducer: a name, or a JSON file that `tif calibrate` wrote; None is the one that the weights were saved with ('full' where
+    they do not say). The same weights run under any
     reducer: parameters under `reducer/` that the source lacks are freshly drawn from `seed`, which a warning says; any other
     difference is an error.
     A module that is none of `tif_jax.reducers` is imported only if it is named here.
@@ -105,6 +106,9 @@ def load_with_fields(
     if hub.is_name(source):
         source = hub.pinned(str(source))
     path = located(source)
+    if reducers.is_file(reducer):
+        described_there = reducers.described_in(str(reducer))
+        reducer, options = described_there["name"], _with_own_options(described_there, options)
     given = {key: options.pop(key) for key in MODEL_FIELDS & options.keys()}
     given = {key: value for key, value in given.items() if value is not None}
     named = {*named, *reducers.modules_in({"name": reducer, **options})}

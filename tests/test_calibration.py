@@ -1,0 +1,168 @@
+"""Calibration: blocks run apart against whole models, the search against all schedules there are, mistakes."""
+
+import itertools
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from cases import lively, numpy_images
+from pictures import picture
+from small_project import forget_handlers, last_line
+from test_compare import make
+
+from tif_jax import cost, load
+from tif_jax.__main__ import main
+from tif_jax.calibration.apart import Apart
+from tif_jax.calibration.search import Problem, _candidates, search
+from tif_jax.errors import InputError
+from tif_jax.experiment.reducer_entry import read_entry
+from tif_jax.reducers.importance_merge import ImportanceMerge
+from tif_jax.reducers.tome import Tome
+
+TINY = dict(image_size=32, patch_size=8, width=32, depth=3, num_heads=2, num_classes=5)
+STEPWISE = ("importance_merge", "mctf", "tome")
+
+
+def log_softmax(x):
+    x = x - x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
+@pytest.mark.parametrize("name", STEPWISE)
+@pytest.mark.parametrize("fields", [{}, dict(pool="mean", rotary="rope_vit", num_registers=1)])
+def test_blocks_run_apart_are_the_model(name, fields):
+    """With any numbers, whatever was held before; and they cost as much."""
+    full = lively(TINY | fields)
+    images = numpy_images(6, (32, 32), 0)
+    apart = Apart(full, lively(TINY | fields, reducer=name, num_merged=(0, 0, 0)).reducer, [images[:4], images[4:]])
+    whole = np.asarray(jax.jit(lambda x: full(x)[0])(images))
+    np.testing.assert_allclose(apart.whole, whole, atol=1e-5)
+    rest = cost(full).gmac - apart.gmac((0, 0, 0))
+    for schedule in [(3, 2, 0), (3, 0, 0), (0, 5, 0)]:
+        model = lively(TINY | fields, reducer=name, num_merged=schedule)
+        reduced = np.asarray(jax.jit(lambda x, model=model: model(x)[0])(images))
+        np.testing.assert_allclose(apart.logits(schedule), reduced, atol=1e-5)
+        kl = (np.exp(log_softmax(whole)) * (log_softmax(whole) - log_softmax(reduced))).sum(axis=-1)
+        np.testing.assert_allclose(apart.divergence(schedule), kl, atol=1e-5)
+        assert apart.gmac(schedule) + rest == pytest.approx(cost(model).gmac, rel=1e-6)
+        apart.hold(schedule)
+
+
+def test_a_last_block_of_which_no_patch_is_read_is_not_searched():
+    of_class, of_mean = (
+        Apart(lively(TINY | f), Tome(), [numpy_images(2, (32, 32), 0)]) for f in ({}, dict(pool="mean"))
+    )
+    assert (of_class.num_free, of_mean.num_free) == (2, 3)
+
+
+def problem(weights, budget, num_patches=8, depth=3):
+    """Divergence: the square of what each block takes, by its weight; cost: tokens behind blocks."""
+
+    def left(schedule):
+        return [num_patches - sum(schedule[: i + 1]) for i in range(depth)]
+
+    return Problem(
+        divergence=lambda s: sum(w * (num_patches - n) ** 2 for w, n in zip(weights, left(s), strict=True)),
+        cost=lambda s: float(sum(left(s))),
+        hold=lambda s: None,
+        most=lambda n: n - 1,
+        num_patches=num_patches,
+        depth=depth,
+        num_free=depth,
+        budget=budget,
+    )
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (9.0, 1.0, 4.0), (1.0, 5.0, 0.1)])
+@pytest.mark.parametrize("budget", [20.0, 13.0, 8.0, 3.0])
+def test_the_search_finds_the_best_of_all_schedules(weights, budget):
+    """Of a convex problem: no local minimum is another."""
+    given = problem(weights, budget)
+    every = [s for s in itertools.product(range(8), repeat=3) if sum(s) < 8 and given.cost(s) <= budget]
+    found = search(given, 2, 1)
+    assert given.cost(found) <= budget and sum(found) < 8
+    assert given.divergence(found) == pytest.approx(min(map(given.divergence, every)))
+
+
+def test_a_candidate_keeps_order_and_limits():
+    found = _candidates(problem((1.0,) * 3, 0.0), (2, 2, 2), -2)
+    assert found == {0: (4, 0, 2), 1: (2, 4, 0), 2: (2, 2, 3)}  # behind the last one stays
+    assert _candidates(problem((1.0,) * 3, 0.0), (2, 2, 2), 2) == {0: (0, 4, 2), 1: (2, 0, 4), 2: (2, 2, 0)}
+    no_last = problem((1.0,) * 3, 0.0)._replace(num_free=2)
+    assert _candidates(no_last, (2, 2, 0), 2) == {0: (0, 4, 0), 1: (2, 0, 0)}
+
+
+def test_a_budget_out_of_reach():
+    with pytest.raises(InputError, match=r"budget 2 can not be met: with as few tokens as can be it takes 3"):
+        search(problem((1.0,) * 3, 2.0), 1, 1)
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    make(tmp_path)
+    for i in range(70):
+        picture(100 + i).save(tmp_path / "photos" / "b" / f"{100 + i}.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(line):
+    forget_handlers()
+    return main(line.split())
+
+
+LINE = "calibrate --weights w.safetensors --images photos --out found.json"
+
+
+def test_the_program_and_who_takes_its_file(photos, capsys):
+    full = load("w.safetensors")
+    budget = 0.9 * cost(full).gmac
+    assert not run(f"{LINE} --budget {budget}")
+    said = json.loads(Path("found.json").read_text())
+    assert capsys.readouterr().out.splitlines()[-1] == "found.json"
+    reduced = load("w.safetensors", reducer="found.json")
+    assert reduced.reducer == ImportanceMerge(tuple(said["reducer"]["num_merged"]))
+    assert 0.8 * budget < cost(reduced).gmac <= budget
+    assert cost(reduced).gmac == pytest.approx(said["calibration"]["gmac"])
+    assert read_entry("found.json", "reducer").described == {
+        **said["reducer"],
+        "num_merged": reduced.reducer.num_merged,
+    }
+    assert read_entry({"name": "found.json"}, "reducer") == read_entry("found.json", "reducer")
+    assert not run("compare --weights w.safetensors --images photos --reducer found.json --batch-sizes none --out out")
+    rows = json.loads(Path("out/compare.json").read_text())["rows"]
+    assert [row["gmac"] for row in rows.values()][1] == pytest.approx(cost(reduced).gmac)
+
+
+def test_a_budget_of_speed(photos):
+    assert not run(f"{LINE} --budget 1.01x --reducer tome --num-images 64")
+    said = json.loads(Path("found.json").read_text())
+    assert set(said["calibration"]["images_per_second"]) == {"full", "reduced"}
+    assert said["reducer"]["name"] == "tome"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--budget 0.5 --num-images 10", "10 images are too few to calibrate with; give 64 or more"),
+        ("--budget fast", "--budget is 'fast'; it is a number of GMAC"),
+        ("--budget 1e-9", "budget 1e-09 can not be met"),
+        ("--budget 1 --reducer evit", "--reducer is evit, which merges no number of tokens"),
+        ("--budget 1 --reducer tome:num_merged=3", "num_merged is what a calibration finds: leave it out"),
+        ("--budget 1 --out found", "--out is 'found'; it is a file on this machine whose name ends in .json"),
+    ],
+)
+def test_mistakes_of_the_program(photos, capsys, line, message):
+    assert run(f"{LINE} {line}") == 2
+    assert message in last_line(capsys)
+    assert not Path("found.json").exists()
+
+
+def test_files_that_describe_no_reducer(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("list.json").write_text("[1]")
+    for name, message in [("none.json", "can not be read"), ("list.json", "describes no reducer")]:
+        with pytest.raises(InputError, match=message):
+            read_entry(name, "reducer")

@@ -1,0 +1,108 @@
+"""From some images without labels to a schedule: `calibrate`.
+
+Legend: I images, Y X height and width.
+"""
+
+import logging
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float32
+
+from tif_jax.calibration.apart import Apart, Schedule
+from tif_jax.calibration.search import Problem, search
+from tif_jax.calibration.seconds import measured, seconds_of
+from tif_jax.errors import InputError
+from tif_jax.models import Model, require_head
+from tif_jax.models.budget import Speed
+from tif_jax.models.cost import cost
+from tif_jax.reducers._steps import Stepwise
+
+logger = logging.getLogger(__name__)
+
+BATCH_SIZE = 32
+_STEPS = 16, 3  # the first moves are of a sixteenth of all patches, the last of 3 tokens
+_HELD_OUT = 4  # every fourth batch
+_NEAR = 0.98  # of the wished speed
+
+
+class Calibrated(NamedTuple):
+    """A schedule and what it does: divergence in nats, mean over images, and the share whose class is the unreduced one's."""
+
+    num_merged: Schedule
+    gmac: float
+    searched: dict[str, float]  # on the images of the search: divergence, agreement
+    held_out: dict[str, float]  # on those kept out of it
+    images_per_second: dict[str, float] | None  # 'full' and 'reduced', where the budget was a speed
+
+
+def calibrate(models: "Models", images: Float32[np.ndarray, "I Y X 3"], budget: float | Speed) -> Calibrated:
+    """The number of tokens merged in each block with which predictions change least within a budget.
+
+    images: as the model takes them, 64 at least; a quarter is kept out of the search. Weights stay as they are. Raises
+    InputError for models of another task, reducers that are not `Stepwise`, too few images, and budgets out of reach.
+    """
+    full, reducer = models.full, models.with_schedule(None).reducer
+    require_head(full, "a calibration")
+    if not isinstance(reducer, Stepwise):
+        raise InputError("a calibration needs a reducer that takes a number of tokens for each block (num_merged)")
+    batches = _batches(images)
+    held_out = batches[_HELD_OUT - 1 :: _HELD_OUT]
+    apart = Apart(full, reducer, [batch for i, batch in enumerate(batches) if i % _HELD_OUT < _HELD_OUT - 1])
+    unreduced = (0,) * apart.depth
+    rest = cost(full).gmac - apart.gmac(unreduced)
+    problem = Problem(
+        lambda schedule: float(apart.divergence(schedule).mean()), lambda schedule: apart.gmac(schedule) + rest,
+        apart.hold, reducer.most, apart.num_patches, apart.depth, apart.num_free, 0.0,
+    )  # fmt: skip
+    first, least = max(1, apart.num_patches // _STEPS[0]), _STEPS[1]
+    if isinstance(budget, Speed):
+        schedule, speeds = _by_speed(models, apart, problem, budget, first, least)
+    else:
+        schedule, speeds = search(problem._replace(budget=budget), first, least), None
+    return Calibrated(
+        schedule, cost(models.with_schedule(schedule)).gmac, _judged(apart, schedule),
+        _judged(Apart(full, reducer, held_out), schedule), speeds,
+    )  # fmt: skip
+
+
+class Models(NamedTuple):
+    """The weights with all tokens, and under the reducer that is calibrated."""
+
+    full: Model
+    with_schedule: Any  # (num_merged or None: the default) -> the model under the reducer
+
+
+def _by_speed(
+    models: Models, apart: Apart, problem: Problem, wished: Speed, first: int, least: int
+) -> tuple[Schedule, dict[str, float]]:
+    """The schedule found with seconds as the cost; where the whole model proves slower than its blocks said, once more."""
+    seconds = seconds_of(apart, models.full, wished.batch_size)
+    of_full = seconds((0,) * apart.depth)
+    budget = of_full / wished.number if wished.is_relative else wished.batch_size / wished.number
+    problem = problem._replace(cost=seconds, budget=budget)
+    while True:
+        schedule = search(problem, first, least)
+        times = measured({"full": models.full, "reduced": models.with_schedule(schedule)}, wished.batch_size)
+        goal = times["full"] / wished.number if wished.is_relative else budget
+        rates = {name: wished.batch_size / time for name, time in times.items()}
+        logger.info("calibrate: %.4g images/s, with all tokens %.4g", rates["reduced"], rates["full"])
+        if times["reduced"] <= goal / _NEAR or problem.budget < budget:
+            return schedule, rates
+        problem = problem._replace(budget=problem.budget * goal / times["reduced"])
+
+
+def _batches(images: Float32[np.ndarray, "I Y X 3"]) -> list[Float32[np.ndarray, "B Y X 3"]]:
+    """Full batches of images in random order."""
+    size = min(BATCH_SIZE, len(images) // _HELD_OUT)
+    if size < 1 or len(images) < 2 * BATCH_SIZE:
+        raise InputError(
+            f"{len(images)} images are too few to calibrate with; give {2 * BATCH_SIZE} or more, better 500"
+        )
+    order = np.random.default_rng(0).permutation(len(images))
+    return [images[order[i : i + size]] for i in range(0, len(images) - size + 1, size)]
+
+
+def _judged(apart: Apart, schedule: Schedule) -> dict[str, float]:
+    agreement = (apart.logits(schedule).argmax(axis=1) == apart.whole.argmax(axis=1)).mean()
+    return {"divergence": float(apart.divergence(schedule).mean()), "agreement": float(agreement)}

@@ -1,0 +1,119 @@
+"""How many tokens to merge in which block of your model, from some hundred of your pictures, without labels or training."""
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float32
+
+from tif_jax.calibration.calibrate import Calibrated, Models, calibrate
+from tif_jax.commands import _arguments
+from tif_jax.commands._compare_data import Pictures, opened
+from tif_jax.commands._compare_rows import Weights, read_weights
+from tif_jax.commands._reducers import reducer_in
+from tif_jax.data import remote
+from tif_jax.errors import InputError
+from tif_jax.experiment.reducer_entry import ReducerEntry, option_kinds, read_entry
+from tif_jax.models.budget import AMOUNTS, Speed, read_budget
+from tif_jax.runtime import files, records
+from tif_jax.runtime.machine import machine
+from tif_jax.runtime.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+_DEFAULT = "importance_merge"
+
+
+def main(argv: list[str]) -> None:
+    parser = _arguments.Parser(prog="tif calibrate", description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add(
+        "--weights",
+        required=True,
+        metavar="FILE",
+        help="a weight file, its folder, hf:OWNER/NAME, a checkpoint, a workdir",
+    )
+    add("--images", required=True, nargs="+", metavar="FOLDER", help="folders of images, with those below them")
+    add("--budget", required=True, help="GMAC (0.8), '120 images/s', or 1.5x: times the speed of all tokens")
+    add("--out", required=True, metavar="FILE.json", help="the schedule: a reducer for --reducer, load and configs")
+    add("--reducer", default=_DEFAULT, help=f"whose schedule: one with num_merged, with options (default: {_DEFAULT})")
+    add("--num-images", type=int, default=512, metavar="N", help="at most, evenly spaced; all are held in memory (512)")
+    arguments = parser.parse_args(argv)
+    _arguments.log_to_stderr()
+    if arguments.num_images < 1:
+        raise InputError(f"--num-images is {arguments.num_images}; it is at least 1")
+    budget, entry, out = read_budget(arguments.budget, "--budget"), _entry(arguments.reducer), _file(arguments.out)
+    weights = read_weights(arguments.weights, "float32")
+    pictures = opened(arguments.images, None, weights.full, None, arguments.num_images)
+    began = time.monotonic()
+    found = calibrate(_models(weights, entry), _images(pictures), budget)
+    files.write(out, records.text(_record(found, entry, weights, pictures, arguments.budget, time.monotonic() - began)))
+    print("\n".join(_summary(found, budget)))
+    print(out)
+
+
+def _entry(text: str) -> ReducerEntry:
+    entry = read_entry(reducer_in(text), f"--reducer {text}")
+    if "num_merged" not in option_kinds(entry.name):
+        raise InputError(f"--reducer is {text}, which merges no number of tokens in each block (num_merged)")
+    if given := sorted({*AMOUNTS} & entry.arguments.keys()):
+        raise InputError(f"--reducer is {text}; {', '.join(given)} is what a calibration finds: leave it out")
+    return entry
+
+
+def _file(name: str) -> Path:
+    if not name.endswith(".json") or remote.is_url(name):
+        raise InputError(f"--out is {name!r}; it is a file on this machine whose name ends in .json")
+    path = Path(os.path.expanduser(name))
+    files.check_writable(path.parent)
+    return path
+
+
+def _models(weights: Weights, entry: ReducerEntry) -> Models:
+    def with_schedule(schedule: tuple[int, ...] | None):
+        amount = {} if schedule is None else {"num_merged": schedule}
+        return weights.model({**entry.described, **amount})
+
+    return Models(weights.full, with_schedule)
+
+
+def _images(pictures: Pictures) -> Float32[np.ndarray, "I Y X 3"]:
+    """Those that can be read."""
+    found = []
+    with Progress("pictures", len(pictures), "image") as progress:
+        for batch in pictures.batches():
+            found.append(batch["image"][batch["weight"] > 0])
+            progress.update(min(len(batch["label"]), len(pictures) - progress.done))
+    return np.concatenate(found)
+
+
+def _record(
+    found: Calibrated, entry: ReducerEntry, weights: Weights, pictures: Pictures, budget: str, seconds: float
+) -> dict[str, Any]:
+    """What is written: the reducer, and how it was found."""
+    how = {name: value for name, value in found._asdict().items() if name != "num_merged"}
+    made: dict[str, Any] = {"weights": weights.source, "digest": weights.digest, "images": list(pictures.folders)}
+    made |= {
+        "fingerprint": pictures.fingerprint,
+        "num_images": len(pictures),
+        "budget": budget,
+        "seconds": round(seconds, 1),
+    }
+    made |= {"device": jax.devices()[0].device_kind, "machine": machine(), "versions": records.versions()}
+    made |= {"command": ["tif", *sys.argv[1:]], "date": time.strftime("%Y-%m-%d")}
+    return {"reducer": {**entry.described, "num_merged": list(found.num_merged)}, "calibration": how | made}
+
+
+def _summary(found: Calibrated, budget: float | Speed) -> list[str]:
+    lines = [f"merged in each block: {' '.join(map(str, found.num_merged))}; {found.gmac:.4f} GMAC"]
+    for name, judged in (("pictures searched on", found.searched), ("pictures held out", found.held_out)):
+        lines.append(f"{name}: agreement {100 * judged['agreement']:.1f} %, divergence {judged['divergence']:.4f} nats")
+    if found.images_per_second is not None:
+        rates = found.images_per_second
+        lines.append(f"{rates['reduced']:.1f} images/s, all tokens {rates['full']:.1f} (wished: {budget})")
+    return lines
