@@ -17,7 +17,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
-from tif_jax.impact.paired import divergence
 from tif_jax.layers import true_float32
 from tif_jax.models import Model
 from tif_jax.models.cost import multiply_adds
@@ -58,8 +57,12 @@ class Apart:
         self.whole = self.logits((0,) * self.depth)
 
     def divergence(self, schedule: Schedule) -> Float32[np.ndarray, " I"]:
-        """KL(unreduced || reduced) of each image's classes, in nats."""
-        return np.asarray(divergence(jnp.asarray(self.whole), jnp.asarray(self.logits(schedule))))
+        """Of each image: half the sum of what the classes' probabilities change by (total variation), in [0, 1].
+
+        The search lowers this, not KL: of KL a few images have the most, and a schedule found by it on 128 photographs had
+        .067 nats there and .111 on others.
+        """
+        return np.abs(softmax(self.whole) - softmax(self.logits(schedule))).sum(axis=-1) / 2
 
     def logits(self, schedule: Schedule) -> Float32[np.ndarray, "I L"]:
         last, number = self.depth - 1, schedule[-1]
@@ -131,6 +134,12 @@ class Apart:
     @property
     def _fixed(self) -> tuple[int, tuple[int, int], bool]:
         return self.plain.num_special, self.plain.grid, self.plain.has_class
+
+
+def softmax(logits: Float32[np.ndarray, "I L"]) -> Float32[np.ndarray, "I L"]:
+    """Probabilities, on the host."""
+    shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return shares / shares.sum(axis=1, keepdims=True)
 
 
 @partial(jax.jit, static_argnums=0)

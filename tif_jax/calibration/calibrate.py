@@ -27,7 +27,8 @@ _NEAR = 0.98  # of the wished speed
 
 
 class Calibrated(NamedTuple):
-    """A schedule and what it does: divergence in nats, mean over images, and the share whose class is the unreduced one's."""
+    """A schedule and what it does: divergence (`Apart.divergence`), mean over images, and the share whose class is the
+    unreduced one's."""
 
     num_merged: Schedule
     gmac: float
@@ -52,7 +53,7 @@ def calibrate(models: "Models", images: Float32[np.ndarray, "I Y X 3"], budget: 
     unreduced = (0,) * apart.depth
     rest = cost(full).gmac - apart.gmac(unreduced)
     problem = Problem(
-        lambda schedule: float(apart.divergence(schedule).mean()), lambda schedule: apart.gmac(schedule) + rest,
+        apart.divergence, lambda schedule: apart.gmac(schedule) + rest,
         apart.hold, reducer.most, apart.num_patches, apart.depth, apart.num_free, 0.0,
     )  # fmt: skip
     first, least = max(1, apart.num_patches // _STEPS[0]), _STEPS[1]

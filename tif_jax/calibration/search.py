@@ -2,14 +2,17 @@
 
 A schedule is moved by how many tokens a block leaves: fewer there means that no later block leaves more, and more there that
 no earlier one leaves less. Greedy first: from nothing reduced, again and again `step` tokens fewer where that adds the least
-divergence for each unit of cost saved. Then exchange: fewer behind one block, more behind another, as long as that helps, in
-smaller and smaller steps. Last, single tokens use up what is left of the cost. Schedules are tried on images; nothing is
-differentiated.
+divergence for each unit of cost saved. Then exchange: fewer behind one block, more behind another, as long as that helps by
+more than a standard error, in smaller and smaller steps. Last, single tokens use up what is left of the cost, unless that
+hurts. Schedules are tried on images; nothing is differentiated.
 """
 
 import logging
 from collections.abc import Callable
 from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
 
 from tif_jax.errors import InputError
 
@@ -22,7 +25,7 @@ _CHOICES = 3  # blocks tried on each side of an exchange
 class Problem(NamedTuple):
     """A cost (GMAC of an image, or seconds of a batch) must not be above `budget`; divergence is to be small."""
 
-    divergence: Callable[[Schedule], float]  # of a schedule, mean over images
+    divergence: Callable[[Schedule], Float[np.ndarray, " I"]]  # of a schedule, for each image
     cost: Callable[[Schedule], float]
     hold: Callable[[Schedule], None]  # told of every schedule from which the next ones will differ a little
     most: Callable[[int], int]  # how many of some patch tokens can go in one block
@@ -39,13 +42,15 @@ def search(problem: Problem, step: int, least: int) -> Schedule:
     while step >= least:
         schedule = _exchanged(problem, schedule, step)
         step //= 2
-    return _filled(problem, schedule, range(problem.num_free), 1)
+    filled = _filled(problem, schedule, range(problem.num_free), 1)
+    is_worse = _is_less(problem.divergence(schedule), problem.divergence(filled))
+    return schedule if is_worse else filled
 
 
 def _greedy(problem: Problem, step: int) -> Schedule:
     """The first schedule within the budget, of multiples of `step`: so there are few numbers of tokens to compile for."""
     schedule: Schedule = (0,) * problem.depth
-    now = 0.0
+    now = 0.0  # divergence, mean over images
     prices: dict[int, tuple[float, float, bool]] = {}  # price, divergence, whether it is of this schedule
     problem.hold(schedule)
     while (cost := problem.cost(schedule)) > problem.budget:
@@ -61,7 +66,7 @@ def _greedy(problem: Problem, step: int) -> Schedule:
             block = min(candidates, key=lambda i: prices[i][0] if i in prices else -1.0)
             if block in prices and prices[block][2]:
                 break
-            found = problem.divergence(candidates[block])
+            found = float(problem.divergence(candidates[block]).mean())
             prices[block] = ((found - now) / (cost - problem.cost(candidates[block])), found, True)
         schedule, now = candidates[block], prices[block][1]
         problem.hold(schedule)
@@ -75,22 +80,24 @@ def _exchanged(problem: Problem, schedule: Schedule, step: int) -> Schedule:
     while (better := _better(problem, schedule, now, step)) is not None:
         schedule, now = better
         problem.hold(schedule)
-        _tell(problem, schedule, now)
+        _tell(problem, schedule, float(now.mean()))
     return schedule
 
 
-def _better(problem: Problem, schedule: Schedule, now: float, step: int) -> tuple[Schedule, float] | None:
+def _better(
+    problem: Problem, schedule: Schedule, now: Float[np.ndarray, " I"], step: int
+) -> tuple[Schedule, Float[np.ndarray, " I"]] | None:
     """A schedule within the budget of less divergence: fewer tokens behind one block, more behind another."""
     cost = problem.cost(schedule)
     fewer, more = (_candidates(problem, schedule, change) for change in (-step, step))
     # Divergence for each unit of cost that is saved; divergence avoided for each that is spent.
     asked = {
-        i: (problem.divergence(other) - now) / (cost - less)
+        i: (problem.divergence(other) - now).mean() / (cost - less)
         for i, other in fewer.items()
         if (less := problem.cost(other)) < cost
     }
     given = {
-        i: (now - problem.divergence(other)) / (above - cost)
+        i: (now - problem.divergence(other)).mean() / (above - cost)
         for i, other in more.items()
         if (above := problem.cost(other)) > cost
     }
@@ -101,7 +108,7 @@ def _better(problem: Problem, schedule: Schedule, now: float, step: int) -> tupl
         if asked[taker] > given[giver]:
             break
         changed = _filled(problem, fewer[taker], (giver,), step)
-        if changed != fewer[taker] and (found := problem.divergence(changed)) < now:
+        if changed != fewer[taker] and _is_less(found := problem.divergence(changed), now):
             return changed, found
     return None
 
@@ -114,6 +121,13 @@ def _filled(problem: Problem, schedule: Schedule, blocks: range | tuple[int, ...
         if not within:
             return schedule
         schedule = max(within, key=problem.cost)
+
+
+def _is_less(these: Float[np.ndarray, " I"], those: Float[np.ndarray, " I"]) -> bool:
+    """Whether these are less by more than the standard error of the mean difference: of many that are tried, chance favours
+    some."""
+    difference = these - those
+    return bool(difference.mean() < -difference.std() / np.sqrt(len(difference)) - 1e-12)
 
 
 def _candidates(problem: Problem, schedule: Schedule, change: int) -> dict[int, Schedule]:
@@ -135,4 +149,4 @@ def _candidates(problem: Problem, schedule: Schedule, change: int) -> dict[int, 
 
 def _tell(problem: Problem, schedule: Schedule, divergence: float) -> None:
     listed = " ".join(map(str, schedule))
-    logger.info("calibrate: cost %.4g, divergence %.4f nats: %s", problem.cost(schedule), divergence, listed)
+    logger.info("calibrate: cost %.4g, divergence %.4f: %s", problem.cost(schedule), divergence, listed)
