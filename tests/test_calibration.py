@@ -138,7 +138,7 @@ def test_the_program_and_who_takes_its_file(photos, capsys):
 
 
 def test_a_budget_of_speed(photos):
-    assert not run(f"{LINE} --budget 0.3x --reducer tome --num-images 64")
+    assert not run(f"{LINE} --budget 0.3x --reducer tome")
     said = json.loads(Path("found.json").read_text())
     assert set(said["calibration"]["images_per_second"]) == {"full", "reduced"}
     assert said["reducer"] == {"name": "tome", "num_merged": [0, 0]}  # all tokens are fast enough

@@ -50,7 +50,7 @@ class Apart:
         self.plain = model.tokens(1)
         self.num_patches = self.plain.position.shape[1]
         # Nobody reads what merges in a last block of which patches are not read.
-        self.num_free = self.depth - (1)
+        self.num_free = self.depth - (model.blocks_of_prediction[-1] is not model.blocks[-1])
         self.embedded = [_embed(self.graphdef, self.params, batch) for batch in batches]
         self.held: dict[Schedule, list[State]] = {}
         self.counted: dict[tuple[bool, int, int], float] = {}
@@ -165,6 +165,6 @@ def _finish(graphdef: Any, reducer: Stepwise, number: int, params: Any, state: S
     model = nnx.merge(graphdef, params)
     tokens = model.tokens(1)._replace(index=state.raster, position=state.position, source=state.source)
     with true_float32(model.dtype):
-        block = model.blocks[-1]
+        block = model.blocks_of_prediction[-1]
         x, tokens, size = reducer.step(block, state.x, tokens, state.size, number)
         return model.predict(x, aux_of(reducer, tokens, size))[0].astype(jnp.float32)
