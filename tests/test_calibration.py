@@ -82,7 +82,7 @@ def test_the_search_finds_the_best_of_all_schedules(weights, budget):
     """Of a convex problem: no local minimum is another."""
     given = problem(weights, budget)
     every = [s for s in itertools.product(range(8), repeat=3) if sum(s) < 8 and given.cost(s) <= budget]
-    found = search(given, 2, 1)
+    found = search(given, given, 2, 1)
     assert given.cost(found) <= budget and sum(found) < 8
     assert given.divergence(found)[0] == pytest.approx(min(given.divergence(s)[0] for s in every))
 
@@ -97,7 +97,7 @@ def test_a_candidate_keeps_order_and_limits():
 
 def test_a_budget_out_of_reach():
     with pytest.raises(InputError, match=r"budget 2 can not be met: with as few tokens as can be it takes 3"):
-        search(problem((1.0,) * 3, 2.0), 1, 1)
+        search(problem((1.0,) * 3, 2.0), problem((1.0,) * 3, 2.0), 1, 1)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ Legend: I images, Y X height and width.
 """
 
 import logging
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 BATCH_SIZE = 32
 _STEPS = 16, 3  # the first moves are of a sixteenth of all patches, the last of 3 tokens
 _HELD_OUT = 4  # every fourth batch
+_FEW = 4  # every fourth of the other batches is enough to begin with
 _NEAR = 0.98  # of the wished speed
 
 
@@ -37,7 +39,17 @@ class Calibrated(NamedTuple):
     images_per_second: dict[str, float] | None  # 'full' and 'reduced', where the budget was a speed
 
 
-def calibrate(models: "Models", images: Float32[np.ndarray, "I Y X 3"], budget: float | Speed) -> Calibrated:
+class Models(NamedTuple):
+    """The weights with all tokens, and under the reducer that is calibrated."""
+
+    full: Model
+    with_schedule: Any  # (num_merged or None: the default) -> the model under the reducer
+
+
+Search = Callable[[Callable[[Schedule], float], float], Schedule]  # (cost, budget) -> schedule
+
+
+def calibrate(models: Models, images: Float32[np.ndarray, "I Y X 3"], budget: float | Speed) -> Calibrated:
     """The number of tokens merged in each block with which predictions change least within a budget.
 
     images: as the model takes them, 64 at least; a quarter is kept out of the search. Weights stay as they are. Raises
@@ -48,49 +60,51 @@ def calibrate(models: "Models", images: Float32[np.ndarray, "I Y X 3"], budget: 
     if not isinstance(reducer, Stepwise):
         raise InputError("a calibration needs a reducer that takes a number of tokens for each block (num_merged)")
     batches = _batches(images)
-    held_out = batches[_HELD_OUT - 1 :: _HELD_OUT]
-    apart = Apart(full, reducer, [batch for i, batch in enumerate(batches) if i % _HELD_OUT < _HELD_OUT - 1])
-    unreduced = (0,) * apart.depth
-    rest = cost(full).gmac - apart.gmac(unreduced)
-    problem = Problem(
-        apart.divergence, lambda schedule: apart.gmac(schedule) + rest,
-        apart.hold, reducer.most, apart.num_patches, apart.depth, apart.num_free, 0.0,
-    )  # fmt: skip
-    first, least = max(1, apart.num_patches // _STEPS[0]), _STEPS[1]
+    searched = [batch for i, batch in enumerate(batches) if i % _HELD_OUT < _HELD_OUT - 1]
+    apart = Apart(full, reducer, searched)
+    search_within = _search(apart, Apart(full, reducer, searched[::_FEW]))
     if isinstance(budget, Speed):
-        schedule, speeds = _by_speed(models, apart, problem, budget, first, least)
+        schedule, speeds = _by_speed(models, apart, search_within, budget)
     else:
-        schedule, speeds = search(problem._replace(budget=budget), first, least), None
+        rest = cost(full).gmac - apart.gmac((0,) * apart.depth)
+        schedule, speeds = search_within(lambda schedule: apart.gmac(schedule) + rest, budget), None
+    held_out = Apart(full, reducer, batches[_HELD_OUT - 1 :: _HELD_OUT])
     return Calibrated(
         schedule, cost(models.with_schedule(schedule)).gmac, _judged(apart, schedule),
-        _judged(Apart(full, reducer, held_out), schedule), speeds,
+        _judged(held_out, schedule), speeds,
     )  # fmt: skip
 
 
-class Models(NamedTuple):
-    """The weights with all tokens, and under the reducer that is calibrated."""
+def _search(apart: Apart, few: Apart) -> Search:
+    """The search, as a function of what a schedule costs and of the budget."""
+    step = max(1, apart.num_patches // _STEPS[0])
 
-    full: Model
-    with_schedule: Any  # (num_merged or None: the default) -> the model under the reducer
+    def within(cost: Callable[[Schedule], float], budget: float) -> Schedule:
+        problem, coarse = (
+            Problem(
+                on.divergence, cost, on.hold, apart.reducer.most, apart.num_patches, apart.depth, apart.num_free, budget
+            )
+            for on in (apart, few)
+        )
+        return search(problem, coarse, step, _STEPS[1])
+
+    return within
 
 
-def _by_speed(
-    models: Models, apart: Apart, problem: Problem, wished: Speed, first: int, least: int
-) -> tuple[Schedule, dict[str, float]]:
+def _by_speed(models: Models, apart: Apart, search_within: Search, wished: Speed) -> tuple[Schedule, dict[str, float]]:
     """The schedule found with seconds as the cost; where the whole model proves slower than its blocks said, once more."""
-    seconds = seconds_of(apart, models.full, wished.batch_size)
-    of_full = seconds((0,) * apart.depth)
-    budget = of_full / wished.number if wished.is_relative else wished.batch_size / wished.number
-    problem = problem._replace(cost=seconds, budget=budget)
-    while True:
-        schedule = search(problem, first, least)
-        times = measured({"full": models.full, "reduced": models.with_schedule(schedule)}, wished.batch_size)
-        goal = times["full"] / wished.number if wished.is_relative else budget
-        rates = {name: wished.batch_size / time for name, time in times.items()}
+    seconds, size = seconds_of(apart, models.full, wished.batch_size), wished.batch_size
+    budget = seconds((0,) * apart.depth) / wished.number if wished.is_relative else size / wished.number
+    for _ in range(2):
+        schedule = search_within(seconds, budget)
+        times = measured({"full": models.full, "reduced": models.with_schedule(schedule)}, size)
+        goal = times["full"] / wished.number if wished.is_relative else size / wished.number
+        rates = {name: size / time for name, time in times.items()}
         logger.info("calibrate: %.4g images/s, with all tokens %.4g", rates["reduced"], rates["full"])
-        if times["reduced"] <= goal / _NEAR or problem.budget < budget:
-            return schedule, rates
-        problem = problem._replace(budget=problem.budget * goal / times["reduced"])
+        if times["reduced"] <= goal / _NEAR:
+            break
+        budget *= goal / times["reduced"]
+    return schedule, rates
 
 
 def _batches(images: Float32[np.ndarray, "I Y X 3"]) -> list[Float32[np.ndarray, "B Y X 3"]]:

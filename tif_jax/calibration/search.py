@@ -35,10 +35,12 @@ class Problem(NamedTuple):
     budget: float
 
 
-def search(problem: Problem, step: int, least: int) -> Schedule:
-    """The schedule found. step: tokens moved at once in the beginning; least: in the end. Raises InputError for a budget
-    that can not be met."""
-    schedule = _greedy(problem, step)
+def search(problem: Problem, few: Problem, step: int, least: int) -> Schedule:
+    """The schedule found. few: the same problem on a part of the images, for the greedy beginning, which many images would
+    only make slow. step: tokens moved at once in the beginning; least: in the end. Raises InputError for a budget that can
+    not be met."""
+    schedule = _greedy(few, step)
+    problem.hold(schedule)
     while step >= least:
         schedule = _exchanged(problem, schedule, step)
         step //= 2
