@@ -93,3 +93,10 @@ def tensors_of(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The decoder among a model's parameters as tensors, by name."""
     flat = traverse_util.flatten_dict({name: of for name, of in params.items() if f"{name}/" == DECODER}, sep="/")
     return {path: np.ascontiguousarray(leaf) for path, leaf in flat.items()}
+
+
+def module_of(name: str) -> str:
+    """The module that a parameter belongs to, at most two levels down: 'reducer/adapter', 'head'; of a decoder, that."""
+    if name.startswith(DECODER):
+        return DECODER.rstrip("/")
+    return "/".join(name.split("/")[:-1][:2])

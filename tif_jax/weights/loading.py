@@ -134,7 +134,7 @@ def load_with_fields(
     may_go = [*TRAINING_HEADS] if reducer_name == own["name"] else ["reducer/", *TRAINING_HEADS]
     _check_fit(path, wanted, found, may_be_fresh, may_go)
     if fresh := sorted(set(wanted) - set(found)):
-        lacking = ", ".join(dict.fromkeys(map(_module, fresh)))
+        lacking = ", ".join(dict.fromkeys(map(dense.module_of, fresh)))
         if fresh_told_at is None:
             raise InputError(f"{path} has no {lacking}, which {reducer_name!r} has to learn: take weights that have it")
         logger.log(fresh_told_at, "%s: freshly initialised: %s", path, lacking)
@@ -251,13 +251,6 @@ def _refuse_modules(path: Path, names: Collection[str]) -> None:
             f"{path} names the module {', '.join(sorted(names))}, whose code runs when it is loaded; if you trust it, name "
             f"it yourself: reducer={min(names)!r}"
         )
-
-
-def _module(name: str) -> str:
-    """The module that a parameter belongs to, at most two levels down: 'reducer/adapter', 'head'; of a decoder, that."""
-    if name.startswith(dense.DECODER):
-        return dense.DECODER.rstrip("/")
-    return "/".join(name.split("/")[:-1][:2])
 
 
 def _with_own_options(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
