@@ -36,13 +36,13 @@ class Problem(NamedTuple):
 
 
 def search(problem: Problem, few: Problem, step: int, least: int) -> Schedule:
-    """The schedule found. few: the same problem on a part of the images, for the greedy beginning, which many images would
-    only make slow. step: tokens moved at once in the beginning; least: in the end. Raises InputError for a budget that can
+    """The schedule found. few: the same problem on a part of the images, for the greedy beginning and for what is worth a try;
+    all images would only make that slow. step: tokens moved at once in the beginning; least: in the end. Raises InputError for a budget that can
     not be met."""
     schedule = _greedy(few, step)
     problem.hold(schedule)
     while step >= least:
-        schedule = _exchanged(problem, schedule, step)
+        schedule = _exchanged(problem, few, schedule, step)
         step //= 2
     filled = _filled(problem, schedule, range(problem.num_free), 1)
     is_worse = _is_less(problem.divergence(schedule), problem.divergence(filled))
@@ -76,30 +76,31 @@ def _greedy(problem: Problem, step: int) -> Schedule:
     return schedule
 
 
-def _exchanged(problem: Problem, schedule: Schedule, step: int) -> Schedule:
+def _exchanged(problem: Problem, few: Problem, schedule: Schedule, step: int) -> Schedule:
     """The schedule after all exchanges of `step` tokens that help."""
     now = problem.divergence(schedule)
-    while (better := _better(problem, schedule, now, step)) is not None:
+    while (better := _better(problem, few, schedule, now, step)) is not None:
         schedule, now = better
         problem.hold(schedule)
+        few.hold(schedule)
         _tell(problem, schedule, float(now.mean()))
     return schedule
 
 
 def _better(
-    problem: Problem, schedule: Schedule, now: Float[np.ndarray, " I"], step: int
+    problem: Problem, few: Problem, schedule: Schedule, now: Float[np.ndarray, " I"], step: int
 ) -> tuple[Schedule, Float[np.ndarray, " I"]] | None:
     """A schedule within the budget of less divergence: fewer tokens behind one block, more behind another."""
-    cost = problem.cost(schedule)
+    cost, known = problem.cost(schedule), few.divergence(schedule)
     fewer, more = (_candidates(problem, schedule, change) for change in (-step, step))
     # Divergence for each unit of cost that is saved; divergence avoided for each that is spent.
     asked = {
-        i: (problem.divergence(other) - now).mean() / (cost - less)
+        i: (few.divergence(other) - known).mean() / (cost - less)
         for i, other in fewer.items()
         if (less := problem.cost(other)) < cost
     }
     given = {
-        i: (now - problem.divergence(other)).mean() / (above - cost)
+        i: (known - few.divergence(other)).mean() / (above - cost)
         for i, other in more.items()
         if (above := problem.cost(other)) > cost
     }
