@@ -36,9 +36,12 @@ class Problem(NamedTuple):
 
 
 def search(problem: Problem, few: Problem, step: int, least: int) -> Schedule:
-    """The schedule found. few: the same problem on a part of the images, for the greedy beginning and for what is worth a try;
-    all images would only make that slow. step: tokens moved at once in the beginning; least: in the end. Raises InputError for a budget that can
-    not be met."""
+    """The schedule found.
+
+    few: the same problem on a part of the images, for the greedy beginning and for what is worth a try, which all
+    would only slow. step: tokens moved at once in the beginning; least: in the end. Raises InputError for a budget that can
+    not be met.
+    """
     schedule = _greedy(few, step)
     problem.hold(schedule)
     while step >= least:
