@@ -135,7 +135,6 @@ def test_the_lists_as_text_as_they_are_published():
         (lambda: rates([], []), "prune_kept_num is \\[\\]; it lists"),
         (lambda: rates([197], [197, 3]), "prune_kept_num has 1 entries and merge_kept_num 2"),
         (lambda: Diffrate(num_dropped=-1), "num_dropped is -1; it is the number of patch tokens dropped per block"),
-        (lambda: Diffrate(num_merged=(1, 0.5)), "num_merged is \\(1, 0.5\\); it is the number of patch tokens merged"),
         (lambda: cost_of(TINY, reducer="diffrate", num_dropped=(1, 2)), "num_dropped has 2 entries for 3 blocks"),
     ],
 )
