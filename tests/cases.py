@@ -25,6 +25,15 @@ def mostly_long(cases, short=(0,)):
     ]
 
 
+# Each treats tokens as another method does that is tested throughout (evit, tome, bat).
+ALIKE = ("as_vit", "atc", "dpc_knn", "importance_merge", "mctf", "pitome", "tofu", "zero_tprune")
+
+
+def one_of_a_kind(names, also=()):
+    """The names for parametrize, those of `ALIKE` and `also` with -m long: where a program has to be compiled for each."""
+    return [pytest.param(name, marks=pytest.mark.long) if name in (*ALIKE, *also) else name for name in names]
+
+
 def lively(fields, seed=0, scale=0.5, **options):
     """A model with weights drawn by numpy, under which attention is far from uniform and every branch has a say."""
     rng = np.random.default_rng(seed)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-from cases import call, lively, mostly_long, numpy_images, numpy_model
+from cases import call, lively, mostly_long, numpy_images, numpy_model, one_of_a_kind
 from jax import export as jax_export
 from PIL import Image
 
@@ -57,7 +57,10 @@ def check_same(found, model, images):
         np.testing.assert_array_equal(value, aux[name])
 
 
-@pytest.mark.parametrize("reducer", [name for name in reducers.known() if name not in ("random", "evo_levit", "atc")])
+ONNX = [name for name in reducers.known() if name not in ("random", "evo_levit", "atc")]
+
+
+@pytest.mark.parametrize("reducer", one_of_a_kind(ONNX, also=("norm", "prior")))
 def test_onnx_of_every_reducer(tmp_path, reducer):
     model = model_for(reducer)
     manifest = to_onnx(model, tmp_path / "made")

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import attend, cost_of, embed, feed_forward, mostly_long, numpy_images, numpy_model, predict
+from cases import attend, cost_of, embed, feed_forward, mostly_long, numpy_images, numpy_model, one_of_a_kind, predict
 from flax import nnx
 
 from tif_jax import cost, reducers, tokens
@@ -63,10 +63,9 @@ def name(request):
     return request.param
 
 
-# Of the baselines that differ in their ranking alone one stands for all, where a program has to be compiled for each.
-ONE_BASELINE = pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.long) if n in ("norm", "prior") else n for n in reducers.known()]
-)
+# Of the baselines that differ in their ranking alone one stands for all, and of methods alike one, where a program has to
+# be compiled for each.
+ONE_BASELINE = pytest.mark.parametrize("name", one_of_a_kind(reducers.known(), also=("norm", "prior")))
 CLASS_RANKED = ("as_vit", "bat", "diffrate", "evit", "evo_vit", "evo_levit")
 BIT_FOR_BIT = [(n, v) for n in reducers.known() for v in VARIANTS if v != "siglip" or n not in CLASS_RANKED]
 # The baselines choose tokens as tif does; other reducers are compared with a reference on such a model, in their own tests.
