@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from cases import lively, numpy_images
+from cases import lively, mostly_long, numpy_images
 from pictures import picture
 from small_project import forget_handlers, last_line
 from test_compare import make
@@ -31,8 +31,12 @@ def log_softmax(x):
     return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
 
 
-@pytest.mark.parametrize("name", STEPWISE)
-@pytest.mark.parametrize("fields", [{}, dict(pool="mean", rotary="rope_vit", num_registers=1)])
+MEAN = dict(pool="mean", rotary="rope_vit", num_registers=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"), mostly_long([(name, fields) for name in STEPWISE for fields in ({}, MEAN)], short=(0, 1, 2))
+)
 def test_blocks_run_apart_are_the_model(name, fields):
     """With any numbers, whatever was held before; and they cost as much."""
     full = lively(TINY | fields)
@@ -41,7 +45,7 @@ def test_blocks_run_apart_are_the_model(name, fields):
     whole = np.asarray(jax.jit(lambda x: full(x)[0])(images))
     np.testing.assert_allclose(apart.whole, whole, atol=1e-5)
     rest = cost(full).gmac - apart.gmac((0, 0, 0))
-    for schedule in [(3, 2, 0), (3, 0, 0), (0, 5, 0)]:
+    for schedule in [(3, 2, 0), (3, 0, 0)]:
         model = lively(TINY | fields, reducer=name, num_merged=schedule)
         reduced = np.asarray(jax.jit(lambda x, model=model: model(x)[0])(images))
         np.testing.assert_allclose(apart.logits(schedule), reduced, atol=1e-5)
