@@ -67,6 +67,14 @@ def _make_writable(folder: Path, what: str = "workdir") -> None:
         raise InputError(f"{what} {folder} can not be written ({error.strerror}); choose another") from None
 
 
+def add_weights_and_images(parser: argparse.ArgumentParser) -> None:
+    """--weights and --images of commands that need no config."""
+    whose = "a weight file, its folder, hf:OWNER/NAME, a checkpoint, a workdir"
+    parser.add_argument("--weights", required=True, metavar="FILE", help=whose)
+    folders = "folders of images, with those below them"
+    parser.add_argument("--images", required=True, nargs="+", metavar="FOLDER", help=folders)
+
+
 def log_to_stderr() -> None:
     """Our own messages, and only ours: Orbax tells a page per checkpoint, and hundreds of lines of a full disk."""
     logger = logging.getLogger("tif_jax")

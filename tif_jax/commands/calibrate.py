@@ -32,13 +32,7 @@ _DEFAULT = "importance_merge"
 def main(argv: list[str]) -> None:
     parser = _arguments.Parser(prog="tif calibrate", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add(
-        "--weights",
-        required=True,
-        metavar="FILE",
-        help="a weight file, its folder, hf:OWNER/NAME, a checkpoint, a workdir",
-    )
-    add("--images", required=True, nargs="+", metavar="FOLDER", help="folders of images, with those below them")
+    _arguments.add_weights_and_images(parser)
     add("--budget", required=True, help="GMAC (0.8), '120 images/s', or 1.5x: times the speed of all tokens")
     add("--out", required=True, metavar="FILE.json", help="the schedule: a reducer for --reducer, load and configs")
     add("--reducer", default=_DEFAULT, help=f"whose schedule: one with num_merged, with options (default: {_DEFAULT})")

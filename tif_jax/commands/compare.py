@@ -59,13 +59,7 @@ def main(argv: list[str]) -> None:
 def _parsed(argv: list[str]) -> argparse.Namespace:
     parser = _arguments.Parser(prog="tif compare", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add(
-        "--weights",
-        required=True,
-        metavar="FILE",
-        help="a weight file, its folder, hf:OWNER/NAME, a checkpoint, a workdir",
-    )
-    add("--images", required=True, nargs="+", metavar="FOLDER", help="folders of images, with those below them")
+    _arguments.add_weights_and_images(parser)
     add(
         "--labels",
         metavar="FILE.csv|folders",

@@ -1,15 +1,16 @@
 """Tokens that go into others: what methods that merge have in common.
 
-Legend: B images, N patch tokens, M those that are left, R those that fuse into them, D width.
+Legend: B images, T and S tokens, N patch tokens, M those that are left, R those that fuse into them, D width.
 """
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tif_jax.layers import widened
-from tif_jax.tokens import put, row_numbers, take
+from tif_jax.tokens import Tokens, join, merged, put, row_numbers, split, take
 
 
 class Fusion(NamedTuple):
@@ -25,6 +26,22 @@ def fusion_of(gone: Int[Array, "B R"], target: Int[Array, "B R"], num_tokens: in
     stays = put(jnp.ones((gone.shape[0], num_tokens), jnp.int32), gone, jnp.zeros_like(gone))
     left = jnp.argsort(1 - stays, axis=1, stable=True)[:, : num_tokens - gone.shape[1]].astype(jnp.int32)
     return Fusion(left, gone, take(jnp.cumsum(stays, axis=1, dtype=jnp.int32) - 1, target))
+
+
+def unit(x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+    """Rows scaled to length 1, whose products are cosines; at least float32, no gradient."""
+    x = jax.lax.stop_gradient(x).astype(widened(x.dtype))
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(axis=-1, keepdims=True), 1e-24))
+
+
+def fuse_tokens(
+    x: Float[Array, "B T D"], tokens: Tokens, weight: Float[Array, "B N"], fusion: Fusion
+) -> tuple[Float[Array, "B S D"], Tokens]:
+    """x and what its rows are after `fuse` of the patch tokens, which leaves special tokens alone."""
+    special, patches = split(x, tokens.num_special)
+    position, _ = fuse(tokens.position, weight, fusion)
+    tokens = merged(tokens, destination(fusion, patches.shape[1]), position)
+    return join(special, fuse(patches, weight, fusion)[0]), tokens
 
 
 def fuse(

@@ -19,8 +19,8 @@ from tif_jax.errors import InputError
 from tif_jax.layers import widened
 from tif_jax.reducers import _schedule as schedule
 from tif_jax.reducers._density_peaks import products
-from tif_jax.reducers._fusion import Fusion, destination, fuse
-from tif_jax.tokens import class_attention, gates_to_log_weight, join, merged, require_class, split, take
+from tif_jax.reducers._fusion import Fusion, fuse_tokens, unit
+from tif_jax.tokens import class_attention, gates_to_log_weight, require_class, split, take
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Diffrate:
         log_size = None  # nothing to add while every size is 1
         for block, (num_dropped, num_merged) in zip(blocks, per_block, strict=True):
             x, qk = block.attend(x, tokens, log_size, rngs)
-            special, patches = split(x, tokens.num_special)
+            patches = split(x, tokens.num_special)[1]
             num_patches = patches.shape[1]
             num_staying = max(1, num_patches - num_dropped)
             num_left = max(1, num_staying - num_merged)
@@ -59,11 +59,8 @@ class Diffrate:
                 scores = class_attention(qk, tokens.num_special, log_size)
                 fusion, similarity = match(patches, *ranked(scores, num_left, num_staying))
                 one = jnp.ones_like(size)  # a mean of the tokens as they arrive, whatever they are made of
-                position, _ = fuse(tokens.position, one, fusion)
-                patches, _ = fuse(patches, one, fusion)
+                x, tokens = fuse_tokens(x, tokens, one, fusion)
                 size = grown(size, fusion, similarity)
-                tokens = merged(tokens, destination(fusion, num_patches), position)
-                x = join(special, patches)
                 log_size = gates_to_log_weight(size, tokens.num_special) if self.proportional else None
             x = block.feed_forward(x, rngs)
         return x, {"source": tokens.source} | ({} if log_size is None else {"size": size})
@@ -122,9 +119,8 @@ def match(
 
     Ties go to the lower row. A cosine below 0 counts as 0, so that no size falls below 1, which has a logarithm.
     """
-    unit = jax.lax.stop_gradient(patches).astype(widened(patches.dtype))
-    unit = unit * jax.lax.rsqrt(jnp.maximum(jnp.sum(unit**2, axis=-1, keepdims=True), 1e-24))
-    similarity = products(take(unit, gone), take(unit, left))
+    direction = unit(patches)
+    similarity = products(take(direction, gone), take(direction, left))
     return Fusion(left, gone, similarity.argmax(axis=2).astype(jnp.int32)), jnp.maximum(similarity.max(axis=2), 0)
 
 

@@ -15,10 +15,10 @@ from jaxtyping import Array, Float
 from tif_jax.layers import widened
 from tif_jax.reducers import _schedule as schedule
 from tif_jax.reducers._density_peaks import products
-from tif_jax.reducers._fusion import Fusion, destination, fuse, fusion_of
+from tif_jax.reducers._fusion import Fusion, fuse_tokens, fusion_of, total, unit
 from tif_jax.reducers._steps import limited, log_sizes, walk
 from tif_jax.reducers.mctf import informativeness
-from tif_jax.tokens import class_attention, join, merged, put, row_numbers, split, take
+from tif_jax.tokens import class_attention, put, row_numbers, split, take
 
 _CANDIDATES = 3  # tokens looked at for each that merges: those of least importance
 
@@ -50,17 +50,15 @@ class ImportanceMerge:
         log_size = log_sizes(size, tokens, self.proportional)
         x, qk = block.attend(x, tokens, log_size, rngs)
         if number:
-            special, patches = split(x, tokens.num_special)
+            patches = split(x, tokens.num_special)[1]
             if tokens.has_class:
                 importance = class_attention(qk, tokens.num_special, log_size)
             else:
                 importance = informativeness(qk, log_size)[:, tokens.num_special :]
             fusion = match(patches, importance, number, self.power)
             size = jnp.ones(patches.shape[:2], widened(x.dtype)) if size is None else size
-            position, _ = fuse(tokens.position, size, fusion)
-            tokens = merged(tokens, destination(fusion, patches.shape[1]), position)
-            patches, size = fuse(patches, size, fusion)
-            x = join(special, patches)
+            x, tokens = fuse_tokens(x, tokens, size, fusion)
+            size = total(size, fusion)
         return block.feed_forward(x, rngs), tokens, size
 
     def __call__(self, blocks, x, tokens, rngs=None):
@@ -75,11 +73,9 @@ def match(x: Float[Array, "B N D"], importance: Float[Array, "B N"], number: int
     important; of equal prices the less important one goes. Similarities are at least float32 and pass no gradient.
     """
     num_patches = x.shape[1]
-    wide = jax.lax.stop_gradient(x).astype(widened(x.dtype))
-    unit = wide * jax.lax.rsqrt(jnp.maximum(jnp.square(wide).sum(axis=-1, keepdims=True), 1e-24))
-    importance = jax.lax.stop_gradient(importance)
+    direction, importance = unit(x), jax.lax.stop_gradient(importance)
     _, asked = jax.lax.top_k(-importance, min(_CANDIDATES * number, num_patches))
-    similarity = products(take(unit, asked), unit)
+    similarity = products(take(direction, asked), direction)
     theirs, row = take(importance, asked)[:, :, None], row_numbers(*importance.shape)[:, None, :]
     is_more = (importance[:, None, :] > theirs) | ((importance[:, None, :] == theirs) & (row > asked[:, :, None]))
     nearest = jnp.where(is_more, similarity, -1).max(axis=2)

@@ -19,9 +19,9 @@ from tif_jax.errors import InputError
 from tif_jax.layers import widened
 from tif_jax.reducers import _schedule as schedule
 from tif_jax.reducers._density_peaks import products
-from tif_jax.reducers._fusion import Fusion, destination, fuse, total
+from tif_jax.reducers._fusion import Fusion, fuse, fuse_tokens, total, unit
 from tif_jax.reducers._steps import limited, log_sizes, walk
-from tif_jax.tokens import QueryKey, attention_logits, join, merged, put, row_numbers, split, take
+from tif_jax.tokens import QueryKey, attention_logits, join, put, row_numbers, split, take
 
 _DEFAULT = 16  # the authors' number of tokens per block
 _LEAST = 1e-12  # attention may underflow
@@ -89,14 +89,13 @@ class Mctf:
         else:
             x, qk = block(x, tokens, log_size, rngs)
             matters = informativeness(qk, log_size)
-        special, patches = split(x, tokens.num_special)
+        patches = split(x, tokens.num_special)[1]
         size = jnp.ones(patches.shape[:2], widened(x.dtype)) if size is None else size
         matters = matters[:, tokens.num_special :]
         fusion = match(affinity(patches, matters, size, self.temperatures), number // 2, number - number // 2)
         weight = matters * size
-        position, _ = fuse(tokens.position, weight, fusion)
-        tokens = merged(tokens, destination(fusion, patches.shape[1]), position)
-        x, size = join(special, fuse(patches, weight, fusion)[0]), total(size, fusion)
+        x, tokens = fuse_tokens(x, tokens, weight, fusion)
+        size = total(size, fusion)
         if self.one_step_ahead:
             x, _ = block.attend(x, tokens, rngs=rngs, maps=fused_maps(maps, weight, fusion))
             x = block.feed_forward(x, rngs)
@@ -132,18 +131,17 @@ def affinity(
     ((1 + cosine) / 2)^(1/t0) (1 / product of what they matter)^(1/t1) (1 / product of their sizes)^(1/t2) for temperatures
     t0, t1, t2; without the factors whose temperature is 0. Factors of a token alone are relative to the largest of the image.
     """
-    x = jax.lax.stop_gradient(x).astype(widened(x.dtype))
+    direction = unit(x)
     of_similarity, *of_others = temperatures
-    readiness = jnp.ones(x.shape[:2], x.dtype)
+    readiness = jnp.ones(x.shape[:2], direction.dtype)
     for value, temperature in zip((matters, size), of_others, strict=True):
         if temperature:
             least = value.min(axis=1, keepdims=True)
-            readiness = readiness * jax.lax.stop_gradient(least / value).astype(x.dtype) ** (1 / temperature)
+            readiness = readiness * jax.lax.stop_gradient(least / value).astype(direction.dtype) ** (1 / temperature)
     pairs = readiness[:, 1::2, None] * readiness[:, None, ::2]
     if not of_similarity:
         return pairs
-    unit = x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(axis=-1, keepdims=True), 1e-24))
-    similarity = jnp.maximum((1 + products(unit[:, 1::2], unit[:, ::2])) / 2, 0)
+    similarity = jnp.maximum((1 + products(direction[:, 1::2], direction[:, ::2])) / 2, 0)
     return pairs * (similarity if of_similarity == 1 else similarity ** (1 / of_similarity))
 
 
