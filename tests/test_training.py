@@ -162,6 +162,14 @@ def test_nan_stops_before_it_is_saved_and_names_step_and_images(tmp_path):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state.params)))
 
 
+def test_what_a_killed_write_left_is_gone_before_orbax_looks(tmp_path):
+    for part in ("4.orbax-checkpoint-tmp/params/d/x", "2.orbax-checkpoint-tmp-1700/x", "metrics/x"):
+        (tmp_path / part).parent.mkdir(parents=True)
+        (tmp_path / part).touch()
+    with Checkpoints(tmp_path) as checkpoints:
+        assert [path.name for path in tmp_path.iterdir()] == ["metrics"] and checkpoints.steps() == []
+
+
 def damage(folder):
     """Flips bits all over the files that hold the arrays."""
     for file in (f for f in folder.rglob("d/*") if f.is_file()):

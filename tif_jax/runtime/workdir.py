@@ -52,7 +52,7 @@ def only_run(workdir: Path) -> Iterator[None]:
                 f"{workdir} is in use by {_holder(path)}: wait for it, stop it, or choose another --workdir"
             )
         if ours:
-            _remove_abandoned(workdir)
+            remove_abandoned(workdir)
         yield
 
 
@@ -71,7 +71,7 @@ def _holder(path: Path) -> str:
     return f"`{who['command']}`, process {who['pid']} on {who['host']} since {who['since']}"
 
 
-def _remove_abandoned(folder: Path) -> None:
+def remove_abandoned(folder: Path) -> None:
     """Removes what writers that were killed left unfinished in the folder; nobody may be writing there.
 
     A workdir below it is left alone: it has a lock of its own. Impact shards have locks, too: beside

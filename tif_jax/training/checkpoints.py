@@ -38,10 +38,14 @@ class Checkpoints:
 
     def __init__(self, directory: str | Path, max_to_keep: int | None = 2):
         self.directory = Path(directory).absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep)
         workdir.check_name(self.directory)
         with self._writing():
             self.directory.mkdir(parents=True, exist_ok=True)
+            # Orbax would remove what killed runs left in a thread, and may stumble over it while that is under way.
+            if processes.is_first():
+                workdir.remove_abandoned(self.directory)
+            processes.wait_for_all("checkpoints cleared")
             self.manager = ocp.CheckpointManager(self.directory, options=options)
         # We ask ourselves (`processes.stop_asked`); asked by two, JAX loses count and with it the signal.
         self.manager.reached_preemption = lambda step: False  # type: ignore[method-assign]
