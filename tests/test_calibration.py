@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from cases import lively, mostly_long, numpy_images
+from flax import nnx
 from pictures import picture
 from small_project import forget_handlers, last_line
 from test_compare import make
@@ -19,8 +20,8 @@ from tif_jax.calibration.apart import Apart
 from tif_jax.calibration.search import Problem, _candidates, search
 from tif_jax.errors import InputError
 from tif_jax.experiment.reducer_entry import read_entry
+from tif_jax.models.params import params_of
 from tif_jax.reducers.importance_merge import ImportanceMerge
-from tif_jax.reducers.tome import Tome
 
 TINY = dict(image_size=32, patch_size=8, width=32, depth=3, num_heads=2, num_classes=5)
 STEPWISE = ("importance_merge", "mctf", "tome")
@@ -41,7 +42,7 @@ def test_blocks_run_apart_are_the_model(name, fields):
     """With any numbers, whatever was held before; and they cost as much."""
     full = lively(TINY | fields)
     images = numpy_images(6, (32, 32), 0)
-    apart = Apart(full, lively(TINY | fields, reducer=name, num_merged=(0, 0, 0)).reducer, [images[:4], images[4:]])
+    apart = Apart(lively(TINY | fields, reducer=name, num_merged=(0, 0, 0)), [images[:4], images[4:]])
     whole = np.asarray(jax.jit(lambda x: full(x)[0])(images))
     np.testing.assert_allclose(apart.whole, whole, atol=1e-5)
     rest = cost(full).gmac - apart.gmac((0, 0, 0))
@@ -55,9 +56,27 @@ def test_blocks_run_apart_are_the_model(name, fields):
         apart.hold(schedule)
 
 
+def test_blocks_behind_a_filter_run_apart_are_the_model():
+    """Fewer tokens arrive at the first block, with what the adapter adds; what is to be kept is said without either."""
+
+    def with_schedule(schedule):
+        then = dict(name="importance_merge", num_merged=schedule)
+        return lively(TINY, reducer="tif", keep_ratio=0.5, adapter=4, then=then)
+
+    images, full = numpy_images(6, (32, 32), 0), lively(TINY)
+    nnx.update(full, {name: of for name, of in params_of(with_schedule((0, 0, 0))).items() if name != "reducer"})
+    apart = Apart(with_schedule((0, 0, 0)), [images[:4], images[4:]])
+    np.testing.assert_allclose(apart.whole, np.asarray(jax.jit(lambda x: full(x)[0])(images)), atol=1e-5)
+    assert apart.num_patches == 8
+    model = with_schedule((3, 2, 0))
+    np.testing.assert_allclose(apart.logits((3, 2, 0)), np.asarray(jax.jit(lambda x: model(x)[0])(images)), atol=1e-5)
+    rest = cost(with_schedule((0, 0, 0))).gmac - apart.gmac((0, 0, 0))
+    assert apart.gmac((3, 2, 0)) + rest == pytest.approx(cost(model).gmac, rel=1e-6)
+
+
 def test_a_last_block_of_which_no_patch_is_read_is_not_searched():
     of_class, of_mean = (
-        Apart(lively(TINY | f), Tome(), [numpy_images(2, (32, 32), 0)]) for f in ({}, dict(pool="mean"))
+        Apart(lively(TINY | f, reducer="tome"), [numpy_images(2, (32, 32), 0)]) for f in ({}, dict(pool="mean"))
     )
     assert (of_class.num_free, of_mean.num_free) == (2, 3)
 
@@ -158,9 +177,8 @@ def test_seconds_of_a_schedule_are_those_of_its_blocks(monkeypatch):
         return {pair: [4 + 3 * of_block(16, 0) if pair is None else of_block(*pair)] for pair in turns}
 
     monkeypatch.setattr(seconds.timing, "in_rounds", in_rounds)
-    full = lively(TINY)
-    apart = Apart(full, ImportanceMerge(), [np.asarray(numpy_images(2, (32, 32), 0))])
-    of = seconds.seconds_of(apart, full, 2)
+    model = lively(TINY, reducer="importance_merge", num_merged=(0, 0, 0))
+    of = seconds.seconds_of(Apart(model, [np.asarray(numpy_images(2, (32, 32), 0))]), model, 2)
     assert of((0, 0, 0)) == pytest.approx(4 + 3 * 2 + 0.008 * 48)
     assert of((5, 3, 0)) == pytest.approx(4 + 3 * 2 + 0.003 * (16 + 11 + 8) + 0.005 * (11 + 8 + 8) + 14)
 
@@ -173,6 +191,19 @@ def test_seconds_of_a_schedule_are_those_of_its_blocks(monkeypatch):
         ("--budget 1e-9", "budget 1e-09 can not be met"),
         ("--budget 1 --reducer evit", "--reducer is evit, which merges no number of tokens"),
         ("--budget 1 --reducer tome:num_merged=3", "num_merged is what a calibration finds: leave it out"),
+        (
+            "--budget 1 --reducer tif:keep_ratio=0.5",
+            "--reducer is tif:keep_ratio=0.5, which merges no number of tokens",
+        ),
+        (
+            "--budget 1 --reducer {'name':'tif','then':{'name':'tome','num_merged':3}}",
+            "num_merged is what a calibration",
+        ),
+        (
+            "--budget 1 --reducer {'name':'tif','budget':1,'then':{'name':'tome'}}",
+            "leave its budget out: --budget says it",
+        ),
+        ("--budget 1 --reducer {'name':'tif','then':{'name':'tome'}}", "w.safetensors has no reducer/filter"),
         ("--budget 1 --out found", "--out is 'found'; it is a file on this machine whose name ends in .json"),
     ],
 )

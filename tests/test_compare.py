@@ -13,7 +13,8 @@ from small_project import forget_handlers, last_line
 import tif_jax
 from tif_jax.__main__ import main
 from tif_jax.commands import _compare_speed, compare
-from tif_jax.commands._compare_rows import labels_of, read_weights, rows_asked
+from tif_jax.commands._compare_rows import labels_of, rows_asked
+from tif_jax.commands._weights import read_weights
 
 NUM_CLASSES = 5
 LINE = "--weights w.safetensors --images photos --out out --batch-sizes none"
@@ -160,7 +161,7 @@ def test_speeds_are_of_interleaved_rounds(photos, monkeypatch, capsys):
 
 
 def test_rows_and_their_budgets(photos):
-    weights = read_weights("w.safetensors", "float32")
+    weights = read_weights("w.safetensors", "float32", "a comparison")
     given = ["tome", "{'name': 'evit', 'keep_ratio': 0.5}", '{"name": "tome", "num_merged": 1}', "tome"]
     asked = rows_asked(weights, given, ["0.001", "2x", "9 images/s at 4"], batch_size=16)
     assert labels_of(asked) == ["full", "evit-0.5", "tome-1", "tome-0.001GMAC", "tome-2x@16", "tome-9ips@4"]

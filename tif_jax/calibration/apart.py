@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Float32
 from tif_jax.layers import true_float32
 from tif_jax.models import Model
 from tif_jax.models.cost import multiply_adds
-from tif_jax.reducers._steps import Stepwise, aux_of
+from tif_jax.reducers._steps import Fronted, Stepwise, aux_of, stepwise_of
 from tif_jax.tokens import Tokens
 
 Schedule = tuple[int, ...]  # how many patch tokens go in each block
@@ -37,24 +37,30 @@ class State(NamedTuple):
 
 
 class Apart:
-    """A model without its reducer, on some images, with `reducer` walking its blocks.
+    """A classifier on some images, its blocks walked by its reducer, or by what that leaves them to (`stepwise_of`).
 
-    model: a classifier. batches: of images as it takes them; each other batch size compiles all programs once more. Holds
-    what arrives at each block: at most 4 bytes x images x tokens x width x depth.
+    batches: of images as it takes them; each other batch size compiles all programs once more. Holds what arrives at each
+    block: at most 4 bytes x images x tokens x width x depth. `whole`: logits (I, L) of the model without its reducer;
+    `num_patches`: how many patch tokens arrive at the first block.
     """
 
-    def __init__(self, model: Model, reducer: Stepwise, batches: Iterable[Float[np.ndarray | Array, "B Y X 3"]]):
+    def __init__(self, model: Model, batches: Iterable[Float[np.ndarray | Array, "B Y X 3"]]):
+        reducer = stepwise_of(model.reducer)
+        assert reducer is not None
         self.reducer, self.depth = reducer, len(model.blocks)
         self.graphdef, self.params = nnx.split(model)
         self.blocks = [nnx.split(block) for block in model.blocks]
         self.plain = model.tokens(1)
-        self.num_patches = self.plain.position.shape[1]
         # Nobody reads what merges in a last block of which patches are not read.
         self.num_free = self.depth - (model.blocks_of_prediction[-1] is not model.blocks[-1])
-        self.embedded = [_embed(self.graphdef, self.params, batch) for batch in batches]
         self.held: dict[Schedule, list[State]] = {}
         self.counted: dict[tuple[bool, int, int], float] = {}
+        embedded = [_embed(self.graphdef, self.params, batch) for batch in batches]
+        self.arriving = [self._state(x) for x in embedded]
         self.whole = self.logits((0,) * self.depth)
+        if isinstance(model.reducer, Fronted):
+            self.arriving = [_front(self.graphdef, self.params, x) for x in embedded]
+        self.num_patches = self.arriving[0].raster.shape[1]
 
     def divergence(self, schedule: Schedule) -> Float32[np.ndarray, " I"]:
         """Of each image: half the sum of what the classes' probabilities change by (total variation), in [0, 1].
@@ -107,8 +113,9 @@ class Apart:
 
     def _arriving(self, number: int, num_images: int) -> State:
         """A state of so many patch tokens, which are noise."""
-        shape = (num_images, self.plain.num_special + number, self.embedded[0].shape[2])
-        state = self._state(jax.random.normal(jax.random.key(0), shape, self.embedded[0].dtype))
+        x = self.arriving[0].x
+        shape = (num_images, self.plain.num_special + number, x.shape[2])
+        state = self._state(jax.random.normal(jax.random.key(0), shape, x.dtype))
         size = jnp.ones((num_images, number)) if number < self.num_patches else None
         return state._replace(position=state.position[:, :number], size=size)
 
@@ -118,7 +125,7 @@ class Apart:
         begin = max(
             (len(known) for known in held if len(known) <= block and known == schedule[: len(known)]), default=None
         )
-        states = [self._state(x) for x in self.embedded] if begin is None else held[schedule[:begin]]
+        states = self.arriving if begin is None else held[schedule[:begin]]
         for i in range(begin or 0, block):
             graphdef, params = self.blocks[i]
             through = partial(_through, graphdef, self.reducer, schedule[i], self._fixed, params)
@@ -147,6 +154,15 @@ def _embed(graphdef: Any, params: Any, images: Array) -> Array:
     model = nnx.merge(graphdef, params)
     with true_float32(model.dtype):
         return model.embed(images)
+
+
+@partial(jax.jit, static_argnums=0)
+def _front(graphdef: Any, params: Any, x: Array) -> State:
+    """What arrives at the first block of a reducer that does something before it."""
+    model = nnx.merge(graphdef, params)
+    with true_float32(model.dtype):
+        x, tokens, _ = model.reducer.before_blocks(x, model.tokens(len(x)))
+    return State(x, tokens.index, tokens.position, tokens.source, None)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))

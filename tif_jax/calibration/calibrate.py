@@ -5,7 +5,7 @@ Legend: I images, Y X height and width.
 
 import logging
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float32
@@ -17,7 +17,7 @@ from tif_jax.errors import InputError
 from tif_jax.models import Model, require_head
 from tif_jax.models.budget import Speed
 from tif_jax.models.cost import cost
-from tif_jax.reducers._steps import Stepwise
+from tif_jax.reducers._steps import stepwise_of
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Models(NamedTuple):
     """The weights with all tokens, and under the reducer that is calibrated."""
 
     full: Model
-    with_schedule: Any  # (num_merged or None: the default) -> the model under the reducer
+    with_schedule: Callable[[Schedule], Model]  # the model under the reducer
 
 
 Search = Callable[[Callable[[Schedule], float], float], Schedule]  # (cost, budget) -> schedule
@@ -55,20 +55,21 @@ def calibrate(models: Models, images: Float32[np.ndarray, "I Y X 3"], budget: fl
     images: as the model takes them, 64 at least; a quarter is kept out of the search. Weights stay as they are. Raises
     InputError for models of another task, reducers that are not `Stepwise`, too few images, and budgets out of reach.
     """
-    full, reducer = models.full, models.with_schedule(None).reducer
-    require_head(full, "a calibration")
-    if not isinstance(reducer, Stepwise):
+    require_head(models.full, "a calibration")
+    nothing = (0,) * len(models.full.blocks)
+    model = models.with_schedule(nothing)
+    if stepwise_of(model.reducer) is None:
         raise InputError("a calibration needs a reducer that takes a number of tokens for each block (num_merged)")
     batches = _batches(images)
     searched = [batch for i, batch in enumerate(batches) if i % _HELD_OUT < _HELD_OUT - 1]
-    apart = Apart(full, reducer, searched)
-    search_within = _search(apart, Apart(full, reducer, searched[::_FEW]))
+    apart = Apart(model, searched)
+    search_within = _search(apart, Apart(model, searched[::_FEW]))
     if isinstance(budget, Speed):
         schedule, speeds = _by_speed(models, apart, search_within, budget)
     else:
-        rest = cost(full).gmac - apart.gmac((0,) * apart.depth)
+        rest = cost(model).gmac - apart.gmac(nothing)
         schedule, speeds = search_within(lambda schedule: apart.gmac(schedule) + rest, budget), None
-    held_out = Apart(full, reducer, batches[_HELD_OUT - 1 :: _HELD_OUT])
+    held_out = Apart(model, batches[_HELD_OUT - 1 :: _HELD_OUT])
     return Calibrated(
         schedule, cost(models.with_schedule(schedule)).gmac, _judged(apart, schedule),
         _judged(held_out, schedule), speeds,
@@ -93,8 +94,10 @@ def _search(apart: Apart, few: Apart) -> Search:
 
 def _by_speed(models: Models, apart: Apart, search_within: Search, wished: Speed) -> tuple[Schedule, dict[str, float]]:
     """The schedule found with seconds as the cost; where the whole model proves slower than its blocks said, once more."""
-    seconds, size = seconds_of(apart, models.full, wished.batch_size), wished.batch_size
-    budget = seconds((0,) * apart.depth) / wished.number if wished.is_relative else size / wished.number
+    size = wished.batch_size
+    seconds = seconds_of(apart, models.with_schedule((0,) * apart.depth), size)
+    whole = measured({"full": models.full}, size)["full"]
+    budget = whole / wished.number if wished.is_relative else size / wished.number
     for _ in range(2):
         schedule = search_within(seconds, budget)
         times = measured({"full": models.full, "reduced": models.with_schedule(schedule)}, size)

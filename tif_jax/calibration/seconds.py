@@ -21,10 +21,10 @@ _GOING = (0.0, 0.06, 0.2)  # of those that arrive
 
 
 def seconds_of(apart: Apart, model: Any, batch_size: int) -> Callable[[Schedule], float]:
-    """Seconds of a batch, measured on this device, as a function of the schedule.
+    """Seconds of a batch, measured on this device, as a function of the schedule. model: the whole, with no token merged.
 
     A block's time is fitted to n, n^2, n - r and, where any go, a constant and n r, for n tokens that arrive and r that go;
-    what is no block's is the rest of the unreduced model's time.
+    what is no block's is the rest of the model's time.
     """
     pairs = [(round(apart.num_patches * a), round(apart.num_patches * a * g)) for a in _ARRIVING for g in _GOING]
     pairs = [pair for pair in dict.fromkeys(pairs) if pair[0] and pair[1] <= apart.reducer.most(pair[0])]

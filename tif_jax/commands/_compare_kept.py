@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from tif_jax import checked
-from tif_jax.commands._compare_data import Pictures
-from tif_jax.commands._compare_rows import Asked, Weights
+from tif_jax.commands._compare_rows import Asked
+from tif_jax.commands._pictures import Pictures
+from tif_jax.commands._weights import Weights
 from tif_jax.errors import InputError
 from tif_jax.impact.paired import Terms, terms
 from tif_jax.runtime import files, log_file, records

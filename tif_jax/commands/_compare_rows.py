@@ -1,30 +1,25 @@
-"""The rows of `tif compare`: which reducers under which budgets, and their models, which share the weights of one."""
+"""The rows of `tif compare`: which reducers under which budgets."""
 
-import ast
-import json
 import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from flax import nnx
 
 from tif_jax import reducers
-from tif_jax.commands._reducers import reducer_in
+from tif_jax.commands._reducers import entry_in
+from tif_jax.commands._weights import Weights
 from tif_jax.errors import InputError
 from tif_jax.experiment.reducer_entry import ReducerEntry, option_kinds, read_entry
-from tif_jax.models import Model, blueprint, built_with, require_head
+from tif_jax.models import blueprint
 from tif_jax.models.budget import AMOUNTS, SOLVED, Speed, read_budget
 from tif_jax.models.cost import cost
 from tif_jax.models.params import params_of
 from tif_jax.runtime import records
-from tif_jax.runtime.digests import digest
-from tif_jax.weights import hub
-from tif_jax.weights.loading import load_with_fields
 
 logger = logging.getLogger(__name__)
 
-_SAID_ONCE = ("num_heads", "pool", "gelu", "norm_eps", "activation")  # what `load` says that it takes for granted
 OWN = "own"  # --reducer own: the one that the weights were saved with
 
 
@@ -41,41 +36,6 @@ class Asked(NamedTuple):
         return records.digest(self.entry.described)
 
 
-class Weights(NamedTuple):
-    """What all rows share: the weights, the model with all tokens, and what that was built with."""
-
-    source: str
-    full: Model
-    fields: dict[str, Any]
-    own: dict[str, Any]  # the reducer that they were saved with: name and options
-    dtype: str
-    digest: str  # of all parameters, those of the own reducer, too
-
-    def model(self, reducer: dict[str, Any]) -> Model:
-        """The model under a reducer, name and options. Raises InputError if the weights lack what it has to learn."""
-        own = dict(reducer)
-        known = {name: self.fields[name] for name in _SAID_ONCE if name in self.fields}
-        model, _ = load_with_fields(
-            self.source, reducer=own.pop("name"), dtype=self.dtype, fresh_told_at=None,
-            named=[*reducers.modules_in(reducer)], preprocessing=self.full.preprocessing, **known, **own,
-        )  # fmt: skip
-        shared = {name: leaf for name, leaf in params_of(self.full).items() if name != "reducer"}
-        nnx.update(model, shared)  # one copy in memory, however many rows there are
-        return model
-
-
-def read_weights(source: str, dtype: str) -> Weights:
-    """Raises InputError for weights that can not be read, and for those of another task than classes of pictures."""
-    source = hub.pinned(source) if hub.is_name(source) else source
-    model, fields = load_with_fields(source, dtype=dtype, fresh_told_at=None)
-    require_head(model, "a comparison")
-    own, identity = built_with(model)["reducer"], digest(params_of(model))
-    if own["name"] != "full":
-        how = model.preprocessing
-        model, fields = load_with_fields(source, reducer="full", dtype=dtype, fresh_told_at=None, preprocessing=how)
-    return Weights(source, model, fields, own, dtype, identity)
-
-
 def rows_asked(weights: Weights, given: Sequence[str], budgets: Sequence[str], batch_size: int) -> list[Asked]:
     """`full`, then every reducer under each budget, in the order given, each once.
 
@@ -85,7 +45,7 @@ def rows_asked(weights: Weights, given: Sequence[str], budgets: Sequence[str], b
     wished = {text: _budget(text, batch_size) for text in budgets}
     found = [Asked(read_entry("full", "--reducer"), "full")]
     for text in given or _untrained(weights, bool(budgets)):
-        entry = _entry(text, weights)
+        entry = read_entry(weights.own, "--reducer own") if text == OWN else entry_in(text)
         if not wished or entry.name == "full" or any(entry.arguments.get(key) is not None for key in AMOUNTS):
             found.append(Asked(entry, text))
             continue
@@ -111,25 +71,6 @@ def _budget(text: str, batch_size: int) -> float | str:
     if not isinstance(budget, Speed):
         return budget
     return str(budget if " at " in text else budget._replace(batch_size=batch_size))
-
-
-def _entry(text: str, weights: Weights) -> ReducerEntry:
-    """'tome', 'evit:keep_ratio=0.5', "{'name': 'tome', ...}" or FILE.json. Raises InputError for anything else."""
-    where = f"--reducer {text}"
-    if text == OWN:
-        return read_entry(weights.own, where)
-    if text.endswith(".json"):
-        return read_entry(text, where)
-    if not text.startswith("{"):
-        return read_entry(reducer_in(text), where)
-    try:
-        return read_entry(json.loads(text), where)
-    except json.JSONDecodeError:
-        pass
-    try:
-        return read_entry(ast.literal_eval(text), where)
-    except (ValueError, SyntaxError):
-        raise InputError(f"{where} is no dict; it is as in {{'name': 'tome', 'num_merged': 8}}") from None
 
 
 def _untrained(weights: Weights, have_budget: bool) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Num
 
-from tif_jax.commands._pictures import as_png, check_ours, file_names
+from tif_jax.commands._picture_files import as_png, check_ours, file_names
 from tif_jax.data.folder import as_id
 from tif_jax.data.pictures import AnyImage
 from tif_jax.figures.colours import class_colours, depth_scale

@@ -1,10 +1,12 @@
 """Reducers as a line names them."""
 
 import ast
+import json
 import re
 from typing import Any
 
 from tif_jax.errors import InputError
+from tif_jax.experiment.reducer_entry import ReducerEntry, read_entry
 
 _BETWEEN = re.compile(r",(?![^(]*\))")  # commas outside of brackets
 
@@ -27,6 +29,30 @@ def reducer_in(text: str, flag: str = "--reducer") -> dict[str, Any]:
     if len(found) != 1:
         raise InputError(f"{flag} is {text!r}; give one reducer")
     return found[0]
+
+
+def entry_in(text: str, flag: str = "--reducer") -> ReducerEntry:
+    """'tome', 'evit:keep_ratio=0.5', "{'name': 'tome', ...}" or FILE.json. Raises InputError for anything else."""
+    where = f"{flag} {text}"
+    if text.endswith(".json"):
+        return read_entry(text, where)
+    if not text.startswith("{"):
+        return read_entry(reducer_in(text, flag), where)
+    try:
+        return read_entry(_dict_in(text), where)
+    except SyntaxError:
+        raise InputError(f"{where} is no dict; it is as in {{'name': 'tome', 'num_merged': 8}}") from None
+
+
+def _dict_in(text: str) -> Any:
+    """JSON, or as Python writes it; raises SyntaxError."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        try:
+            return ast.literal_eval(text)
+        except ValueError:
+            raise SyntaxError from None
 
 
 def _value(text: str) -> Any:

@@ -11,11 +11,12 @@ import jax
 import numpy as np
 from jaxtyping import Float32
 
+from tif_jax.calibration.apart import Schedule
 from tif_jax.calibration.calibrate import Calibrated, Models, calibrate
 from tif_jax.commands import _arguments
-from tif_jax.commands._compare_data import Pictures, opened
-from tif_jax.commands._compare_rows import Weights, read_weights
-from tif_jax.commands._reducers import reducer_in
+from tif_jax.commands._pictures import Pictures, opened
+from tif_jax.commands._reducers import entry_in
+from tif_jax.commands._weights import Weights, read_weights
 from tif_jax.data import remote
 from tif_jax.errors import InputError
 from tif_jax.experiment.reducer_entry import ReducerEntry, option_kinds, read_entry
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> None:
     if arguments.num_images < 1:
         raise InputError(f"--num-images is {arguments.num_images}; it is at least 1")
     budget, entry, out = read_budget(arguments.budget, "--budget"), _entry(arguments.reducer), _file(arguments.out)
-    weights = read_weights(arguments.weights, "float32")
+    weights = read_weights(arguments.weights, "float32", "a calibration")
     pictures = opened(arguments.images, None, weights.full, None, arguments.num_images)
     began = time.monotonic()
     found = calibrate(_models(weights, entry), _images(pictures), budget)
@@ -52,12 +53,23 @@ def main(argv: list[str]) -> None:
 
 
 def _entry(text: str) -> ReducerEntry:
-    entry = read_entry(reducer_in(text), f"--reducer {text}")
-    if "num_merged" not in option_kinds(entry.name):
-        raise InputError(f"--reducer is {text}, which merges no number of tokens in each block (num_merged)")
-    if given := sorted({*AMOUNTS} & entry.arguments.keys()):
-        raise InputError(f"--reducer is {text}; {', '.join(given)} is what a calibration finds: leave it out")
+    entry = entry_in(text)
+    where = f"--reducer is {text}"
+    walks = read_entry(entry.options["then"], f"--reducer {text}: then") if entry.options.get("then") else entry
+    if "num_merged" not in option_kinds(walks.name):
+        raise InputError(f"{where}, which merges no number of tokens in each block (num_merged)")
+    if given := sorted({*AMOUNTS} & walks.arguments.keys()):
+        raise InputError(f"{where}; {', '.join(given)} is what a calibration finds: leave it out")
+    if entry.budget is not None:
+        raise InputError(f"{where}; leave its budget out: --budget says it, and keep_ratio what is kept in front")
     return entry
+
+
+def _scheduled(entry: ReducerEntry, schedule: Schedule) -> dict[str, Any]:
+    """The reducer as data, with this schedule: its own, or that of what follows it."""
+    if then := entry.options.get("then"):
+        return {**entry.described, "then": {**then, "num_merged": schedule}}
+    return {**entry.described, "num_merged": schedule}
 
 
 def _file(name: str) -> Path:
@@ -69,11 +81,7 @@ def _file(name: str) -> Path:
 
 
 def _models(weights: Weights, entry: ReducerEntry) -> Models:
-    def with_schedule(schedule: tuple[int, ...] | None):
-        amount = {} if schedule is None else {"num_merged": schedule}
-        return weights.model({**entry.described, **amount})
-
-    return Models(weights.full, with_schedule)
+    return Models(weights.full, lambda schedule: weights.model(_scheduled(entry, schedule)))
 
 
 def _images(pictures: Pictures) -> Float32[np.ndarray, "I Y X 3"]:
@@ -100,7 +108,7 @@ def _record(
     }
     made |= {"device": jax.devices()[0].device_kind, "machine": machine(), "versions": records.versions()}
     made |= {"command": ["tif", *sys.argv[1:]], "date": time.strftime("%Y-%m-%d")}
-    return {"reducer": {**entry.described, "num_merged": list(found.num_merged)}, "calibration": how | made}
+    return {"reducer": _scheduled(entry, found.num_merged), "calibration": how | made}
 
 
 def _summary(found: Calibrated, budget: float | Speed) -> list[str]:

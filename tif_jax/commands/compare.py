@@ -10,10 +10,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tif_jax.commands import _arguments, _compare_report
-from tif_jax.commands._compare_data import Pictures, class_index_of, opened
 from tif_jax.commands._compare_kept import Kept, kept_in
-from tif_jax.commands._compare_rows import Asked, Weights, labels_of, read_weights, rows_asked
+from tif_jax.commands._compare_rows import Asked, labels_of, rows_asked
 from tif_jax.commands._compare_speed import speeds
+from tif_jax.commands._pictures import Pictures, class_index_of, opened
+from tif_jax.commands._weights import Weights, read_weights
 from tif_jax.errors import InputError
 from tif_jax.impact.judge import Batch
 from tif_jax.impact.paired import beside, unreduced_logits
@@ -41,9 +42,9 @@ def main(argv: list[str]) -> None:
     dtype_name(arguments.dtype)
     out = _arguments.writable_folder("--out", arguments.out)
     class_index = class_index_of(arguments.class_index)
-    with only_run(out):
+    with only_run(out, "--out"):
         begin_log(out)
-        weights = read_weights(arguments.weights, arguments.dtype)
+        weights = read_weights(arguments.weights, arguments.dtype, "a comparison")
         pictures = opened(arguments.images, arguments.labels, weights.full, class_index, arguments.num_images)
         asked = rows_asked(weights, arguments.reducer, arguments.budget, max(sizes, default=32))
         labels = dict(zip(labels_of(asked), asked, strict=True))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from tif_jax.commands import _arguments
 from tif_jax.commands._parser import Parser
-from tif_jax.commands._pictures import check_ours, file_names
+from tif_jax.commands._picture_files import check_ours, file_names
 from tif_jax.commands._reducers import reducers_in
 from tif_jax.commands._truth import truths_as_trained
 from tif_jax.data.folder import as_id

@@ -37,6 +37,23 @@ class Stepwise(Protocol):
         ...
 
 
+@runtime_checkable
+class Fronted(Protocol):
+    """Does something before the first block, and leaves the blocks to `then`."""
+
+    then: Any
+
+    def before_blocks(self, x: Float[Array, "B T D"], tokens: Tokens) -> tuple[Float[Array, "B S D"], Tokens, Any]:
+        """x and tokens as they go into the first block, and what it knows of them."""
+        ...
+
+
+def stepwise_of(reducer: Any) -> Stepwise | None:
+    """What takes a number of tokens for each block: the reducer, or what follows it; None if neither does."""
+    reducer = reducer.then if isinstance(reducer, Fronted) else reducer
+    return reducer if isinstance(reducer, Stepwise) else None
+
+
 def walk(reducer: Stepwise, blocks, x, tokens: Tokens, rngs=None):
     """x through all blocks, as a reducer is called."""
     size = None

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from tif_jax.errors import InputError
 from tif_jax.layers import Linear, gelu
 from tif_jax.reducers.full import Full
-from tif_jax.tokens import check_keep_ratio, join, keep_rows, num_kept, split, take, top_k
+from tif_jax.tokens import Tokens, check_keep_ratio, join, keep_rows, num_kept, split, take, top_k
 
 _HEADS = 4  # of the adapter
 
@@ -112,13 +112,18 @@ class Tif(nnx.Module):
         self.filter = TokenFilter(width, rngs=rngs)
         self.adapter = Adapter(width, adapter, rngs=rngs) if adapter else None
 
-    def __call__(self, blocks, x, tokens, rngs=None):
+    def before_blocks(self, x: Float[Array, "B T D"], tokens: Tokens) -> tuple[Array, Tokens, Array]:
+        """x and tokens as they go into the first block, and the filter's logits (B, N)."""
         patches = split(x, tokens.num_special)[1]
         logits = self.filter(patches)
         kept = top_k(logits, num_kept(self.keep_ratio, patches.shape[1]))
         x, tokens = keep_rows(x, tokens, kept)
         if self.adapter is not None:
             x = x + self.adapter(patches, kept, tokens.num_special)
+        return x, tokens, logits
+
+    def __call__(self, blocks, x, tokens, rngs=None):
+        x, tokens, logits = self.before_blocks(x, tokens)
         x, aux = self.then(blocks, x, tokens, rngs)
         if isinstance(self.then, Full):
             aux["kept"] = tokens.index

@@ -37,20 +37,18 @@ def check_name(path: Path) -> None:
 
 
 @contextmanager
-def only_run(workdir: Path) -> Iterator[None]:
+def only_run(workdir: Path, flag: str = "--workdir") -> Iterator[None]:
     """While the block runs, no other program trains, measures speed or reports in the folder.
 
     What killed ones left unfinished there is removed. Raises InputError that says who has the folder. Of the processes of a
-    run the first one holds it for all.
+    run the first one holds it for all. flag: by which the folder was chosen.
     """
     path = workdir / _LOCK
     who = {"command": log_file.command, "host": socket.gethostname(), "pid": os.getpid()}
     who["since"] = time.strftime("%Y-%m-%d %H:%M:%S %Z")
     with lock(path, json.dumps(who)) if processes.is_first() else nullcontext() as ours:
         if not processes.first_says(ours is not False):
-            raise InputError(
-                f"{workdir} is in use by {_holder(path)}: wait for it, stop it, or choose another --workdir"
-            )
+            raise InputError(f"{workdir} is in use by {_holder(path)}: wait for it, stop it, or choose another {flag}")
         if ours:
             remove_abandoned(workdir)
         yield
