@@ -1,6 +1,7 @@
 """The files in configs/: whether they load, fit what reads them, and say what the papers' logs and scripts say."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
@@ -39,11 +40,16 @@ ALL = [
     for path in sorted(FOLDER.glob("[!_]*.py"))
     for arg in WITH_ARGUMENTS.get(path.name, ("",))
 ]
+ONE_EACH = {name.partition(":")[0]: name for name in reversed(ALL)}.values()
 
 
 @pytest.fixture(params=ALL)
 def name(request):
     return str(FOLDER / request.param)
+
+
+loaded = functools.cache(config_file.load)
+BUILT: list = []  # what many configs list is built once
 
 
 def test_every_config_is_found():
@@ -58,17 +64,19 @@ def test_it_loads_and_is_plain_data(name, caplog):
 
 
 def test_its_reducers_take_their_options(name):
-    config = config_file.load(name)
+    config = loaded(name)
     assert config.reducer.name in [entry.name for entry in config.benchmark.reducers]
     for entry in config.benchmark.reducers:
         entry = entry.without("budget")  # solving for it takes seconds, and is tested elsewhere
-        build = blueprint(TINY, reducer=entry.name, **entry.arguments)
-        jax.eval_shape(lambda key, build=build: params_of(build(key)), jax.random.key(0))
+        if entry not in BUILT:
+            build = blueprint(TINY, reducer=entry.name, **entry.arguments)
+            jax.eval_shape(lambda key, build=build: params_of(build(key)), jax.random.key(0))
+            BUILT.append(entry)
 
 
 def test_it_says_only_what_it_needs(name):
     """A section that stands in the file is one that its stages read."""
-    config, given = config_file.load(name), _file(name)
+    config, given = loaded(name), _file(name)
     names = {entry.name for entry in config.benchmark.reducers}
     if not names & {"tif", "prior"}:
         assert "score" not in given
@@ -78,7 +86,7 @@ def test_it_says_only_what_it_needs(name):
 
 
 def test_its_training_takes_their_values(name):
-    config = config_file.load(name)
+    config = loaded(name)
     for recipe in (config.backbone, config.finetune):
         if recipe.num_epochs:
             assert config.data.augment != "none" or recipe.augmentation.repeats == 1
@@ -176,15 +184,18 @@ def test_the_ramp_is_as_near_to_the_cosine_as_six_steps_can_be(name):
 
 
 def test_quick_applies_what_when_quick_says(name):
-    config = config_file.load(name)
+    config = loaded(name)
     if not config.when_quick:
         return
     quick = config_file.load(name, ["--config.quick=true"])
     assert _leaves(quick) == _leaves(config) | flatten_dict(config.when_quick, sep=".") | {"quick": True}
 
 
+# In the normal suite one config of each file: what a file's configs say of when_quick is much alike.
+@pytest.mark.parametrize("name", mostly_long(ALL, [ALL.index(name) for name in ONE_EACH]))
 def test_an_override_wins_over_quick(name):
-    config = config_file.load(name)
+    name = str(FOLDER / name)
+    config = loaded(name)
     for key, value in flatten_dict(config.when_quick, sep=".").items():
         given = value + 1
         quick = config_file.load(name, ["--config.quick=true", f"--config.{key}={given}"])
@@ -213,6 +224,7 @@ def _leaves(config):
     return flatten_dict(dataclasses.asdict(config), sep=".", keep_empty_nodes=True)
 
 
+@functools.cache
 def _file(name):
     """What the file itself says."""
     return config_file._file_settings(name)
