@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 import runner
+from cases import mostly_long
 from forks import Server
 from small_project import forget_handlers
 from trainer import NUM_STEPS, SAVE_EVERY
@@ -149,13 +150,19 @@ def found(workdir):
     return numbers
 
 
-@pytest.mark.parametrize("turn", [0, pytest.param(1, marks=pytest.mark.long)])
-def test_ended_in_the_middle_of_every_stage(place, finished, capfd, turn):
+# In the normal suite: kills, a signal of each kind, and a signal that comes after a stage was killed in its training.
+SHORT = ("backbone", "filter", "rank", "finetune", "benchmark", "report")
+
+
+@pytest.mark.parametrize(("turn", "stages"), mostly_long([(0, SHORT), *((turn, runner.STAGES) for turn in (0, 1))]))
+def test_ended_in_the_middle_of_every_stage(place, finished, capfd, turn, stages):
     """By kills and signals in turn. A signal is answered in one line; the same command goes on, and ends as if uncut."""
     killed = signal.SIGKILL
     ends = itertools.cycle([killed, signal.SIGTERM, killed, signal.SIGINT, killed, signal.SIGHUP])
     server = Server("runner")
     for stage, number in zip(runner.STAGES, itertools.islice(ends, turn, None), strict=False):
+        if stage not in stages:
+            continue
         if number == killed:
             run = server.start(stage, log=place / "log")
             wait_for(place / "waits", run)
