@@ -1,6 +1,6 @@
 """A program for test_odd_overrides.py: odd values for every key of a config, one call of `tif` each, in bounded memory.
 
-`python odd_overrides.py FOLDER` makes the project of `small_project` in FOLDER and prints a line of JSON for each call
+`python odd_overrides.py FOLDER [some]` makes the project of `small_project` in FOLDER and prints a line of JSON for each call
 (arguments, status, seconds, what came on stderr) and at last the memory that all took.
 """
 
@@ -53,18 +53,20 @@ TRAINED = [
 ]  # fmt: skip
 
 
-def calls():
-    """(command, override), (command, override), ...: of each key some of the odd values, in turns."""
+def calls(one_each):
+    """(command, override), (command, override), ...: of each key one or two of the odd values, in turns."""
     for number, key in enumerate(KEYS):
-        yield "loaded", f"{key}={HUGE[number % len(HUGE)]}"
-        yield "loaded", f"{key}={ODD[number % len(ODD)]}"
+        if not one_each or number % 5 == 0:
+            yield "loaded", f"{key}={HUGE[number % len(HUGE)]}"
+        if not one_each or number % 5:
+            yield "loaded", f"{key}={ODD[number % len(ODD)]}"
     for key in ODD_KEYS:
         yield "loaded", f"{key}=1"
     yield from (("score", override) for override in SCORED)
     yield from (("train --stage=backbone", override) for override in TRAINED)
 
 
-def main(folder):
+def main(folder, some=""):
     os.chdir(prepare(Path(folder)))
     for command in ("train --stage=backbone", "score"):  # what is loaded once is loaded
         assert tif(f"{command} --config.backbone.num_epochs=1") == 0
@@ -72,7 +74,7 @@ def main(folder):
         taken = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + ROOM, taken + ROOM))
     work = score.score_training
-    for number, (command, override) in enumerate(calls()):
+    for number, (command, override) in enumerate(calls(some == "some")):
         score.score_training = (lambda *_: None) if command == "loaded" else work
         errors, began = io.StringIO(), time.perf_counter()
         if command == "score":  # the same folder for all: what was scored with other settings is refused
@@ -88,4 +90,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

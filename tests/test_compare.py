@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+from cases import call
 from pictures import picture, write_table
 from reference import random_timm_tensors
 from small_project import forget_handlers, last_line
@@ -57,7 +58,7 @@ def result(folder="out"):
 def probabilities(files, **options):
     """Softmax of the plain forward pass, in float64."""
     model = tif_jax.load("w.safetensors", **options)
-    logits = np.asarray(model(model.preprocess(files))[0], np.float64)
+    logits = np.asarray(call(model, model.preprocess(files))[0], np.float64)
     shares = np.exp(logits - logits.max(axis=1, keepdims=True))
     return shares / shares.sum(axis=1, keepdims=True)
 

@@ -128,7 +128,7 @@ def loss_of(task, target, found, unmasked, maps, cap):
             for mask in ("zero", "content", "drop")
             for target in ("label", "teacher")
         ],
-        short=(0, 3, 4, 10, 16, 24, 29),
+        short=(3, 4, 10, 16, 24, 29),
     ),
 )
 def test_exact_is_brute_force(task, kind, mask, target):
@@ -148,7 +148,7 @@ def gated(model, images, maps, gates, holder):
     return depth_loss(np.asarray(walk(model, x, holder, jnp.asarray(gates))), maps, model.max_depth)
 
 
-@pytest.mark.parametrize("kind", mostly_long(list(KINDS), short=(1, 2)))
+@pytest.mark.parametrize("kind", mostly_long(list(KINDS), short=(2,)))
 def test_gradient_is_the_finite_difference_of_the_gated_loss(kind):
     with jax.enable_x64(True):
         model, images, maps = made("depth", kind)
@@ -246,7 +246,7 @@ def test_a_users_loss_of_depth_needs_no_labels():
 
 @pytest.mark.parametrize(
     "estimator, num_images",
-    mostly_long([("exact", 2), ("sampled", 8), ("exact", 8), ("sampled", 2), ("gradient", 2)], (0, 1)),
+    mostly_long([("exact", 2), ("sampled", 8), ("exact", 8), ("sampled", 2), ("gradient", 2)], (1,)),
 )
 def test_eight_devices_find_the_same_as_one(estimator, num_images):
     model, images, maps = made("depth")

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from cases import lively
+from cases import call, lively
 from pictures import picture
 from PIL import Image
 from small_project import forget_handlers
@@ -54,7 +54,7 @@ def test_a_trace_has_the_map():
     model = lively(FIELDS, reducer="evo_vit", keep_ratio=0.5)
     images = np.random.default_rng(0).standard_normal((2, 16, 24, 3)).astype(np.float32)
     found = trace(model, images)
-    np.testing.assert_allclose(found.prediction, model(images)[0], atol=1e-4)
+    np.testing.assert_allclose(found.prediction, call(model, images)[0], atol=1e-4)
     assert len(found.sources) == 4 and found.counts[0] == 6 and found.counts[-1] < 6
 
 
@@ -106,6 +106,6 @@ def test_a_depth_model_as_a_folder(tmp_path):
     tif_jax.save_pretrained(model, tmp_path / "shared")
     loaded = tif_jax.load(tmp_path / "shared")
     images = np.random.default_rng(0).standard_normal((1, 16, 24, 3)).astype(np.float32)
-    np.testing.assert_allclose(loaded(images)[0], model(images)[0], atol=1e-5)
+    np.testing.assert_allclose(call(loaded, images)[0], call(model, images)[0], atol=1e-5)
     card = (tmp_path / "shared" / "README.md").read_text()
     assert "depth-estimation" in card and "timm has no model of this kind" in card

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from cases import lively, numpy_images, write_safetensors
+from cases import lively, mostly_long, numpy_images, write_safetensors
 from flax import traverse_util
 from reference import random_timm_tensors
 from reference_levit import random_levit_tensors
@@ -51,7 +51,7 @@ def same(one, other):
     return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("saved_as", ["file", "checkpoint"])
+@pytest.mark.parametrize("saved_as", mostly_long(["file", "checkpoint"]))
 def test_a_classifier_becomes_the_backbone_of_a_depth_model(classifier, tmp_path, saved_as, caplog):
     plain, fields = load_with_fields(classifier, num_heads=2)
     if saved_as == "checkpoint":
@@ -81,7 +81,7 @@ def test_what_begins_segmentation(classifier):
         tif_jax.load(classifier, num_heads=2, task="segmentation")
 
 
-@pytest.mark.parametrize("pool", ["mean", "attention"])
+@pytest.mark.parametrize("pool", mostly_long(["mean", "attention"], short=(1,)))
 def test_other_poolings_leave_no_trace(tmp_path, pool):
     fields = dict(SMALL, num_classes=5, pool=pool, class_head=pool == "mean")
     save(tmp_path / "plain", lively(fields), fields)

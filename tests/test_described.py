@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from cases import lively, numpy_images
+from cases import lively, mostly_long, numpy_images
 from pictures import picture
 from reference import random_timm_tensors
 from small_project import CONFIG, last_line, tif
@@ -142,14 +142,14 @@ def test_a_file_that_says_nothing(tmp_path, caplog):
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-@pytest.mark.parametrize("fields", [
+@pytest.mark.parametrize("fields", mostly_long([
     dict(image_size=16, patch_size=8, width=32, depth=1, num_heads=4, num_classes=3, pool="mean", class_token=False),
     # 2x8 patches have as many rows as 4x4.
     dict(image_size=(16, 64), patch_size=8, width=32, depth=1, num_heads=2, num_classes=3, gelu="tanh", norm_eps=1e-2),
     dict(image_size=32, patch_size=8, width=32, depth=1, num_heads=2, num_classes=3, pool="normed_mean"),
     dict(family="levit", image_size=32, widths=(16,), depths=(1,), num_heads=(2,), key_dim=8, num_classes=3,
          activation="silu"),
-], ids=["heads", "raster, gelu and eps", "pool", "levit"])  # fmt: skip
+], short=(1, 3)))  # fmt: skip
 def test_conversions_carry_all_of_it(place, fields, caplog):
     model = lively(fields)
     model.preprocessing, model.class_names = HOW, ("cat", "cow", "dog")

@@ -60,7 +60,11 @@ def check_same(found, model, images):
 ONNX = [name for name in reducers.known() if name not in ("random", "evo_levit", "atc")]
 
 
-@pytest.mark.parametrize("reducer", one_of_a_kind(ONNX, also=("norm", "prior")))
+# With -m long, too: their steps are much like those of tif, tome and evit.
+OTHERS = ("norm", "prior", "diffrate", "expediting", "ailurus")
+
+
+@pytest.mark.parametrize("reducer", one_of_a_kind(ONNX, also=OTHERS))
 def test_onnx_of_every_reducer(tmp_path, reducer):
     model = model_for(reducer)
     manifest = to_onnx(model, tmp_path / "made")

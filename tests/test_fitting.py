@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from cases import call
 from flax import nnx
 from pictures import one_line
 from PIL import Image
@@ -69,7 +70,7 @@ def test_a_folder_is_the_same_as_its_pictures_and_labels(model, tmp_path):
 def test_every_kind_of_model_gets_heads(fields):
     model = tif_jax.create_model(FIELDS | fields)
     made = with_fresh_heads(model, 3, seed=1)
-    assert made.num_classes == 3 and made(np.zeros((2, 16, 16, 3), np.float32))[0].shape == (2, 3)
+    assert made.num_classes == 3 and call(made, np.zeros((2, 16, 16, 3), np.float32))[0].shape == (2, 3)
     alike = tif_jax.create_model(FIELDS | fields | dict(num_classes=3))
     assert jax.tree.map(np.shape, params_of(made)) == jax.tree.map(np.shape, params_of(alike))
 

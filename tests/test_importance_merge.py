@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import attend, embed, feed_forward, numpy_images, numpy_model, predict
+from cases import attend, embed, feed_forward, mostly_long, numpy_images, numpy_model, predict
 
 from tif_jax.errors import InputError
 from tif_jax.reducers.importance_merge import ImportanceMerge, match
@@ -80,8 +80,17 @@ def test_alike_and_unimportant_tokens_go_first():
     assert by_importance.gone.tolist() == [[3]]
 
 
-@pytest.mark.parametrize("numbers", [(0, 8, 0), (9, 4, 0)])
-@pytest.mark.parametrize(("variant", "proportional"), [({}, True), ({}, False), (EVERYTHING, True)])
+@pytest.mark.parametrize(
+    ("numbers", "variant", "proportional"),
+    mostly_long(
+        [
+            (numbers, *how)
+            for how in (({}, True), ({}, False), (EVERYTHING, True))
+            for numbers in ((0, 8, 0), (9, 4, 0))
+        ],
+        short=(1, 2, 5),
+    ),
+)
 def test_the_whole_walk(numbers, variant, proportional):
     model = model_of(num_merged=numbers, proportional=proportional, **variant)
     images = numpy_images(3, (32, 32), 0)

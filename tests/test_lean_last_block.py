@@ -32,7 +32,7 @@ CASES = [
     ("tome", dict(num_merged=3), EVA),
     ("mctf", dict(keep_ratio=0.5, sites=(2,), one_step_ahead=True), {}),
 ]
-SHORT = (1, 3, 4, 5, 7, 11, 12)
+SHORT = (1, 3, 4, 5, 11)
 
 
 def both(fields, **options):

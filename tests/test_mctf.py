@@ -141,7 +141,7 @@ def test_ties_go_to_the_lower_row():
             (dict(num_merged=3, one_step_ahead=True), {}, (0, 3, 3, 3)),
             (dict(num_merged=(7, 4, 0, 2), one_step_ahead=True), BARE, (0, 4, 0, 2)),
         ],
-        short=(0, 1, 4),
+        short=(1, 4),
     ),
 )
 def test_against_the_reference(options, fields, numbers):
@@ -207,7 +207,7 @@ def of_blocks(entering, left, pairs):
     return (compared + others + pairs + 196 * 768 * 192 + 192_000) / 1e9
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", mostly_long(["float32", "bfloat16"], short=(1,)))
 def test_equal_patches_have_finite_gradients(dtype):
     model = numpy_model(TINY, reducer="mctf", num_merged=4, dtype=dtype)
     loss = jax.jit(jax.grad(lambda x: model(x)[0].astype(jnp.float32).var()))

@@ -9,7 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import attend, cost_of, embed, feed_forward, mostly_long, numpy_images, numpy_model, one_of_a_kind, predict
+from cases import (
+    ALIKE,
+    attend,
+    cost_of,
+    embed,
+    feed_forward,
+    mostly_long,
+    numpy_images,
+    numpy_model,
+    one_of_a_kind,
+    predict,
+)
 from flax import nnx
 
 from tif_jax import cost, reducers, tokens
@@ -65,13 +76,15 @@ def name(request):
 
 # Of the baselines that differ in their ranking alone one stands for all, and of methods alike one, where a program has to
 # be compiled for each.
-ONE_BASELINE = pytest.mark.parametrize("name", one_of_a_kind(reducers.known(), also=("norm", "prior")))
+OTHERS = ("norm", "prior", "diffrate", "expediting", "ailurus")
+ONE_OF_A_KIND = pytest.mark.parametrize("name", one_of_a_kind(reducers.known(), also=OTHERS))
 CLASS_RANKED = ("as_vit", "bat", "diffrate", "evit", "evo_vit", "evo_levit")
 BIT_FOR_BIT = [(n, v) for n in reducers.known() for v in VARIANTS if v != "siglip" or n not in CLASS_RANKED]
 # The baselines choose tokens as tif does; other reducers are compared with a reference on such a model, in their own tests.
 EVERYTHING = ("tif", "bat", "evo_levit")
 SHORT = {("evit", "clip"), ("tome", "siglip"), *((name, "everything") for name in EVERYTHING)}
-ALWAYS = [i for i, (name, variant) in enumerate(BIT_FOR_BIT) if variant == "plain" or (name, variant) in SHORT]
+PLAIN = {(name, "plain") for name in reducers.known() if name not in (*ALIKE, *OTHERS)}
+ALWAYS = [i for i, of in enumerate(BIT_FOR_BIT) if of in SHORT | PLAIN]
 
 
 def test_parameters_are_the_plain_vits_and_its_own(name):
@@ -91,6 +104,7 @@ def test_every_option_has_a_type_and_a_default(name):
         assert option.default is not option.empty
 
 
+@ONE_OF_A_KIND
 def test_static_shapes_one_compilation(name):
     model = model_of(name)
     call = jitted(model)
@@ -112,6 +126,7 @@ def test_keeping_everything_is_the_plain_model_bit_for_bit(name, variant):
     np.testing.assert_array_equal(reduced(x)[0], plain(x)[0])
 
 
+@ONE_OF_A_KIND
 def test_kept_and_source_say_where_patches_are(name):
     """kept: raster positions, ascending. source: the row, among the patch tokens that come out, that a patch lives in."""
     model = model_of(name)
@@ -159,7 +174,7 @@ def test_equals_a_walk_over_the_kept_tokens(name):
     np.testing.assert_allclose(predict(model, walked), logits, atol=1e-5)
 
 
-@ONE_BASELINE
+@ONE_OF_A_KIND
 def test_differentiable(name):
     graphdef, params = nnx.split(model_of(name))
     loss = lambda params: nnx.merge(graphdef, params)(images())[0].var()  # noqa: E731
@@ -170,11 +185,13 @@ def test_differentiable(name):
     assert norms["block_0"]["attention"]["qkv"]["kernel"] > 0 and norms["patch_embedding"]["kernel"] > 0
 
 
+@ONE_OF_A_KIND
 def test_order_of_images_does_not_matter(name):
     call, x = jitted(model_of(name)), images()
     np.testing.assert_allclose(call(x[::-1])[0], call(x)[0][::-1], atol=1e-6)
 
 
+@ONE_OF_A_KIND
 def test_order_of_patches_does_not_matter(name):
     """The class token comes out the same, and the same patches are kept, wherever in the array the patches are."""
     if name in ("random", "tome", "mctf", "tofu"):
@@ -195,7 +212,7 @@ def test_order_of_patches_does_not_matter(name):
         np.testing.assert_array_equal(np.sort(permuted_aux["kept"], axis=1), np.sort(aux["kept"], axis=1))
 
 
-@ONE_BASELINE
+@ONE_OF_A_KIND
 def test_no_nan_in_bfloat16(name):
     logits, _ = jitted(model_of(name, dtype="bfloat16"))(images())
     assert logits.dtype == jnp.float32 and np.isfinite(logits).all()

@@ -5,7 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from cases import numpy_model
+from cases import mostly_long, numpy_model
 from jax.sharding import AxisType, Mesh, PartitionSpec
 from steps import step_and_state
 
@@ -62,7 +62,7 @@ def on_one_device():
     return losses_of(mesh_of(1))
 
 
-@pytest.mark.parametrize("data, fsdp, remat", [(4, 1, False), (8, 1, True), (4, 2, False)])
+@pytest.mark.parametrize("data, fsdp, remat", mostly_long([(4, 1, False), (8, 1, True), (4, 2, False)], (1, 2)))
 def test_loss_curves_coincide(data, fsdp, remat):
     expected, _ = on_one_device()
     found, _ = losses_of(mesh_of(data, fsdp), remat=remat)
