@@ -88,7 +88,7 @@ def test_other_poolings_leave_no_trace(tmp_path, pool):
     assert predicted(tif_jax.load(tmp_path / "plain", task="depth", decoder_width=8)).shape == (2, 24, 32)
 
 
-@pytest.mark.parametrize("fields", [DEPTH, CLASSES], ids=["depth", "segmentation"])
+@pytest.mark.parametrize("fields", mostly_long([DEPTH, CLASSES]), ids=["depth", "segmentation"])
 def test_there_and_back(tmp_path, fields, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = lively(fields, reducer="tosa", keep_ratio=0.5)

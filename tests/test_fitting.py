@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from cases import call
+from cases import call, mostly_long
 from flax import nnx
 from pictures import one_line
 from PIL import Image
@@ -65,7 +65,10 @@ def test_a_folder_is_the_same_as_its_pictures_and_labels(model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "fields", [dict(num_classes=0), dict(num_classes=0, pool="class_and_mean"), dict(distillation_token=True)]
+    "fields",
+    mostly_long(
+        [dict(num_classes=0), dict(num_classes=0, pool="class_and_mean"), dict(distillation_token=True)], short=(1, 2)
+    ),
 )
 def test_every_kind_of_model_gets_heads(fields):
     model = tif_jax.create_model(FIELDS | fields)
