@@ -62,13 +62,15 @@ class Apart:
             self.arriving = [_front(self.graphdef, self.params, x) for x in embedded]
         self.num_patches = self.arriving[0].raster.shape[1]
 
-    def divergence(self, schedule: Schedule) -> Float32[np.ndarray, " I"]:
-        """Of each image: half the sum of what the classes' probabilities change by (total variation), in [0, 1].
+    def distance(self, schedule: Schedule) -> Float32[np.ndarray, " I"]:
+        """Of each image: how far its logits move, root mean square over classes, in nats; what all move by is left out.
 
-        The search lowers this, not KL: of KL a few images have the most, and a schedule found by it on 128 photographs had
-        .067 nats there and .111 on others.
+        The search lowers this, and neither KL nor total variation: of those a few undecided images have the most, while
+        here every image has a say. On 384 photographs it tells two schedules apart by twice as many standard errors, and
+        those that it prefers are the better ones by KL, too, on other photographs.
         """
-        return np.abs(softmax(self.whole) - softmax(self.logits(schedule))).sum(axis=-1) / 2
+        moved = self.logits(schedule) - self.whole
+        return moved.std(axis=1)
 
     def logits(self, schedule: Schedule) -> Float32[np.ndarray, "I L"]:
         last, number = self.depth - 1, schedule[-1]
@@ -141,12 +143,6 @@ class Apart:
     @property
     def _fixed(self) -> tuple[int, tuple[int, int], bool]:
         return self.plain.num_special, self.plain.grid, self.plain.has_class
-
-
-def softmax(logits: Float32[np.ndarray, "I L"]) -> Float32[np.ndarray, "I L"]:
-    """Probabilities, on the host."""
-    shares = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return shares / shares.sum(axis=1, keepdims=True)
 
 
 @partial(jax.jit, static_argnums=0)

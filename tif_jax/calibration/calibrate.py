@@ -22,19 +22,19 @@ from tif_jax.reducers._steps import stepwise_of
 logger = logging.getLogger(__name__)
 
 BATCH_SIZE = 32
-_STEPS = 16, 3  # the first moves are of a sixteenth of all patches, the last of 3 tokens
+_STEPS = 16, 6  # the first moves are of a sixteenth of all patches, the last of 6 tokens: finer ones gain nothing
 _HELD_OUT = 4  # every fourth batch
 _FEW = 4  # every fourth of the other batches is enough to begin with
 _NEAR = 0.98  # of the wished speed
 
 
 class Calibrated(NamedTuple):
-    """A schedule and what it does: divergence (`Apart.divergence`), mean over images, and the share whose class is the
+    """A schedule and what it does: distance (`Apart.distance`), mean over images, and the share whose class is the
     unreduced one's."""
 
     num_merged: Schedule
     gmac: float
-    searched: dict[str, float]  # on the images of the search: divergence, agreement
+    searched: dict[str, float]  # on the images of the search: distance, agreement
     held_out: dict[str, float]  # on those kept out of it
     images_per_second: dict[str, float] | None  # 'full' and 'reduced', where the budget was a speed
 
@@ -50,7 +50,7 @@ Search = Callable[[Callable[[Schedule], float], float], Schedule]  # (cost, budg
 
 
 def calibrate(models: Models, images: Float32[np.ndarray, "I Y X 3"], budget: float | Speed) -> Calibrated:
-    """The number of tokens merged in each block with which predictions change least within a budget.
+    """The number of tokens merged in each block with which logits move least within a budget.
 
     images: as the model takes them, 64 at least; a quarter is kept out of the search. Weights stay as they are. Raises
     InputError for models of another task, reducers that are not `Stepwise`, too few images, and budgets out of reach.
@@ -83,7 +83,7 @@ def _search(apart: Apart, few: Apart) -> Search:
     def within(cost: Callable[[Schedule], float], budget: float) -> Schedule:
         problem, coarse = (
             Problem(
-                on.divergence, cost, on.hold, apart.reducer.most, apart.num_patches, apart.depth, apart.num_free, budget
+                on.distance, cost, on.hold, apart.reducer.most, apart.num_patches, apart.depth, apart.num_free, budget
             )
             for on in (apart, few)
         )
@@ -123,4 +123,4 @@ def _batches(images: Float32[np.ndarray, "I Y X 3"]) -> list[Float32[np.ndarray,
 
 def _judged(apart: Apart, schedule: Schedule) -> dict[str, float]:
     agreement = (apart.logits(schedule).argmax(axis=1) == apart.whole.argmax(axis=1)).mean()
-    return {"divergence": float(apart.divergence(schedule).mean()), "agreement": float(agreement)}
+    return {"distance": float(apart.distance(schedule).mean()), "agreement": float(agreement)}

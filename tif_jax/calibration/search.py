@@ -1,8 +1,8 @@
-"""The search for a schedule: how many tokens go in each block so that a cost is met at the least divergence.
+"""The search for a schedule: how many tokens go in each block so that a cost is met at the least distance.
 
 A schedule is moved by how many tokens a block leaves: fewer there means that no later block leaves more, and more there that
 no earlier one leaves less. Greedy first: from nothing reduced, again and again `step` tokens fewer where that adds the least
-divergence for each unit of cost saved. Then exchange: fewer behind one block, more behind another, as long as that helps by
+distance for each unit of cost saved. Then exchange: fewer behind one block, more behind another, as long as that helps by
 more than a standard error, in smaller and smaller steps. Last, single tokens use up what is left of the cost, unless that
 hurts. Schedules are tried on images; nothing is differentiated.
 """
@@ -23,9 +23,9 @@ _CHOICES = 3  # blocks tried on each side of an exchange
 
 
 class Problem(NamedTuple):
-    """A cost (GMAC of an image, or seconds of a batch) must not be above `budget`; divergence is to be small."""
+    """A cost (GMAC of an image, or seconds of a batch) must not be above `budget`; distance is to be small."""
 
-    divergence: Callable[[Schedule], Float[np.ndarray, " I"]]  # of a schedule, for each image
+    distance: Callable[[Schedule], Float[np.ndarray, " I"]]  # of a schedule, for each image
     cost: Callable[[Schedule], float]
     hold: Callable[[Schedule], None]  # told of every schedule from which the next ones will differ a little
     most: Callable[[int], int]  # how many of some patch tokens can go in one block
@@ -48,15 +48,15 @@ def search(problem: Problem, few: Problem, step: int, least: int) -> Schedule:
         schedule = _exchanged(problem, few, schedule, step)
         step //= 2
     filled = _filled(problem, schedule, range(problem.num_free), 1)
-    is_worse = _is_less(problem.divergence(schedule), problem.divergence(filled))
+    is_worse = _is_less(problem.distance(schedule), problem.distance(filled))
     return schedule if is_worse else filled
 
 
 def _greedy(problem: Problem, step: int) -> Schedule:
     """The first schedule within the budget, of multiples of `step`: so there are few numbers of tokens to compile for."""
     schedule: Schedule = (0,) * problem.depth
-    now = 0.0  # divergence, mean over images
-    prices: dict[int, tuple[float, float, bool]] = {}  # price, divergence, whether it is of this schedule
+    now = 0.0  # distance, mean over images
+    prices: dict[int, tuple[float, float, bool]] = {}  # price, distance, whether it is of this schedule
     problem.hold(schedule)
     while (cost := problem.cost(schedule)) > problem.budget:
         candidates = _candidates(problem, schedule, -step)
@@ -71,7 +71,7 @@ def _greedy(problem: Problem, step: int) -> Schedule:
             block = min(candidates, key=lambda i: prices[i][0] if i in prices else -1.0)
             if block in prices and prices[block][2]:
                 break
-            found = float(problem.divergence(candidates[block]).mean())
+            found = float(problem.distance(candidates[block]).mean())
             prices[block] = ((found - now) / (cost - problem.cost(candidates[block])), found, True)
         schedule, now = candidates[block], prices[block][1]
         problem.hold(schedule)
@@ -81,7 +81,7 @@ def _greedy(problem: Problem, step: int) -> Schedule:
 
 def _exchanged(problem: Problem, few: Problem, schedule: Schedule, step: int) -> Schedule:
     """The schedule after all exchanges of `step` tokens that help."""
-    now = problem.divergence(schedule)
+    now = problem.distance(schedule)
     while (better := _better(problem, few, schedule, now, step)) is not None:
         schedule, now = better
         problem.hold(schedule)
@@ -93,17 +93,17 @@ def _exchanged(problem: Problem, few: Problem, schedule: Schedule, step: int) ->
 def _better(
     problem: Problem, few: Problem, schedule: Schedule, now: Float[np.ndarray, " I"], step: int
 ) -> tuple[Schedule, Float[np.ndarray, " I"]] | None:
-    """A schedule within the budget of less divergence: fewer tokens behind one block, more behind another."""
-    cost, known = problem.cost(schedule), few.divergence(schedule)
+    """A schedule within the budget of less distance: fewer tokens behind one block, more behind another."""
+    cost, known = problem.cost(schedule), few.distance(schedule)
     fewer, more = (_candidates(problem, schedule, change) for change in (-step, step))
-    # Divergence for each unit of cost that is saved; divergence avoided for each that is spent.
+    # Divergence for each unit of cost that is saved; distance avoided for each that is spent.
     asked = {
-        i: (few.divergence(other) - known).mean() / (cost - less)
+        i: (few.distance(other) - known).mean() / (cost - less)
         for i, other in fewer.items()
         if (less := problem.cost(other)) < cost
     }
     given = {
-        i: (known - few.divergence(other)).mean() / (above - cost)
+        i: (known - few.distance(other)).mean() / (above - cost)
         for i, other in more.items()
         if (above := problem.cost(other)) > cost
     }
@@ -114,7 +114,7 @@ def _better(
         if asked[taker] > given[giver]:
             break
         changed = _filled(problem, fewer[taker], (giver,), step)
-        if changed != fewer[taker] and _is_less(found := problem.divergence(changed), now):
+        if changed != fewer[taker] and _is_less(found := problem.distance(changed), now):
             return changed, found
     return None
 
@@ -153,6 +153,6 @@ def _candidates(problem: Problem, schedule: Schedule, change: int) -> dict[int, 
     return found
 
 
-def _tell(problem: Problem, schedule: Schedule, divergence: float) -> None:
+def _tell(problem: Problem, schedule: Schedule, distance: float) -> None:
     listed = " ".join(map(str, schedule))
-    logger.info("calibrate: cost %.4g, divergence %.4f: %s", problem.cost(schedule), divergence, listed)
+    logger.info("calibrate: cost %.4g, distance %.4f: %s", problem.cost(schedule), distance, listed)

@@ -114,9 +114,7 @@ def _record(
 def _summary(found: Calibrated, budget: float | Speed) -> list[str]:
     lines = [f"merged in each block: {' '.join(map(str, found.num_merged))}; {found.gmac:.4f} GMAC"]
     for name, judged in (("pictures searched on", found.searched), ("pictures held out", found.held_out)):
-        lines.append(
-            f"{name}: agreement {100 * judged['agreement']:.1f} %, probabilities that move {judged['divergence']:.4f}"
-        )
+        lines.append(f"{name}: agreement {100 * judged['agreement']:.1f} %, logits move by {judged['distance']:.4f}")
     if found.images_per_second is not None:
         rates = found.images_per_second
         lines.append(f"{rates['reduced']:.1f} images/s, all tokens {rates['full']:.1f} (wished: {budget})")
