@@ -26,10 +26,14 @@ from tif_jax.training.tasks import of_task  # fmt: skip
 RNG = np.random.default_rng(0)
 
 
-def depth_of(prediction, truth, **options):
+# As one program each.
+depth_terms = jax.jit(lambda prediction, labels, aux={}: depth(prediction, aux, {"label_map": labels}))
+classes_terms = jax.jit(lambda logits, labels, aux={}: segmentation(logits, aux, {"label_map": labels}))
+
+
+def depth_of(prediction, truth):
     """The terms of one image of one row of pixels."""
-    batch = {"label_map": jnp.float32(truth)[None, None]}
-    return {k: float(v[0]) for k, v in depth(jnp.float32(prediction)[None, None], {}, batch, **options).items()}
+    return {k: float(v[0]) for k, v in depth_terms(*(np.float32(x)[None, None] for x in (prediction, truth))).items()}
 
 
 def test_depth_by_hand():
@@ -103,14 +107,16 @@ def test_depth_is_what_loops_over_pixels_say(cap, crop):
         assert {name: float(value[i]) for name, value in found.items()} == pytest.approx(slow, rel=2e-5)
 
 
+depth_gradient = jax.jit(jax.grad(lambda *given: depth_terms(*given)["loss"].sum()))
+
+
 @pytest.mark.parametrize(
     "truth", [[2.0, 3.0], [0.0, 0.0], [11.0, 0.0]], ids=["perfect", "unmeasured", "beyond the cap"]
 )
 def test_gradients_are_0_where_nothing_is_to_learn(truth):
     """Nothing to learn is no NaN: where the prediction is right, and where no pixel counts."""
-    batch = {"label_map": jnp.float32([truth])[:, None]}
-    prediction = jnp.float32([[2.0, 3.0]])[:, None]
-    terms, gradient = depth(prediction, {}, batch), jax.grad(lambda p: depth(p, {}, batch)["loss"].sum())(prediction)
+    given = np.float32([[2.0, 3.0]])[:, None], np.float32([truth])[:, None]
+    terms, gradient = depth_terms(*given), depth_gradient(*given)
     assert terms["loss"] == 0 and not gradient.any()
     if truth != [2.0, 3.0]:
         assert not any(float(value[0]) for value in terms.values())
@@ -121,7 +127,7 @@ def test_the_gradient_is_that_of_differences():
         truth = RNG.uniform(0.5, 8, (2, 3, 4))
         truth[:, 1, 1] = 0
         start, valid = RNG.uniform(0.5, 8, truth.shape), truth > 0
-        loss = lambda prediction: scale_invariant_log(prediction, truth, valid).sum()  # noqa: E731
+        loss = jax.jit(lambda prediction: scale_invariant_log(prediction, truth, valid).sum())
         check_grads(loss, (start,), order=1, modes=("rev",))
         assert not jax.grad(loss)(jnp.asarray(start))[:, 1, 1].any()
 
@@ -149,21 +155,20 @@ def test_the_eigen_crop():
 
 
 def test_losses_of_reducers_are_added():
-    batch = {"label_map": jnp.ones((2, 2, 2))}
     aux = {"loss/keep": jnp.float32([0.5, 0.25]), "scores": jnp.ones((2, 9))}
-    np.testing.assert_allclose(depth(jnp.ones((2, 2, 2)), aux, batch)["loss"], [0.5, 0.25])
-    labels = {"label_map": jnp.full((2, 2, 2), IGNORED)}
-    np.testing.assert_allclose(segmentation(jnp.ones((2, 2, 2, 3)), aux, labels)["loss"], [0.5, 0.25])
+    np.testing.assert_allclose(depth_terms(jnp.ones((2, 2, 2)), jnp.ones((2, 2, 2)), aux)["loss"], [0.5, 0.25])
+    labels = jnp.full((2, 2, 2), IGNORED)
+    np.testing.assert_allclose(classes_terms(jnp.ones((2, 2, 2, 3)), labels, aux)["loss"], [0.5, 0.25])
 
 
 def test_segmentation_by_hand():
     """Logits (ln 3, 0) are probabilities 3/4 and 1/4. One of the three pixels that count is wrong."""
     logits = jnp.log(jnp.float32([[[[3, 1], [3, 1], [1, 3], [3, 1]]]]))
     labels = jnp.array([[[0, 1, 1, -1]]])
-    terms = segmentation(logits, {}, {"label_map": labels})
+    terms = classes_terms(logits, labels)
     assert float(terms["loss"][0]) == pytest.approx((2 * math.log(4 / 3) + math.log(4)) / 3, rel=1e-6)
     assert float(terms["pixel_accuracy"][0]) == pytest.approx(2 / 3) and terms["valid"] == 0.75
-    counts = class_counts(logits, labels)
+    counts = jax.jit(class_counts)(logits, labels)
     np.testing.assert_array_equal(counts["labelled"], [[1, 2]])
     np.testing.assert_array_equal(counts["intersection"], [[1, 1]])
     np.testing.assert_array_equal(counts["union"], [[2, 2]])
@@ -194,10 +199,10 @@ def test_miou_of_a_data_set_is_of_summed_counts():
 def test_segmentation_without_a_label_and_with_one_that_is_no_class():
     logits = jnp.zeros((3, 2, 2, 2))
     labels = jnp.array([[[-1, -1], [-1, -1]], [[0, 1], [2, 0]], [[0, 1], [-1, 1]]])
-    terms = segmentation(logits, {}, {"label_map": labels})
+    terms = classes_terms(logits, labels)
     assert terms["loss"][0] == 0 and terms["valid"][0] == 0
     assert jnp.isnan(terms["loss"][1]) and float(terms["loss"][2]) == pytest.approx(math.log(2), rel=1e-6)
-    gradient = jax.grad(lambda p: segmentation(p, {}, {"label_map": labels})["loss"][0])(logits)
+    gradient = jax.jit(jax.grad(lambda p: classes_terms(p, labels)["loss"][0]))(logits)
     assert not gradient.any()
 
 

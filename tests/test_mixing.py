@@ -68,7 +68,7 @@ def test_mixup_is_a_weighted_mean_with_the_batch_reversed(strict_dtypes, num, dt
     np.testing.assert_array_equal(mixed["index"], given["index"])
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", mostly_long([jnp.bfloat16, jnp.float32]))
 def test_cutmix_pastes_one_box_of_the_batch_reversed(strict_dtypes, dtype):
     given = batch(dtype=dtype)
     mixed = jax.jit(mix, static_argnums=2)(jax.random.key(0), given, Mixing(cutmix=1.0))
@@ -146,9 +146,8 @@ def test_loss_of_mixed_labels(strict_dtypes, smoothing):
     logits, weight = rng.standard_normal((4, 5)), np.array([0.0, 0.25, 0.7, 1.0])
     label, other = np.array([0, 1, 2, 3]), np.array([4, 1, 0, 2])
     given = {"label": label, "other_label": other, "label_weight": weight.astype(np.float32)}
-    terms = losses.classification(
-        jnp.asarray(logits, jnp.float32), {}, jax.tree.map(jnp.asarray, given), label_smoothing=smoothing
-    )
+    loss = jax.jit(lambda logits, given: losses.classification(logits, {}, given, label_smoothing=smoothing))
+    terms = loss(jnp.asarray(logits, jnp.float32), jax.tree.map(jnp.asarray, given))
     expected = []
     for i in range(4):  # as timm's mixup_target: both labels smoothed, then mixed
         target = np.full(5, smoothing / 5)
@@ -170,7 +169,8 @@ def test_losses_that_build_on_it_take_mixed_labels_too():
         losses.hard_distillation,
         functools.partial(losses.distillation, tokens_weight=0.0),
     ):
-        own, other, both = (loss(logits, {}, given)["loss"] for given in (plain, reverse, mixed))
+        of_all = jax.jit(lambda logits, all, loss=loss: [loss(logits, {}, given)["loss"] for given in all])
+        own, other, both = of_all(logits, (plain, reverse, mixed))
         np.testing.assert_allclose(both, 0.3 * own + 0.7 * other, rtol=1e-5)
 
 
