@@ -20,7 +20,8 @@ pytest.importorskip("onnxruntime")
 
 FIELDS = dict(image_size=(16, 32), patch_size=8, width=16, depth=4, num_heads=2)
 DEPTH = FIELDS | dict(task="depth", decoder_width=4)
-CLASSES = FIELDS | dict(task="segmentation", decoder="linear", num_classes=3)
+LINEAR = FIELDS | dict(depth=2, decoder="linear", decoder_blocks=(0, 1))  # where the decoder is not the point
+CLASSES = LINEAR | dict(task="segmentation", num_classes=3)
 REDUCERS = {
     "evo_vit": dict(keep_ratio=0.5, stages=(1, 2)),  # waits beside x for two blocks that are read
     "tome": dict(num_merged=1),
@@ -51,7 +52,7 @@ def test_onnx_of_depth(tmp_path, name, options):
 
 
 def test_stablehlo_of_depth(tmp_path):
-    model = lively(DEPTH, reducer="tif", keep_ratio=0.5)
+    model = lively(LINEAR | dict(task="depth"), reducer="tif", keep_ratio=0.5)
     to_stablehlo(model, tmp_path / "made")
     loaded = jax.export.deserialize(bytearray((tmp_path / "made" / "model.stablehlo").read_bytes()))
     found = np.asarray(loaded.call(numpy_images(3, (16, 32)))["depth"])
@@ -67,7 +68,7 @@ def loader(folder, *words):
 
 
 def test_the_loader_writes_depth(tmp_path):
-    model = lively(DEPTH)
+    model = lively(LINEAR | dict(task="depth"))
     to_onnx(model, tmp_path / "made")
     file, out = tmp_path / "room.png", tmp_path / "maps"
     picture(0, 40, 60).save(file)

@@ -22,7 +22,7 @@ def get_config():
             mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), num_workers=2, num_validation=8, {data}
         ),
         backbone=dict(recipe, num_epochs=12.0, model=dict(
-            image_size=(16, 24), patch_size=8, width=16, depth=4, num_heads=2, decoder="linear", {model}
+            image_size=(16, 24), patch_size=8, width=16, depth=1, num_heads=2, decoder="linear", decoder_blocks=(0,), {model}
         )),
         reducer=dict(name="random", keep_ratio=0.5),
         finetune=dict(recipe, num_epochs=2.0),

@@ -16,8 +16,9 @@ from tif_jax.models.fresh_heads import with_fresh_heads
 
 FIELDS = dict(image_size=(16, 24), patch_size=8, width=16, depth=4, num_heads=2, task="depth", decoder_width=4)
 CLASSES = dict(
-    image_size=16, patch_size=8, width=16, depth=4, num_heads=2, task="segmentation", decoder="linear", num_classes=3
-)
+    image_size=16, patch_size=8, width=16, depth=1, num_heads=2, task="segmentation", decoder="linear",
+    decoder_blocks=(0,), num_classes=3,
+)  # fmt: skip
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ SETTINGS = [
     "--config.data.num_workers=2", "--config.backbone.num_epochs=0.0", "--config.backbone.model.width=64",
     "--config.backbone.model.depth=2", "--config.backbone.model.num_heads=2", "--config.finetune.num_epochs=2.0",
     "--config.finetune.batch_size=13", "--config.reducer.name=norm",
-    f"--config.finetune.phases={tuple({'until': i / 10, 'keep_ratio': 1 - i / 10} for i in range(1, 4))}",
+    f"--config.finetune.phases={tuple({'until': i / 10, 'keep_ratio': 1 - i / 10} for i in range(1, 3))}",
 ]  # fmt: skip
 
 
