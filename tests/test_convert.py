@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordReader
-from cases import lively, numpy_images, write_safetensors
+from cases import lively, mostly_long, numpy_images, write_safetensors
 from PIL import Image
 from reference import COMPUTED, VARIANTS, random_timm_tensors
 from reference_levit import random_levit_tensors
@@ -98,7 +98,7 @@ def test_levit_layout_and_back(place, variant):
         np.testing.assert_array_equal(back[key], tensor[..., 0, 0] if is_1x1 else tensor, err_msg=key)
 
 
-@pytest.mark.parametrize("tensors", [vit(**WIDE), levit(depths=(1, 1))], ids=["vit", "levit"])
+@pytest.mark.parametrize("tensors", mostly_long([vit(**WIDE), levit(depths=(1, 1))]), ids=["vit", "levit"])
 def test_to_orbax_and_back(place, tensors):
     path = write_safetensors(place / "w.safetensors", tensors)
     assert convert(path, "runs/imported") == 0

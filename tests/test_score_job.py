@@ -10,6 +10,7 @@ import time
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import mostly_long
 from forks import Server
 from scorer import NUM_PARTS, ROWS_PER_PART
 
@@ -226,7 +227,7 @@ def test_processes_take_parts_in_turn(monkeypatch):
     assert shares == [[1, 4, 7, 10], [2, 5, 8], [3, 6, 9]]
 
 
-@pytest.mark.parametrize("damage", ["removed", "removed json", "flipped byte", "truncated"])
+@pytest.mark.parametrize("damage", mostly_long(["removed json", "flipped byte", "removed", "truncated"], short=(0, 1)))
 def test_a_damaged_part_alone_is_scored_again(place, finished, damage, monkeypatch, caplog):
     scoring.score_training(_config(), place / "run")
     path = place / "run" / "impact" / f"part-00003-of-{NUM_PARTS:05}.parquet"

@@ -74,7 +74,7 @@ def test_any_number_of_images_on_eight_devices_is_the_same_as_on_one(model, impa
 
 @pytest.mark.parametrize(
     "estimator, chunk",
-    mostly_long([(e, chunk) for e in ("exact", "sampled") for chunk in (1, 5, 100)], short=(0, 2, 4)),
+    mostly_long([(e, chunk) for e in ("exact", "sampled") for chunk in (1, 5, 100)], short=(0, 5)),
 )
 def test_the_chunk_changes_nothing(model, impact, chunk, estimator):
     """Chunks smaller than the batch take a few images at a time, larger ones several masks of each."""

@@ -122,7 +122,7 @@ def test_rematerialisation_keeps_less():
     assert barriers[0] == 0 < barriers[1]
 
 
-@pytest.mark.parametrize("to", [(1, 1), (4, 2)])
+@pytest.mark.parametrize("to", [(4, 2), pytest.param((1, 1), marks=pytest.mark.long)])
 def test_a_checkpoint_goes_on_elsewhere(tmp_path, to):
     there, here = mesh_of(4), mesh_of(*to)
     _, state = losses_of(there, steps=range(3))

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 import safetensors.numpy
 import yaml
-from cases import lively, numpy_images
+from cases import lively, mostly_long, numpy_images
 from flax import nnx
 
 import tif_jax
@@ -78,11 +78,14 @@ def test_no_other_positions_than_those_of_the_file(tmp_path):
 
 @pytest.mark.parametrize(
     "reducer",
-    [
-        dict(reducer="tif", keep_ratio=0.5, adapter=4, then=dict(name="evo_vit", keep_ratio=0.5)),
-        dict(reducer="dynamic_vit", budget=1e-4, sites=(1,)),
-        dict(reducer="tome", num_merged=1),
-    ],
+    mostly_long(
+        [
+            dict(reducer="tif", keep_ratio=0.5, adapter=4, then=dict(name="evo_vit", keep_ratio=0.5)),
+            dict(reducer="dynamic_vit", budget=1e-4, sites=(1,)),
+            dict(reducer="tome", num_merged=1),
+        ],
+        short=(0, 2),
+    ),
     ids=lambda reducer: reducer["reducer"],
 )
 def test_the_reducer_goes_with_it(tmp_path, reducer):
