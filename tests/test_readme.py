@@ -11,10 +11,12 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from cases import call
 from PIL import Image
 from reference import random_timm_tensors
 
 import tif_jax
+from tif_jax.figures import seen
 from tif_jax.impact import shards
 from tif_jax.impact.manifest import Manifest, open_manifest
 from tif_jax.models.names import SIZES
@@ -52,6 +54,7 @@ def names(tmp_path_factory):
         patch.chdir(folder)
         patch.setitem(SIZES, "tiny", dict(width=16, depth=1, num_heads=2))
         patch.setitem(NUM_HEADS, (64, 2), 2)  # of the file that is loaded
+        patch.setattr(seen, "OFF_THE_SHELF", ("tome",))  # one of those that `view` draws
         _write_files(folder)
         namespace: dict = {"folder": folder}
         patch.syspath_prepend(folder)
@@ -91,13 +94,14 @@ def test_shapes_are_those_of_the_comments(names):
 
 def test_the_reducer_of_ones_own(names):
     mine, plain, images = names["mine"], names["model"], names["images"]
-    assert mine(images)[1]["kept"].shape == (2, round(0.7 * 9))
+    kept = call(mine, images)[1]["kept"]
+    assert kept.shape == (2, round(0.7 * 9))
     everything = tif_jax.load(names["folder"] / WEIGHTS, reducer="my_reducers.key_norm", keep_ratio=1.0)
     np.testing.assert_array_equal(everything(images)[0], plain(images)[0])
     keys = np.linalg.norm(
         np.asarray(plain.blocks[0].attend(plain.embed(images), plain.tokens(2))[1].key)[:, 1:], axis=(2, 3)
     )
-    np.testing.assert_array_equal(mine(images)[1]["kept"], np.sort(np.argsort(-keys, axis=1)[:, :6], axis=1))
+    np.testing.assert_array_equal(kept, np.sort(np.argsort(-keys, axis=1)[:, :6], axis=1))
 
 
 @pytest.mark.parametrize("name", ["my_reducers.no_such_file", "no_such_package.file", "my_reducers.empty"])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import lively, mostly_long
+from cases import call, lively, mostly_long
 from pictures import picture
 from PIL import Image
 from small_project import forget_handlers, last_line
@@ -125,7 +125,7 @@ def test_a_run(place, tmp_path, capsys):
     # Probabilities: a plain forward pass of each, in numpy.
     full, few = (tif_jax.load(f"run/finetune/{name}-0") for name in ("full-1", "tif-0.25"))
     images = full.preprocess(["photos/turned.jpg"])
-    before, after = (softmax(model(images)[0]) for model in (full, few))
+    before, after = (softmax(call(model, images)[0]) for model in (full, few))
     of_turned = page.texts[page.texts.index("photos/turned.jpg") :]
     rows = of_turned[of_turned.index("after") :]
     for output in np.argsort(-after)[:2]:
