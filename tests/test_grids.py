@@ -31,6 +31,7 @@ OPTIONS = {
 NAMES = [name for name in reducers.known() if name != "evo_levit"]  # of a ViT it is evo_vit with another momentum
 # They do to the raster what tif (the first three) and tome do, or what tests of their own look at.
 OTHERS = ("norm", "prior", "random", "diffrate", "expediting", "ailurus")
+FEWER = ("full", *OTHERS, "dynamic_vit")  # it drops patches between blocks, as bat does
 
 
 def options_of(name, keep_ratio=0.5):
@@ -127,7 +128,7 @@ def test_a_classifier_has_features_on_the_raster_too():
         grid_features(classifier, images, (4,))
 
 
-@pytest.mark.parametrize("name", one_of_a_kind(NAMES, also=OTHERS))
+@pytest.mark.parametrize("name", one_of_a_kind(NAMES, also=FEWER))
 def test_where_nothing_is_reduced_they_are_the_plain_models_bit_for_bit(name):
     plain, reduced = (
         model_of("full"),
@@ -145,7 +146,7 @@ def test_where_nothing_is_reduced_they_are_the_plain_models_bit_for_bit(name):
         np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("name", one_of_a_kind(NAMES, also=("full", *OTHERS)))
+@pytest.mark.parametrize("name", one_of_a_kind(NAMES, also=FEWER))
 def test_a_constant_image_gives_a_constant_map(name):
     # EViT's fused token is a sum by class attention, whose shares are less than 1 together: another token by its definition.
     options = options_of(name) | ({"fuse": False} if name == "evit" else {})
@@ -162,7 +163,7 @@ def test_a_constant_image_gives_a_constant_map(name):
         assert depth.max() - depth.min() < 1e-4
 
 
-@pytest.mark.parametrize("name", one_of_a_kind(NAMES, also=("full", *OTHERS)))
+@pytest.mark.parametrize("name", one_of_a_kind(NAMES, also=FEWER))
 def test_no_nan_in_bfloat16(name):
     model = lively(FIELDS, reducer=name, dtype="bfloat16", **options_of(name))
     depth, aux = jax.jit(lambda x: model(x))(numpy_images(2, SIZE))
@@ -173,7 +174,7 @@ def test_no_nan_in_bfloat16(name):
 DEALT = ("random", "tome", "mctf", "tofu")
 
 
-@pytest.mark.parametrize("name", one_of_a_kind([n for n in NAMES if n not in DEALT], also=("full", *OTHERS)))
+@pytest.mark.parametrize("name", one_of_a_kind([n for n in NAMES if n not in DEALT], also=FEWER))
 def test_the_order_of_the_rows_does_not_matter(name):
     """Those in `DEALT` draw, or deal tokens into two sets, by their place in the array."""
     if name in ("expediting", "ailurus"):

@@ -219,7 +219,7 @@ def test_bfloat16_keeps_parameters_and_logits_in_float32():
     assert np.abs(logits - exact).max() < 0.05 * np.abs(exact).max()
 
 
-@pytest.mark.parametrize("fields", [TINY, EVO | dict(class_head=True)])
+@pytest.mark.parametrize("fields", mostly_long([TINY, EVO | dict(class_head=True)], short=(1,)))
 def test_strict_dtypes_and_heads_in_training(fields, strict_dtypes):
     model = nnx.eval_shape(blueprint(fields, drop_path=0.1, dtype="bfloat16"), jax.random.key(0))
     graphdef, params = nnx.split(model)

@@ -58,7 +58,7 @@ def brute_force(tensors, pool, images, mask, target):
     "network, mask, target",
     mostly_long(
         [(pool, mask, target) for pool in POOLS for mask in oracle.MASKS for target in oracle.TARGETS],
-        short=(0, 3, 4, 8, 13, 21, 28),
+        short=(0, 3, 8, 13, 21, 28),
     ),
     indirect=["network"],
 )
@@ -88,7 +88,7 @@ SIGLIP = dict(depth=2, pool="attention", class_token=False, gelu="tanh")
             for fields in (ONE_BLOCK, EVERYTHING, NO_SPECIAL_TOKENS, CLIP, SIGLIP)
             for mask in oracle.MASKS
         ],
-        short=(2, 3, 5, 8, 10, 12),
+        short=(2, 5, 8, 10, 12),
     ),
 )
 def test_exact_is_brute_force_for_every_kind_of_block(fields, mask):
@@ -218,8 +218,10 @@ def test_misuse(options, message):
         token_impact(model, jnp.zeros((1, 16, 16, 3)), jnp.array([3]))
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "estimator"),
+    mostly_long([(dtype, estimator) for dtype in ("float32", "bfloat16") for estimator in ESTIMATORS], (0, 1, 2, 3)),
+)
 def test_float32_is_not_rounded_before_products(estimator, dtype):
     """In the program as it goes to the compiler: what JAX leaves to the device, TPUs do in bfloat16 and GPUs in TF32."""
     model = numpy_model(dict(image_size=16, patch_size=8, width=8, depth=2, num_heads=2, num_classes=3, dtype=dtype))
