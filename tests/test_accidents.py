@@ -133,7 +133,7 @@ def another_step(checkpoint):
 
 
 @pytest.mark.parametrize(
-    "harm", mostly_long([one_flipped_byte, other_ratio, next_batch, no_metadata, another_step], (0, 2, 3))
+    "harm", mostly_long([one_flipped_byte, other_ratio, next_batch, no_metadata, another_step], (0, 2))
 )
 def test_a_later_stage_does_not_take_the_older_checkpoint_in_silence(place, capsys, harm):
     newest = checkpoints(place)[-1]

@@ -64,7 +64,7 @@ ONNX = [name for name in reducers.known() if name not in ("random", "evo_levit",
 OTHERS = ("norm", "prior", "diffrate", "expediting", "ailurus")
 
 
-@pytest.mark.parametrize("reducer", one_of_a_kind(ONNX, also=OTHERS))
+@pytest.mark.parametrize("reducer", one_of_a_kind(ONNX, also=("full", *OTHERS)))
 def test_onnx_of_every_reducer(tmp_path, reducer):
     model = model_for(reducer)
     manifest = to_onnx(model, tmp_path / "made")

@@ -109,7 +109,7 @@ def both_grids(name):
     "name",
     one_of_a_kind(
         [name for name in NAMES if name not in ("full", "prior", "norm", "expediting", "token_learner")],
-        also=("diffrate", "random"),
+        also=("diffrate", "random", "dynamic_vit"),
     ),
 )
 def test_after_every_block_every_patch_is_what_a_slow_walk_says(name):
