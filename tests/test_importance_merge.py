@@ -33,12 +33,18 @@ def reference_match(x, importance, number, power=1.0):
     return [(i, max(stays, key=lambda j: (float(unit[i] @ unit[j]), -j))) for i in gone]
 
 
+def reference_mean(rows, weights):
+    """Weighted, and as long as the rows are on the weighted mean."""
+    mean = np.average(rows, axis=0, weights=weights)
+    return mean * np.average(np.linalg.norm(rows, axis=1), weights=weights) / np.linalg.norm(mean)
+
+
 def reference_logits(model, images, numbers, power, proportional):
     num_special, found = model.num_special, []
     for x in np.asarray(embed(model, images)):
         size, groups = np.ones(len(x) - num_special), [[i] for i in range(len(x) - num_special)]
         for block, number in zip(model.blocks, numbers, strict=True):
-            log_size = np.log(np.concatenate([np.ones(num_special), size]))[None].astype(np.float32)
+            log_size = 0.85 * np.log(np.concatenate([np.ones(num_special), size]))[None].astype(np.float32)
             y, qk = attend(block, jnp.asarray(x[None]), jnp.asarray(log_size) if proportional else None)
             x = np.asarray(y)[0]
             logits = np.einsum("hc,thc->ht", np.asarray(qk.query)[0, 0], np.asarray(qk.key)[0]) / np.sqrt(16)
@@ -48,7 +54,7 @@ def reference_logits(model, images, numbers, power, proportional):
             into = dict(reference_match(patches, importance, number, power)) if number else {}
             stays = [i for i in range(len(size)) if i not in into]
             members = [[i, *(j for j in into if into[j] == i)] for i in stays]
-            patches = np.array([sum(size[i] * patches[i] for i in m) / sum(size[i] for i in m) for m in members])
+            patches = np.array([reference_mean(patches[m], importance[m] + 1e-6 * size[m]) for m in members])
             groups = [[first for i in m for first in groups[i]] for m in members]
             size = np.array([sum(size[i] for i in m) for m in members])
             x = np.concatenate([x[:num_special], patches]).astype(np.float32)
@@ -118,4 +124,6 @@ def test_models_without_a_class_token_ask_all_queries():
 def test_mistakes():
     with pytest.raises(InputError, match="num_merged is -1; it is the number"):
         ImportanceMerge(-1)
+    with pytest.raises(InputError, match=r"size_power is -1\.0; it is a number, 0 or more"):
+        ImportanceMerge(size_power=-1.0)
     assert ImportanceMerge((20, 3, 1)).per_block(3, 16) == (15, 0, 0)

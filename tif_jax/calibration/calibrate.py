@@ -22,7 +22,7 @@ from tif_jax.reducers._steps import stepwise_of
 logger = logging.getLogger(__name__)
 
 BATCH_SIZE = 32
-_STEPS = 16, 6  # the first moves are of a sixteenth of all patches, the last of 6 tokens: finer ones gain nothing
+_STEPS = 16, 6  # the first moves are of a sixteenth of all patches, the last of 6 tokens: the least lies flat
 _HELD_OUT = 4  # every fourth batch
 _FEW = 4  # every fourth of the other batches is enough to begin with
 _NEAR = 0.98  # of the wished speed

@@ -34,14 +34,28 @@ def unit(x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(axis=-1, keepdims=True), 1e-24))
 
 
+def length(x: Float[Array, "B N D"]) -> Float[Array, "B N"]:
+    """Of the rows; at least float32, no gradient."""
+    x = jax.lax.stop_gradient(x).astype(widened(x.dtype))
+    return jnp.sqrt(jnp.maximum(jnp.square(x).sum(axis=-1), 1e-24))
+
+
 def fuse_tokens(
-    x: Float[Array, "B T D"], tokens: Tokens, weight: Float[Array, "B N"], fusion: Fusion
+    x: Float[Array, "B T D"], tokens: Tokens, weight: Float[Array, "B N"], fusion: Fusion, keep_length: bool = False
 ) -> tuple[Float[Array, "B S D"], Tokens]:
-    """x and what its rows are after `fuse` of the patch tokens, which leaves special tokens alone."""
+    """x and what its rows are after `fuse` of the patch tokens, which leaves special tokens alone.
+
+    keep_length: a mean of different directions is short; it is made as long as its members are on the (weighted) mean.
+    """
     special, patches = split(x, tokens.num_special)
     position, _ = fuse(tokens.position, weight, fusion)
-    tokens = merged(tokens, destination(fusion, patches.shape[1]), position)
-    return join(special, fuse(patches, weight, fusion)[0]), tokens
+    fused, _ = fuse(patches, weight, fusion)
+    if keep_length:
+        members, _ = fuse(length(patches)[..., None], weight, fusion)
+        several = total(jnp.ones_like(weight), fusion) > 1  # the rest stays bit for bit
+        scale = jnp.where(several, members[..., 0] / length(fused), 1)
+        fused = (fused.astype(scale.dtype) * scale[..., None]).astype(x.dtype)
+    return join(special, fused), merged(tokens, destination(fusion, patches.shape[1]), position)
 
 
 def fuse(

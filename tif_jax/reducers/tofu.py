@@ -8,14 +8,13 @@ Legend: B images, N patch tokens, M those left, D width, C channels of a head.
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tif_jax.errors import InputError
 from tif_jax.layers import widened
 from tif_jax.reducers import _schedule as schedule
-from tif_jax.reducers._fusion import Fusion, destination, fuse
+from tif_jax.reducers._fusion import Fusion, destination, fuse, length
 from tif_jax.reducers.tome import match, unit_keys
 from tif_jax.tokens import join, merged, row_numbers, split, take
 
@@ -75,17 +74,13 @@ def mlerp(patches: Float[Array, "B N D"], fusion: Fusion) -> Float[Array, "B M D
     """
     wide = patches.astype(widened(patches.dtype))
     mean, members = _means(wide, fusion)
-    length = _length(jax.lax.stop_gradient(wide))
-    image = jnp.arange(length.shape[0])[:, None]
-    longest = take(length, fusion.left).at[image, fusion.into].max(take(length, fusion.gone))
-    scale = jnp.where(members > 1, longest / _length(jax.lax.stop_gradient(mean)), 1)
+    long = length(wide)
+    image = jnp.arange(long.shape[0])[:, None]
+    longest = take(long, fusion.left).at[image, fusion.into].max(take(long, fusion.gone))
+    scale = jnp.where(members > 1, longest / length(mean), 1)
     return (mean * scale[..., None]).astype(patches.dtype)
 
 
 def _means(rows: Float[Array, "B N D"], fusion: Fusion) -> tuple[Float[Array, "B M D"], Float[Array, "B M"]]:
     """Plain means of those that merge, whatever they are made of, and how many tokens each is the mean of."""
     return fuse(rows, jnp.ones(rows.shape[:2], widened(rows.dtype)), fusion)
-
-
-def _length(rows: Float[Array, "B N D"]) -> Float[Array, "B N"]:
-    return jnp.sqrt(jnp.maximum(jnp.square(rows).sum(axis=-1), 1e-24))
