@@ -113,12 +113,8 @@ def test_without_the_first_process_the_other_ends(servers, tmp_path):
     both = start(servers, ["0.6", tmp_path / "steps", f"--workdir={tmp_path / 'run'}", *DIVIDED], logs)
     wait_for_step(tmp_path / "steps", 1, both)
     both[0].kill()
-    statuses, said = ends(both), logs[1].read_text()
-    # JAX aborts by itself where a call to the first process was under way, and is now and then quicker than we are.
-    if statuses == [-signal.SIGKILL, -signal.SIGABRT]:
-        assert "the JAX distributed service detected fatal errors" in said
-    else:
-        assert statuses == [-signal.SIGKILL, 1] and "process 0 of 2 is lost" in said
+    assert ends(both) == [-signal.SIGKILL, 1]
+    assert "process 0 of 2 is lost" in logs[1].read_text().splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -38,21 +38,13 @@ def entry_in(text: str, flag: str = "--reducer") -> ReducerEntry:
         return read_entry(text, where)
     if not text.startswith("{"):
         return read_entry(reducer_in(text, flag), where)
-    try:
-        return read_entry(_dict_in(text), where)
-    except SyntaxError:
-        raise InputError(f"{where} is no dict; it is as in {{'name': 'tome', 'num_merged': 8}}") from None
-
-
-def _dict_in(text: str) -> Any:
-    """JSON, or as Python writes it; raises SyntaxError."""
-    try:
-        return json.loads(text)
-    except ValueError:
+    for read in (json.loads, ast.literal_eval):
         try:
-            return ast.literal_eval(text)
-        except ValueError:
-            raise SyntaxError from None
+            said = read(text)
+        except (ValueError, SyntaxError):
+            continue
+        return read_entry(said, where)
+    raise InputError(f"{where} is no dict; it is as in {{'name': 'tome', 'num_merged': 8}}")
 
 
 def _value(text: str) -> Any:

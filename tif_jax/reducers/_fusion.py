@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from tif_jax.layers import widened
 from tif_jax.tokens import Tokens, join, merged, put, row_numbers, split, take
@@ -40,6 +40,12 @@ def length(x: Float[Array, "B N D"]) -> Float[Array, "B N"]:
     return jnp.sqrt(jnp.maximum(jnp.square(x).sum(axis=-1), 1e-24))
 
 
+def as_long(x: Float[Array, "B N D"], goal: Float[Array, "B N"], which: Bool[Array, "B N"]) -> Float[Array, "B N D"]:
+    """Rows of x scaled to the length `goal`, but those not in `which` bit for bit. The factor passes no gradient."""
+    scale = jnp.where(which, goal / length(x), 1)
+    return (x.astype(scale.dtype) * scale[..., None]).astype(x.dtype)
+
+
 def fuse_tokens(
     x: Float[Array, "B T D"], tokens: Tokens, weight: Float[Array, "B N"], fusion: Fusion, keep_length: bool = False
 ) -> tuple[Float[Array, "B S D"], Tokens]:
@@ -52,9 +58,7 @@ def fuse_tokens(
     fused, _ = fuse(patches, weight, fusion)
     if keep_length:
         members, _ = fuse(length(patches)[..., None], weight, fusion)
-        several = total(jnp.ones_like(weight), fusion) > 1  # the rest stays bit for bit
-        scale = jnp.where(several, members[..., 0] / length(fused), 1)
-        fused = (fused.astype(scale.dtype) * scale[..., None]).astype(x.dtype)
+        fused = as_long(fused, members[..., 0], total(jnp.ones_like(weight), fusion) > 1)
     return join(special, fused), merged(tokens, destination(fusion, patches.shape[1]), position)
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from tif_jax.errors import InputError
 from tif_jax.layers import widened
 from tif_jax.reducers import _schedule as schedule
-from tif_jax.reducers._fusion import Fusion, destination, fuse, length
+from tif_jax.reducers._fusion import Fusion, as_long, destination, fuse, length
 from tif_jax.reducers.tome import match, unit_keys
 from tif_jax.tokens import join, merged, row_numbers, split, take
 
@@ -77,8 +77,7 @@ def mlerp(patches: Float[Array, "B N D"], fusion: Fusion) -> Float[Array, "B M D
     long = length(wide)
     image = jnp.arange(long.shape[0])[:, None]
     longest = take(long, fusion.left).at[image, fusion.into].max(take(long, fusion.gone))
-    scale = jnp.where(members > 1, longest / length(mean), 1)
-    return (mean * scale[..., None]).astype(patches.dtype)
+    return as_long(mean, longest, members > 1).astype(patches.dtype)
 
 
 def _means(rows: Float[Array, "B N D"], fusion: Fusion) -> tuple[Float[Array, "B M D"], Float[Array, "B M"]]:
