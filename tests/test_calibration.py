@@ -17,7 +17,7 @@ from tif_jax import cost, load
 from tif_jax.__main__ import main
 from tif_jax.calibration import seconds
 from tif_jax.calibration.apart import Apart
-from tif_jax.calibration.search import Problem, _candidates, search
+from tif_jax.calibration.search import Descent, Problem, _candidates, search
 from tif_jax.errors import InputError
 from tif_jax.experiment.reducer_entry import read_entry
 from tif_jax.models.params import params_of
@@ -100,7 +100,7 @@ def test_the_search_finds_the_best_of_all_schedules(weights, budget):
     """Of a convex problem: no local minimum is another."""
     given = problem(weights, budget)
     every = [s for s in itertools.product(range(8), repeat=3) if sum(s) < 8 and given.cost(s) <= budget]
-    found = search(given, given, 2, 1)
+    found = search(given, given, Descent(given, 2), 1)
     assert given.cost(found) <= budget and sum(found) < 8
     assert given.distance(found)[0] == pytest.approx(min(given.distance(s)[0] for s in every))
 
@@ -115,7 +115,22 @@ def test_a_candidate_keeps_order_and_limits():
 
 def test_a_budget_out_of_reach():
     with pytest.raises(InputError, match=r"budget 2 can not be met: with as few tokens as can be it takes 3"):
-        search(problem((1.0,) * 3, 2.0), problem((1.0,) * 3, 2.0), 1, 1)
+        Descent(problem((1.0,) * 3, 2.0), 1).within(2.0)
+
+
+def test_budgets_share_the_way_down():
+    """In any order, each finds what it finds alone."""
+    given = problem((9.0, 1.0, 4.0), 0.0)
+    asked = []
+    counted = given._replace(distance=lambda s: asked.append(s) or given.distance(s))
+    descent = Descent(counted, 2)
+    for budget in (13.0, 8.0, 20.0, 5.0):
+        assert descent.within(budget) == Descent(given, 2).within(budget)
+    number = len(asked)
+    assert descent.within(5.0) == descent.within(5.0) and len(asked) == number
+    alone = Descent(given._replace(distance=lambda s: asked.append(s) or given.distance(s)), 2)
+    alone.within(5.0)
+    assert len(asked) == 2 * number
 
 
 @pytest.fixture
@@ -153,6 +168,32 @@ def test_the_program_and_who_takes_its_file(photos, capsys):
     assert not run("compare --weights w.safetensors --images photos --reducer found.json --batch-sizes none --out out")
     rows = json.loads(Path("out/compare.json").read_text())["rows"]
     assert [row["gmac"] for row in rows.values()][1] == pytest.approx(cost(reduced).gmac)
+
+
+def test_several_budgets_and_who_takes_their_folder(photos, capsys):
+    """A schedule for each, which `compare` takes under its budget."""
+    whole = cost(load("w.safetensors")).gmac
+    budgets = [f"{share * whole:.3g}" for share in (0.95, 0.9)]
+    line = " ".join(f"--budget {budget}" for budget in budgets)
+    assert not run(f"calibrate --weights w.safetensors --images photos {line} --out found")
+    found = {budget: json.loads(Path(f"found/{budget}.json").read_text()) for budget in budgets}
+    assert not run(f"{LINE} --budget {budgets[1]}")
+    assert json.loads(Path("found.json").read_text())["reducer"] == found[budgets[1]]["reducer"]
+    line = f"{line} --reference found --batch-sizes none --out out"
+    assert not run(f"compare --weights w.safetensors --images photos --reducer found --reducer tome {line}")
+    rows = json.loads(Path("out/compare.json").read_text())["rows"]
+    for budget in budgets:
+        own, tome = (
+            next(row for row in rows.values() if row["budget"] == budget and row["given"] == given)
+            for given in ("found", "tome")
+        )
+        assert own["reducer"]["num_merged"] == found[budget]["reducer"]["num_merged"]
+        assert tome["to_reference"]["label"] == own["label"]
+    assert not run("compare --weights w.safetensors --images photos --reducer found --batch-sizes none --out all")
+    assert len(json.loads(Path("all/compare.json").read_text())["rows"]) == 3
+    capsys.readouterr()
+    assert run("compare --weights w.safetensors --images photos --reducer found --budget 7x --out out") == 2
+    assert "there is no found/7x.json: `tif calibrate` makes one schedule for each --budget" in last_line(capsys)
 
 
 def test_a_budget_of_speed(photos):
@@ -200,6 +241,7 @@ def test_seconds_of_a_schedule_are_those_of_its_blocks(monkeypatch):
         ),
         ("--budget 1 --reducer {'name':'tif','then':{'name':'tome'}}", "w.safetensors has no reducer/filter"),
         ("--budget 1 --out found", "--out is 'found'; it is a file on this machine whose name ends in .json"),
+        ("--budget 1 --budget 2x", "--out is 'found.json'; it is a folder on this machine, for several budgets"),
     ],
 )
 def test_mistakes_of_the_program(photos, capsys, line, message):

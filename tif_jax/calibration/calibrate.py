@@ -1,4 +1,4 @@
-"""From some images without labels to a schedule: `calibrate`.
+"""From some images without labels to schedules: `Calibration`.
 
 Legend: I images, Y X height and width.
 """
@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from tif_jax.calibration.apart import Apart, Schedule
-from tif_jax.calibration.search import Problem, search
+from tif_jax.calibration.search import Descent, Problem, search
 from tif_jax.calibration.seconds import measured, seconds_of
 from tif_jax.errors import InputError
 from tif_jax.models import Model, require_head
@@ -46,68 +46,71 @@ class Models(NamedTuple):
     with_schedule: Callable[[Schedule], Model]  # the model under the reducer
 
 
-Search = Callable[[Callable[[Schedule], float], float], Schedule]  # (cost, budget) -> schedule
+Cost = Callable[[Schedule], float]
 
 
-def calibrate(models: Models, images: Float32[np.ndarray, "I Y X 3"], budget: float | Speed) -> Calibrated:
-    """The number of tokens merged in each block with which logits move least within a budget.
+class Calibration:
+    """Of a model on some images: for any budget, the number of tokens merged in each block with which logits move least.
 
-    images: as the model takes them, 64 at least; a quarter is kept out of the search. Weights stay as they are. Raises
-    InputError for models of another task, reducers that are not `Stepwise`, too few images, and budgets out of reach.
+    images: as the model takes them, 64 at least; a quarter is kept out of the search. Weights stay as they are. Budgets share
+    compiled programs and the way down to them. Raises InputError for models of another task, reducers that are not
+    `Stepwise`, and too few images.
     """
-    require_head(models.full, "a calibration")
-    nothing = (0,) * len(models.full.blocks)
-    model = models.with_schedule(nothing)
-    if stepwise_of(model.reducer) is None:
-        raise InputError("a calibration needs a reducer that takes a number of tokens for each block (num_merged)")
-    batches = _batches(images)
-    searched = [batch for i, batch in enumerate(batches) if i % _HELD_OUT < _HELD_OUT - 1]
-    apart = Apart(model, searched)
-    search_within = _search(apart, Apart(model, searched[::_FEW]))
-    if isinstance(budget, Speed):
-        schedule, speeds = _by_speed(models, apart, search_within, budget)
-    else:
-        rest = cost(model).gmac - apart.gmac(nothing)
-        schedule, speeds = search_within(lambda schedule: apart.gmac(schedule) + rest, budget), None
-    held_out = Apart(model, batches[_HELD_OUT - 1 :: _HELD_OUT])
-    return Calibrated(
-        schedule, cost(models.with_schedule(schedule)).gmac, _judged(apart, schedule),
-        _judged(held_out, schedule), speeds,
-    )  # fmt: skip
 
+    def __init__(self, models: Models, images: Float32[np.ndarray, "I Y X 3"]):
+        require_head(models.full, "a calibration")
+        nothing = (0,) * len(models.full.blocks)
+        model = models.with_schedule(nothing)
+        if stepwise_of(model.reducer) is None:
+            raise InputError("a calibration needs a reducer that takes a number of tokens for each block (num_merged)")
+        batches = _batches(images)
+        searched = [batch for i, batch in enumerate(batches) if i % _HELD_OUT < _HELD_OUT - 1]
+        self._models, self._model = models, model
+        self._apart, self._few = Apart(model, searched), Apart(model, searched[::_FEW])
+        self._held_out = Apart(model, batches[_HELD_OUT - 1 :: _HELD_OUT])
+        rest = cost(model).gmac - self._apart.gmac(nothing)
+        self._gmac: Cost = lambda schedule: self._apart.gmac(schedule) + rest
+        self._clocks: dict[int, tuple[Cost, float]] = {}  # of batch sizes: seconds of a schedule, and with all tokens
+        self._descents: dict[Cost, Descent] = {}
 
-def _search(apart: Apart, few: Apart) -> Search:
-    """The search, as a function of what a schedule costs and of the budget."""
-    step = max(1, apart.num_patches // _STEPS[0])
+    def within(self, budget: float | Speed) -> Calibrated:
+        """The schedule for a budget. Raises InputError for one out of reach."""
+        if isinstance(budget, Speed):
+            schedule, speeds = self._by_speed(budget)
+        else:
+            schedule, speeds = self._search(self._gmac, budget), None
+        return Calibrated(
+            schedule, cost(self._models.with_schedule(schedule)).gmac, _judged(self._apart, schedule),
+            _judged(self._held_out, schedule), speeds,
+        )  # fmt: skip
 
-    def within(cost: Callable[[Schedule], float], budget: float) -> Schedule:
-        problem, coarse = (
-            Problem(
-                on.distance, cost, on.hold, apart.reducer.most, apart.num_patches, apart.depth, apart.num_free, budget
-            )
-            for on in (apart, few)
+    def _search(self, cost: Cost, budget: float) -> Schedule:
+        problem, few = (
+            Problem(on.distance, cost, on.hold, on.reducer.most, on.num_patches, on.depth, on.num_free, budget)
+            for on in (self._apart, self._few)
         )
-        return search(problem, coarse, step, _STEPS[1])
+        if cost not in self._descents:
+            self._descents[cost] = Descent(few, max(1, self._apart.num_patches // _STEPS[0]))
+        return search(problem, few, self._descents[cost], _STEPS[1])
 
-    return within
-
-
-def _by_speed(models: Models, apart: Apart, search_within: Search, wished: Speed) -> tuple[Schedule, dict[str, float]]:
-    """The schedule found with seconds as the cost; where the whole model proves slower than its blocks said, once more."""
-    size = wished.batch_size
-    seconds = seconds_of(apart, models.with_schedule((0,) * apart.depth), size)
-    whole = measured({"full": models.full}, size)["full"]
-    budget = whole / wished.number if wished.is_relative else size / wished.number
-    for _ in range(2):
-        schedule = search_within(seconds, budget)
-        times = measured({"full": models.full, "reduced": models.with_schedule(schedule)}, size)
-        goal = times["full"] / wished.number if wished.is_relative else size / wished.number
-        rates = {name: size / time for name, time in times.items()}
-        logger.info("calibrate: %.4g images/s, with all tokens %.4g", rates["reduced"], rates["full"])
-        if times["reduced"] <= goal / _NEAR:
-            break
-        budget *= goal / times["reduced"]
-    return schedule, rates
+    def _by_speed(self, wished: Speed) -> tuple[Schedule, dict[str, float]]:
+        """Found with seconds as the cost; where the whole model proves slower than its blocks said, once more."""
+        size, models = wished.batch_size, self._models
+        if size not in self._clocks:
+            seconds = seconds_of(self._apart, self._model, size)
+            self._clocks[size] = seconds, measured({"full": models.full}, size)["full"]
+        seconds, whole = self._clocks[size]
+        budget = whole / wished.number if wished.is_relative else size / wished.number
+        for _ in range(2):
+            schedule = self._search(seconds, budget)
+            times = measured({"full": models.full, "reduced": models.with_schedule(schedule)}, size)
+            goal = times["full"] / wished.number if wished.is_relative else size / wished.number
+            rates = {name: size / time for name, time in times.items()}
+            logger.info("calibrate: %.4g images/s, with all tokens %.4g", rates["reduced"], rates["full"])
+            if times["reduced"] <= goal / _NEAR:
+                break
+            budget *= goal / times["reduced"]
+        return schedule, rates
 
 
 def _batches(images: Float32[np.ndarray, "I Y X 3"]) -> list[Float32[np.ndarray, "B Y X 3"]]:

@@ -8,7 +8,7 @@ hurts. Schedules are tried on images; nothing is differentiated.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -35,15 +35,38 @@ class Problem(NamedTuple):
     budget: float
 
 
-def search(problem: Problem, few: Problem, step: int, least: int) -> Schedule:
+class Descent:
+    """Greedy, from nothing reduced: again and again `step` tokens fewer where that adds the least distance for each unit of
+    cost saved. Budgets are points on one way down, which several of them share; `problem.budget` is not read.
+    """
+
+    def __init__(self, problem: Problem, step: int):
+        self.step, self._cost = step, problem.cost
+        self._going = _descending(problem, step)
+        self._gone: list[Schedule] = []
+
+    def within(self, budget: float) -> Schedule:
+        """The first schedule on the way down whose cost is within it. Raises InputError if there is none."""
+        for schedule in self._gone:
+            if self._cost(schedule) <= budget:
+                return schedule
+        for schedule in self._going:
+            self._gone.append(schedule)
+            if self._cost(schedule) <= budget:
+                return schedule
+        least = self._cost(self._gone[-1])
+        raise InputError(f"budget {budget:.4g} can not be met: with as few tokens as can be it takes {least:.4g}")
+
+
+def search(problem: Problem, few: Problem, descent: Descent, least: int) -> Schedule:
     """The schedule found.
 
-    few: the same problem on a part of the images, for the greedy beginning and for what is worth a try, which all
-    would only slow. step: tokens moved at once in the beginning; least: in the end. Raises InputError for a budget that can
-    not be met.
+    few: the same problem on a part of the images, for the descent and for what is worth a try, which all would only slow.
+    least: tokens moved at once in the end. Raises InputError for a budget that can not be met.
     """
-    schedule = _greedy(few, step)
+    schedule, step = descent.within(problem.budget), descent.step
     problem.hold(schedule)
+    few.hold(schedule)
     while step >= least:
         schedule = _exchanged(problem, few, schedule, step)
         step //= 2
@@ -52,19 +75,19 @@ def search(problem: Problem, few: Problem, step: int, least: int) -> Schedule:
     return schedule if is_worse else filled
 
 
-def _greedy(problem: Problem, step: int) -> Schedule:
-    """The first schedule within the budget, of multiples of `step`: so there are few numbers of tokens to compile for."""
+def _descending(problem: Problem, step: int) -> Iterator[Schedule]:
+    """All schedules on the way down, of multiples of `step`: so there are few numbers of tokens to compile for."""
     schedule: Schedule = (0,) * problem.depth
     now = 0.0  # distance, mean over images
     prices: dict[int, tuple[float, float, bool]] = {}  # price, distance, whether it is of this schedule
-    problem.hold(schedule)
-    while (cost := problem.cost(schedule)) > problem.budget:
+    while True:
+        yield schedule
+        problem.hold(schedule)  # since it was held, others were
+        cost = problem.cost(schedule)
         candidates = _candidates(problem, schedule, -step)
         candidates = {i: other for i, other in candidates.items() if problem.cost(other) < cost}
         if not candidates:
-            raise InputError(
-                f"budget {problem.budget:.4g} can not be met: with as few tokens as can be it takes {cost:.4g}"
-            )
+            return
         # The more is gone the dearer it gets: earlier prices are asked again only where they are the lowest.
         prices = {i: (price, found, False) for i, (price, found, _) in prices.items()}
         while True:
@@ -74,9 +97,7 @@ def _greedy(problem: Problem, step: int) -> Schedule:
             found = float(problem.distance(candidates[block]).mean())
             prices[block] = ((found - now) / (cost - problem.cost(candidates[block])), found, True)
         schedule, now = candidates[block], prices[block][1]
-        problem.hold(schedule)
         _tell(problem, schedule, now)
-    return schedule
 
 
 def _exchanged(problem: Problem, few: Problem, schedule: Schedule, step: int) -> Schedule:

@@ -1,7 +1,9 @@
 """The rows of `tif compare`: which reducers under which budgets."""
 
 import logging
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -13,7 +15,7 @@ from tif_jax.commands._weights import Weights
 from tif_jax.errors import InputError
 from tif_jax.experiment.reducer_entry import ReducerEntry, option_kinds, read_entry
 from tif_jax.models import blueprint
-from tif_jax.models.budget import AMOUNTS, SOLVED, Speed, read_budget
+from tif_jax.models.budget import AMOUNTS, SOLVED, Speed, label_of, read_budget
 from tif_jax.models.cost import cost
 from tif_jax.models.params import params_of
 from tif_jax.runtime import records
@@ -40,11 +42,15 @@ def rows_asked(weights: Weights, given: Sequence[str], budgets: Sequence[str], b
     """`full`, then every reducer under each budget, in the order given, each once.
 
     given: texts after --reducer; none: the reducers that need no training, and the weights' own. A reducer that says its
-    amount itself is a row whatever the budgets. batch_size: of budgets that are speeds and say none.
+    amount itself is a row whatever the budgets; a folder has a schedule for each of them. batch_size: of budgets that are
+    speeds and say none.
     """
     wished = {text: _budget(text, batch_size) for text in budgets}
     found = [Asked(read_entry("full", "--reducer"), "full")]
     for text in given or _untrained(weights, bool(budgets)):
+        if os.path.isdir(text):
+            found += [Asked(entry, text, said) for said, entry in _in_folder(text, budgets)]
+            continue
         entry = read_entry(weights.own, "--reducer own") if text == OWN else entry_in(text)
         if not wished or entry.name == "full" or any(entry.arguments.get(key) is not None for key in AMOUNTS):
             found.append(Asked(entry, text))
@@ -64,6 +70,19 @@ def labels_of(asked: Sequence[Asked]) -> list[str]:
             label = f"{one.entry.label}#{number}"
         labels.append(label)
     return labels
+
+
+def _in_folder(folder: str, budgets: Sequence[str]) -> list[tuple[str, ReducerEntry]]:
+    """Schedules as `tif calibrate` names them: one for each budget; without budgets all there are."""
+    paths = {said: Path(folder) / f"{label_of(read_budget(said, '--budget'))}.json" for said in budgets}
+    if missing := [str(path) for path in paths.values() if not path.exists()]:
+        raise InputError(f"there is no {missing[0]}: `tif calibrate` makes one schedule for each --budget")
+    if budgets:
+        return [(said, entry_in(str(path))) for said, path in paths.items()]
+    there = sorted(str(path) for path in Path(folder).glob("*.json"))
+    if not there:
+        raise InputError(f"--reducer is {folder}, a folder without a schedule (.json)")
+    return [("", entry_in(path)) for path in there]
 
 
 def _budget(text: str, batch_size: int) -> float | str:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from tif_jax.calibration.apart import Schedule
-from tif_jax.calibration.calibrate import Calibrated, Models, calibrate
+from tif_jax.calibration.calibrate import Calibrated, Calibration, Models
 from tif_jax.commands import _arguments
 from tif_jax.commands._pictures import Pictures, opened
 from tif_jax.commands._reducers import entry_in
@@ -20,7 +20,7 @@ from tif_jax.commands._weights import Weights, read_weights
 from tif_jax.data import remote
 from tif_jax.errors import InputError
 from tif_jax.experiment.reducer_entry import ReducerEntry, option_kinds, read_entry
-from tif_jax.models.budget import AMOUNTS, Speed, read_budget
+from tif_jax.models.budget import AMOUNTS, Speed, label_of, read_budget
 from tif_jax.runtime import files, records
 from tif_jax.runtime.machine import machine
 from tif_jax.runtime.progress import Progress
@@ -28,28 +28,36 @@ from tif_jax.runtime.progress import Progress
 logger = logging.getLogger(__name__)
 
 _DEFAULT = "importance_merge"
+_BUDGET = (
+    "GMAC (0.8), '120 images/s', or 1.5x: times the speed of all tokens; may be repeated, and the way down is shared"
+)
+_OUT = "the schedule: a reducer for --reducer, load and configs; of several budgets, a folder: 0.8.json, 1.5x.json"
 
 
 def main(argv: list[str]) -> None:
     parser = _arguments.Parser(prog="tif calibrate", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     _arguments.add_weights_and_images(parser)
-    add("--budget", required=True, help="GMAC (0.8), '120 images/s', or 1.5x: times the speed of all tokens")
-    add("--out", required=True, metavar="FILE.json", help="the schedule: a reducer for --reducer, load and configs")
+    add("--budget", required=True, action="append", help=_BUDGET)
+    add("--out", required=True, metavar="FILE.json", help=_OUT)
     add("--reducer", default=_DEFAULT, help=f"whose schedule: one with num_merged, with options (default: {_DEFAULT})")
     add("--num-images", type=int, default=512, metavar="N", help="at most, evenly spaced; all are held in memory (512)")
     arguments = parser.parse_args(argv)
     _arguments.log_to_stderr()
     if arguments.num_images < 1:
         raise InputError(f"--num-images is {arguments.num_images}; it is at least 1")
-    budget, entry, out = read_budget(arguments.budget, "--budget"), _entry(arguments.reducer), _file(arguments.out)
+    budgets = {label_of(budget): budget for budget in (read_budget(text, "--budget") for text in arguments.budget)}
+    entry, paths = _entry(arguments.reducer), _paths(arguments.out, list(budgets))
     weights = read_weights(arguments.weights, "float32", "a calibration")
     pictures = opened(arguments.images, None, weights.full, None, arguments.num_images)
     began = time.monotonic()
-    found = calibrate(_models(weights, entry), _images(pictures), budget)
-    files.write(out, records.text(_record(found, entry, weights, pictures, arguments.budget, time.monotonic() - began)))
-    print("\n".join(_summary(found, budget)))
-    print(out)
+    calibration = Calibration(_models(weights, entry), _images(pictures))
+    for budget, path in zip(budgets.values(), paths, strict=True):
+        found = calibration.within(budget)
+        record = _record(found, entry, weights, pictures, budget, time.monotonic() - began)
+        files.write(path, records.text(record))
+        print("\n".join([*_summary(found, budget), str(path)]), flush=True)
+        began = time.monotonic()
 
 
 def _entry(text: str) -> ReducerEntry:
@@ -72,12 +80,15 @@ def _scheduled(entry: ReducerEntry, schedule: Schedule) -> dict[str, Any]:
     return {**entry.described, "num_merged": schedule}
 
 
-def _file(name: str) -> Path:
-    if not name.endswith(".json") or remote.is_url(name):
-        raise InputError(f"--out is {name!r}; it is a file on this machine whose name ends in .json")
-    path = Path(os.path.expanduser(name))
-    files.check_writable(path.parent)
-    return path
+def _paths(out: str, labels: list[str]) -> list[Path]:
+    """The file of each budget."""
+    one = len(labels) == 1
+    if out.endswith(".json") != one or remote.is_url(out):
+        kind = "file on this machine whose name ends in .json" if one else "folder on this machine, for several budgets"
+        raise InputError(f"--out is {out!r}; it is a {kind}")
+    path = Path(os.path.expanduser(out))
+    files.check_writable(path.parent if one else path)
+    return [path] if one else [path / f"{label}.json" for label in labels]
 
 
 def _models(weights: Weights, entry: ReducerEntry) -> Models:
@@ -95,7 +106,7 @@ def _images(pictures: Pictures) -> Float32[np.ndarray, "I Y X 3"]:
 
 
 def _record(
-    found: Calibrated, entry: ReducerEntry, weights: Weights, pictures: Pictures, budget: str, seconds: float
+    found: Calibrated, entry: ReducerEntry, weights: Weights, pictures: Pictures, budget: float | Speed, seconds: float
 ) -> dict[str, Any]:
     """What is written: the reducer, and how it was found."""
     how = {name: value for name, value in found._asdict().items() if name != "num_merged"}
@@ -103,7 +114,7 @@ def _record(
     made |= {
         "fingerprint": pictures.fingerprint,
         "num_images": len(pictures),
-        "budget": budget,
+        "budget": str(budget),
         "seconds": round(seconds, 1),
     }
     made |= {"device": jax.devices()[0].device_kind, "machine": machine(), "versions": records.versions()}

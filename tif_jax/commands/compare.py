@@ -70,7 +70,8 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
     add("--num-images", type=int, metavar="N", help="how many images at most, evenly spaced (default: all)")
     add(
         "--reducer", action="append", default=[], metavar="REDUCER",
-        help="tome, evit:keep_ratio=0.5, '{\"name\": \"tome\", ...}', FILE.json, or own: the weights' own; may be repeated "
+        help="tome, evit:keep_ratio=0.5, '{\"name\": \"tome\", ...}', FILE.json, a folder of these, own (the weights' "
+        "own); may be repeated "
         "(default: own, and all that need no training)",
     )  # fmt: skip
     add(

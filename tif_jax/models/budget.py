@@ -40,6 +40,11 @@ class Speed(NamedTuple):
         return f"{self.number:g}{'x' if self.is_relative else 'ips'}{at}"
 
 
+def label_of(budget: float | Speed) -> str:
+    """Without spaces and slashes, for names of files."""
+    return budget.label if isinstance(budget, Speed) else f"{budget:g}"
+
+
 def read_budget(budget: Any, where: str = "budget") -> float | Speed:
     """GMAC, or a speed: '120 images/s', '1.5x' (times the speed of all tokens), '1.5x at 256' (in batches of 256).
 
