@@ -8,17 +8,18 @@ import pytest
 import safetensors.numpy
 from cases import call
 from pictures import picture, write_table
-from reference import random_timm_tensors
+from reference import random_timm_tensors, vit_forward
 from small_project import forget_handlers, last_line
 
 import tif_jax
 from tif_jax.__main__ import main
-from tif_jax.commands import _compare_speed, compare
+from tif_jax.commands import _compare_regret, _compare_speed, compare
 from tif_jax.commands._compare_rows import labels_of, rows_asked
 from tif_jax.commands._weights import read_weights
 
 NUM_CLASSES = 5
 LINE = "--weights w.safetensors --images photos --out out --batch-sizes none"
+REGRET = "--reducer norm:keep_ratio=0.5 --reducer tome:num_merged=2"
 REDUCERS = "--reducer evit:keep_ratio=0.5 --reducer tome:num_merged=2"
 
 
@@ -126,7 +127,7 @@ def test_a_rerun_keeps_rows(photos, monkeypatch, capsys):
 
 def test_stopped_between_rows(photos, monkeypatch):
     """What was finished before the program was stopped is there, and is not made again."""
-    monkeypatch.setattr(compare, "_AT_ONCE", 1)
+    monkeypatch.setattr(compare, "AT_ONCE", 1)
     done, whole = [], compare.beside
 
     def stop_at_third(models, *arguments):
@@ -141,6 +142,51 @@ def test_stopped_between_rows(photos, monkeypatch):
     assert {*result()["rows"]} == {"full", "evit-0.5"}
     assert run(f"{LINE} {REDUCERS}") == 0
     assert done == ["Full", "Evit", "Tome", "Tome"]
+
+
+def test_regret(photos):
+    """Numpy forwards of what `norm` keeps, alone, and of as many patches of the highest impact; ToMe keeps none."""
+    tensors = safetensors.numpy.load_file("w.safetensors")
+    model = tif_jax.load("w.safetensors", reducer="norm", keep_ratio=0.5)
+    images = model.preprocess([f"photos/{'abcde'[i % 5]}/{i}.png" for i in (0, 5, 1, 6, 2, 7, 3, 8, 4, 9)])
+    impact = tif_jax.token_impact(model, images, estimator="sampled", target="teacher", num_samples=2)
+    kept = np.asarray(call(model, images)[1]["kept"])
+    best = np.argsort(-np.asarray(impact), axis=1)[:, : kept.shape[1]]
+    assert not np.array_equal(np.sort(kept), np.sort(best))
+
+    def log_shares(which):
+        """Of each image with only these patches."""
+        rows = [
+            vit_forward(tensors, image[None], num_heads=4, dropped=sorted({*range(16)} - {*rows}))[0]
+            for image, rows in zip(np.asarray(images), which, strict=True)
+        ]
+        return np.array(rows) - np.log(np.exp(rows).sum(axis=1, keepdims=True))
+
+    full, of_kept, of_best = (log_shares(which) for which in ([range(16)] * 10, kept, best))
+    wanted = (np.exp(full) * (of_best - of_kept)).sum(axis=1)
+    assert run(f"{LINE} {REGRET}") == 0
+    assert "regret" not in Path("out/compare.md").read_text()
+    assert run(f"{LINE} {REGRET} --regret 2") == 0
+    rows = result()["rows"]
+    np.testing.assert_allclose(rows["norm-0.5"]["regret"], mean_and_error(wanted), rtol=1e-3, atol=1e-5)
+    assert rows["tome-2"]["regret"] is None and rows["full"]["regret"] is None
+    assert "| regret nats |" in Path("out/compare.md").read_text()
+
+
+def test_regrets_are_kept(photos, monkeypatch):
+    """With the oracle that they are of: they are made anew for another one."""
+    made, scored = [], []
+    regrets, impacts = _compare_regret.regrets, _compare_regret.impacts
+    monkeypatch.setattr(_compare_regret, "regrets", lambda *a: made.append(len(a[1])) or regrets(*a))
+    monkeypatch.setattr(_compare_regret, "impacts", lambda *a: scored.append(a[3]) or impacts(*a))
+    line = f"{LINE} --reducer norm:keep_ratio=0.5 --num-images 4"
+    assert run(f"{line} --regret 1") == 0 and run(f"{line} --regret 1") == 0
+    assert (made, scored) == ([1], [1])
+    assert run(f"{line} --regret 1 --reducer random:keep_ratio=0.5") == 0
+    assert (made, scored) == ([1, 1], [1])
+    before = result()["rows"]["norm-0.5"]["regret"]
+    assert run(f"{line} --regret 2") == 0
+    assert (made, scored) == ([1, 1, 1], [1, 2]) and result()["rows"]["norm-0.5"]["regret"] != before
 
 
 def test_speeds_are_of_interleaved_rounds(photos, monkeypatch, capsys):
@@ -185,6 +231,7 @@ def test_rows_and_their_budgets(photos):
         ("--batch-sizes 1,x", "--batch-sizes is '1,x'; it is as in 1,16,256, or none"),
         ("--num-images 0", "--num-images is 0"),
         ("--rounds 0", "--rounds is 0"),
+        ("--regret 0", "--regret is 0"),
         ("--dtype int8", "dtype is 'int8'; allowed"),
         ("--images nowhere", "nowhere is not a folder; --images takes folders of images"),
         ("--labels nowhere.csv", "no such file: nowhere.csv"),

@@ -135,7 +135,10 @@ def _better(
         if asked[taker] > given[giver]:
             break
         changed = _filled(problem, fewer[taker], (giver,), step)
-        if changed != fewer[taker] and _is_less(found := problem.distance(changed), now):
+        # What does not help a few images is not asked of all, which takes longest.
+        if changed == fewer[taker] or few.distance(changed).mean() >= known.mean():
+            continue
+        if _is_less(found := problem.distance(changed), now):
             return changed, found
     return None
 

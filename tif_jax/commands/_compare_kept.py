@@ -2,6 +2,7 @@
 
 import io
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,33 @@ class Kept:
 
     def add(self, row: dict[str, Any], classes: Int[np.ndarray, " E"], kl: Float[np.ndarray, " E"]) -> None:
         self.data["rows"][row["label"]] = row
+        self.arrays.pop(f"regret/{row['label']}", None)
         self.arrays |= {f"class/{row['label']}": classes.astype(np.int32), f"kl/{row['label']}": kl.astype(np.float32)}
 
     def terms(self, label: str) -> Terms:
         """A number per image."""
         arrays = self.arrays
         return terms(arrays[f"class/{label}"], arrays[f"kl/{label}"], arrays["whole"], arrays["label"])
+
+    def choose_oracle(self, num_samples: int) -> None:
+        """Forgets what an oracle of another number of masks said."""
+        if self.data.get("oracle_num_samples") != num_samples:
+            self.data["oracle_num_samples"] = num_samples
+            self.arrays = {name: x for name, x in self.arrays.items() if name.split("/")[0] not in ("impact", "regret")}
+
+    @property
+    def impact(self) -> Float[np.ndarray, "E N"] | None:
+        return self.arrays.get("impact")
+
+    @impact.setter
+    def impact(self, value: Float[np.ndarray, "E N"]) -> None:
+        self.arrays["impact"] = value.astype(np.float32)
+
+    def regret(self, label: str) -> Float[np.ndarray, " E"] | None:
+        return self.arrays.get(f"regret/{label}")
+
+    def add_regrets(self, found: Mapping[str, Float[np.ndarray, " E"]]) -> None:
+        self.arrays |= {f"regret/{label}": values.astype(np.float32) for label, values in found.items()}
 
     def has_speeds(self, size: int, labels: list[str], num_rounds: int) -> bool:
         found = self.data["speeds"].get(str(size))
@@ -93,6 +115,7 @@ def kept_in(folder: Path, weights: Weights, pictures: Pictures) -> Kept:
         raise InputError(f"{folder} has a comparison with {what}; choose another --out, or delete that folder")
     same_place = {key: there.get(key) == kept.data[key] for key in ("device", "machine", "versions")}
     kept.data["images"]["num_read"] = there["images"].get("num_read")
+    kept.data["oracle_num_samples"] = there.get("oracle_num_samples")
     kept.data["speeds"] = there["speeds"] if all(same_place.values()) else {}
     kept.arrays = _arrays(folder / _ARRAYS)
     kept.data["rows"] = {label: row for label, row in there["rows"].items() if f"kl/{label}" in kept.arrays}

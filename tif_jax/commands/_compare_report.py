@@ -24,6 +24,9 @@ the class probabilities, nats an image. ± is the standard error over images; of
 differences. GMAC: 10⁹ multiply-adds an image, counted. Images/s: median of interleaved rounds (least to most); x
 full: times `full` in the same round, beside what the multiply-adds promise (x GMAC). Peak memory: as the compiler
 planned it. On the front: no other row is at most as costly and at least as good, standard errors aside."""
+_REGRET = """\
+Regret: the patches that a row keeps, alone from the first block on, are by so many nats (KL) further from `full` than as
+many of the highest impact, which is measured with all tokens and without labels; of rows that keep some patches."""
 
 
 def reference_of(rows: Mapping[str, Asked], reference: str | None) -> dict[str, str]:
@@ -51,6 +54,8 @@ def finish(
         row |= {name: estimate(values) for name, values in own.items()}
         row["to_full"] = {name: difference(values, of_full[name]) for name, values in own.items()}
         row.pop("to_reference", None)
+        regret = kept.regret(label)
+        row["regret"] = None if regret is None else estimate(regret)
         if other := references.get(label):
             beside = kept.terms(other)
             row["to_reference"] = {"label": other} | {name: difference(own[name], beside[name]) for name in own}
@@ -113,7 +118,12 @@ def _page(found: Mapping[str, Any]) -> list[str]:
         f"![what is left against what it costs]({FIGURE})",
         "",
         *_HOW.split("\n"),
+        *(_REGRET.split("\n") if _have_regret(rows) else []),
     ]
+
+
+def _have_regret(rows: Sequence[Mapping[str, Any]]) -> bool:
+    return any(row["regret"] for row in rows)
 
 
 def _of_predictions(found: Mapping[str, Any]) -> list[Column]:
@@ -126,6 +136,8 @@ def _of_predictions(found: Mapping[str, Any]) -> list[Column]:
             Column("top-1 %", ("top1",), _of(1, 100.0)),
             Column("less full", ("to_full", "top1"), _of(1, 100.0, "+")),
         ]
+    if _have_regret(rows):
+        columns.append(Column("regret nats", (), lambda row: _of(4)(row["regret"]) if row["regret"] else "-"))
     if compared:
         columns += [
             Column("agreement to reference", (), lambda row: _of_reference(row, "agreement", 1, 100.0)),

@@ -2,33 +2,28 @@
 
 import argparse
 import logging
-from collections.abc import Iterator
-from contextlib import closing
-from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
 
 from tif_jax.commands import _arguments, _compare_report
 from tif_jax.commands._compare_kept import Kept, kept_in
+from tif_jax.commands._compare_regret import measure_regrets
 from tif_jax.commands._compare_rows import Asked, labels_of, rows_asked
 from tif_jax.commands._compare_speed import speeds
-from tif_jax.commands._pictures import Pictures, class_index_of, opened
-from tif_jax.commands._weights import Weights, read_weights
+from tif_jax.commands._compare_work import AT_ONCE, Work
+from tif_jax.commands._pictures import class_index_of, opened
+from tif_jax.commands._weights import read_weights
 from tif_jax.errors import InputError
-from tif_jax.impact.judge import Batch
-from tif_jax.impact.paired import beside, unreduced_logits
+from tif_jax.impact.paired import beside
 from tif_jax.models import Model, built_with
 from tif_jax.models.cost import cost
 from tif_jax.models.model import dtype_name
 from tif_jax.models.params import params_of
 from tif_jax.runtime.mesh import make_mesh
-from tif_jax.runtime.progress import Progress
 from tif_jax.runtime.workdir import begin_log, only_run
 
 logger = logging.getLogger(__name__)
 
-_AT_ONCE = 4  # rows that see a batch of images which is read once
 _NO_SPEED = "none"
 
 
@@ -36,7 +31,11 @@ def main(argv: list[str]) -> None:
     arguments = _parsed(argv)
     _arguments.log_to_stderr()
     sizes = _batch_sizes(arguments.batch_sizes)
-    for flag, value in (("--rounds", arguments.rounds), ("--num-images", arguments.num_images)):
+    for flag, value in (
+        ("--rounds", arguments.rounds),
+        ("--num-images", arguments.num_images),
+        ("--regret", arguments.regret),
+    ):
         if value is not None and value < 1:
             raise InputError(f"{flag} is {value}; it is at least 1")
     dtype_name(arguments.dtype)
@@ -50,7 +49,10 @@ def main(argv: list[str]) -> None:
         labels = dict(zip(labels_of(asked), asked, strict=True))
         _compare_report.reference_of(labels, arguments.reference)  # a mistake is told before the work
         kept = kept_in(out, weights, pictures)
-        models = _predict(weights, pictures, labels, kept)
+        work = Work(weights, pictures, make_mesh(pictures.batch_size, this_process_only=True), kept)
+        models = _predict(work, labels)
+        if arguments.regret is not None:
+            measure_regrets(work, models, arguments.regret)
         _measure(models, sizes, arguments.rounds, kept)
         found = _compare_report.finish(out, kept, labels, sizes, arguments.reference)
     print("\n".join(_compare_report.text(found)))
@@ -98,6 +100,11 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
         metavar="N",
         help="of speeds: in each all reducers have their turn (default: 5)",
     )
+    add(
+        "--regret", type=int, metavar="N",
+        help="also how much worse the patches kept are than those of the highest impact, from N random masks of each image "
+        "(16 is good); takes 3 N predictions of it",
+    )  # fmt: skip
     add("--dtype", default="float32", metavar="NAME", help="to compute in (default: float32)")
     return parser.parse_args(argv)
 
@@ -111,33 +118,24 @@ def _batch_sizes(text: str) -> list[int]:
     return sorted({int(part) for part in parts})
 
 
-def _predict(weights: Weights, pictures: Pictures, rows: dict[str, Asked], kept: Kept) -> dict[str, Model]:
+def _predict(work: Work, rows: dict[str, Asked]) -> dict[str, Model]:
     """The model of each row. What is not kept yet is predicted, some rows at a time, and kept when these are done."""
-    mesh = make_mesh(pictures.batch_size, this_process_only=True)
-    models = {"full": weights.full}
+    kept, models = work.kept, {"full": work.weights.full}
     missing = [label for label, asked in rows.items() if not kept.has(label, asked)]
-    whole = None
     if missing:
-        whole, labels = unreduced_logits(weights.full, _read(pictures, "full"), mesh)
-        if not len(labels):
-            raise InputError("none of the images can be read")
-        kept.begin(whole.argmax(axis=1), labels, pictures.ids)
+        _ = work.whole
     for label, asked in rows.items():
         if label != "full":
             described = kept.reducer_of(label, asked) or asked.entry.described
             logger.info("%s: %s", label, "the model is made" if label in missing else "kept from before")
-            models[label] = weights.model(described)
-    for first in range(0, len(missing), _AT_ONCE):
-        group = missing[first : first + _AT_ONCE]
-        _predict_group(group, rows, models, _read(pictures, ", ".join(group)), mesh, whole, kept)
+            models[label] = work.weights.model(described)
+    for first in range(0, len(missing), AT_ONCE):
+        _predict_group(work, missing[first : first + AT_ONCE], rows, models)
     return models
 
 
-def _predict_group(
-    group: list[str], rows: dict[str, Asked], models: dict[str, Model], batches: Iterator[Batch], mesh: Mesh,
-    whole: Any, kept: Kept,
-) -> None:  # fmt: skip
-    found = beside([models[label] for label in group], batches, mesh, whole)
+def _predict_group(work: Work, group: list[str], rows: dict[str, Asked], models: dict[str, Model]) -> None:
+    found = beside([models[label] for label in group], work.read(", ".join(group)), work.mesh, work.whole)
     for label, (classes, kl) in zip(group, found, strict=True):
         counted, asked = cost(models[label]), rows[label]
         row = {
@@ -151,8 +149,8 @@ def _predict_group(
             "tokens": list(counted.tokens),
             "has_learned_part": "reducer" in params_of(models[label]),
         }
-        kept.add(row, np.asarray(classes), np.asarray(kl))
-    kept.write()
+        work.kept.add(row, np.asarray(classes), np.asarray(kl))
+    work.kept.write()
 
 
 def _measure(models: dict[str, Model], sizes: list[int], num_rounds: int, kept: Kept) -> None:
@@ -161,12 +159,3 @@ def _measure(models: dict[str, Model], sizes: list[int], num_rounds: int, kept: 
         if not kept.has_speeds(size, [*models], num_rounds):
             kept.add_speeds(size, speeds(models, size, num_rounds), num_rounds)
             kept.write()
-
-
-def _read(pictures: Pictures, title: str) -> Iterator[Batch]:
-    """Batches of the images that can be read, told as progress."""
-    with Progress(title, len(pictures), "image") as progress, closing(pictures.batches()) as batches:
-        for batch in batches:
-            yield batch
-            progress.update(min(len(batch["label"]), len(pictures) - progress.done))
-        pictures.leave_out(batches.unreadable)

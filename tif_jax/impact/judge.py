@@ -3,7 +3,7 @@
 Batches are those of `data.loader.evaluation_batches`: 'image' (B, Y, X, 3), 'label' (B,), 'weight' (B,), 0 for padding; of
 dense tasks also 'label_map' (B, Y, X).
 
-Legend: B images of a batch, E images in all, N patch tokens, L classes, Y X height and width in pixels.
+Legend: B images of a batch, E images in all, N patch tokens, K kept ones, L classes, Y X height and width in pixels.
 """
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -26,7 +26,7 @@ from tif_jax.models.params import params_of, with_params
 from tif_jax.models.vit import ViT
 from tif_jax.runtime.mesh import replicate, shard
 from tif_jax.tasks import CLASSIFICATION, DEPTH, SEGMENTATION, Metric
-from tif_jax.tokens import keep
+from tif_jax.tokens import keep_rows, num_kept, top_k
 
 Batch = Mapping[str, Any]
 _MAPS = "label_map"  # in a batch
@@ -132,12 +132,17 @@ def best_alone(
     model: ViT, images: Float[Array, "B Y X 3"], ranking: Float[Array, "B N"], keep_ratio: float
 ) -> Float[Array, "B *prediction"]:
     """What the frozen model predicts when only the round(keep_ratio * N) highest-ranked patches enter its first block."""
+    return alone(model, images, top_k(ranking, num_kept(keep_ratio, ranking.shape[1])))
 
-    def kept(blocks, x, tokens, rngs=None):
-        x, tokens = keep(x, tokens, ranking, keep_ratio)
+
+def alone(model: ViT, images: Float[Array, "B Y X 3"], kept: Int[Array, "B K"]) -> Float[Array, "B *prediction"]:
+    """What the frozen model predicts where only the patches in these places, ascending, enter its first block."""
+
+    def walk(blocks, x, tokens, rngs=None):
+        x, tokens = keep_rows(x, tokens, kept)
         return FULL(blocks, x, tokens, rngs)[0], {"source": tokens.source}
 
-    return model.predict(*model.encode(model.embed(images), blocks=model.blocks_of_prediction, reducer=kept))[0]
+    return model.predict(*model.encode(model.embed(images), blocks=model.blocks_of_prediction, reducer=walk))[0]
 
 
 def unreduced(model: ViT, images: Float[Array, "B Y X 3"]) -> Float[Array, "B *prediction"]:
