@@ -17,7 +17,7 @@ from tif_jax.experiment import scoring
 from tif_jax.impact import job as scoring_job
 from tif_jax.impact import shards
 from tif_jax.impact.manifest import read_manifest
-from tif_jax.impact.oracle import token_impact
+from tif_jax.impact.token_impact import token_impact
 from tif_jax.models.params import params_of
 from tif_jax.sharing.impact_set import contents_of
 from tif_jax.tasks import DEPTH

@@ -13,8 +13,9 @@ from flax import nnx
 from scipy.special import log_softmax, softmax
 
 from tif_jax.errors import InputError
-from tif_jax.impact.oracle import sample_masks, token_impact
+from tif_jax.impact.oracle import sample_masks
 from tif_jax.impact.scoring import Scorer
+from tif_jax.impact.token_impact import token_impact
 from tif_jax.tokens import image_keys
 
 ROWS, COLUMNS = GRID = (2, 3)

@@ -10,7 +10,7 @@ from reference import random_timm_tensors, vit_forward
 
 from tif_jax.data.preprocess import Preprocessing
 from tif_jax.errors import InputError
-from tif_jax.impact.oracle import token_impact
+from tif_jax.impact.token_impact import token_impact
 from tif_jax.models import with_defaults
 from tif_jax.models.params import params_of
 from tif_jax.models.predictions import predict_images

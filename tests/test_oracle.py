@@ -13,7 +13,8 @@ from scipy.special import log_softmax, softmax
 
 from tif_jax.errors import InputError
 from tif_jax.impact import oracle
-from tif_jax.impact.oracle import ESTIMATORS, check_options, shared_scores, token_impact
+from tif_jax.impact.oracle import ESTIMATORS, check_options, shared_scores
+from tif_jax.impact.token_impact import token_impact
 from tif_jax.tokens import gates_to_log_weight
 from tif_jax.weights.loading import load
 

@@ -172,6 +172,12 @@ def test_examples_of_the_help_are_commands(capsys):
         assert not name or config_file.load(name)
 
 
+def test_the_help_comes_at_once():
+    """Nothing that takes seconds to import is."""
+    code = "import sys, tif_jax; from tif_jax.__main__ import main; main(['--help']); sys.exit('numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
+
+
 @pytest.mark.parametrize("asked", [["help", "config"], ["--help", "config"], ["-h", "config"]])
 def test_help_on_the_config_has_every_key_and_every_config(capsys, asked):
     assert main(asked) == 0

@@ -16,7 +16,8 @@ import tif_jax
 from tif_jax import load
 from tif_jax.data import open_source
 from tif_jax.data.loader import evaluation_batches
-from tif_jax.impact.oracle import MASKS, TARGETS, token_impact
+from tif_jax.impact.oracle import MASKS, TARGETS
+from tif_jax.impact.token_impact import token_impact
 from tif_jax.weights.pretrained import read_tensors
 
 pytestmark = pytest.mark.long

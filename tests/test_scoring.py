@@ -1,7 +1,7 @@
 """The oracle over several devices and within their memory."""
 
 import functools
-from types import SimpleNamespace
+import sys
 
 import jax
 import numpy as np
@@ -12,8 +12,8 @@ from scipy.special import log_softmax
 
 from tif_jax.errors import WorkError
 from tif_jax.impact import scoring
-from tif_jax.impact.oracle import token_impact
 from tif_jax.impact.scoring import Scorer
+from tif_jax.impact.token_impact import token_impact
 
 EXACT = dict(estimator="exact", mask="zero", target="label", num_samples=1, keep_ratio=0.5)
 
@@ -72,6 +72,33 @@ def test_any_number_of_images_on_eight_devices_is_the_same_as_on_one(model, impa
     assert not any(op in text for op in ("all-reduce", "all-gather", "all-to-all", "collective-permute"))
 
 
+@pytest.mark.parametrize("options", [dict(estimator="sampled", num_samples=5), dict(estimator="gradient")])
+def test_seeds_labels_and_numbers_of_images_share_one_program(model, options, monkeypatch):
+    """And each image's impact is what it is alone, on eight devices that few images do not fill evenly."""
+    images, labels, programs = *inputs(11), set()
+    scores_on = scoring.scores_on
+
+    def noted(*given, **options):
+        programs.add(found := scores_on(*given, **options))
+        return found
+
+    monkeypatch.setattr(sys.modules[token_impact.__module__], "scores_on", noted)
+    whole = np.asarray(token_impact(model, images, labels, **options))
+    token_impact(model, images[:3], labels[:3][::-1], seed=1, **options)
+    alone = np.concatenate([token_impact(model, images[i : i + 1], labels[i : i + 1], **options) for i in range(3)])
+    np.testing.assert_allclose(alone, whole[:3], atol=1e-6)
+    assert np.abs(whole).max() > 1e-4 and token_impact(model, images[:0], labels[:0], **options).shape == (0, 9)
+    (program,) = programs
+    assert program._cache_size() == 1
+
+
+def test_impact_in_a_program_of_the_callers(model):
+    images, labels = inputs(3)
+    for options in (dict(mask="drop", chunk=4), dict(estimator="sampled", num_samples=2, seed=3)):
+        inside = jax.jit(lambda x, y, options=options: token_impact(model, x, y, **options))(images, labels)
+        np.testing.assert_allclose(inside, token_impact(model, images, labels, **options), atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "estimator, chunk",
     mostly_long([(e, chunk) for e in ("exact", "sampled") for chunk in (1, 5, 100)], short=(0, 5)),
@@ -85,14 +112,14 @@ def test_the_chunk_changes_nothing(model, impact, chunk, estimator):
 
 
 def test_the_chunk_fits_into_the_free_memory(model, monkeypatch):
-    lower, programs = scoring._lower, {}
+    compiled, programs = Scorer._compiled, {}
 
-    def lower_once(*args, chunk):
+    def compiled_once(scorer, chunk):
         if chunk not in programs:
-            programs[chunk] = lower(*args, chunk=chunk).compile()
-        return SimpleNamespace(compile=lambda: programs[chunk])
+            programs[chunk] = compiled(scorer, chunk)
+        return programs[chunk]
 
-    monkeypatch.setattr(scoring, "_lower", lower_once)
+    monkeypatch.setattr(Scorer, "_compiled", compiled_once)
     options = EXACT | dict(devices=jax.devices()[:1])
     large, small = (Scorer(model, 2, chunk=chunk, **options) for chunk in (16, 4))
     between = (scoring._memory_needed(large.program) + scoring._memory_needed(small.program)) / 2
@@ -117,7 +144,7 @@ def test_out_of_memory_halves_the_chunk_says_so_once_and_loses_nothing(model, im
         np.testing.assert_allclose(wait().impact, expected, atol=1e-6)
     assert scorer.chunk == 4 and len(caplog.records) == 1
     assert "out of memory with 8 masked images at once" in caplog.text
-    monkeypatch.setattr(scorer, "_lower", lambda *_, chunk: type("", (), {"compile": lambda self: full})())
+    monkeypatch.setattr(scorer, "_compiled", lambda chunk: full)
     monkeypatch.setattr(scoring, "_memory_needed", lambda program: 0)
     scorer.program = full
     with pytest.raises(WorkError, match="one masked image does not fit"):

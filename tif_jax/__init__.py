@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from tif_jax.errors import InputError as InputError
     from tif_jax.errors import WorkError as WorkError
     from tif_jax.figures.view import view as view
-    from tif_jax.impact.oracle import token_impact as token_impact
     from tif_jax.impact.shards import read_impact as read_impact
+    from tif_jax.impact.token_impact import token_impact as token_impact
     from tif_jax.models import create_model as create_model
     from tif_jax.models.cost import cost as cost
     from tif_jax.models.grids import grid_features as grid_features
@@ -42,7 +42,7 @@ _WHERE = {
     "read_impact": "impact.shards",
     "save_impact": "sharing.share",
     "save_pretrained": "sharing.share",
-    "token_impact": "impact.oracle",
+    "token_impact": "impact.token_impact",
     "view": "figures.view",
 }
 

@@ -105,13 +105,15 @@ def _outcome(name: str, argv: list[str]) -> int:
 def _run(argv: list[str]) -> int:
     names = _command_names()
     if not argv or argv[0] in _HELP:
-        from tif_jax.commands import _help
-
         if len(argv) < 2:
-            print(_help.usage(names), file=sys.stdout if argv else sys.stderr)
+            from tif_jax.commands import _usage
+
+            print(_usage.usage(names), file=sys.stdout if argv else sys.stderr)
             return 0 if argv else 2
         if argv[1] in names:
             return _run([argv[1], "--help"])
+        from tif_jax.commands import _help
+
         print(_help.help_on(argv[1], argv[2:], names))
         return 0
     if argv[0] == "--version":

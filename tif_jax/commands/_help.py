@@ -1,39 +1,16 @@
-"""What `tif --help` says: of the program, its commands, the keys of a config and the reducers."""
+"""What `tif help` says on the keys of a config and on the reducers."""
 
 import difflib
 import importlib
 import itertools
-import textwrap
 from collections.abc import Iterator
 
 from tif_jax import checked, reducers
+from tif_jax.commands._usage import wrapped
 from tif_jax.errors import InputError
 from tif_jax.experiment import packaged
 from tif_jax.experiment.schema import Experiment
 
-WIDTH = 110
-_USAGE = """\
-usage: tif COMMAND --config NAME|FILE[:ARG] [--config.KEY=VALUE ...] --workdir DIR
-"""
-_EXAMPLES = """\
-examples:
-  tif run --config digits --workdir runs/quick --config.quick=true    the whole pipeline in minutes; no download
-  tif run --config digits --workdir runs/half --config.reducer.keep_ratio=0.5
-  tif run --config imagenette:plain --workdir runs/plain              your data folder is $TIF_DATA
-  tif evaluate --config digits --workdir runs/half --config.reducer.keep_ratio=0.5
-  tif convert deit_tiny.pth deit_tiny.safetensors                     weights, without PyTorch
-  tif status runs/half                                                how far it is, and how long still
-  tif report runs/quick runs/half --output comparison                 runs side by side
-  tif predict --workdir runs/half photos --top 3                      classes of your pictures
-  tif compare --weights deit_tiny.safetensors --images photos --out compared    reducers side by side
-  tif calibrate --weights deit_tiny.safetensors --images photos --budget 0.6 --out s.json    a schedule for your pictures
-  tif view --weights deit_tiny.safetensors cat.jpg                    what the model sees: impact, tokens, classes
-  tif share --workdir runs/half --to shared                           the model with its card, for others
-  tif export --workdir runs/half --to onnx                            a file that runs without this program
-
-`tif help COMMAND` lists the flags of a command, `tif help config` the configs and their keys, `tif help
-config data` those of one section, `tif help reducers` the reducers and their options. `tif --version` tells the
-version."""
 _CONFIG = """\
 A config is a name of this list or a Python file; some take an argument after a colon (imagenette:plain). It
 says what differs from the defaults below; --config.KEY=VALUE has the last word, as in
@@ -53,12 +30,6 @@ def help_on(topic: str, rest: list[str], commands: list[str]) -> str:
     raise InputError(f"no help on {topic!r}; did you mean `tif help {nearest[0]}`?")
 
 
-def usage(commands: list[str]) -> str:
-    return "\n".join(
-        [_USAGE, *(_wrapped(f"  {name:<10} {_summary(name)}", " " * 13) for name in commands), "", _EXAMPLES]
-    )
-
-
 def _describe_reducers() -> str:
     """Each reducer: what its file says of it in one line, and its options with their defaults."""
     described = []
@@ -66,7 +37,7 @@ def _describe_reducers() -> str:
         module = importlib.import_module(f"tif_jax.reducers.{name}")
         summary = " ".join((module.__doc__ or "").partition("\n\n")[0].split())
         options = [f"    {key} = {option.default!r}" for key, option in reducers.options(name).items()]
-        described.append("\n".join([_wrapped(f"{name}: {summary}", "  "), *options]))
+        described.append("\n".join([wrapped(f"{name}: {summary}", "  "), *options]))
     return "\n\n".join(described)
 
 
@@ -74,7 +45,7 @@ def _describe_config() -> str:
     """The configs that come with the program, then each key with its default, what it may be and what it is for."""
     names = packaged.names()
     width = max(map(len, names))
-    listed = [_wrapped(f"  {name:<{width}}  {packaged.summary(name)}", " " * (width + 4)) for name in names]
+    listed = [wrapped(f"  {name:<{width}}  {packaged.summary(name)}", " " * (width + 4)) for name in names]
     where = f"They lie in {packaged.FOLDER}: copy one to change it."
     return "\n\n".join([_CONFIG, "\n".join(listed), f"{where}\n{_DATA}", *map(_describe_section, _sections())])
 
@@ -89,7 +60,7 @@ def _describe_section(name: str) -> str:
 
 def _describe_key(key: checked.Key) -> Iterator[str]:
     yield f"{key.path} = {getattr(key.default, 'described', key.default)!r}"
-    yield _wrapped(f"    {key.help} ({key.allowed})", "    ")
+    yield wrapped(f"    {key.help} ({key.allowed})", "    ")
 
 
 def _sections() -> dict[str, list[checked.Key]]:
@@ -99,11 +70,3 @@ def _sections() -> dict[str, list[checked.Key]]:
         section, dot, _ = key.path.partition(".")
         sections.setdefault(section if dot else "general", []).append(key)
     return sections
-
-
-def _wrapped(text: str, indent: str) -> str:
-    return textwrap.fill(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
-
-
-def _summary(name: str) -> str:
-    return (importlib.import_module(f"tif_jax.commands.{name}").__doc__ or "").splitlines()[0]

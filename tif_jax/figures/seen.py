@@ -19,7 +19,7 @@ from tif_jax.data.source import LabelMap
 from tif_jax.errors import InputError, WorkError
 from tif_jax.figures.maps import Picture, photograph
 from tif_jax.figures.panels import Maps
-from tif_jax.impact.oracle import token_impact
+from tif_jax.impact.token_impact import token_impact
 from tif_jax.layers import true_float32
 from tif_jax.models import Model, ViT, built_with
 from tif_jax.models.model import FULL

@@ -16,16 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from tif_jax import checked
 from tif_jax.errors import InputError
 from tif_jax.impact.last_block import prediction_after
 from tif_jax.impact.masked import masked_predictions
-from tif_jax.impact.objective import TARGETS, Batch, Loss, checked_batch, objective
+from tif_jax.impact.objective import TARGETS, Batch, objective
 from tif_jax.layers import true_float32, widened
-from tif_jax.models import Model, ViT, check_images, check_seed, plain_vit, require_head
+from tif_jax.models import ViT
 from tif_jax.reducers import Aux
 from tif_jax.tasks import CLASSIFICATION
 from tif_jax.tokens import image_keys
@@ -40,68 +39,6 @@ class Scores(NamedTuple):
     impact: Float[Array, "B N"]  # in the unit of the loss, raster order
     prediction: Int[Array, " B"]  # the unmasked model's class; -1 of what is no classifier
     loss: Float[Array, " B"]  # the unmasked model's, with the label; NaN where there is no label
-
-
-def token_impact(
-    model: Model,
-    images: Float[Array | np.ndarray, "B Y X 3"],
-    labels: Any = None,
-    *,
-    loss: Loss | None = None,
-    estimator: str = "exact",
-    mask: str | None = None,
-    target: str = "label",
-    num_samples: int = 16,
-    keep_ratio: float = 0.5,
-    seed: int = 0,
-    chunk: int | None = None,
-) -> Float[Array, "B N"]:
-    """Impact of every patch token in the unit of the loss, raster order, float32; positive: the token helps.
-
-    labels: of a classifier numbers of classes (B,); of a dense task label maps (B, Y, X), of depth metres, 0 where not
-      measured, of segmentation classes, -1 where ignored. Or a batch: a dict of arrays with a row for each image, among them
-      'label' or 'label_map'.
-    loss: a function of (prediction, aux, batch) that gives (B,) floats, from what the model returns and the batch of
-      `labels`, to which are added 'image' and 'unmasked', the prediction with all tokens. Default: that of the model's
-      task and the target. It may be called under `jax.jit`, and is compiled anew for every new function.
-    estimator:
-      'exact'     N masked forwards minus the clean one.
-      'gradient'  -dL/dw at w = 1, one backward pass, where the gate w_i in [0, 1] multiplies exp(logit to key i) in
-                  every attention layer (also of attention pooling; and the token's share in a mean; on the raster of a
-                  dense head see `impact.dense`): `drop` to first order.
-      'sampled'   mean of -dL/dw at w = max(m, 1e-3) over num_samples random masks m ~ Bernoulli(keep_ratio)^N: what a
-                  token is worth among half-empty neighbours. The masks depend on `seed` and the image alone.
-    mask (exact): 'zero' (default: the token's input to the first block becomes 0), 'content' (only its position
-      embedding remains), 'drop' (the token is absent; a dense head fills its place as that of any dropped patch). The other
-      estimators are 'drop' by definition.
-    target: 'label' (cross-entropy with `labels`, of pixels their mean; of depth the scale-invariant log loss that it is
-      trained by), 'teacher' (KL divergence from the unmasked model's own prediction, of pixels the mean; of depth the mean
-      squared difference of ln depth).
-    chunk: masked images (image x mask) that run at once: bounds memory. Default: 7 on a CPU, with a backward pass 4,
-      else 1024, of a dense task 64; `scoring.Scorer` fits it to the device's memory.
-
-    Raises InputError for unknown or contradictory options, for what are no normalised images or no labels of the model's
-    task, and for a LeViT.
-    """
-    model = plain_vit(model, "impact")
-    if loss is None and model.task == CLASSIFICATION.name:
-        require_head(model, "impact, a difference of losses,")
-    if not (loss is None or callable(loss)):
-        raise InputError(f"loss is {loss!r:.60}; it is a function of (prediction, aux, batch)")
-    options = check_options(estimator, mask, target, num_samples, keep_ratio)
-    options["seed"] = check_seed(seed)
-    options["chunk"] = checked.value_of(int | None, chunk, "chunk", checked.Range(least=1))
-    check_images(model, images)
-    batch = checked_batch(model, labels, len(images), target, loss)
-    graphdef, params = nnx.split(model)
-    return _jitted(graphdef, tuple((options | {"loss": loss}).items()), params, images, batch).impact
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _jitted(graphdef, options, params, images, batch) -> Scores:
-    model = nnx.merge(graphdef, params)
-    scores = shared_scores(model, images, batch, **dict(options))
-    return scores._replace(impact=scores.impact[:, : model.grid[0] * model.grid[1]])
 
 
 def check_options(estimator: str, mask: str | None, target: str, num_samples: Any, keep_ratio: Any) -> dict[str, Any]:
@@ -141,7 +78,7 @@ def shared_scores(
     """The Scores as far as one of num_shares workers on the same images makes them; see `whole_impact`.
 
     batch: what the loss reads, each array with a row for each image. chunk: as for `token_impact`. options: those of
-    `check_options`, seed, and loss, if it is a user's. A float32 model is computed in `true_float32`.
+    `check_options`, seed, an array or not, and loss, if it is a user's. A float32 model is computed in `true_float32`.
     """
     with true_float32(model.dtype):
         return _grouped_scores(model, images, batch, share, num_shares, chunk, options)

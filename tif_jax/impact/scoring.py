@@ -6,7 +6,7 @@ Legend: B images, N patch tokens.
 import logging
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -50,15 +50,12 @@ class Scorer:
         self._options = check_options(**options)
         self._num_patches = model.grid[0] * model.grid[1]
         self.units_per_image = num_units(self._options, self._num_patches)
-        devices = jax.local_devices() if devices is None else devices
-        groups = math.gcd(batch_size, len(devices))
-        shares = min(self.units_per_image, len(devices) // groups)
-        used = np.array(devices[: groups * shares]).reshape(groups, shares)
-        self.mesh = Mesh(used, ("data", "mask"), axis_types=(AxisType.Auto,) * 2)
+        self.mesh = spread(jax.local_devices() if devices is None else devices, batch_size, self.units_per_image)
         graphdef, params = nnx.split(model)
         self._params = jax.device_put(params, NamedSharding(self.mesh, PartitionSpec()))
         self._data = NamedSharding(self.mesh, PartitionSpec("data"))
-        self._lower = partial(_lower, graphdef, self._params, self.mesh, self._options | {"seed": seed})
+        self._seed = jax.device_put(np.int32(seed), NamedSharding(self.mesh, PartitionSpec()))
+        self._graphdef = graphdef
         self.label_key, label = label_key(model), label_shape(model, batch_size)  # of a batch, what the loss reads
         self._inputs = (
             jax.ShapeDtypeStruct((batch_size, *model.image_size, 3), jnp.float32, sharding=self._data),
@@ -96,7 +93,7 @@ class Scorer:
 
     def _start(self, images, batch) -> Scores | Exception:
         try:
-            return self.program(self._params, images, batch)
+            return self.program(self._params, self._seed, images, batch)
         except jax.errors.JaxRuntimeError as error:  # a device may notice at once or only when it comes to the work
             return error
 
@@ -110,24 +107,44 @@ class Scorer:
 
     def _compile(self, chunk: int) -> None:
         free = min(map(_free_memory, self.mesh.local_mesh.devices.flat))
-        self.chunk, self.program = chunk, self._lower(*self._inputs, chunk=chunk).compile()
+        self.chunk, self.program = chunk, self._compiled(chunk)
         while self.chunk > 1 and _memory_needed(self.program) > free:
             self.chunk //= 2
-            self.program = self._lower(*self._inputs, chunk=self.chunk).compile()
+            self.program = self._compiled(self.chunk)
+
+    def _compiled(self, chunk: int) -> jax.stages.Compiled:
+        program = scores_on(self._graphdef, self.mesh, chunk=chunk, **self._options)
+        return program.lower(self._params, self._seed, *self._inputs).compile()
 
 
-def _lower(graphdef, params, mesh, options, images, batch, *, chunk):
-    def score(params, images, batch):
+def spread(devices: Sequence[jax.Device], num_images: int, units_per_image: int) -> Mesh:
+    """The images go to as many groups of devices ('data') as divide them evenly, their masks to the devices of the group
+    ('mask'), no more than there are masks."""
+    groups = math.gcd(num_images, len(devices))
+    shares = min(units_per_image, len(devices) // groups)
+    used = np.array(devices[: groups * shares]).reshape(groups, shares)
+    return Mesh(used, ("data", "mask"), axis_types=(AxisType.Auto,) * 2)
+
+
+@lru_cache(maxsize=32)
+def scores_on(graphdef: Any, mesh: Mesh, **options: Any) -> Any:
+    """The oracle, jitted, on a mesh from `spread`: (params, seed, images, batch) -> Scores, for `whole_impact`.
+
+    options: of `shared_scores`, but the seed.
+    """
+
+    logger.info("a program for the oracle (%s) on %d devices is compiled", options["estimator"], mesh.size)
+
+    def score(params, seed, images, batch):
         model, share = nnx.merge(graphdef, params), jax.lax.axis_index("mask")
-        scores = shared_scores(model, images, batch, share, mesh.shape["mask"], chunk=chunk, **options)
+        scores = shared_scores(model, images, batch, share, mesh.shape["mask"], seed=seed, **options)
         return scores._replace(impact=scores.impact[:, None])
 
-    data = PartitionSpec("data")
+    whole, data = PartitionSpec(), PartitionSpec("data")
     out_specs: Any = Scores(PartitionSpec("data", "mask"), data, data)  # type: ignore[arg-type]
-    sharded = jax.shard_map(
-        score, mesh=mesh, in_specs=(PartitionSpec(), data, data), out_specs=out_specs, check_vma=False
+    return jax.jit(
+        jax.shard_map(score, mesh=mesh, in_specs=(whole, whole, data, data), out_specs=out_specs, check_vma=False)
     )
-    return jax.jit(sharded).lower(params, images, batch)
 
 
 def _memory_needed(program: jax.stages.Compiled) -> int:

@@ -1,0 +1,45 @@
+"""What `tif --help` says. It imports no command, which would bring JAX: that takes seconds."""
+
+import ast
+import textwrap
+from pathlib import Path
+
+WIDTH = 110
+_USAGE = """\
+usage: tif COMMAND --config NAME|FILE[:ARG] [--config.KEY=VALUE ...] --workdir DIR
+"""
+_EXAMPLES = """\
+examples:
+  tif run --config digits --workdir runs/quick --config.quick=true    the whole pipeline in minutes; no download
+  tif run --config digits --workdir runs/half --config.reducer.keep_ratio=0.5
+  tif run --config imagenette:plain --workdir runs/plain              your data folder is $TIF_DATA
+  tif evaluate --config digits --workdir runs/half --config.reducer.keep_ratio=0.5
+  tif convert deit_tiny.pth deit_tiny.safetensors                     weights, without PyTorch
+  tif status runs/half                                                how far it is, and how long still
+  tif report runs/quick runs/half --output comparison                 runs side by side
+  tif predict --workdir runs/half photos --top 3                      classes of your pictures
+  tif compare --weights deit_tiny.safetensors --images photos --out compared    reducers side by side
+  tif calibrate --weights deit_tiny.safetensors --images photos --budget 0.6 --out s.json    a schedule for your pictures
+  tif view --weights deit_tiny.safetensors cat.jpg                    what the model sees: impact, tokens, classes
+  tif share --workdir runs/half --to shared                           the model with its card, for others
+  tif export --workdir runs/half --to onnx                            a file that runs without this program
+
+`tif help COMMAND` lists the flags of a command, `tif help config` the configs and their keys, `tif help
+config data` those of one section, `tif help reducers` the reducers and their options. `tif --version` tells the
+version."""
+
+
+def usage(commands: list[str]) -> str:
+    return "\n".join(
+        [_USAGE, *(wrapped(f"  {name:<10} {_summary(name)}", " " * 13) for name in commands), "", _EXAMPLES]
+    )
+
+
+def wrapped(text: str, indent: str) -> str:
+    return textwrap.fill(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def _summary(name: str) -> str:
+    """The first line of a command's docstring."""
+    source = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+    return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
