@@ -157,6 +157,14 @@ def test_entries_that_mean_nothing(entry, message):
             dict(benchmark__reducers=(dict(name="tif", adapter=8), dict(name="tif", adapter=16))),
             "adapters of the widths 8, 16; one adapter is fitted for all of them",
         ),
+        (
+            dict(
+                reducer=dict(name="tif", adapter=8),
+                adapter__as_used=True,
+                benchmark__reducers=("tif", dict(name="tif", adapter=8, keep_ratio=0.3)),
+            ),
+            "benchmark.reducers.1. is another reducer with an adapter: give it a run of its own",
+        ),
         (dict(benchmark__reducers=(dict(name="tif", adapter=6),)), "adapter is 6; it is a width, a multiple of 4"),
     ],
 )

@@ -8,6 +8,7 @@ import pytest
 from cases import call
 
 import tif_jax
+from tif_jax import cost
 from tif_jax.__main__ import main
 from tif_jax.commands import benchmark
 from tif_jax.commands._report import pictures
@@ -141,6 +142,13 @@ def test_an_adapter_learns_behind_the_filter_and_is_fine_tuned(finished, tmp_pat
     followed = config_file.load(str(tmp_path / "adapter.py"), [*then, "--config.filter.keep_ratio=0.25"])
     for stage in ("filter", "adapter"):  # the same, whatever comes then
         stages.train(stage, followed, tmp_path / "run")
+    used = config_file.load(str(tmp_path / "adapter.py"), [*then, "--config.adapter.as_used=true"])
+    (tmp_path / "used").mkdir()
+    for stage in ("backbone", "filter"):
+        (tmp_path / "used" / stage).symlink_to(workdir / stage)
+    stages.train("adapter", used, tmp_path / "used")
+    model = tif_jax.load(tmp_path / "used/adapter")
+    assert model.reducer.then.num_merged == 2 and cost(model).gmac <= 0.002
 
 
 def test_pictures_show_what_the_filter_lets_through_whatever_comes_then(finished):

@@ -5,6 +5,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tif_jax.adaptive.adaptive import Adaptive as Adaptive
     from tif_jax.data.preprocess import preprocess as preprocess
     from tif_jax.errors import InputError as InputError
     from tif_jax.errors import WorkError as WorkError
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 # Where each name is. It is imported when it is first used, so that the program can heed signals before JAX is there.
 _WHERE = {
     "__version__": "runtime.version",
+    "Adaptive": "adaptive.adaptive",
     "InputError": "errors",
     "WorkError": "errors",
     "cost": "models.cost",

@@ -135,3 +135,9 @@ def _check_shared_parts(experiment: Experiment) -> None:
             f"reducers of this run have adapters of the widths {', '.join(map(str, sorted(adapters)))}; "
             "one adapter is fitted for all of them: give each width a run of its own"
         )
+    uses = [where for where, entry in entries if entry.has_adapter and entry != experiment.reducer]
+    if experiment.adapter.as_used and uses:
+        raise InputError(
+            f"adapter.as_used fits the adapter for what `reducer` says, and {uses[0]} is another reducer with an adapter: "
+            "give it a run of its own"
+        )

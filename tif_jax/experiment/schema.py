@@ -129,6 +129,10 @@ class Adapter(Recipe):
     """tif's adapter, fitted behind its filter while the rest of the network rests."""
 
     num_epochs: float = key(4.0, "epochs", above=0, most=MOST_EPOCHS)
+    as_used: bool = key(
+        False,
+        "fitted with the reducer's own amount and what follows it; else alone, with filter.keep_ratio, for any of them",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -175,7 +175,8 @@ def selectors(experiment: Experiment, workdir: Path) -> Stage:
 
 def adapter(experiment: Experiment, workdir: Path) -> Stage:
     """The adapter of tif, behind its fitted filter; it learns from what the backbone says of all tokens, not from labels."""
-    recipe, entry = experiment.adapter, _fitted_entry(experiment)
+    recipe = experiment.adapter
+    entry = experiment.reducer if recipe.as_used else _fitted_entry(experiment)
     if not entry.has_adapter:
         raise InputError("stage 'adapter' is for tif with reducer.adapter above 0")
     loaded = _load(filter_folder(experiment, workdir), entry, experiment)

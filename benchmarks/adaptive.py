@@ -1,0 +1,141 @@
+"""Adaptive budgets (`tif_jax.Adaptive`): what a ladder of schedules comes to on other photographs, and what knows when to
+climb.
+
+    python -m benchmarks.adaptive SCHEDULES [--num-images 500] [--taus 0.9,0.95,0.97] [--rounds 0]
+
+SCHEDULES is a folder of `tif calibrate`. The rungs are DeiT-Ti under each of them and with all tokens. Routes are found on
+unlabelled photographs of one set and followed on another: Imagenette's training part, its test part, and CC-BY, in $TIF_DATA
+(default: ../shared/data). Prints: for each signal of the cheap models the area under the ROC curve for answers that differ;
+for each tau agreement, mean GMAC and the paired difference to the one schedule nearest above that cost; with --rounds
+images/s beside what the mean GMAC promise.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from scipy.special import log_softmax
+from sklearn.metrics import roc_auc_score
+
+from benchmarks._common import data_root, median_and_range
+from tif_jax import Adaptive, cost, load
+from tif_jax.__main__ import use_all_cores
+from tif_jax.adaptive.routing import Route, cheapest, expected, margin, out_of_fold, rung_of
+from tif_jax.data import open_source
+from tif_jax.data.loader import evaluation_batches
+from tif_jax.impact.judge import over_batches
+from tif_jax.impact.paired import difference
+from tif_jax.runtime.mesh import make_mesh
+from tif_jax.runtime.timing import in_rounds, rate
+
+WEIGHTS = "deit_tiny_patch16_224.safetensors"
+SETS = {
+    "Imagenette, training": dict(name="image_folder", root="imagenette", train_split="train", test_split="train"),
+    "Imagenette, test": dict(name="image_folder", root="imagenette", test_split="val"),
+    "CC-BY": dict(name="image_table", root="imagenet_ccby", test_split="labels.csv"),
+}
+FOUND_ON = (
+    ("Imagenette, training", "Imagenette, test"),
+    ("Imagenette, training", "CC-BY"),
+    ("CC-BY", "Imagenette, test"),
+)
+BATCH_SIZE = 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("schedules", type=Path)
+    parser.add_argument("--num-images", type=int, default=500)
+    parser.add_argument("--taus", default="0.9,0.95,0.97")
+    parser.add_argument("--rounds", type=int, default=0)
+    arguments = parser.parse_args()
+    use_all_cores()
+    full = load(data_root() / WEIGHTS)
+    ladder = [load(data_root() / WEIGHTS, reducer=str(path)) for path in sorted(arguments.schedules.glob("*.json"))]
+    ladder.sort(key=lambda model: cost(model).gmac)
+    costs = [cost(model).gmac for model in (*ladder, full)]
+    logits = {name: logits_of([*ladder, full], name, arguments.num_images) for name in SETS}
+    signals(logits["CC-BY"], costs)
+    for found_on, followed_on in FOUND_ON:
+        for tau in map(float, arguments.taus.split(",")):
+            row(logits[found_on], logits[followed_on], costs, tau, f"{found_on} -> {followed_on}")
+    if arguments.rounds:
+        speeds(full, ladder, logits["Imagenette, training"], costs, arguments)
+
+
+def logits_of(models: list[Any], name: str, num_images: int) -> Float[np.ndarray, "M I L"]:
+    data = dict(SETS[name], num_test=num_images)
+    data["root"] = str(data_root() / data["root"])
+    batches = evaluation_batches(open_source(data, "test"), data, batch_size=BATCH_SIZE)
+    mesh = make_mesh(BATCH_SIZE)
+    found, _ = over_batches(lambda models, images, _: [model(images)[0] for model in models], models, batches, mesh)
+    return np.stack(found)
+
+
+def signals(logits: Float[np.ndarray, "M I L"], costs: list[float]) -> None:
+    """How well what a cheap model says tells that its class is not that of the whole one."""
+    print("| rung, GMAC | differs % | margin of logits | largest probability | entropy |\n|---|---|---|---|---|")
+    for rung, gmac in zip(logits[:-1], costs, strict=False):
+        differs = rung.argmax(axis=1) != logits[-1].argmax(axis=1)
+        log_p = log_softmax(rung, axis=1)
+        entropy = -(np.exp(log_p) * log_p).sum(axis=1)
+        areas = [roc_auc_score(differs, unsure) for unsure in (-margin(rung), -log_p.max(axis=1), entropy)]
+        print(
+            f"| {gmac:.4f} | {100 * differs.mean():.1f} | {' | '.join(f'{area:.3f}' for area in areas)} |", flush=True
+        )
+    print(
+        "\n| found on -> followed on | tau | rungs, GMAC | promised | agreement | mean GMAC | one schedule | less it |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+
+
+def row(here, there, costs: list[float], tau: float, label: str) -> None:
+    known, others = ((margin(x[:-1]), x[:-1].argmax(-1) == x[-1].argmax(-1)) for x in (here, there))
+    route = cheapest(*known, costs, tau)
+    promised, error = out_of_fold(*known, costs, tau)
+    found = expected(route, *others, costs)
+    always = np.concatenate([others[1], np.ones((1, others[1].shape[1]), bool)])
+    own = always[rung_of(route, others[0]), np.arange(always.shape[1])].astype(float)
+    fixed = next(i for i, gmac in enumerate(costs) if gmac >= found.cost)
+    less = difference(own, always[fixed].astype(float))
+    rungs = ", ".join(f"{costs[rung]:.3f}" for rung in route.rungs)
+    one = f"{100 * always[fixed].mean():.1f} % at {costs[fixed]:.3f}"
+    print(
+        f"| {label} | {tau} | {rungs} | {100 * promised.agreement:.1f} ± {100 * error:.1f} | {100 * found.agreement:.1f} | "
+        f"{found.cost:.4f} | {one} | {100 * less.mean:+.1f} ± {100 * less.error:.1f} |",
+        flush=True,
+    )
+
+
+def speeds(full: Any, ladder: list[Any], known, costs: list[float], arguments: argparse.Namespace) -> None:
+    """Of all test photographs in one stream, in rounds with the whole model."""
+    data = dict(SETS["CC-BY"], root=str(data_root() / "imagenet_ccby"), num_test=arguments.num_images)
+    read = evaluation_batches(open_source(data, "test"), data, batch_size=BATCH_SIZE)
+    batches = [batch["image"] for batch in read]
+    whole = Adaptive.with_route(full, [], Route((0,), (-np.inf,)), batch_size=BATCH_SIZE)
+    print("\n| tau | mean GMAC | images/s | x full | x GMAC | of the promise |\n|---|---|---|---|---|---|")
+    for tau in map(float, arguments.taus.split(",")):
+        route = cheapest(margin(known[:-1]), known[:-1].argmax(-1) == known[-1].argmax(-1), costs, tau)
+        adaptive = Adaptive.with_route(full, ladder, route, batch_size=BATCH_SIZE)
+
+        def run(one: Adaptive) -> int:
+            return sum(len(answers.rung) for answers in one.stream(batches))
+
+        gmac = np.concatenate([answers.gmac for answers in adaptive.stream(batches)]).mean()
+        run(whole)
+        turns = {name: partial(rate, partial(run, one), 0.0, 1) for name, one in (("full", whole), ("own", adaptive))}
+        found = in_rounds(turns, arguments.rounds)
+        ratio = float(np.median(np.array(found["own"]) / np.array(found["full"])))
+        promise = costs[-1] / gmac
+        print(
+            f"| {tau} | {gmac:.4f} | {median_and_range(found['own'])} | {ratio:.2f} | {promise:.2f} | {ratio / promise:.2f} "
+            "|",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

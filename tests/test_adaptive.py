@@ -1,0 +1,167 @@
+"""Adaptive budgets: routes against all thresholds there are; a ladder against its models alone; mistakes."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from cases import call, lively, numpy_images
+
+from tif_jax import Adaptive, cost
+from tif_jax.adaptive.routing import ALWAYS, NEVER, Route, cheapest, expected, margin, out_of_fold, rung_of
+from tif_jax.errors import InputError
+
+COSTS = (0.4, 0.7, 1.0)
+
+
+def ladder_of(num_images, noise, seed=0):
+    """(margins, agrees) of models whose logits are the last one's and noise."""
+    rng = np.random.default_rng(seed)
+    last = rng.normal(size=(num_images, 6)) * 2
+    found = [last + rng.normal(size=last.shape) * scale for scale in noise]
+    return np.stack([margin(x) for x in found]), np.stack([x.argmax(1) == last.argmax(1) for x in found])
+
+
+def test_margin():
+    np.testing.assert_array_equal(margin(np.array([[1.0, 5.0, 3.5], [2.0, 2.0, -1.0]])), [1.5, 0.0])
+
+
+def test_where_images_stay_and_what_it_costs():
+    margins = np.array([[2.0, 0.5, 0.1, 3.0], [9.0, 2.0, 0.2, 0.0]])
+    agrees = np.array([[True, False, False, False], [False, True, False, False]])
+    route = Route((0, 1, 2), (1.0, 1.0, ALWAYS))
+    np.testing.assert_array_equal(rung_of(route, margins), [0, 1, 2, 0])
+    found = expected(route, margins, agrees, COSTS)
+    assert found.agreement == 0.75  # the last image stays on the first rung, and differs
+    assert found.cost == pytest.approx((0.4 + (0.4 + 0.7) + (0.4 + 0.7 + 1.0) + 0.4) / 4)
+    assert expected(Route((1, 2), (NEVER, ALWAYS)), margins, agrees, COSTS) == (1.0, pytest.approx(1.7))
+    assert expected(Route((2,), (ALWAYS,)), margins, agrees, COSTS) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("agreement", [0.8, 0.9, 0.97])
+def test_one_rung_has_the_cheapest_of_all_thresholds(agreement):
+    margins, agrees = ladder_of(300, (0.8,))
+    found = expected(cheapest(margins, agrees, (0.4, 1.0), agreement), margins, agrees, (0.4, 1.0))
+    every = [expected(Route((0, 1), (t, ALWAYS)), margins, agrees, (0.4, 1.0)) for t in [*margins[0], NEVER]]
+    assert found.agreement >= agreement
+    assert found.cost == pytest.approx(min([1.0, *(e.cost for e in every if e.agreement >= agreement)]))
+
+
+def test_two_rungs_are_as_good_as_all_pairs_of_thresholds():
+    margins, agrees = ladder_of(300, (0.8, 0.4))
+    costs = (0.02, 0.4, 1.0)
+    found = expected(cheapest(margins, agrees, costs, 0.95), margins, agrees, costs)
+    single = [cheapest(margins[[i]], agrees[[i]], (costs[i], 1.0), 0.95) for i in (0, 1)]
+    alone = [expected(single[i], margins[[i]], agrees[[i]], (costs[i], 1.0)).cost for i in (0, 1)]
+    grid = np.quantile(margins, np.linspace(0, 1, 41), axis=1).T
+    every = (expected(Route((0, 1, 2), (a, b, ALWAYS)), margins, agrees, costs) for a in grid[0] for b in grid[1])
+    best = min(e.cost for e in every if e.agreement >= 0.95)
+    assert found.agreement >= 0.95 and found.cost < min(alone) and found.cost < best + 0.01
+
+
+def test_routes_at_the_ends():
+    margins, agrees = ladder_of(100, (1.0, 0.5))
+    assert cheapest(margins, agrees, COSTS, 1.0).rungs == (2,) or expected(
+        cheapest(margins, agrees, COSTS, 1.0), margins, agrees, COSTS
+    ) == (1.0, pytest.approx(1.0, abs=0.3))
+    always = np.ones_like(agrees)
+    assert expected(cheapest(margins, always, COSTS, 1.0), margins, always, COSTS) == (1.0, pytest.approx(0.4))
+    assert cheapest(margins, ~always, COSTS, 0.9) == Route((2,), (ALWAYS,))
+
+
+def test_what_is_expected_of_others_is_what_comes():
+    """On many other images of the kind, within two of the errors that both estimates have."""
+    margins, agrees = ladder_of(500, (0.8, 0.4))
+    promised, error = out_of_fold(margins, agrees, COSTS, 0.95)
+    others = ladder_of(20_000, (0.8, 0.4), seed=1)
+    found = expected(cheapest(margins, agrees, COSTS, 0.95), *others, COSTS)
+    assert abs(found.agreement - promised.agreement) < 2 * math.hypot(error, 0.01)
+    assert abs(found.cost - promised.cost) < 0.05 and error == pytest.approx(0.01, abs=0.002)
+
+
+TINY = dict(image_size=16, patch_size=4, width=16, depth=2, num_heads=2, num_classes=4)
+
+
+@pytest.fixture(scope="module")
+def models():
+    """The last one, and two of less and less noise in comparison with it."""
+    return lively(TINY), [lively(TINY, reducer="random", keep_ratio=keep) for keep in (0.75, 0.25)]
+
+
+@pytest.fixture(scope="module")
+def adaptive(models):
+    model, ladder = models
+    return Adaptive(model, ladder, 0.85, numpy_images(96, (16, 16), 1), batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.asarray(numpy_images(37, (16, 16), 2))
+
+
+def test_a_ladder_is_its_models(models, adaptive, images):
+    """Each image has the logits of the first model that is sure of it, and costs all that it went through."""
+    model, ladder = models
+    in_order = (*reversed(ladder), model)
+    assert adaptive.costs == tuple(cost(m).gmac for m in in_order) and [*adaptive.costs] == sorted(adaptive.costs)
+    adaptive = Adaptive.with_route(model, ladder, Route((0, 1, 2), (0.5, 0.5, ALWAYS)), batch_size=8)
+    alone = np.stack([np.asarray(call(m, images)[0]) for m in in_order])
+    answers = adaptive(images)
+    sure = margin(alone) >= [[0.5], [0.5], [ALWAYS]]
+    np.testing.assert_array_equal(answers.rung, sure.argmax(axis=0))
+    assert {*answers.rung} == {0, 1, 2}
+    np.testing.assert_allclose(answers.logits, alone[answers.rung, np.arange(37)], atol=1e-5)
+    np.testing.assert_allclose(answers.gmac, np.cumsum(adaptive.costs)[answers.rung])
+
+
+def test_batches_of_any_sizes_come_back_in_order(adaptive, images):
+    whole = adaptive(images)
+    bounds = [0, 1, 1, 20, 23, 37]
+    parts = [images[a:b] for a, b in itertools.pairwise(bounds)]
+    answers = [*adaptive.stream(iter(parts))]
+    assert [len(a.rung) for a in answers] == [1, 0, 19, 3, 14]
+    for name in whole._fields:
+        joined = np.concatenate([getattr(a, name) for a in answers])
+        np.testing.assert_allclose(joined, getattr(whole, name), atol=1e-5)
+    assert adaptive(images[:0]).logits.shape == (0, 4) and [*adaptive.stream([])] == []
+
+
+def test_answers_come_as_soon_as_they_are_known(adaptive, images):
+    """With a ladder that is always sure no batch waits for the next."""
+    model, ladder = adaptive.models[-1], adaptive.models[:-1]
+    sure = Adaptive.with_route(model, ladder, Route((0, 2), (ALWAYS, ALWAYS)), batch_size=8)
+    given = []
+
+    def batches():
+        for first in (0, 8, 16):
+            given.append(first)
+            yield images[first : first + 8]
+
+    for number, _ in enumerate(sure.stream(batches())):
+        assert given == [0, 8, 16][: number + 1]
+
+
+def test_what_is_promised(models, adaptive):
+    assert 0 <= adaptive.expected.agreement <= 1 and adaptive.expected.cost < 2 * adaptive.costs[-1]
+    model, ladder = models
+    certain = Adaptive(model, ladder, 1.0, numpy_images(64, (16, 16), 1))
+    others = numpy_images(10, (16, 16), 3)
+    if certain.route.rungs == (2,):
+        np.testing.assert_allclose(certain(others).logits, call(model, others)[0], atol=1e-5)
+
+
+def test_mistakes(models):
+    model, ladder = models
+    images = np.asarray(numpy_images(64, (16, 16), 1))
+    with pytest.raises(InputError, match="63 images are too few to calibrate with; give 64 or more"):
+        Adaptive(model, ladder, 0.9, images[:63])
+    with pytest.raises(InputError, match="tau is 0"):
+        Adaptive(model, ladder, 0.0, images)
+    with pytest.raises(InputError, match="num_classes is 5 in the ladder and 4 in the last model"):
+        Adaptive(model, [lively(TINY | dict(num_classes=5))], 0.9, images)
+    with pytest.raises(InputError, match="batch_size is 0"):
+        Adaptive(model, ladder, 0.9, images, batch_size=0)
+    with pytest.raises(InputError, match="which is not normalised"):
+        Adaptive(model, ladder, 0.9, images * 1000)
+    with pytest.raises(InputError, match=r"rungs \(0, 3\); there are 3 models"):
+        Adaptive.with_route(model, ladder, Route((0, 3), (1.0, ALWAYS)))

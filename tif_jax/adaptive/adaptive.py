@@ -1,0 +1,186 @@
+"""A ladder of models that images climb as far as they need: `Adaptive`.
+
+Legend: I images, B images of a batch, R models but the last, Y X height and width, L classes.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Float32, Int
+
+from tif_jax import checked
+from tif_jax.adaptive.routing import Expected, Route, cheapest, margin, out_of_fold
+from tif_jax.errors import InputError
+from tif_jax.models import Model, check_images, require_head
+from tif_jax.models.compiled import compile_forward
+from tif_jax.models.cost import cost
+from tif_jax.models.params import params_of
+from tif_jax.runtime.mesh import make_mesh, replicate, shard
+
+logger = logging.getLogger(__name__)
+
+_FEWEST = 64  # images to calibrate with
+_SMALL = (1, 8)  # batch sizes of what is left over in the end
+
+
+class Answers(NamedTuple):
+    """What a ladder says of some images."""
+
+    logits: Float32[np.ndarray, "I L"]  # of the model on which each image stayed
+    rung: Int[np.ndarray, " I"]  # the number of that model
+    gmac: Float[np.ndarray, " I"]  # 1e9 multiply-adds of all models that each image went through
+
+
+class Adaptive:
+    """Classifies each image with the cheapest of several models that is sure of it.
+
+        adaptive = Adaptive(model, [small, medium], 0.95, photographs)
+        answers = adaptive(images)
+
+    model: the last rung, with whose classes the others are to agree. ladder: cheaper models of the same classes and views,
+      as of `tif_jax.load(..., reducer=...)` with other amounts, in any order.
+    tau: the share of images that are to have the class that `model` gives them, in (0, 1].
+    images: some hundred as those that are to come, normalised, (I, Y, X, 3); no labels. From them it is found which models
+      are worth their cost, and how sure each has to be (`routing`).
+    batch_size: of every model's program. An image that a model is not sure of waits until so many go to the next one.
+
+    `models`, the cheapest first, and their `costs` in GMAC; `route` is what was found; `expected` is the agreement and mean
+    GMAC to expect of other images, from cross-validation, and `error` the standard error of that agreement. Raises
+    InputError for models that do not fit together and for fewer than 64 images.
+    """
+
+    models: tuple[Model, ...]
+    costs: tuple[float, ...]
+    route: Route
+    expected: Expected | None = None  # None where the route was found before
+    error: float | None = None
+
+    def __init__(
+        self,
+        model: Model,
+        ladder: Sequence[Model],
+        tau: float,
+        images: Float[np.ndarray | Array, "I Y X 3"],
+        *,
+        batch_size: int = 32,
+    ):
+        self._begin(model, ladder, batch_size)
+        tau = checked.value_of(float, tau, "tau", checked.Range(above=0, most=1))
+        check_images(model, images)
+        if len(images) < _FEWEST:
+            raise InputError(f"{len(images)} images are too few to calibrate with; give {_FEWEST} or more, better 500")
+        logits = np.stack([self._logits(rung, np.asarray(images)) for rung in range(len(self.models))])
+        margins, agrees = margin(logits[:-1]), logits[:-1].argmax(axis=-1) == logits[-1].argmax(axis=-1)
+        self.route = cheapest(margins, agrees, self.costs, tau)
+        expected, error = out_of_fold(margins, agrees, self.costs, tau)
+        self.expected, self.error = expected, error
+        used = [self.costs[rung] for rung in self.route.rungs]
+        logger.info(
+            "adaptive: models of %s GMAC; agreement %.3f ± %.3f at %.4f GMAC on images left out",
+            ", ".join(f"{gmac:.4f}" for gmac in used), expected.agreement, error, expected.cost,
+        )  # fmt: skip
+
+    @classmethod
+    def with_route(cls, model: Model, ladder: Sequence[Model], route: Route, *, batch_size: int = 32) -> "Adaptive":
+        """One whose route was found before; `ladder` in order of cost."""
+        made = cls.__new__(cls)
+        made._begin(model, ladder, batch_size)
+        if not all(0 <= rung < len(made.models) for rung in route.rungs):
+            raise InputError(f"the route has rungs {route.rungs}; there are {len(made.models)} models")
+        made.route = route
+        return made
+
+    def _begin(self, model: Model, ladder: Sequence[Model], batch_size: int) -> None:
+        self.batch_size = checked.value_of(int, batch_size, "batch_size", checked.Range(least=1))
+        for one in (model, *ladder):
+            require_head(one, "an adaptive budget")
+            for name in ("num_classes", "image_size", "preprocessing"):
+                if getattr(one, name) != getattr(model, name):
+                    raise InputError(
+                        f"{name} is {getattr(one, name)} in the ladder and {getattr(model, name)} in the last model; all "
+                        "models of a ladder take the same images and know the same classes"
+                    )
+        by_cost = sorted(((cost(one).gmac, i) for i, one in enumerate(ladder)))
+        self.models = (*(ladder[i] for _, i in by_cost), model)
+        self.costs = (*(gmac for gmac, _ in by_cost), cost(model).gmac)
+        self._params: dict[tuple[int, Mesh], Any] = {}
+        self._programs: dict[tuple[int, int], Any] = {}
+
+    def __call__(self, images: Float[np.ndarray | Array, "I Y X 3"]) -> Answers:
+        """Of any number of normalised images, in their order."""
+        check_images(self.models[-1], images)
+        images = np.asarray(images)
+        return _joined([*self.stream([images])]) if len(images) else self._empty()
+
+    def stream(self, batches: Iterable[Float[np.ndarray, "B Y X 3"]]) -> Iterator[Answers]:
+        """Of each batch, in order; batches of any sizes. Images that climb wait for others, and what came after them too."""
+        waiting: dict[int, deque] = {rung: deque() for rung in self.route.rungs}  # (number, image) by the next rung
+        found: dict[int, tuple] = {}
+        sizes: deque[int] = deque()
+        num_given = num_told = 0
+        for batch in batches:
+            sizes.append(len(batch))
+            waiting[self.route.rungs[0]].extend(enumerate(batch, num_given))
+            num_given += len(batch)
+            self._climb(waiting, found, least=self.batch_size)
+            while sizes and all(n in found for n in range(num_told, num_told + sizes[0])):
+                yield self._told(found, num_told, sizes[0])
+                num_told += sizes.popleft()
+        self._climb(waiting, found, least=1)
+        for size in sizes:
+            yield self._told(found, num_told, size)
+            num_told += size
+
+    def _climb(self, waiting: dict[int, deque], found: dict[int, tuple], least: int) -> None:
+        """Runs each rung's model while `least` images wait for it. Those that it is sure of are found."""
+        rungs, thresholds = self.route
+        for place, (rung, threshold) in enumerate(zip(rungs, thresholds, strict=True)):
+            while len(waiting[rung]) >= least:
+                group = [waiting[rung].popleft() for _ in range(min(self.batch_size, len(waiting[rung])))]
+                numbers, images = zip(*group, strict=True)
+                logits = self._logits(rung, np.stack(images))
+                stays = margin(logits) >= threshold
+                for number, image, row, is_sure in zip(numbers, images, logits, stays, strict=True):
+                    if is_sure:
+                        found[number] = row, rung
+                    else:
+                        waiting[rungs[place + 1]].append((number, image))
+
+    def _told(self, found: dict[int, tuple], first: int, size: int) -> Answers:
+        if not size:
+            return self._empty()
+        rows, rungs = zip(*(found.pop(n) for n in range(first, first + size)), strict=True)
+        on = np.array(rungs)
+        gmac = sum(self.costs[rung] * (on >= rung) for rung in self.route.rungs)
+        return Answers(np.stack(rows), on, np.asarray(gmac, float))
+
+    def _empty(self) -> Answers:
+        return Answers(np.zeros((0, self.models[-1].num_classes), np.float32), np.zeros(0, int), np.zeros(0))
+
+    def _logits(self, rung: int, images: Float[np.ndarray, "I Y X 3"]) -> Float32[np.ndarray, "I L"]:
+        """Of one model, in full batches and a last one that is filled up."""
+        found = []
+        for first in range(0, len(images), self.batch_size):
+            part = images[first : first + self.batch_size]
+            size = next(size for size in (*_SMALL, self.batch_size) if size >= len(part) and size <= self.batch_size)
+            filled = np.concatenate([part, np.zeros((size - len(part), *part.shape[1:]), part.dtype)])
+            found.append(np.asarray(self._run(rung, filled), np.float32)[: len(part)])
+        return np.concatenate(found)
+
+    def _run(self, rung: int, images: Float[np.ndarray, "B Y X 3"]) -> Float[Array, "B L"]:
+        mesh, key = make_mesh(len(images), this_process_only=True), (rung, len(images))
+        if key not in self._programs:
+            if (rung, mesh) not in self._params:
+                self._params[rung, mesh] = replicate(params_of(self.models[rung]), mesh)
+            program, (params, _) = compile_forward(self.models[rung], images, mesh, self._params[rung, mesh])
+            self._programs[key] = program, params
+        program, params = self._programs[key]
+        return program(params, shard({"image": images}, mesh)["image"])
+
+
+def _joined(answers: Sequence[Answers]) -> Answers:
+    return Answers(*(np.concatenate(arrays) for arrays in zip(*answers, strict=True)))
