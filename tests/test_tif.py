@@ -121,3 +121,9 @@ def test_then_has_parameters_of_its_own():
     assert aux["kept"].shape == (4, 4) and (np.asarray(aux["source"]) >= 0).sum() == 16
     for row, of_image in zip(np.asarray(aux["source"]), np.asarray(aux["kept"]), strict=True):
         np.testing.assert_array_equal(np.flatnonzero(row >= 0), of_image)
+
+
+def test_a_filter_that_drops_nothing_is_not_paid_for():
+    whole = cost(create_model(TINY)).gmac
+    assert cost(create_model(TINY, reducer="tif", keep_ratio=1.0)).gmac == whole
+    assert cost(create_model(TINY, reducer="tif", keep_ratio=0.9)).gmac != whole
