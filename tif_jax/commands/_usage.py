@@ -15,6 +15,7 @@ examples:
   tif run --config imagenette:plain --workdir runs/plain              your data folder is $TIF_DATA
   tif evaluate --config digits --workdir runs/half --config.reducer.keep_ratio=0.5
   tif convert deit_tiny.pth deit_tiny.safetensors                     weights, without PyTorch
+  tif estimate --config imagenet:deit_small --device v5e --count 8 --num-images 1281167,50000    what it would cost
   tif status runs/half                                                how far it is, and how long still
   tif report runs/quick runs/half --output comparison                 runs side by side
   tif predict --workdir runs/half photos --top 3                      classes of your pictures

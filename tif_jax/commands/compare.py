@@ -103,7 +103,7 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
     add(
         "--regret", type=int, metavar="N",
         help="also how much worse the patches kept are than those of the highest impact, from N random masks of each image "
-        "(16 is good); takes 3 N predictions of it",
+        "(16 is good); costs as much as 2 N predictions of it",
     )  # fmt: skip
     add("--dtype", default="float32", metavar="NAME", help="to compute in (default: float32)")
     return parser.parse_args(argv)

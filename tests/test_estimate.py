@@ -1,0 +1,125 @@
+"""`tif estimate`: its formulas by hand, what its table says, mistakes."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from small_project import forget_handlers, last_line
+
+from tif_jax import cost, create_model
+from tif_jax.__main__ import main
+from tif_jax.experiment import config as config_file
+from tif_jax.experiment.estimate import PEAK, Work, abstract, scoring, shard_bytes, stages, units
+from tif_jax.experiment.reducer_entry import ReducerEntry
+from tif_jax.impact.oracle import check_options, shared_scores
+from tif_jax.models.cost import multiply_adds
+from tif_jax.models.params import params_of
+from tif_jax.reducers.tif import TokenFilter
+
+TINY = dict(image_size=32, patch_size=8, width=32, depth=3, num_heads=2, num_classes=5)
+
+
+def macs(**options):
+    return 1e9 * cost(create_model(TINY, **options)).gmac
+
+
+@pytest.fixture(scope="module")
+def experiment():
+    """The digits', with tif alone."""
+    return config_file.load("digits", [])
+
+
+def by_name(experiment):
+    return {work.name: work for work in stages(experiment, TINY, 1000, 200)}
+
+
+def test_stages_by_hand(experiment):
+    tif = {"reducer": "tif", **experiment.reducer.arguments}
+    whole, own = macs(), macs(**tif)
+    found, recipe = by_name(experiment), experiment.score
+    scored = 1000 * recipe.views  # fewer than score.num_images
+    assert found["backbone"].macs == pytest.approx(experiment.backbone.num_epochs * 1000 * 3 * whole)
+    assert found["finetune"].macs == pytest.approx(experiment.finetune.num_epochs * 1000 * 3 * own)
+    assert found["evaluate"].macs == pytest.approx(200 * (whole + own))
+    assert found["score"].images == scored
+    assert found["score"].macs == pytest.approx(scored * whole * units(recipe.estimator, 16, recipe.num_samples))
+    patches = np.zeros((1, 16, 32), np.float32)
+    filter_ = create_model(TINY, reducer="tif").reducer.filter
+    assert isinstance(filter_, TokenFilter)
+    of_filter = multiply_adds(lambda x: filter_(x), patches)
+    embedding = 16 * 3 * 64 * 32
+    assert found["filter"].macs == pytest.approx(
+        experiment.filter.num_epochs * scored * (embedding + 3 * of_filter), rel=1e-6
+    )
+    assert "adapter" not in found
+
+
+def test_what_else_there_can_be(experiment):
+    own = ReducerEntry("tif", dict(keep_ratio=0.5, adapter=8))
+    found = by_name(dataclasses.replace(experiment, reducer=own))["adapter"]
+    assert found.macs == pytest.approx(
+        experiment.adapter.num_epochs * 1000 * (macs() + 2 * macs(reducer="tif", keep_ratio=0.5, adapter=8))
+    )
+    without = by_name(dataclasses.replace(experiment, reducer=ReducerEntry("evit", dict(keep_ratio=0.5))))
+    assert not {"score", "filter", "adapter"} & without.keys()
+
+
+@pytest.mark.parametrize("options", [dict(estimator="gradient"), dict(estimator="sampled", num_samples=4)])
+def test_units_are_what_the_oracle_multiplies(options):
+    """But for what gates cost and for a first block whose input needs no gradient."""
+    model, images = create_model(TINY), np.zeros((1, 32, 32, 3), np.float32)
+    options = check_options(**dict(mask=None, target="label", num_samples=1, keep_ratio=0.5) | options)
+    given = {"label": np.zeros(1, np.int32)}
+    counted = multiply_adds(lambda x: shared_scores(model, x, given, seed=0, chunk=4, **options).impact, images)
+    wanted = units(options["estimator"], 16, options["num_samples"]) * macs()
+    assert 0.8 < counted / wanted < 1.2
+
+
+def test_seconds_and_bytes():
+    work = Work("one", 1, 1e12, "bfloat16")
+    assert work.seconds(PEAK["v5e"], 0.5, 4) == pytest.approx(2e12 / (197e12 * 0.5 * 4))
+    assert work._replace(dtype="float32").seconds(PEAK["v5e"], 0.5, 4) == pytest.approx(6 * 2e12 / (197e12 * 0.5 * 4))
+    model = abstract(TINY, ReducerEntry("full", {}))
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params_of(model)))
+    assert scoring("s", model, 10, "exact", 0, "bfloat16").dtype == "float32"  # differences of losses are small
+    assert shard_bytes(model, 1000) == 1000 * (4 * 16 + 120)
+
+
+def run(line):
+    forget_handlers()
+    return main(["estimate", *line.split()])
+
+
+LINE = "--config digits --num-images 1000,200 --device h100"
+
+
+def test_the_table(capsys):
+    assert run(f"{LINE} --count 2 --utilisation 0.5 --price 3") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert (
+        lines[0] == "digits: 1000 training images, 200 for the test, one reducer, one seed; 2 x h100, 50% of the peak"
+    )
+    rows = {line.split("  ")[0]: line.split() for line in lines[2:]}
+    assert {"backbone", "score", "filter", "finetune", "evaluate", "all"} <= rows.keys()
+    hours, dollars = (float(rows["all"][i].replace(",", "")) for i in (3, 4))
+    assert dollars == pytest.approx(hours * 2 * 3, abs=0.011)
+    assert run(f"{LINE} --cores 1 --decode 10") == 0
+    rows = {line.split("  ")[0]: line.split() for line in capsys.readouterr().out.splitlines()[2:]}
+    assert rows["finetune"][4] == "10.0"  # images/s: the core decides
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--device gpu", "--device is 'gpu'; allowed: a100, h100"),
+        ("--count 0", "--count is 0; it is above 0"),
+        ("--utilisation 1.5", "--utilisation is 1.5; it is above 0, at most 1"),
+        ("--num-images many", "--num-images is 'many'; it is as in 1281167,50000"),
+        ("--nothing", "unknown flag --nothing"),
+        ("--model nothing", "and 'nothing' is no name of a network: give --model"),
+    ],
+)
+def test_mistakes(capsys, line, message):
+    assert run(f"{LINE} {line}") == 2
+    assert message in last_line(capsys)

@@ -1,0 +1,119 @@
+"""What an experiment costs, on paper: multiply-adds of its stages, and the time that devices of a kind take for them.
+
+The unit is the multiply-add of one prediction with all tokens, F, or with the reducer, R, as `models.cost` counts them:
+
+    score       F (N + 1) an image with `exact`, F (1 + 2 K) with K masks of `sampled`, 2 F with `gradient`
+    filter      the patch embedding, which rests, and three times the filter
+    adapter     F for the goal, and 2 R: through the frozen blocks goes a gradient, but none to their weights
+    finetune    3 R, and F with a teacher
+    backbone    3 F where it is trained
+    evaluate    F and R for each test image, and the oracle's for those that it scores
+
+A forward pass and one back to activations are counted as two, to weights as one more. Seconds are 2 x multiply-adds / (peak x
+utilisation x devices); what share of the peak is reached is said by who asks.
+
+Legend: N patch tokens.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from tif_jax.experiment.reducer_entry import ReducerEntry
+from tif_jax.experiment.schema import Experiment
+from tif_jax.models import Model, ViT, blueprint, plain_vit
+from tif_jax.models.cost import cost
+
+# Dense bfloat16 FLOP/s of a chip, and those of float32 (GPUs: without tensor cores; TPUs: six bfloat16 products for each), as
+# their makers publish them.
+PEAK = {
+    "a100": (312e12, 19.5e12), "h100": (989e12, 67e12), "h200": (989e12, 67e12), "l4": (121e12, 30.3e12),
+    "v4": (275e12, 275e12 / 6), "v5e": (197e12, 197e12 / 6), "v5p": (459e12, 459e12 / 6), "v6e": (918e12, 918e12 / 6),
+    "tpu7x": (2307e12, 2307e12 / 6),
+}  # fmt: skip
+SETS = {"ImageNet-1k": 1_281_167, "ImageNet-21k": 14_197_122, "a billion images": 1_000_000_000}
+BYTES_OF_AN_IMAGE = 120  # of a row of the shards beside its impacts
+_GRADIENT, _TRAINED = 2, 3  # passes
+
+
+class Work(NamedTuple):
+    """Of a stage, or of scoring a set."""
+
+    name: str
+    images: float  # that go through the network, all epochs together
+    macs: float  # multiply-adds of all of them
+    dtype: str
+
+    def seconds(self, peak: tuple[float, float], utilisation: float, count: int) -> float:
+        """On `count` devices of a peak (bfloat16, float32) in FLOP/s."""
+        return 2 * self.macs / (peak[self.dtype == "float32"] * utilisation * count)
+
+
+def units(estimator: str, num_patches: int, num_samples: int) -> int:
+    """Multiply-adds of scoring one image, in those of one prediction."""
+    return {"exact": num_patches + 1, "sampled": 1 + _GRADIENT * num_samples, "gradient": _GRADIENT}[estimator]
+
+
+def stages(experiment: Experiment, fields: Mapping[str, Any], num_images: int, num_test: int) -> list[Work]:
+    """The stages of one run of an experiment with the one reducer `reducer`, in their order.
+
+    fields: of the backbone. num_images, num_test: of its data, for training and for the test.
+    """
+    full, reduced = abstract(fields, ReducerEntry("full", {})), abstract(fields, experiment.reducer)
+    whole, own = (1e9 * cost(model).gmac for model in (full, reduced))
+    scored = _scored(experiment, num_images)
+    entry, dtype, found = experiment.reducer, experiment.dtype, []
+    if experiment.backbone.is_trained:
+        images = experiment.backbone.num_epochs * num_images
+        found.append(Work("backbone", images, images * _TRAINED * whole, dtype))
+    if entry.name in ("tif", "prior"):
+        found.append(scoring("score", full, scored, experiment.score.estimator, experiment.score.num_samples, dtype))
+    if entry.name == "tif":
+        images = experiment.filter.num_epochs * scored
+        plain = plain_vit(full, "a token filter")
+        embedding, filter_ = _embedding(plain), _filter(plain)
+        found.append(Work("filter", images, images * (embedding + _TRAINED * filter_), dtype))
+    if entry.has_adapter:
+        images = experiment.adapter.num_epochs * num_images
+        found.append(Work("adapter", images, images * (whole + _GRADIENT * own), dtype))
+    images = experiment.finetune.num_epochs * num_images
+    teacher = whole if experiment.finetune.distillation.kind else 0
+    found.append(Work("finetune", images, images * (_TRAINED * own + teacher), dtype))
+    found.append(Work("evaluate", num_test, num_test * (whole + own), dtype))
+    return found
+
+
+def scoring(name: str, model: Model, num_images: int, estimator: str, num_samples: int, dtype: str) -> Work:
+    """Of so many images. `exact` is computed in float32 unless a config says otherwise: differences are small."""
+    passes = units(estimator, math.prod(model.grid), num_samples)
+    macs = 1e9 * cost(model).gmac * passes * num_images
+    return Work(name, num_images, macs, "float32" if estimator == "exact" else dtype)
+
+
+def shard_bytes(model: Model, num_images: int) -> int:
+    """Of the impacts of so many images on disk."""
+    return num_images * (4 * math.prod(model.grid) + BYTES_OF_AN_IMAGE)
+
+
+def abstract(fields: Mapping[str, Any], entry: ReducerEntry) -> Model:
+    """The model without its weights."""
+    return nnx.eval_shape(blueprint(dict(fields), reducer=entry.name, **entry.arguments), jax.random.key(0))
+
+
+def _scored(experiment: Experiment, num_images: int) -> int:
+    """Views that are scored."""
+    recipe = experiment.score
+    return min(recipe.num_images or num_images, num_images) * recipe.views
+
+
+def _embedding(model: ViT) -> int:
+    return math.prod(model.grid) * 3 * model.patch_size**2 * model.norm.num_features
+
+
+def _filter(model: ViT) -> int:
+    """Of its four layers (`reducers.tif.TokenFilter`)."""
+    num_patches, width = math.prod(model.grid), model.norm.num_features
+    return num_patches * (width * width + width * (width // 2) + width // 2) + width * width
