@@ -82,8 +82,6 @@ def token_impact(
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((nnx.state(model), images, batch))):
         # Inside of a program of the caller's, who says where it runs.
         return shared_scores(model, jnp.asarray(images), batch, seed=seed, **options).impact
-    if not all(getattr(x, "is_fully_addressable", True) for x in jax.tree.leaves((images, batch))):
-        raise InputError("images are spread over processes; give each process those that are its own")
     return _in_groups(model, images, batch, seed, options)
 
 
@@ -91,6 +89,8 @@ def _in_groups(
     model: Model, images: Float[Array | np.ndarray, "B Y X 3"], batch: Batch, seed: int, options: Mapping[str, Any]
 ) -> Float[Array, "B N"]:
     """As many images at once as fill the devices, the last ones filled up: so any number of them shares one program."""
+    if not all(getattr(x, "is_fully_addressable", True) for x in jax.tree.leaves((images, batch))):
+        raise InputError("images are spread over processes; give each process those that are its own")
     devices, num_patches = jax.local_devices(), model.grid[0] * model.grid[1]
     if not len(images):
         return jnp.zeros((0, num_patches), jnp.float32)
