@@ -159,7 +159,7 @@ def test_entries_that_mean_nothing(entry, message):
         ),
         (
             dict(
-                reducer=dict(name="tif", adapter=8),
+                reducer__adapter=8,
                 adapter__as_used=True,
                 benchmark__reducers=("tif", dict(name="tif", adapter=8, keep_ratio=0.3)),
             ),

@@ -142,7 +142,9 @@ def test_an_adapter_learns_behind_the_filter_and_is_fine_tuned(finished, tmp_pat
     followed = config_file.load(str(tmp_path / "adapter.py"), [*then, "--config.filter.keep_ratio=0.25"])
     for stage in ("filter", "adapter"):  # the same, whatever comes then
         stages.train(stage, followed, tmp_path / "run")
-    used = config_file.load(str(tmp_path / "adapter.py"), [*then, "--config.adapter.as_used=true"])
+    used = config_file.load(
+        str(tmp_path / "adapter.py"), [*then, "--config.filter.keep_ratio=0.25", "--config.adapter.as_used=true"]
+    )
     (tmp_path / "used").mkdir()
     for stage in ("backbone", "filter"):
         (tmp_path / "used" / stage).symlink_to(workdir / stage)
