@@ -1,7 +1,7 @@
 """Adaptive budgets (`tif_jax.Adaptive`): what a ladder of schedules comes to on other photographs, and what knows when to
 climb.
 
-    python -m benchmarks.adaptive SCHEDULES [--num-images 500] [--taus 0.9,0.95,0.97] [--rounds 0]
+    python -m benchmarks.adaptive SCHEDULES [--num-images 500] [--taus 0.95,0.97,...] [--rounds 0]
 
 SCHEDULES is a folder of `tif calibrate`. The rungs are DeiT-Ti under each of them and with all tokens. Routes are found on
 unlabelled photographs of one set and followed on another: Imagenette's training part, its test part, and CC-BY, in $TIF_DATA
@@ -23,7 +23,7 @@ from sklearn.metrics import roc_auc_score
 from benchmarks._common import data_root, median_and_range
 from tif_jax import Adaptive, cost, load
 from tif_jax.__main__ import use_all_cores
-from tif_jax.adaptive.routing import Route, cheapest, expected, margin, out_of_fold, rung_of
+from tif_jax.adaptive.routing import Route, cheapest, confidence, expected, out_of_fold, rung_of
 from tif_jax.data import open_source
 from tif_jax.data.loader import evaluation_batches
 from tif_jax.impact.judge import over_batches
@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("schedules", type=Path)
     parser.add_argument("--num-images", type=int, default=500)
-    parser.add_argument("--taus", default="0.9,0.95,0.97")
+    parser.add_argument("--taus", default="0.95,0.97,0.98,0.99")
     parser.add_argument("--rounds", type=int, default=0)
     arguments = parser.parse_args()
     use_all_cores()
@@ -82,7 +82,8 @@ def signals(logits: Float[np.ndarray, "M I L"], costs: list[float]) -> None:
         differs = rung.argmax(axis=1) != logits[-1].argmax(axis=1)
         log_p = log_softmax(rung, axis=1)
         entropy = -(np.exp(log_p) * log_p).sum(axis=1)
-        areas = [roc_auc_score(differs, unsure) for unsure in (-margin(rung), -log_p.max(axis=1), entropy)]
+        second, first = np.sort(rung, axis=1)[:, -2:].T
+        areas = [roc_auc_score(differs, unsure) for unsure in (second - first, -confidence(rung), entropy)]
         print(
             f"| {gmac:.4f} | {100 * differs.mean():.1f} | {' | '.join(f'{area:.3f}' for area in areas)} |", flush=True
         )
@@ -93,7 +94,7 @@ def signals(logits: Float[np.ndarray, "M I L"], costs: list[float]) -> None:
 
 
 def row(here, there, costs: list[float], tau: float, label: str) -> None:
-    known, others = ((margin(x[:-1]), x[:-1].argmax(-1) == x[-1].argmax(-1)) for x in (here, there))
+    known, others = ((confidence(x[:-1]), x[:-1].argmax(-1) == x[-1].argmax(-1)) for x in (here, there))
     route = cheapest(*known, costs, tau)
     promised, error = out_of_fold(*known, costs, tau)
     found = expected(route, *others, costs)
@@ -118,7 +119,7 @@ def speeds(full: Any, ladder: list[Any], known, costs: list[float], arguments: a
     whole = Adaptive.with_route(full, [], Route((0,), (-np.inf,)), batch_size=BATCH_SIZE)
     print("\n| tau | mean GMAC | images/s | x full | x GMAC | of the promise |\n|---|---|---|---|---|---|")
     for tau in map(float, arguments.taus.split(",")):
-        route = cheapest(margin(known[:-1]), known[:-1].argmax(-1) == known[-1].argmax(-1), costs, tau)
+        route = cheapest(confidence(known[:-1]), known[:-1].argmax(-1) == known[-1].argmax(-1), costs, tau)
         adaptive = Adaptive.with_route(full, ladder, route, batch_size=BATCH_SIZE)
 
         def run(one: Adaptive) -> int:

@@ -8,73 +8,75 @@ import pytest
 from cases import call, lively, numpy_images
 
 from tif_jax import Adaptive, cost
-from tif_jax.adaptive.routing import ALWAYS, NEVER, Route, cheapest, expected, margin, out_of_fold, rung_of
+from tif_jax.adaptive.routing import ALWAYS, NEVER, Route, cheapest, confidence, expected, out_of_fold, rung_of
 from tif_jax.errors import InputError
 
 COSTS = (0.4, 0.7, 1.0)
 
 
 def ladder_of(num_images, noise, seed=0):
-    """(margins, agrees) of models whose logits are the last one's and noise."""
+    """(sure, agrees) of models whose logits are the last one's and noise."""
     rng = np.random.default_rng(seed)
     last = rng.normal(size=(num_images, 6)) * 2
     found = [last + rng.normal(size=last.shape) * scale for scale in noise]
-    return np.stack([margin(x) for x in found]), np.stack([x.argmax(1) == last.argmax(1) for x in found])
+    return np.stack([confidence(x) for x in found]), np.stack([x.argmax(1) == last.argmax(1) for x in found])
 
 
-def test_margin():
-    np.testing.assert_array_equal(margin(np.array([[1.0, 5.0, 3.5], [2.0, 2.0, -1.0]])), [1.5, 0.0])
+def test_confidence():
+    p = np.array([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]])
+    np.testing.assert_allclose(confidence(np.log(p) + 7), np.log([0.5 / 0.5, 0.8 / 0.2]))
+    assert np.isfinite(confidence(np.array([[1e4, 0.0, -1e4]]))).all()
 
 
 def test_where_images_stay_and_what_it_costs():
-    margins = np.array([[2.0, 0.5, 0.1, 3.0], [9.0, 2.0, 0.2, 0.0]])
+    sure = np.array([[2.0, 0.5, 0.1, 3.0], [9.0, 2.0, 0.2, 0.0]])
     agrees = np.array([[True, False, False, False], [False, True, False, False]])
     route = Route((0, 1, 2), (1.0, 1.0, ALWAYS))
-    np.testing.assert_array_equal(rung_of(route, margins), [0, 1, 2, 0])
-    found = expected(route, margins, agrees, COSTS)
+    np.testing.assert_array_equal(rung_of(route, sure), [0, 1, 2, 0])
+    found = expected(route, sure, agrees, COSTS)
     assert found.agreement == 0.75  # the last image stays on the first rung, and differs
     assert found.cost == pytest.approx((0.4 + (0.4 + 0.7) + (0.4 + 0.7 + 1.0) + 0.4) / 4)
-    assert expected(Route((1, 2), (NEVER, ALWAYS)), margins, agrees, COSTS) == (1.0, pytest.approx(1.7))
-    assert expected(Route((2,), (ALWAYS,)), margins, agrees, COSTS) == (1.0, 1.0)
+    assert expected(Route((1, 2), (NEVER, ALWAYS)), sure, agrees, COSTS) == (1.0, pytest.approx(1.7))
+    assert expected(Route((2,), (ALWAYS,)), sure, agrees, COSTS) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize("agreement", [0.8, 0.9, 0.97])
 def test_one_rung_has_the_cheapest_of_all_thresholds(agreement):
-    margins, agrees = ladder_of(300, (0.8,))
-    found = expected(cheapest(margins, agrees, (0.4, 1.0), agreement), margins, agrees, (0.4, 1.0))
-    every = [expected(Route((0, 1), (t, ALWAYS)), margins, agrees, (0.4, 1.0)) for t in [*margins[0], NEVER]]
+    sure, agrees = ladder_of(300, (0.8,))
+    found = expected(cheapest(sure, agrees, (0.4, 1.0), agreement), sure, agrees, (0.4, 1.0))
+    every = [expected(Route((0, 1), (t, ALWAYS)), sure, agrees, (0.4, 1.0)) for t in [*sure[0], NEVER]]
     assert found.agreement >= agreement
     assert found.cost == pytest.approx(min([1.0, *(e.cost for e in every if e.agreement >= agreement)]))
 
 
 def test_two_rungs_are_as_good_as_all_pairs_of_thresholds():
-    margins, agrees = ladder_of(300, (0.8, 0.4))
+    sure, agrees = ladder_of(300, (0.8, 0.4))
     costs = (0.02, 0.4, 1.0)
-    found = expected(cheapest(margins, agrees, costs, 0.95), margins, agrees, costs)
-    single = [cheapest(margins[[i]], agrees[[i]], (costs[i], 1.0), 0.95) for i in (0, 1)]
-    alone = [expected(single[i], margins[[i]], agrees[[i]], (costs[i], 1.0)).cost for i in (0, 1)]
-    grid = np.quantile(margins, np.linspace(0, 1, 41), axis=1).T
-    every = (expected(Route((0, 1, 2), (a, b, ALWAYS)), margins, agrees, costs) for a in grid[0] for b in grid[1])
+    found = expected(cheapest(sure, agrees, costs, 0.95), sure, agrees, costs)
+    single = [cheapest(sure[[i]], agrees[[i]], (costs[i], 1.0), 0.95) for i in (0, 1)]
+    alone = [expected(single[i], sure[[i]], agrees[[i]], (costs[i], 1.0)).cost for i in (0, 1)]
+    grid = np.quantile(sure, np.linspace(0, 1, 41), axis=1).T
+    every = (expected(Route((0, 1, 2), (a, b, ALWAYS)), sure, agrees, costs) for a in grid[0] for b in grid[1])
     best = min(e.cost for e in every if e.agreement >= 0.95)
     assert found.agreement >= 0.95 and found.cost < min(alone) and found.cost < best + 0.01
 
 
 def test_routes_at_the_ends():
-    margins, agrees = ladder_of(100, (1.0, 0.5))
-    assert cheapest(margins, agrees, COSTS, 1.0).rungs == (2,) or expected(
-        cheapest(margins, agrees, COSTS, 1.0), margins, agrees, COSTS
+    sure, agrees = ladder_of(100, (1.0, 0.5))
+    assert cheapest(sure, agrees, COSTS, 1.0).rungs == (2,) or expected(
+        cheapest(sure, agrees, COSTS, 1.0), sure, agrees, COSTS
     ) == (1.0, pytest.approx(1.0, abs=0.3))
     always = np.ones_like(agrees)
-    assert expected(cheapest(margins, always, COSTS, 1.0), margins, always, COSTS) == (1.0, pytest.approx(0.4))
-    assert cheapest(margins, ~always, COSTS, 0.9) == Route((2,), (ALWAYS,))
+    assert expected(cheapest(sure, always, COSTS, 1.0), sure, always, COSTS) == (1.0, pytest.approx(0.4))
+    assert cheapest(sure, ~always, COSTS, 0.9) == Route((2,), (ALWAYS,))
 
 
 def test_what_is_expected_of_others_is_what_comes():
     """On many other images of the kind, within two of the errors that both estimates have."""
-    margins, agrees = ladder_of(500, (0.8, 0.4))
-    promised, error = out_of_fold(margins, agrees, COSTS, 0.95)
+    sure, agrees = ladder_of(500, (0.8, 0.4))
+    promised, error = out_of_fold(sure, agrees, COSTS, 0.95)
     others = ladder_of(20_000, (0.8, 0.4), seed=1)
-    found = expected(cheapest(margins, agrees, COSTS, 0.95), *others, COSTS)
+    found = expected(cheapest(sure, agrees, COSTS, 0.95), *others, COSTS)
     assert abs(found.agreement - promised.agreement) < 2 * math.hypot(error, 0.01)
     assert abs(found.cost - promised.cost) < 0.05 and error == pytest.approx(0.01, abs=0.002)
 
@@ -104,10 +106,11 @@ def test_a_ladder_is_its_models(models, adaptive, images):
     model, ladder = models
     in_order = (*reversed(ladder), model)
     assert adaptive.costs == tuple(cost(m).gmac for m in in_order) and [*adaptive.costs] == sorted(adaptive.costs)
-    adaptive = Adaptive.with_route(model, ladder, Route((0, 1, 2), (0.5, 0.5, ALWAYS)), batch_size=8)
     alone = np.stack([np.asarray(call(m, images)[0]) for m in in_order])
+    thresholds = (*np.median(confidence(alone[:2]), axis=1).tolist(), ALWAYS)
+    adaptive = Adaptive.with_route(model, ladder, Route((0, 1, 2), thresholds), batch_size=8)
     answers = adaptive(images)
-    sure = margin(alone) >= [[0.5], [0.5], [ALWAYS]]
+    sure = confidence(alone) >= np.array(thresholds)[:, None]
     np.testing.assert_array_equal(answers.rung, sure.argmax(axis=0))
     assert {*answers.rung} == {0, 1, 2}
     np.testing.assert_allclose(answers.logits, alone[answers.rung, np.arange(37)], atol=1e-5)

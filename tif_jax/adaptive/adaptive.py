@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int
 
 from tif_jax import checked
-from tif_jax.adaptive.routing import Expected, Route, cheapest, margin, out_of_fold
+from tif_jax.adaptive.routing import Expected, Route, cheapest, confidence, out_of_fold
 from tif_jax.errors import InputError
 from tif_jax.models import Model, check_images, require_head
 from tif_jax.models.compiled import compile_forward
@@ -74,9 +74,9 @@ class Adaptive:
         if len(images) < _FEWEST:
             raise InputError(f"{len(images)} images are too few to calibrate with; give {_FEWEST} or more, better 500")
         logits = np.stack([self._logits(rung, np.asarray(images)) for rung in range(len(self.models))])
-        margins, agrees = margin(logits[:-1]), logits[:-1].argmax(axis=-1) == logits[-1].argmax(axis=-1)
-        self.route = cheapest(margins, agrees, self.costs, tau)
-        expected, error = out_of_fold(margins, agrees, self.costs, tau)
+        sure, agrees = confidence(logits[:-1]), logits[:-1].argmax(axis=-1) == logits[-1].argmax(axis=-1)
+        self.route = cheapest(sure, agrees, self.costs, tau)
+        expected, error = out_of_fold(sure, agrees, self.costs, tau)
         self.expected, self.error = expected, error
         used = [self.costs[rung] for rung in self.route.rungs]
         logger.info(
@@ -143,7 +143,7 @@ class Adaptive:
                 group = [waiting[rung].popleft() for _ in range(min(self.batch_size, len(waiting[rung])))]
                 numbers, images = zip(*group, strict=True)
                 logits = self._logits(rung, np.stack(images))
-                stays = margin(logits) >= threshold
+                stays = confidence(logits) >= threshold
                 for number, image, row, is_sure in zip(numbers, images, logits, stays, strict=True):
                     if is_sure:
                         found[number] = row, rung

@@ -1,7 +1,7 @@
 """When the answer of a cheap model is good enough: rules that are found from images without labels.
 
 A ladder of models, the cheapest first, the last one with all tokens. An image climbs it until a model is sure: until the
-logit of its likeliest class is by a threshold above that of the second. The aim is a share of images with the same class as
+log-odds of its likeliest class reach a threshold. The aim is a share of images with the same class as
 on the last rung (agreement), at the least mean cost; of earlier rungs that an image has been on the cost counts, too.
 
 Legend: R rungs but the last, I images, L classes.
@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from scipy.special import logsumexp
 from sklearn.linear_model import LogisticRegression
 
-NEVER, ALWAYS = math.inf, -math.inf  # thresholds: no margin is enough, any is
+NEVER, ALWAYS = math.inf, -math.inf  # thresholds: nothing is sure enough, anything is
 _FOLDS = 5
 _LARGEST = 20.0  # log-odds
 _HALVINGS = 40
@@ -24,7 +25,7 @@ _HALVINGS = 40
 
 class Route(NamedTuple):
     """The rungs that are used, by their numbers, ascending, the last rung of all among them only if it is needed; and for
-    each the margin with which an image stays there: that of the last one is ALWAYS."""
+    each the confidence with which an image stays there: that of the last one is ALWAYS."""
 
     rungs: tuple[int, ...]
     thresholds: tuple[float, ...]
@@ -37,25 +38,25 @@ class Expected(NamedTuple):
     cost: float  # in the unit of the costs
 
 
-def margin(logits: Float[np.ndarray, "*rest L"]) -> Float[np.ndarray, "*rest"]:
-    """Logit of the likeliest class less that of the second, 0 or more: how sure an answer is, whatever the classes."""
-    second, first = np.moveaxis(np.partition(logits, -2, axis=-1)[..., -2:], -1, 0)
-    return first - second
+def confidence(logits: Float[np.ndarray, "*rest L"]) -> Float[np.ndarray, "*rest"]:
+    """Log-odds of the likeliest class, log p / (1 - p): how sure an answer is. At least -log(L - 1)."""
+    ordered = np.sort(logits.astype(np.float64), axis=-1)
+    return ordered[..., -1] - logsumexp(ordered[..., :-1], axis=-1)
 
 
-def rung_of(route: Route, margins: Float[np.ndarray, "R I"]) -> Int[np.ndarray, " I"]:
+def rung_of(route: Route, sure: Float[np.ndarray, "R I"]) -> Int[np.ndarray, " I"]:
     """On which rung each image stays."""
-    found = np.full(margins.shape[1], route.rungs[-1])
+    found = np.full(sure.shape[1], route.rungs[-1])
     for rung, threshold in reversed([*zip(route.rungs, route.thresholds, strict=True)][:-1]):
-        found = np.where(margins[rung] >= threshold, rung, found)
+        found = np.where(sure[rung] >= threshold, rung, found)
     return found
 
 
 def expected(
-    route: Route, margins: Float[np.ndarray, "R I"], agrees: Bool[np.ndarray, "R I"], costs: Sequence[float]
+    route: Route, sure: Float[np.ndarray, "R I"], agrees: Bool[np.ndarray, "R I"], costs: Sequence[float]
 ) -> Expected:
     """What a route comes to on these images. costs: of an image on each rung, the last one too."""
-    rungs = rung_of(route, margins)
+    rungs = rung_of(route, sure)
     always = np.concatenate([agrees, np.ones((1, agrees.shape[1]), bool)])
     paid = np.zeros(len(rungs))
     for rung in route.rungs:
@@ -64,72 +65,72 @@ def expected(
 
 
 def cheapest(
-    margins: Float[np.ndarray, "R I"], agrees: Bool[np.ndarray, "R I"], costs: Sequence[float], agreement: float
+    sure: Float[np.ndarray, "R I"], agrees: Bool[np.ndarray, "R I"], costs: Sequence[float], agreement: float
 ) -> Route:
     """The route of least mean cost on these images among those that agree as often as wished.
 
-    On each rung the chance that an answer differs is a falling function of its margin (logistic regression); an image stays
-    where that is at most a risk, the same on all rungs, and the largest with which the wish is met. That is done for every
-    choice of rungs.
+    On each rung the chance that an answer differs is a falling function of its confidence (logistic regression); an image
+    stays where that is at most a risk, the same on all rungs, and the largest with which the wish is met. That is done for
+    every choice of rungs.
     """
-    last, risks = len(margins), [_risk(*pair) for pair in zip(margins, agrees, strict=True)]
+    last, risks = len(sure), [_risk(*pair) for pair in zip(sure, agrees, strict=True)]
     found = []
     for number in range(last + 1):
         for used in itertools.combinations(range(last), number):
-            route = _of_largest_risk([risks[rung] for rung in used], used, last, margins, agrees, costs, agreement)
-            found.append((expected(route, margins, agrees, costs).cost, route))
+            route = _of_largest_risk([risks[rung] for rung in used], used, last, sure, agrees, costs, agreement)
+            found.append((expected(route, sure, agrees, costs).cost, route))
     return min(found)[1]
 
 
 def out_of_fold(
-    margins: Float[np.ndarray, "R I"], agrees: Bool[np.ndarray, "R I"], costs: Sequence[float], agreement: float
+    sure: Float[np.ndarray, "R I"], agrees: Bool[np.ndarray, "R I"], costs: Sequence[float], agreement: float
 ) -> tuple[Expected, float]:
     """What to expect of other images: routes found on four fifths and followed on the fifth left out; and the standard
     error of the agreement."""
-    fold = np.random.default_rng(0).permutation(margins.shape[1]) % _FOLDS
+    fold = np.random.default_rng(0).permutation(sure.shape[1]) % _FOLDS
     parts = []
     for i in range(_FOLDS):
         kept, out = fold != i, fold == i
-        route = cheapest(margins[:, kept], agrees[:, kept], costs, agreement)
-        parts.append((out.sum(), expected(route, margins[:, out], agrees[:, out], costs)))
+        route = cheapest(sure[:, kept], agrees[:, kept], costs, agreement)
+        parts.append((out.sum(), expected(route, sure[:, out], agrees[:, out], costs)))
     share = np.array([number for number, _ in parts]) / len(fold)
     mean = Expected(*(float(share @ [getattr(of, name) for _, of in parts]) for name in Expected._fields))
     return mean, math.sqrt(mean.agreement * (1 - mean.agreement) / len(fold))
 
 
 class _Risk(NamedTuple):
-    """log-odds that an answer differs: offset - slope * margin."""
+    """log-odds that an answer differs: offset - slope * confidence."""
 
     offset: float
     slope: float
 
-    def least_margin(self, log_odds: float) -> float:
+    def least(self, log_odds: float) -> float:
         """From which on the log-odds are at most so many."""
         if not math.isfinite(self.offset) or self.slope <= 0:
             return ALWAYS if self.offset <= log_odds else NEVER
         return (self.offset - log_odds) / self.slope
 
 
-def _risk(margins: Float[np.ndarray, " I"], agrees: Bool[np.ndarray, " I"]) -> _Risk:
+def _risk(sure: Float[np.ndarray, " I"], agrees: Bool[np.ndarray, " I"]) -> _Risk:
     if agrees.all() or not agrees.any():
         return _Risk(-math.inf if agrees.all() else math.inf, 0.0)
-    scale = float(margins.std()) or 1.0
-    fitted = LogisticRegression().fit(margins[:, None] / scale, ~agrees)
+    scale = float(sure.std()) or 1.0
+    fitted = LogisticRegression().fit(sure[:, None] / scale, ~agrees)
     return _Risk(float(fitted.intercept_[0]), -float(fitted.coef_[0, 0]) / scale)
 
 
 def _of_largest_risk(
-    risks: list[_Risk], used: tuple[int, ...], last: int, margins, agrees, costs, agreement: float
+    risks: list[_Risk], used: tuple[int, ...], last: int, sure, agrees, costs, agreement: float
 ) -> Route:
     """With these rungs and the last one: the route of the largest risk that still agrees as often as wished."""
 
     def at(log_odds: float) -> Route:
-        return Route((*used, last), (*(risk.least_margin(log_odds) for risk in risks), ALWAYS))
+        return Route((*used, last), (*(risk.least(log_odds) for risk in risks), ALWAYS))
 
     low, high = -_LARGEST, _LARGEST  # nobody stays below the last rung, everybody does
     best = Route((last,), (ALWAYS,))
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        is_met = expected(route := at(middle), margins, agrees, costs).agreement >= agreement
+        is_met = expected(route := at(middle), sure, agrees, costs).agreement >= agreement
         low, high, best = (middle, high, route) if is_met else (low, middle, best)
     return best
