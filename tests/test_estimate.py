@@ -65,6 +65,20 @@ def test_what_else_there_can_be(experiment):
     assert not {"score", "filter", "adapter"} & without.keys()
 
 
+@pytest.mark.parametrize(
+    ("recipe", "dtype"),
+    [
+        (dict(estimator="sampled"), "bfloat16"),
+        (dict(estimator="exact"), "float32"),
+        (dict(estimator="exact", dtype="bfloat16"), "bfloat16"),
+        (dict(estimator="sampled", dtype="float32"), "float32"),
+    ],
+)
+def test_scoring_is_computed_in_what_tif_score_takes_on_a_device(experiment, recipe, dtype):
+    score = dataclasses.replace(experiment.score, **recipe)
+    assert by_name(dataclasses.replace(experiment, score=score))["score"].dtype == dtype
+
+
 @pytest.mark.parametrize("options", [dict(estimator="gradient"), dict(estimator="sampled", num_samples=4)])
 def test_units_are_what_the_oracle_multiplies(options):
     """But for what gates cost and for a first block whose input needs no gradient."""

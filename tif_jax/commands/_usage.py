@@ -1,10 +1,12 @@
 """What `tif --help` says. It imports no command, which would bring JAX: that takes seconds."""
 
-import ast
 import textwrap
 from pathlib import Path
 
+from tif_jax.experiment.packaged import first_line
+
 WIDTH = 110
+_FOLDER = Path(__file__).parent
 _USAGE = """\
 usage: tif COMMAND --config NAME|FILE[:ARG] [--config.KEY=VALUE ...] --workdir DIR
 """
@@ -32,15 +34,14 @@ version."""
 
 def usage(commands: list[str]) -> str:
     return "\n".join(
-        [_USAGE, *(wrapped(f"  {name:<10} {_summary(name)}", " " * 13) for name in commands), "", _EXAMPLES]
+        [
+            _USAGE,
+            *(wrapped(f"  {name:<10} {first_line(_FOLDER / f'{name}.py')}", " " * 13) for name in commands),
+            "",
+            _EXAMPLES,
+        ]
     )
 
 
 def wrapped(text: str, indent: str) -> str:
     return textwrap.fill(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
-
-
-def _summary(name: str) -> str:
-    """The first line of a command's docstring."""
-    source = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
-    return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]

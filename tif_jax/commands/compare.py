@@ -123,7 +123,7 @@ def _predict(work: Work, rows: dict[str, Asked]) -> dict[str, Model]:
     kept, models = work.kept, {"full": work.weights.full}
     missing = [label for label, asked in rows.items() if not kept.has(label, asked)]
     if missing:
-        _ = work.whole
+        _ = work.whole  # that no image can be read is told before any model is made
     for label, asked in rows.items():
         if label != "full":
             described = kept.reducer_of(label, asked) or asked.entry.described

@@ -38,11 +38,8 @@ def main(argv: list[str]) -> None:
     num_images, num_test = _numbers(experiment, arguments.num_images)
     full = abstract(fields, ReducerEntry("full", {}))
     peak, utilisation = _peak(arguments, fields)
-    how = (
-        f"{arguments.count} x {arguments.device}, {utilisation:.0%} of the peak"
-        if arguments.device != _HERE
-        else "here"
-    )
+    of_peak = "as fast as forward passes" if arguments.device == _HERE else f"{utilisation:.0%} of the peak"
+    how = f"{arguments.count} x {arguments.device}, {of_peak}"
     print(f"{arguments.config}: {num_images} training images, {num_test} for the test, one reducer, one seed; {how}")
     price = _Price(peak, utilisation, arguments)
     rows = [price.row(work) for work in stages(experiment, fields, num_images, num_test)]
@@ -53,8 +50,7 @@ def main(argv: list[str]) -> None:
         return
     print(f"\nScoring sets of images, {cost(full).gmac:.4g} GMAC a prediction")
     sets = [
-        price.row(scoring(f"{name}, {label}", full, number, estimator, samples, experiment.dtype))
-        | {"bytes": shard_bytes(full, number)}
+        price.row(scoring(f"{name}, {label}", full, number, estimator, samples)) | {"bytes": shard_bytes(full, number)}
         for name, number in SETS.items()
         for label, estimator, samples in _ESTIMATORS
     ]

@@ -7,7 +7,7 @@ The unit is the multiply-add of one prediction with all tokens, F, or with the r
     adapter     F for the goal, and 2 R: through the frozen blocks goes a gradient, but none to their weights
     finetune    3 R, and F with a teacher
     backbone    3 F where it is trained
-    evaluate    F and R for each test image, and the oracle's for those that it scores
+    evaluate    F and R for each test image; the oracles of those held out for a filter's ranking are not counted
 
 A forward pass and one back to activations are counted as two, to weights as one more. Seconds are 2 x multiply-adds / (peak x
 utilisation x devices); what share of the peak is reached is said by who asks.
@@ -70,7 +70,9 @@ def stages(experiment: Experiment, fields: Mapping[str, Any], num_images: int, n
         images = experiment.backbone.num_epochs * num_images
         found.append(Work("backbone", images, images * _TRAINED * whole, dtype))
     if entry.name in ("tif", "prior"):
-        found.append(scoring("score", full, scored, experiment.score.estimator, experiment.score.num_samples, dtype))
+        recipe = experiment.score
+        work = scoring("score", full, scored, recipe.estimator, recipe.num_samples)
+        found.append(work._replace(dtype=recipe.dtype or work.dtype))
     if entry.name == "tif":
         images = experiment.filter.num_epochs * scored
         plain = plain_vit(full, "a token filter")
@@ -86,8 +88,10 @@ def stages(experiment: Experiment, fields: Mapping[str, Any], num_images: int, n
     return found
 
 
-def scoring(name: str, model: Model, num_images: int, estimator: str, num_samples: int, dtype: str) -> Work:
-    """Of so many images. `exact` is computed in float32 unless a config says otherwise: differences are small."""
+def scoring(
+    name: str, model: Model, num_images: int, estimator: str, num_samples: int, dtype: str = "bfloat16"
+) -> Work:
+    """Of so many images. `exact` is computed in float32, as where `score.dtype` is '': differences of losses are small."""
     passes = units(estimator, math.prod(model.grid), num_samples)
     macs = 1e9 * cost(model).gmac * passes * num_images
     return Work(name, num_images, macs, "float32" if estimator == "exact" else dtype)

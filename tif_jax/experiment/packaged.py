@@ -17,8 +17,12 @@ def names() -> list[str]:
 
 def summary(name: str) -> str:
     """The first line of a config's docstring."""
-    text = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text(encoding="utf-8"))) or ""
-    return text.partition("\n")[0].rstrip(":")
+    return first_line(FOLDER / f"{name}.py").rstrip(":")
+
+
+def first_line(path: Path) -> str:
+    """Of the docstring of a Python file, which is not imported: that may take seconds."""
+    return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
 
 
 def path_of(given: str) -> Path:
