@@ -23,7 +23,7 @@ from sklearn.metrics import roc_auc_score
 from benchmarks._common import data_root, median_and_range
 from tif_jax import Adaptive, cost, load
 from tif_jax.__main__ import use_all_cores
-from tif_jax.adaptive.routing import Route, cheapest, confidence, expected, out_of_fold, rung_of
+from tif_jax.adaptive.routing import Route, confidence, expected, promised, rung_of
 from tif_jax.data import open_source
 from tif_jax.data.loader import evaluation_batches
 from tif_jax.impact.judge import over_batches
@@ -95,8 +95,7 @@ def signals(logits: Float[np.ndarray, "M I L"], costs: list[float]) -> None:
 
 def row(here, there, costs: list[float], tau: float, label: str) -> None:
     known, others = ((confidence(x[:-1]), x[:-1].argmax(-1) == x[-1].argmax(-1)) for x in (here, there))
-    route = cheapest(*known, costs, tau)
-    promised, error = out_of_fold(*known, costs, tau)
+    route, promise, error = promised(*known, costs, tau)
     found = expected(route, *others, costs)
     always = np.concatenate([others[1], np.ones((1, others[1].shape[1]), bool)])
     own = always[rung_of(route, others[0]), np.arange(always.shape[1])].astype(float)
@@ -108,7 +107,7 @@ def row(here, there, costs: list[float], tau: float, label: str) -> None:
     rungs = ", ".join(f"{costs[rung]:.3f}" for rung in route.rungs)
     one = f"{100 * fixed.mean():.1f}"
     print(
-        f"| {label} | {tau} | {rungs} | {100 * promised.agreement:.1f} ± {100 * error:.1f} | {100 * found.agreement:.1f} | "
+        f"| {label} | {tau} | {rungs} | {100 * promise.agreement:.1f} ± {100 * error:.1f} | {100 * found.agreement:.1f} | "
         f"{found.cost:.4f} | {one} | {100 * less.mean:+.1f} ± {100 * less.error:.1f} |",
         flush=True,
     )
@@ -122,7 +121,7 @@ def speeds(full: Any, ladder: list[Any], known, costs: list[float], arguments: a
     whole = Adaptive.with_route(full, [], Route((0,), (-np.inf,)), batch_size=BATCH_SIZE)
     print("\n| tau | mean GMAC | images/s | x full | x GMAC | of the promise |\n|---|---|---|---|---|---|")
     for tau in map(float, arguments.taus.split(",")):
-        route = cheapest(confidence(known[:-1]), known[:-1].argmax(-1) == known[-1].argmax(-1), costs, tau)
+        route, _, _ = promised(confidence(known[:-1]), known[:-1].argmax(-1) == known[-1].argmax(-1), costs, tau)
         adaptive = Adaptive.with_route(full, ladder, route, batch_size=BATCH_SIZE)
 
         def run(one: Adaptive) -> int:

@@ -22,6 +22,7 @@ from flax import nnx
 
 from benchmarks._common import median_and_range, random_images
 from tif_jax.models import Model, create_model
+from tif_jax.models.compiled import planned_memory
 from tif_jax.models.params import params_of
 from tif_jax.runtime.mesh import make_mesh, shard
 from tif_jax.runtime.timing import in_rounds
@@ -49,7 +50,7 @@ def main(name: str = "deit_tiny_patch16_224", image_size: str = "224", batch_siz
     for row, make in {"by hand": by_hand, "ours": ours}.items():
         variant, small = make(model, random_batch(model, int(batch_size))), make(narrow, random_batch(narrow, 1))
         turns[row] = timed(variant.loop)
-        memory[row] = variant.compiled.memory_analysis().peak_memory_in_bytes / 2**20
+        memory[row] = planned_memory(variant.compiled) / 2**20
         dispatch[row] = statistics.median(small.dispatch() for _ in range(200))
     times = in_rounds(turns, ROUNDS)
     print("| step | ms | MiB | call returns after, width 12, ms |\n|---|---|---|---|")

@@ -203,20 +203,25 @@ def test_a_budget_of_speed(photos):
     assert said["reducer"] == {"name": "tome", "num_merged": [0, 0]}  # all tokens are fast enough
 
 
-def test_seconds_of_a_schedule_are_those_of_its_blocks(monkeypatch):
-    """A machine that takes 2 s and 3 ms for each token that arrives, 5 for each that leaves, and 7 s if any go; 4 s more in
-    all."""
+@pytest.mark.parametrize("has_lean", [True, False])
+def test_seconds_of_a_schedule_are_those_of_its_blocks(monkeypatch, has_lean):
+    """A machine that takes 2 s and 3 ms for each token that arrives, 5 for each that leaves, and 7 s if any go; for a last
+    block of which no patch is read 1 s and 10 ms for each; 4 s more in all."""
+    of_block = lambda n, r: 2 + 0.003 * n + 0.005 * (n - r) + 7 * (r > 0)  # noqa: E731
+    of_last = lambda n: 1 + 0.01 * n if has_lean else of_block(n, 0)  # noqa: E731
 
     def in_rounds(turns, rounds):
-        assert rounds > 1
-        of_block = lambda n, r: 2 + 0.003 * n + 0.005 * (n - r) + 7 * (r > 0)  # noqa: E731
-        return {pair: [4 + 3 * of_block(16, 0) if pair is None else of_block(*pair)] for pair in turns}
+        assert rounds > 1 and any(isinstance(turn, int) for turn in turns) == has_lean
+        times = {None: 4 + 2 * of_block(16, 0) + of_last(16)}
+        times |= {turn: of_block(*turn) if isinstance(turn, tuple) else of_last(turn) for turn in turns if turn}
+        return {turn: [times[turn]] for turn in turns}
 
     monkeypatch.setattr(seconds.timing, "in_rounds", in_rounds)
-    model = lively(TINY, reducer="importance_merge", num_merged=(0, 0, 0))
+    fields = TINY | dict(lean_last_block=has_lean)
+    model = lively(fields, reducer="importance_merge", num_merged=(0, 0, 0))
     of = seconds.seconds_of(Apart(model, [np.asarray(numpy_images(2, (32, 32), 0))]), model, 2)
-    assert of((0, 0, 0)) == pytest.approx(4 + 3 * 2 + 0.008 * 48)
-    assert of((5, 3, 0)) == pytest.approx(4 + 3 * 2 + 0.003 * (16 + 11 + 8) + 0.005 * (11 + 8 + 8) + 14)
+    assert of((0, 0, 0)) == pytest.approx(4 + 2 * of_block(16, 0) + of_last(16))
+    assert of((5, 3, 0)) == pytest.approx(4 + of_block(16, 5) + of_block(11, 3) + of_last(8))
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
-"""What jobset.yaml and sky.yaml say."""
+"""What jobset.yaml, score_job.yaml and sky.yaml say, and the image."""
 
 import math
 import re
 import shlex
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -113,11 +114,55 @@ def test_sky_recovers_from_75_alone():
     assert task["envs"].keys() == {"TIF"}
 
 
-@pytest.mark.parametrize("file", ["jobset.yaml", "sky.yaml"])
+def score_job(accelerator: str) -> dict:
+    """The file as it is, or as the sed command of its heading makes it."""
+    text = (LAUNCH / "score_job.yaml").read_text()
+    if accelerator == "tpu":
+        command = re.search(r"(sed .*) launch/score_job\.yaml", text)[1]
+        text = subprocess.check_output(shlex.split(command), input=text, text=True)
+    return yaml.safe_load(text)
+
+
+def test_pods_of_the_score_job_divide_the_images(accelerator, place):
+    job = score_job(accelerator)["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    (parts,) = container["env"]
+    assert job["completionMode"] == "Indexed" and job["completions"] == int(parts["value"])
+    place.fake("python")
+    for index in (0, job["completions"] - 1):
+        environment = {**place.environment, "PARTS": parts["value"], "JOB_COMPLETION_INDEX": str(index)}
+        sh = shutil.which("sh")
+        subprocess.run([sh, *container["command"][1:], *container["args"]], env=environment, check=True)
+    given = [["-m", "tif_jax", "score", *container["args"], f"--config.score.part={k}/64"] for k in (1, 64)]
+    assert place.calls("python") == given
+    of_device = container["resources"]["limits"]
+    assert of_device == ({"nvidia.com/gpu": 1} if accelerator == "gpu" else {"google.com/tpu": 1})
+    assert all(key.startswith("cloud.google.com/gke-") for key in pod["nodeSelector"])
+    fails, ignored = job["podFailurePolicy"]["rules"]
+    assert fails["action"] == "FailJob" and fails["onExitCodes"]["values"] == [2]
+    assert ignored["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+    assert (
+        pod["volumes"] == jobset("tpu")["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["volumes"]
+    )
+
+
+def test_the_image_can_be_built_for_every_accelerator():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    text = (LAUNCH / "Dockerfile").read_text()
+    assert {"tpu", "cuda12", "cuda13"} <= extras.keys() and "ARG EXTRA" in text and '".[${EXTRA:?' in text
+    assert "--constraint constraints.txt" in text and (ROOT / "constraints.txt").exists()
+
+
+@pytest.mark.parametrize("file", ["jobset.yaml", "score_job.yaml", "sky.yaml"])
 def test_the_commands_in_yaml_are_tifs(file):
     document = yaml.safe_load((LAUNCH / file).read_text())
     if file == "sky.yaml":
         command, mounts = shlex.split(document["envs"]["TIF"]), list(document["file_mounts"])
+    elif file == "score_job.yaml":
+        (container,) = document["spec"]["template"]["spec"]["containers"]
+        command = ["score", *container["args"]]
+        mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
     else:
         pod = document["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
         command = pod["containers"][0]["args"]

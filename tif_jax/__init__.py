@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tif_jax.sharing.share import save_impact as save_impact
     from tif_jax.sharing.share import save_pretrained as save_pretrained
     from tif_jax.training.fitting import fit as fit
+    from tif_jax.weights.ladder import load_ladder as load_ladder
     from tif_jax.weights.loading import from_pretrained as from_pretrained
     from tif_jax.weights.loading import load as load
 
@@ -37,6 +38,7 @@ _WHERE = {
     "from_pretrained": "weights.loading",
     "grid_features": "models.grids",
     "load": "weights.loading",
+    "load_ladder": "weights.ladder",
     "predict_images": "models.predictions",
     "predict_maps": "models.predictions",
     "preprocess": "data.preprocess",

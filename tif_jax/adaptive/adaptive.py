@@ -6,20 +6,17 @@ Legend: I images, B images of a batch, R models but the last, Y X height and wid
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int
 
 from tif_jax import checked
-from tif_jax.adaptive.routing import Expected, Route, cheapest, confidence, out_of_fold
+from tif_jax.adaptive.routing import Expected, Route, confidence, promised
 from tif_jax.errors import InputError
 from tif_jax.models import Model, check_images, require_head
-from tif_jax.models.compiled import compile_forward
+from tif_jax.models.compiled import Forwards, filled
 from tif_jax.models.cost import cost
-from tif_jax.models.params import params_of
-from tif_jax.runtime.mesh import make_mesh, replicate, shard
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +40,7 @@ class Adaptive:
 
     model: the last rung, with whose classes the others are to agree. ladder: cheaper models of the same classes and views,
       as of `tif_jax.load(..., reducer=...)` with other amounts, in any order.
-    tau: the share of images that are to have the class that `model` gives them, in (0, 1].
+    tau: the share of other images that are to have the class that `model` gives them, in (0, 1].
     images: some hundred as those that are to come, normalised, (I, Y, X, 3); no labels. From them it is found which models
       are worth their cost, and how sure each has to be (`routing`).
     batch_size: of every model's program. An image that a model is not sure of waits until so many go to the next one.
@@ -75,8 +72,7 @@ class Adaptive:
             raise InputError(f"{len(images)} images are too few to calibrate with; give {_FEWEST} or more, better 500")
         logits = np.stack([self._logits(rung, np.asarray(images)) for rung in range(len(self.models))])
         sure, agrees = confidence(logits[:-1]), logits[:-1].argmax(axis=-1) == logits[-1].argmax(axis=-1)
-        self.route = cheapest(sure, agrees, self.costs, tau)
-        expected, error = out_of_fold(sure, agrees, self.costs, tau)
+        self.route, expected, error = promised(sure, agrees, self.costs, tau)
         self.expected, self.error = expected, error
         used = [self.costs[rung] for rung in self.route.rungs]
         logger.info(
@@ -107,8 +103,8 @@ class Adaptive:
         by_cost = sorted(((cost(one).gmac, i) for i, one in enumerate(ladder)))
         self.models = (*(ladder[i] for _, i in by_cost), model)
         self.costs = (*(gmac for gmac, _ in by_cost), cost(model).gmac)
-        self._params: dict[tuple[int, Mesh], Any] = {}
-        self._programs: dict[tuple[int, int], Any] = {}
+        whole = Forwards(model)
+        self._forwards = [*(Forwards(one, like=whole) for one in self.models[:-1]), whole]
 
     def __call__(self, images: Float[np.ndarray | Array, "I Y X 3"]) -> Answers:
         """Of any number of normalised images, in their order."""
@@ -167,19 +163,8 @@ class Adaptive:
         for first in range(0, len(images), self.batch_size):
             part = images[first : first + self.batch_size]
             size = next(size for size in (*_SMALL, self.batch_size) if size >= len(part) and size <= self.batch_size)
-            filled = np.concatenate([part, np.zeros((size - len(part), *part.shape[1:]), part.dtype)])
-            found.append(np.asarray(self._run(rung, filled), np.float32)[: len(part)])
+            found.append(np.asarray(self._forwards[rung](filled(part, size)), np.float32)[: len(part)])
         return np.concatenate(found)
-
-    def _run(self, rung: int, images: Float[np.ndarray, "B Y X 3"]) -> Float[Array, "B L"]:
-        mesh, key = make_mesh(len(images), this_process_only=True), (rung, len(images))
-        if key not in self._programs:
-            if (rung, mesh) not in self._params:
-                self._params[rung, mesh] = replicate(params_of(self.models[rung]), mesh)
-            program, (params, _) = compile_forward(self.models[rung], images, mesh, self._params[rung, mesh])
-            self._programs[key] = program, params
-        program, params = self._programs[key]
-        return program(params, shard({"image": images}, mesh)["image"])
 
 
 def _joined(answers: Sequence[Answers]) -> Answers:

@@ -21,6 +21,7 @@ from tif_jax.layers import true_float32
 from tif_jax.models import Model
 from tif_jax.models.cost import multiply_adds
 from tif_jax.reducers._steps import Fronted, Stepwise, aux_of, stepwise_of
+from tif_jax.runtime.mesh import make_mesh, replicate, shard
 from tif_jax.tokens import Tokens
 
 Schedule = tuple[int, ...]  # how many patch tokens go in each block
@@ -105,11 +106,24 @@ class Apart:
         graphdef, params = self.blocks[0]
         return multiply_adds(partial(_through, graphdef, self.reducer, number, self._fixed), params, state)
 
-    def one_block(self, arriving: int, number: int, batch_size: int) -> Callable[[], State]:
-        """A block, compiled, on a batch of `arriving` patch tokens of which `number` go: to be timed."""
+    def one_block(self, arriving: int, number: int, batch_size: int) -> Callable[[], Any]:
+        """A block, compiled, on a batch of `arriving` patch tokens of which `number` go: to be timed.
+
+        It lies on as many devices as the whole model does when that is timed.
+        """
         graphdef, params = self.blocks[0]
-        state = self._arriving(arriving, batch_size)
-        run = partial(_through, graphdef, self.reducer, number, self._fixed, params, state)
+        return self._placed(
+            partial(_through, graphdef, self.reducer, number, self._fixed), params, arriving, batch_size
+        )
+
+    def last_block(self, arriving: int, batch_size: int) -> Callable[[], Any]:
+        """The last block and what predicts, where none goes, likewise."""
+        return self._placed(partial(_finish, self.graphdef, self.reducer, 0), self.params, arriving, batch_size)
+
+    def _placed(self, program: Callable[..., Any], params: Any, arriving: int, batch_size: int) -> Callable[[], Any]:
+        mesh, state = make_mesh(batch_size, this_process_only=True), self._arriving(arriving, batch_size)
+        given = {name: leaf for name, leaf in state._asdict().items() if leaf is not None}
+        run = partial(program, replicate(params, mesh), state._replace(**shard(given, mesh)))
         jax.block_until_ready(run())
         return run
 

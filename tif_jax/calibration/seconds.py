@@ -23,26 +23,38 @@ _GOING = (0.0, 0.06, 0.2)  # of those that arrive
 def seconds_of(apart: Apart, model: Any, batch_size: int) -> Callable[[Schedule], float]:
     """Seconds of a batch, measured on this device, as a function of the schedule. model: the whole, with no token merged.
 
-    A block's time is fitted to n, n^2, n - r and, where any go, a constant and n r, for n tokens that arrive and r that go;
-    what is no block's is the rest of the model's time.
+    A block's time is fitted to n, n^2, n - r and, where any go, a constant and n r, for n tokens that arrive and r that go. A
+    last block in which no token can go is cheaper (`models/special_alone.py`), and fitted to n by itself, with what predicts.
+    The rest of the model's time, of embedding, is the same for all.
     """
-    pairs = [(round(apart.num_patches * a), round(apart.num_patches * a * g)) for a in _ARRIVING for g in _GOING]
+    numbers = [round(apart.num_patches * share) for share in _ARRIVING]
+    pairs = [(n, round(n * share)) for n in numbers for share in _GOING]
     pairs = [pair for pair in dict.fromkeys(pairs) if pair[0] and pair[1] <= apart.reducer.most(pair[0])]
-    turns = {pair: partial(_time, apart.one_block(*pair, batch_size)) for pair in pairs}
-    whole = _forward(model, batch_size)
-    found = timing.in_rounds({**turns, None: partial(_time, whole)}, _ROUNDS)
-    times = {pair: statistics.median(values) for pair, values in found.items()}
-    weights = np.linalg.lstsq(np.stack([_terms(*pair) for pair in pairs]), np.array([times[p] for p in pairs]))[0]
+    turns: dict[Any, Callable[[], float]] = {pair: partial(_time, apart.one_block(*pair, batch_size)) for pair in pairs}
+    has_lean = apart.num_free < apart.depth
+    if has_lean:
+        turns |= {n: partial(_time, apart.last_block(n, batch_size)) for n in numbers if n}
+    turns[None] = partial(_time, _forward(model, batch_size))
+    found = timing.in_rounds(turns, _ROUNDS)
+    times = {turn: statistics.median(values) for turn, values in found.items()}
+    weights = _fitted([_terms(*pair) for pair in pairs], [times[pair] for pair in pairs])
+    last = np.zeros(2)
+    if has_lean:
+        last = _fitted([[1.0, n] for n in numbers if n], [times[n] for n in numbers if n])
 
     def of_blocks(schedule: Schedule) -> float:
         left, total = apart.num_patches, 0.0
-        for number in schedule:
+        for number in schedule[: apart.num_free]:
             total += float(_terms(left, number) @ weights)
             left -= number
-        return total
+        return total + float(last @ [1.0, left])
 
     rest = times[None] - of_blocks((0,) * apart.depth)
     return lambda schedule: of_blocks(schedule) + rest
+
+
+def _fitted(terms: list[Any], times: list[float]) -> Float[np.ndarray, " F"]:
+    return np.linalg.lstsq(np.array(terms), np.array(times))[0]
 
 
 def measured(models: dict[str, Any], batch_size: int) -> dict[str, float]:

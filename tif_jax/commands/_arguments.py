@@ -75,6 +75,14 @@ def add_weights_and_images(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", required=True, nargs="+", metavar="FOLDER", help=folders)
 
 
+def batch_sizes(flag: str, text: str, otherwise: str = "") -> list[int]:
+    """'1,16,256', ascending. otherwise: what else may be given, for the error."""
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdigit() and 0 < int(part) < 2**20 for part in parts):
+        raise InputError(f"{flag} is {text!r}; it is as in 1,16,256{otherwise}")
+    return sorted({int(part) for part in parts})
+
+
 def log_to_stderr() -> None:
     """Our own messages, and only ours: Orbax tells a page per checkpoint, and hundreds of lines of a full disk."""
     logger = logging.getLogger("tif_jax")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jaxtyping import Float32
 
 from tif_jax.data.folder import table_labels
 from tif_jax.data.listed import BY_FOLDER, open_listed
@@ -16,6 +17,7 @@ from tif_jax.data.source import Source, Subset, evenly_spaced, fingerprint
 from tif_jax.errors import InputError
 from tif_jax.models import Model
 from tif_jax.runtime.machine import num_cores
+from tif_jax.runtime.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +68,16 @@ def opened(
     whole = open_listed(folders, labels, model.num_classes, class_index or names or None)
     chosen = evenly_spaced(num_images or len(whole), len(whole))
     return Pictures(Subset(whole, chosen), [whole.ids[i] for i in chosen], model, folders, labels)
+
+
+def read_all(pictures: Pictures) -> Float32[np.ndarray, "I Y X 3"]:
+    """Those that can be read."""
+    found = []
+    with Progress("pictures", len(pictures), "image") as progress:
+        for batch in pictures.batches():
+            found.append(batch["image"][batch["weight"] > 0])
+            progress.update(min(len(batch["label"]), len(pictures) - progress.done))
+    return np.concatenate(found)
 
 
 def class_index_of(text: str | None) -> dict[str, int] | None:

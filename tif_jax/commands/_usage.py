@@ -23,6 +23,8 @@ examples:
   tif predict --workdir runs/half photos --top 3                      classes of your pictures
   tif compare --weights deit_tiny.safetensors --images photos --out compared    reducers side by side
   tif calibrate --weights deit_tiny.safetensors --images photos --budget 0.6 --out s.json    a schedule for your pictures
+  tif ladder --weights deit_tiny.safetensors --images photos --reducer schedules --agreement 0.95 --out ladder.json
+  tif serve --workdir runs/half --port 8000                           answers pictures over HTTP
   tif view --weights deit_tiny.safetensors cat.jpg                    what the model sees: impact, tokens, classes
   tif share --workdir runs/half --to shared                           the model with its card, for others
   tif export --workdir runs/half --to onnx                            a file that runs without this program

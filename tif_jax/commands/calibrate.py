@@ -2,19 +2,15 @@
 
 import logging
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-from jaxtyping import Float32
-
 from tif_jax.calibration.apart import Schedule
 from tif_jax.calibration.calibrate import Calibrated, Calibration, Models
 from tif_jax.commands import _arguments
-from tif_jax.commands._pictures import Pictures, opened
+from tif_jax.commands._found import found_from
+from tif_jax.commands._pictures import opened, read_all
 from tif_jax.commands._reducers import entry_in
 from tif_jax.commands._weights import Weights, read_weights
 from tif_jax.data import remote
@@ -22,8 +18,6 @@ from tif_jax.errors import InputError
 from tif_jax.experiment.reducer_entry import ReducerEntry, option_kinds, read_entry
 from tif_jax.models.budget import AMOUNTS, Speed, label_of, read_budget
 from tif_jax.runtime import files, records
-from tif_jax.runtime.machine import machine
-from tif_jax.runtime.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +45,13 @@ def main(argv: list[str]) -> None:
     weights = read_weights(arguments.weights, "float32", "a calibration")
     pictures = opened(arguments.images, None, weights.full, None, arguments.num_images)
     began = time.monotonic()
-    calibration = Calibration(_models(weights, entry), _images(pictures))
+    images = read_all(pictures)
+    calibration = Calibration(_models(weights, entry), images)
     for budget, path in zip(budgets.values(), paths, strict=True):
         found = calibration.within(budget)
-        record = _record(found, entry, weights, pictures, budget, time.monotonic() - began)
-        files.write(path, records.text(record))
+        how = {name: value for name, value in found._asdict().items() if name != "num_merged"}
+        how |= found_from(weights, pictures, len(images), time.monotonic() - began) | {"budget": str(budget)}
+        files.write(path, records.text({"reducer": _scheduled(entry, found.num_merged), "calibration": how}))
         print("\n".join([*_summary(found, budget), str(path)]), flush=True)
         began = time.monotonic()
 
@@ -93,33 +89,6 @@ def _paths(out: str, labels: list[str]) -> list[Path]:
 
 def _models(weights: Weights, entry: ReducerEntry) -> Models:
     return Models(weights.full, lambda schedule: weights.model(_scheduled(entry, schedule)))
-
-
-def _images(pictures: Pictures) -> Float32[np.ndarray, "I Y X 3"]:
-    """Those that can be read."""
-    found = []
-    with Progress("pictures", len(pictures), "image") as progress:
-        for batch in pictures.batches():
-            found.append(batch["image"][batch["weight"] > 0])
-            progress.update(min(len(batch["label"]), len(pictures) - progress.done))
-    return np.concatenate(found)
-
-
-def _record(
-    found: Calibrated, entry: ReducerEntry, weights: Weights, pictures: Pictures, budget: float | Speed, seconds: float
-) -> dict[str, Any]:
-    """What is written: the reducer, and how it was found."""
-    how = {name: value for name, value in found._asdict().items() if name != "num_merged"}
-    made: dict[str, Any] = {"weights": weights.source, "digest": weights.digest, "images": list(pictures.folders)}
-    made |= {
-        "fingerprint": pictures.fingerprint,
-        "num_images": len(pictures),
-        "budget": str(budget),
-        "seconds": round(seconds, 1),
-    }
-    made |= {"device": jax.devices()[0].device_kind, "machine": machine(), "versions": records.versions()}
-    made |= {"command": ["tif", *sys.argv[1:]], "date": time.strftime("%Y-%m-%d")}
-    return {"reducer": _scheduled(entry, found.num_merged), "calibration": how | made}
 
 
 def _summary(found: Calibrated, budget: float | Speed) -> list[str]:

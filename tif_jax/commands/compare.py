@@ -110,12 +110,7 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
 
 
 def _batch_sizes(text: str) -> list[int]:
-    if text == _NO_SPEED:
-        return []
-    parts = text.split(",")
-    if not all(part.isdecimal() and 0 < int(part) < 2**20 for part in parts):
-        raise InputError(f"--batch-sizes is {text!r}; it is as in 1,16,256, or {_NO_SPEED}")
-    return sorted({int(part) for part in parts})
+    return [] if text == _NO_SPEED else _arguments.batch_sizes("--batch-sizes", text, f", or {_NO_SPEED}")
 
 
 def _predict(work: Work, rows: dict[str, Asked]) -> dict[str, Model]:

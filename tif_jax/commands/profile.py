@@ -14,6 +14,7 @@ from tif_jax.commands import _arguments
 from tif_jax.errors import InputError
 from tif_jax.experiment.schema import Experiment
 from tif_jax.experiment.stages import STAGES
+from tif_jax.models.compiled import planned_memory
 from tif_jax.runtime import processes, records
 from tif_jax.runtime.mesh import shard
 from tif_jax.runtime.workdir import begin_log
@@ -71,7 +72,7 @@ def _measure(stage: Stage, directory: Path, num_steps: int) -> dict[str, Any]:
     state, batch = prepared.fresh(stage.model), next(batches)
     began = time.perf_counter()
     lowered = step.func.lower(*step.args, state, batch)  # type: ignore[attr-defined]
-    memory = lowered.compile().memory_analysis()
+    compiled = lowered.compile()
     compile_seconds = time.perf_counter() - began
     state, _ = _timed(step, state, itertools.repeat(batch), _NUM_WARM)
     state, training = _timed(step, state, batches, num_steps)
@@ -89,7 +90,7 @@ def _measure(stage: Stage, directory: Path, num_steps: int) -> dict[str, Any]:
         "dispatch_seconds": training.dispatch,
         "data_seconds": training.data,
         "images_per_second": images_per_second,
-        "planned_memory_bytes": None if memory is None else memory.peak_memory_in_bytes,  # on one device
+        "planned_memory_bytes": planned_memory(compiled),  # on one device
         **meter(images_per_second),
     }
 

@@ -39,12 +39,12 @@ _NOTES = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # where 
 AnyImage = str | os.PathLike | bytes | np.ndarray | Image.Image
 
 
-def read_image(image: AnyImage, name: str = "") -> Image.Image:
+def read_image(image: AnyImage, name: str = "", most_pixels: int | None = None) -> Image.Image:
     """The upright 8-bit RGB picture: first frame, EXIF orientation applied, transparency laid over white.
 
     `name` stands for the image in errors; default: its path. UnreadableImage if the file is missing, truncated, corrupt,
     of none of the FORMATS, of a kind without a fixed range (floating point, more than 16 bits), or beyond what Pillow
-    takes for honest (twice Image.MAX_IMAGE_PIXELS).
+    takes for honest (twice Image.MAX_IMAGE_PIXELS), or `most_pixels`; of neither is anything decoded.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
@@ -58,6 +58,8 @@ def read_image(image: AnyImage, name: str = "") -> Image.Image:
         if isinstance(image, Image.Image):
             return _to_rgb(image, name)
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else Path(image), formats=FORMATS) as opened:
+            if most_pixels is not None and math.prod(opened.size) > most_pixels:
+                raise ValueError(f"it has {opened.width} x {opened.height} pixels; {most_pixels} are the most")
             return _to_rgb(opened, name)
     except MemoryError:
         raise

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from tif_jax.errors import InputError, WorkError
 from tif_jax.layers import true_float32
-from tif_jax.models import Model, built_with
+from tif_jax.models import Model, built_with, where_patches_are
 from tif_jax.models.cost import cost
 from tif_jax.models.model import carried
 from tif_jax.runtime import files, records
@@ -48,8 +48,7 @@ def forward(model: Model) -> Callable[[Float[Array, "B Y X 3"]], dict[str, Array
     def call(images):
         with true_float32(model.dtype):
             prediction, aux = model(images)
-        told = next(({name: aux[name]} for name in ("kept", "source") if name in aux), {})
-        return {main_output(model): prediction, **told}
+        return {main_output(model): prediction, **where_patches_are(aux)}
 
     return call
 

@@ -35,6 +35,7 @@ from tif_jax.models.levit import LeViT as LeViT
 from tif_jax.models.model import Model as Model
 from tif_jax.models.model import carried as carried
 from tif_jax.models.model import check_images as check_images
+from tif_jax.models.model import where_patches_are as where_patches_are
 from tif_jax.models.names import model_fields as model_fields
 from tif_jax.models.predictions import require_head as require_head
 from tif_jax.models.vit import ViT as ViT

@@ -135,6 +135,11 @@ def carried(model: Model) -> dict[str, Any]:
     return {"preprocessing": checked.to_json(vars(model.preprocessing)), "class_names": names and list(names)}
 
 
+def where_patches_are(aux: Aux) -> Aux:
+    """What others are told of the tokens: `kept`, else `source`, else nothing."""
+    return next(({name: aux[name]} for name in ("kept", "source") if name in aux), {})
+
+
 def check_images(model: Model, images: Any) -> None:
     """Raises InputError for what is no batch of normalised images of the model's size.
 

@@ -16,7 +16,7 @@ from tif_jax.errors import InputError
 from tif_jax.layers import widened
 from tif_jax.reducers import _schedule as schedule
 from tif_jax.reducers._density_peaks import products
-from tif_jax.reducers._fusion import Fusion, fuse_tokens, fusion_of, total, unit
+from tif_jax.reducers._fusion import Fusion, fuse_tokens, fusion_of, length, total
 from tif_jax.reducers._steps import limited, log_sizes, walk
 from tif_jax.reducers.mctf import informativeness
 from tif_jax.tokens import class_attention, put, row_numbers, split, take
@@ -82,9 +82,10 @@ def match(x: Float[Array, "B N D"], importance: Float[Array, "B N"], number: int
     important; of equal prices the less important one goes. Similarities are at least float32 and pass no gradient.
     """
     num_patches = x.shape[1]
-    direction = unit(x)
+    x, per_length = jax.lax.stop_gradient(x), 1 / length(x)
     _, asked = jax.lax.top_k(-importance, min(_CANDIDATES * number, num_patches))
-    similarity = products(take(direction, asked), direction)
+    # Cosines, with lengths divided out of the products: there are fewer of these than of what they are made of.
+    similarity = products(take(x, asked), x) * take(per_length, asked)[:, :, None] * per_length[:, None, :]
     theirs, row = take(importance, asked)[:, :, None], row_numbers(*importance.shape)[:, None, :]
     is_more = (importance[:, None, :] > theirs) | ((importance[:, None, :] == theirs) & (row > asked[:, :, None]))
     nearest = jnp.where(is_more, similarity, -1).max(axis=2)

@@ -121,9 +121,10 @@ def handled(
 
 
 @contextmanager
-def stop_flag() -> Iterator[threading.Event]:
+def stop_flag(is_end: bool = False) -> Iterator[threading.Event]:
     """An event that a signal sets. Inside it does nothing else: who asks has something to save, and then raises Preempted.
 
+    is_end: a signal is how this work is done, as a server's: nothing is left to be taken up again.
     Where nobody asked in time, the work ends with the block. Where the program is not ours (nothing is `handled`), this is
     about SIGTERM alone; outside the main thread the event is never set.
     """
@@ -136,6 +137,8 @@ def stop_flag() -> Iterator[threading.Event]:
             yield handling.stop
         finally:
             handling.askers -= 1
+            if is_end:
+                handling.received = 0
             if handling.received and not handling.askers:
                 threading.Thread(target=handling.finish_late, daemon=True).start()
         if handling.received and not handling.askers:

@@ -18,8 +18,9 @@ from tif_jax.models import Model
 from tif_jax.models.params import Params, params_of, statistics_of, with_params, with_statistics
 from tif_jax.models.vit import ViT
 from tif_jax.reducers import Aux, Full
-from tif_jax.runtime.mesh import replicate
+from tif_jax.runtime.mesh import place
 from tif_jax.training import optim
+from tif_jax.training.gathering import as_others, gathered, not_kept
 from tif_jax.training.losses import Loss
 from tif_jax.training.mixing import Mixing, mix
 from tif_jax.training.state import State
@@ -52,7 +53,7 @@ def make_step(
     """The compiled function (state, batch) -> (state, metrics). Metrics are batch means; the state is donated.
 
     trainable: tree of bools like the parameters. Only these parameters are differentiated; the others stay as they are.
-    where: the state's shardings (`state.shardings`). Divided parameters are gathered for the step.
+    where: the state's shardings (`state.shardings`). Divided parameters are whole only while they are used (`gathering`).
     stochastic: drop-path and random reducers draw from fold_in(key(seed), step); a model with running statistics
     normalises by those of the batch, over all devices, and updates them.
     teacher: a model without reduction. The loss may read its outputs for the same images: batch['teacher/logits'] (B, L)
@@ -64,7 +65,7 @@ def make_step(
     if teacher is not None and not isinstance(teacher.reducer, Full):
         raise InputError(f"the teacher's reducer is {type(teacher.reducer).__name__}; a teacher has none ('full')")
     graphdef = nnx.split(model)[0]
-    gradient = _gradient(graphdef, loss, trainable, stochastic, teacher)
+    gradient = _gradient(graphdef, loss, trainable, stochastic, teacher, where.params)
     if accumulate > 1:
         gradient = _accumulated(gradient, graphdef, trainable, accumulate)
 
@@ -76,8 +77,7 @@ def make_step(
         key = jax.random.fold_in(key, state.step)
         if mixing is not None:
             batch = mix(jax.random.fold_in(key, _MIXING), batch, mixing)
-        gathered = jax.lax.with_sharding_constraint(state.params, where.step)
-        grads, (metrics, statistics) = gradient(gathered, teacher_params, batch, key)
+        grads, (metrics, statistics) = gradient(state.params, teacher_params, batch, key)
         grads = jax.lax.with_sharding_constraint(grads, ours(where.params))
         updates, opt_state = optimizer.update(grads, state.opt_state, ours(state.params))
         updated = with_statistics(optax.apply_updates(ours(state.params), updates), statistics)
@@ -88,26 +88,33 @@ def make_step(
     # Arguments, though they never change: runs that differ in their seed alone share one compiled program, and the
     # teacher's weights are not compiled into it. Lying where the step needs them, they are not copied at every call.
     key = jax.jit(lambda: jax.random.key(seed), out_shardings=where.step)()
-    teacher_params = None if teacher is None else replicate(params_of(teacher), where.step.mesh)
+    teacher_params = None
+    if teacher is not None:
+        teacher_params = place(params_of(teacher), as_others(params_of(teacher), where.params))
     return partial(jax.jit(step, donate_argnums=1, out_shardings=(where, where.step)), (key, teacher_params))
 
 
-def _gradient(graphdef: Any, loss: Loss, trainable: Any, stochastic: bool, teacher: Model | None) -> _Gradient:
+def _gradient(
+    graphdef: Any, loss: Loss, trainable: Any, stochastic: bool, teacher: Model | None, where: Any
+) -> _Gradient:
+    is_divided = not all(sharding.is_fully_replicated for sharding in jax.tree.leaves(where))
     teacher_graphdef = None if teacher is None else nnx.split(teacher)[0]
 
     def gradient(params, teacher_params, batch, key):
         if teacher_graphdef is not None:
-            batch = {**batch, **_taught(with_params(teacher_graphdef, teacher_params), batch["image"])}
+            taught = gathered(teacher_params, as_others(teacher_params, where))
+            batch = {**batch, **_taught(with_params(teacher_graphdef, taught), batch["image"])}
         ours, frozen = optim.partition(params, trainable)
 
         def mean_loss(ours):
-            model = with_params(graphdef, optim.merge(ours, frozen))
+            params = optim.merge(ours, frozen)
+            model = with_params(graphdef, gathered(params, where) if is_divided else params)
             forward = model if teacher_graphdef is None else partial(_with_tokens, model)
             prediction, aux = forward(batch["image"], nnx.Rngs(key) if stochastic else None)
             terms = loss(prediction, aux, batch)
             return _mean_loss(terms), ({name: term.mean() for name, term in terms.items()}, statistics_of(model))
 
-        return jax.grad(mean_loss, has_aux=True)(ours)
+        return jax.grad(not_kept(mean_loss) if is_divided else mean_loss, has_aux=True)(ours)
 
     return gradient
 

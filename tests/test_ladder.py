@@ -1,0 +1,73 @@
+"""`tif ladder`: the file it writes, who takes it, and mistakes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_project import forget_handlers, last_line
+from test_calibration import photos as photos  # a fixture
+
+from tif_jax import Adaptive, cost, load, load_ladder, preprocess
+from tif_jax.__main__ import main
+from tif_jax.data.folder import image_files
+from tif_jax.errors import InputError
+from tif_jax.serving.classifier import Classifier
+
+REDUCERS = "--reducer random:keep_ratio=0.9 --reducer random:keep_ratio=0.5"
+LINE = f"ladder --weights w.safetensors --images photos {REDUCERS} --out ladder.json"
+
+
+def run(line):
+    forget_handlers()
+    return main(line.split())
+
+
+def test_the_program_and_who_takes_its_file(photos, capsys):
+    assert not run(f"{LINE} --agreement 0.8")
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == "ladder.json" and "to expect of other pictures: agreement" in printed[-2]
+    files = [path for path in image_files("photos") if not path.endswith("zz.png")]
+    model = load("w.safetensors")
+    images = np.asarray(preprocess(files, model))
+    direct = Adaptive(
+        model, [load("w.safetensors", reducer="random", keep_ratio=k) for k in (0.9, 0.5)], 0.8, images
+    )  # the damaged picture is left out
+    ladder = load_ladder("w.safetensors", "ladder.json")
+    assert [cost(ladder.models[rung]).gmac for rung in ladder.route.rungs] == [
+        direct.costs[rung] for rung in direct.route.rungs
+    ]
+    np.testing.assert_allclose(ladder.route.thresholds, direct.route.thresholds, atol=1e-4)
+    said = json.loads(Path("ladder.json").read_text())["calibration"]
+    assert said["expected"]["agreement"] == pytest.approx(direct.expected.agreement) and said["num_images"] == 80
+    expected, found = direct(images[:8]), Classifier(ladder, [8])([*images[:8]])
+    np.testing.assert_allclose([one.gmac for one in found], expected.gmac, rtol=1e-6)
+    np.testing.assert_array_equal([one.probabilities.argmax() for one in found], expected.logits.argmax(axis=1))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (f"{LINE} --agreement 1.5", "--agreement is 1.5; it is a share, above 0 and at most 1"),
+        (f"{LINE} --agreement 0.9 --num-images 20", "20 images are too few to calibrate with"),
+        (LINE.replace("ladder.json", "ladder") + " --agreement 0.9", "--out is 'ladder'; it is a file on this machine"),
+        (LINE.replace("0.5", "2") + " --agreement 0.9", "keep_ratio"),
+    ],
+)
+def test_mistakes_of_the_program(photos, capsys, line, message):
+    assert run(line) == 2
+    assert message in last_line(capsys)
+    assert not Path("ladder.json").exists()
+
+
+def test_files_that_are_no_ladder(photos):
+    with pytest.raises(InputError, match="can not be read"):
+        load_ladder("w.safetensors", "none.json")
+    good = {"ladder": [], "route": {"rungs": [0], "thresholds": ["-inf"]}, "backbone": "x"}
+    for bad in ("[]", "no", json.dumps({**good, "route": {}}), json.dumps({**good, "ladder": [{}]})):
+        Path("bad.json").write_text(bad)
+        with pytest.raises(InputError, match="no ladder as `tif ladder` writes it"):
+            load_ladder("w.safetensors", "bad.json")
+    Path("bad.json").write_text(json.dumps(good))
+    with pytest.raises(InputError, match="found for other weights"):
+        load_ladder("w.safetensors", "bad.json")

@@ -1,0 +1,344 @@
+"""The server: batches of what waits; answers as of direct calls, whatever else clients do; mistakes, and a quiet end."""
+
+import http.client
+import io
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+from cases import numpy_model, write_safetensors
+from PIL import Image
+from reference import random_timm_tensors
+
+from tif_jax import predict_images
+from tif_jax.__main__ import main
+from tif_jax.data.preprocess import Preprocessing
+from tif_jax.errors import InputError
+from tif_jax.serving import listening
+from tif_jax.serving.app import Limits, Service
+from tif_jax.serving.batcher import Batcher
+from tif_jax.serving.classifier import Classifier
+from tif_jax.serving.listening import bound, serve
+
+ROOT = Path(__file__).parents[1]
+FIELDS = dict(image_size=32, patch_size=8, width=16, depth=2, num_heads=2, num_classes=5)
+
+
+class Held:
+    """Answers twice the items once it is let go; knows its batches."""
+
+    def __init__(self):
+        self.batches, self.go = [], threading.Event()
+
+    def __call__(self, items):
+        self.batches.append(list(items))
+        assert self.go.wait(20)
+        if "bad" in items:
+            raise ValueError("bad")
+        return [2 * item for item in items]
+
+
+def waited_for(condition):
+    for _ in range(2000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it never came")
+
+
+def test_what_waits_shares_a_batch_in_the_order_of_arrival():
+    answer = Held()
+    batcher = Batcher(answer, {1: 1.0, 4: 1.1}, patience=0.0)
+    first = batcher.put(0)
+    waited_for(lambda: answer.batches)
+    others = [batcher.put(i) for i in range(1, 7)]
+    assert len(batcher) == 6
+    answer.go.set()
+    assert [f.result(20) for f in (first, *others)] == [0, 2, 4, 6, 8, 10, 12]
+    assert answer.batches == [[0], [1, 2, 3, 4], [5, 6]]
+    batcher.close()
+
+
+def test_sizes_that_give_most_answers_a_second():
+    """Five at once in a batch of 8 would take twice the time of 4, and one more alone."""
+    answer = Held()
+    batcher = Batcher(answer, {1: 1.0, 4: 2.0, 8: 4.0}, patience=0.0)
+    batcher.put(0)
+    waited_for(lambda: answer.batches)
+    found = [batcher.put(i) for i in range(5)]
+    answer.go.set()
+    assert [f.result(20) for f in found] == [0, 2, 4, 6, 8]
+    assert [len(b) for b in answer.batches] == [1, 4, 1]
+    batcher.close()
+
+
+def test_a_batch_waits_for_others_but_not_for_ever():
+    answer = Held()
+    answer.go.set()
+    batcher = Batcher(answer, {2: 1.0}, patience=60.0)
+    found = [batcher.put(i) for i in range(2)]
+    assert [f.result(20) for f in found] == [0, 2]  # full: nobody waits
+    batcher.close()
+    batcher = Batcher(answer, {2: 1.0}, patience=0.05)
+    assert batcher.put(7).result(20) == 14
+    batcher.close()
+    assert answer.batches == [[0, 1], [7]]
+
+
+def test_cancelled_failing_and_closing():
+    answer = Held()
+    batcher = Batcher(answer, {1: 1.0, 2: 1.1}, patience=0.0)
+    first = batcher.put(1)
+    waited_for(lambda: answer.batches)
+    gone, bad, beside, last = (batcher.put(item) for item in (2, "bad", 3, 4))
+    assert gone.cancel()
+    answer.go.set()
+    closing = threading.Thread(target=batcher.close)
+    closing.start()
+    closing.join(20)
+    assert not closing.is_alive()
+    assert first.result() == 2
+    with pytest.raises(CancelledError):
+        gone.result()
+    with pytest.raises(ValueError):
+        bad.result()
+    assert (beside.result(), last.result()) == (6, 8)
+    assert answer.batches == [[1], ["bad"], [3, 4]]
+    with pytest.raises(RuntimeError):
+        batcher.put(5)
+
+
+@contextmanager
+def served(classifier, limits=None):
+    """(port, what to set to stop it, the thread)"""
+    stop, listener = threading.Event(), bound("127.0.0.1", 0)
+    seconds = {size: 0.01 * size**0.5 for size in classifier.sizes}
+    service = Service(classifier, seconds, limits or Limits(patience=0.01), {"num_classes": 5})
+    thread = threading.Thread(target=serve, args=(service, listener, stop))
+    thread.start()
+    try:
+        yield listener.getsockname()[1], stop, thread
+    finally:
+        stop.set()
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def asked(port, method="GET", path="/", body=None):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    try:
+        connection.request(method, path, body)
+        response = connection.getresponse()
+        return response.status, response.read()
+    finally:
+        connection.close()
+
+
+def png(seed, size=(40, 36)):
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    model = numpy_model(FIELDS, reducer="norm", keep_ratio=0.5)
+    model.preprocessing = Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    model.class_names = ("a", "b", "c", "d", "e")
+    return Classifier(model, [1, 4])
+
+
+def test_answers_are_those_of_direct_calls_whatever_else_comes(classifier):
+    pictures = [png(i) for i in range(24)]
+    direct = predict_images(classifier.model, pictures, top=3)
+    with served(classifier) as (port, _, _), ThreadPoolExecutor(12) as clients:
+        hanging = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
+        hanging[1].sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nhalf")
+        hanging[2].sendall(b"\x16\x03\x01 garbage\r\n\r\n")
+        noise = [clients.submit(asked, port, "POST", "/predict", b"no picture %d" % i) for i in range(6)]
+        found = [clients.submit(asked, port, "POST", "/predict?top=3&tokens=true", body) for body in pictures]
+        answers = [f.result() for f in found]
+        for one in hanging:
+            one.close()
+        assert all(f.result()[0] == 400 for f in noise)
+        text = asked(port, path="/metrics")[1].decode()
+    for (status, body), expected in zip(answers, direct, strict=True):
+        told = json.loads(body)
+        assert status == 200 and tuple(told["classes"]) == expected.classes and tuple(told["names"]) == expected.names
+        np.testing.assert_allclose(told["probabilities"], expected.probabilities, rtol=2e-5)
+        assert len(told["kept"]) == 8 and told["gmac"] > 0
+    assert 'tif_requests_total{status="200"} 24.0' in text and 'tif_requests_total{status="400"} 6.0' in text
+    assert "tif_batch_images_sum 24.0" in text
+
+
+def test_mistakes_are_answered_with_a_line(classifier):
+    with served(classifier, Limits(num_bytes=10_000, seconds=0.3)) as (port, _, _):
+        assert asked(port) == (200, b'{"num_classes":5}')
+        assert asked(port, path="/health") == (200, b'{"status":"ok"}')
+        assert asked(port, path="/predict")[0] == 405 and asked(port, path="/nothing")[0] == 404
+        for path, body, status, said in [
+            ("/predict", b"", 400, "the body is empty"),
+            ("/predict", b"GIF89a", 400, "cannot read image"),
+            ("/predict", b"x" * 10_001, 413, "10000 bytes are the most"),
+            ("/predict?top=0", b"x", 400, "top is '0'"),
+            ("/predict?tokens=1", b"x", 400, "tokens is '1'"),
+            ("/predict?topp=1", b"x", 400, "topp is not known"),
+            ("/predict", iter([b"x" * 6000, b"x" * 6000]), 413, "too large"),  # no length said
+        ]:
+            found, told = asked(port, "POST", path, body)
+            assert found == status and said in json.loads(told)["error"], (path, told)
+        with socket.create_connection(("127.0.0.1", port)) as slow:
+            slow.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nhalf")
+            assert b"408" in slow.recv(1000).splitlines()[0]
+
+
+def test_a_small_file_of_huge_size_is_refused(classifier):
+    file = io.BytesIO()
+    Image.new("1", (9000, 8000)).save(file, "PNG")
+    with served(classifier) as (port, _, _):
+        status, told = asked(port, "POST", "/predict", file.getvalue())
+    assert status == 400 and b"9000 x 8000 pixels" in told
+
+
+class Slow(Classifier):
+    """Answers when it is let go."""
+
+    def __init__(self, other):
+        super().__init__(other.model, other.sizes)
+        self._forwards = other._forwards
+        self.began, self.go = threading.Event(), threading.Event()
+
+    def __call__(self, views):
+        self.began.set()
+        assert self.go.wait(30)
+        return super().__call__(views)
+
+
+def test_beyond_what_it_bears_it_says_so_and_answers_the_rest_before_it_ends(classifier):
+    slow = Slow(classifier)
+    with served(slow, Limits(requests=3, patience=0.0)) as (port, stop, thread), ThreadPoolExecutor(4) as clients:
+        found = [clients.submit(asked, port, "POST", "/predict", png(i)) for i in range(3)]
+        waited_for(lambda: b"tif_requests_in_progress 3.0" in asked(port, path="/metrics")[1])
+        status, told = asked(port, "POST", "/predict", png(4))
+        assert status == 503 and b"try again" in told
+        stop.set()
+        waited_for(lambda: not _listens(port))
+        assert thread.is_alive()
+        slow.go.set()
+        assert [f.result()[0] for f in found] == [200] * 3
+
+
+def _listens(port):
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_who_hangs_up_is_not_computed(classifier):
+    slow = Slow(classifier)
+    with served(slow, Limits(patience=0.0)) as (port, _, _), ThreadPoolExecutor(1) as clients:
+        first = clients.submit(asked, port, "POST", "/predict", png(0))
+        assert slow.began.wait(30)
+        body = png(1)
+        gone = socket.create_connection(("127.0.0.1", port))
+        gone.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        waited_for(lambda: b"tif_waiting_images 1.0" in asked(port, path="/metrics")[1])
+        gone.close()
+        waited_for(lambda: b'status="499"} 1.0' in asked(port, path="/metrics")[1])
+        slow.go.set()
+        assert first.result()[0] == 200
+        assert b"tif_batch_images_sum 1.0" in asked(port, path="/metrics")[1]
+
+
+def test_a_failed_batch_is_told(classifier, caplog):
+    class Broken(Slow):
+        def __call__(self, views):
+            raise ValueError("no device")
+
+    with served(Broken(classifier)) as (port, _, _):
+        assert asked(port, "POST", "/predict", png(0))[0] == 500
+        assert asked(port, path="/health")[0] == 200
+    assert "no device" in caplog.text
+
+
+def test_connections_without_a_request_are_closed(classifier, monkeypatch):
+    monkeypatch.setattr(listening, "_SECONDS", 0.2)
+    with served(classifier) as (port, _, _):
+        silent = socket.create_connection(("127.0.0.1", port), timeout=20)
+        slow = socket.create_connection(("127.0.0.1", port), timeout=20)
+        slow.sendall(b"POST /predict HTTP/1.1\r\nHos")
+        for one in (silent, slow):
+            with (
+                pytest.raises(ConnectionResetError) if one is slow else pytest.raises((ConnectionResetError, EOFError))
+            ):
+                if one.recv(100) == b"":
+                    raise ConnectionResetError
+
+
+def test_ports_that_can_not_be_had():
+    with bound("127.0.0.1", 0) as taken, pytest.raises(InputError, match="can not listen on 127"):
+        bound("127.0.0.1", taken.getsockname()[1])
+    with pytest.raises(InputError, match="can not listen on no such host"):
+        bound("no such host", 80)
+    with pytest.raises(InputError, match="port 70000"):
+        bound("127.0.0.1", 70_000)
+
+
+def test_the_program_ends_quietly_when_told_to(tmp_path):
+    tensors = random_timm_tensors(np.random.default_rng(0), width=64, depth=1, patch_size=8, grid=(2, 2), num_classes=3)
+    weights = write_safetensors(tmp_path / "model.safetensors", tensors)
+    how = {"input_size": [3, 16, 16], "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    described = {"architecture": "own", "num_classes": 3, "model_args": {"num_heads": 4}, "pretrained_cfg": how}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    line = [
+        "serve",
+        "--weights",
+        str(weights),
+        "--port",
+        "0",
+        "--batch-sizes",
+        "1,2",
+        "--reducer",
+        "norm:keep_ratio=0.5",
+    ]
+    with subprocess.Popen(
+        [sys.executable, "-m", "tif_jax", *line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    ) as program:
+        url = urlsplit(program.stdout.readline().strip())
+        told = json.loads(asked(url.port)[1])
+        assert told["num_classes"] == 3 and told["image_size"] == [16, 16]
+        assert told["reducers"] == [{"name": "norm", "keep_ratio": 0.5}]
+        with ThreadPoolExecutor(8) as clients:
+            found = [clients.submit(asked, url.port, "POST", "/predict", png(i, (600, 500))) for i in range(8)]
+            waited_for(lambda: b"tif_requests_in_progress 0.0" not in asked(url.port, path="/metrics")[1])
+            program.send_signal(signal.SIGTERM)
+            answered = [f for f in found if f.exception() is None]  # the others came when nobody listened
+        assert answered and all(f.result()[0] == 200 for f in answered)
+        assert program.wait(30) == 0, program.stderr.read()
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        (["--max-requests", "0"], "--max-requests is 0; it is at least 1"),
+        (["--patience-ms", "-1"], "--patience-ms is -1; it is from 0 to 60000"),
+        (["--batch-sizes", "none"], "--batch-sizes is 'none'; it is as in 1,16,256"),
+        (["--reducer", "nothing"], "nothing"),
+    ],
+)
+def test_mistakes_of_the_line(line, said, capsys):
+    assert main(["serve", "--weights", "none.safetensors", *line]) == 2
+    assert said in capsys.readouterr().err

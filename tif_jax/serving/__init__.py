@@ -1,0 +1,1 @@
+"""Answers to single pictures, over HTTP: many requests share a batch."""
