@@ -26,6 +26,7 @@ _STEPS = 16, 6  # the first moves are of a sixteenth of all patches, the last of
 _HELD_OUT = 4  # every fourth batch
 _FEW = 4  # every fourth of the other batches is enough to begin with
 _NEAR = 0.98  # of the wished speed
+_SEARCHES = 3  # where the whole model proves slower than its blocks said
 
 
 class Calibrated(NamedTuple):
@@ -94,14 +95,14 @@ class Calibration:
         return search(problem, few, self._descents[cost], _STEPS[1])
 
     def _by_speed(self, wished: Speed) -> tuple[Schedule, dict[str, float]]:
-        """Found with seconds as the cost; where the whole model proves slower than its blocks said, once more."""
+        """Found with seconds as the cost; where the whole model proves slower than its blocks said, again."""
         size, models = wished.batch_size, self._models
         if size not in self._clocks:
             seconds = seconds_of(self._apart, self._model, size)
             self._clocks[size] = seconds, measured({"full": models.full}, size)["full"]
         seconds, whole = self._clocks[size]
         budget = whole / wished.number if wished.is_relative else size / wished.number
-        for _ in range(2):
+        for _ in range(_SEARCHES):
             schedule = self._search(seconds, budget)
             times = measured({"full": models.full, "reduced": models.with_schedule(schedule)}, size)
             goal = times["full"] / wished.number if wished.is_relative else size / wished.number

@@ -100,39 +100,44 @@ def _descending(problem: Problem, step: int) -> Iterator[Schedule]:
         _tell(problem, schedule, now)
 
 
+class _Prices(NamedTuple):
+    """By block, what was found last: distance for each unit of cost saved, and less distance (below 0) for each spent."""
+
+    fewer: dict[int, float]
+    more: dict[int, float]
+
+
 def _exchanged(problem: Problem, few: Problem, schedule: Schedule, step: int) -> Schedule:
     """The schedule after all exchanges of `step` tokens that help."""
-    now = problem.distance(schedule)
-    while (better := _better(problem, few, schedule, now, step)) is not None:
+    now, prices = problem.distance(schedule), _Prices({}, {})
+    while True:
+        better = _better(problem, few, schedule, now, step, prices)
+        if better is None:  # prices from before may have hidden one
+            better = _better(problem, few, schedule, now, step, prices := _Prices({}, {}))
+        if better is None:
+            return schedule
         schedule, now = better
         problem.hold(schedule)
         few.hold(schedule)
         _tell(problem, schedule, float(now.mean()))
-    return schedule
 
 
 def _better(
-    problem: Problem, few: Problem, schedule: Schedule, now: Float[np.ndarray, " I"], step: int
+    problem: Problem, few: Problem, schedule: Schedule, now: Float[np.ndarray, " I"], step: int, prices: _Prices
 ) -> tuple[Schedule, Float[np.ndarray, " I"]] | None:
     """A schedule within the budget of less distance: fewer tokens behind one block, more behind another."""
     cost, known = problem.cost(schedule), few.distance(schedule)
+
+    def price(other: Schedule) -> float:
+        return float((few.distance(other) - known).mean() / abs(cost - problem.cost(other)))
+
     fewer, more = (_candidates(problem, schedule, change) for change in (-step, step))
-    # Divergence for each unit of cost that is saved; distance avoided for each that is spent.
-    asked = {
-        i: (few.distance(other) - known).mean() / (cost - less)
-        for i, other in fewer.items()
-        if (less := problem.cost(other)) < cost
-    }
-    given = {
-        i: (known - few.distance(other)).mean() / (above - cost)
-        for i, other in more.items()
-        if (above := problem.cost(other)) > cost
-    }
-    takers = sorted(asked, key=lambda i: asked[i])[:_CHOICES]
-    givers = sorted(given, key=lambda i: -given[i])[:_CHOICES]
-    pairs = sorted(((a, b) for a in takers for b in givers if a != b), key=lambda pair: asked[pair[0]] - given[pair[1]])
-    for taker, giver in pairs:
-        if asked[taker] > given[giver]:
+    fewer = {i: other for i, other in fewer.items() if problem.cost(other) < cost}
+    more = {i: other for i, other in more.items() if problem.cost(other) > cost}
+    takers, givers = _cheapest(fewer, price, prices.fewer), _cheapest(more, price, prices.more)
+    both = {(a, b): prices.fewer[a] + prices.more[b] for a in takers for b in givers if a != b}
+    for taker, giver in sorted(both, key=lambda pair: both[pair]):
+        if both[taker, giver] > 0:
             break
         changed = _filled(problem, fewer[taker], (giver,), step)
         # What does not help a few images is not asked of all, which takes longest.
@@ -141,6 +146,21 @@ def _better(
         if _is_less(found := problem.distance(changed), now):
             return changed, found
     return None
+
+
+def _cheapest(
+    candidates: dict[int, Schedule], price: Callable[[Schedule], float], known: dict[int, float]
+) -> list[int]:
+    """The few blocks of the least price. One that is known from before is asked again only if it is among these."""
+    asked: set[int] = set()
+    while True:
+        first = sorted(candidates, key=lambda i: known.get(i, -np.inf))[:_CHOICES]
+        if asked.issuperset(first):
+            return first
+        for i in first:
+            if i not in asked:
+                known[i] = price(candidates[i])
+                asked.add(i)
 
 
 def _filled(problem: Problem, schedule: Schedule, blocks: range | tuple[int, ...], step: int) -> Schedule:

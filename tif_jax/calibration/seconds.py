@@ -15,7 +15,8 @@ from tif_jax.runtime import timing
 from tif_jax.runtime.mesh import make_mesh
 
 _ROUNDS = 5
-_SECONDS = 0.1  # of one turn in a round, at least
+_SECONDS = 0.1  # of one turn in a round, at least; of whole models, few of which are measured:
+_SECONDS_OF_WHOLE = 1.0
 _ARRIVING = (1.0, 0.75, 0.5, 0.25, 0.1)  # of all patches
 _GOING = (0.0, 0.06, 0.2)  # of those that arrive
 
@@ -34,7 +35,7 @@ def seconds_of(apart: Apart, model: Any, batch_size: int) -> Callable[[Schedule]
     has_lean = apart.num_free < apart.depth
     if has_lean:
         turns |= {n: partial(_time, apart.last_block(n, batch_size)) for n in numbers if n}
-    turns[None] = partial(_time, _forward(model, batch_size))
+    turns[None] = partial(_time, _forward(model, batch_size), _SECONDS_OF_WHOLE)
     found = timing.in_rounds(turns, _ROUNDS)
     times = {turn: statistics.median(values) for turn, values in found.items()}
     weights = _fitted([_terms(*pair) for pair in pairs], [times[pair] for pair in pairs])
@@ -59,7 +60,8 @@ def _fitted(terms: list[Any], times: list[float]) -> Float[np.ndarray, " F"]:
 
 def measured(models: dict[str, Any], batch_size: int) -> dict[str, float]:
     """Seconds of a batch of whole models, medians of interleaved rounds."""
-    found = timing.in_rounds({name: partial(_time, _forward(m, batch_size)) for name, m in models.items()}, _ROUNDS)
+    turns = {name: partial(_time, _forward(m, batch_size), _SECONDS_OF_WHOLE) for name, m in models.items()}
+    found = timing.in_rounds(turns, _ROUNDS)
     return {name: statistics.median(values) for name, values in found.items()}
 
 
@@ -75,9 +77,9 @@ def _forward(model: Any, batch_size: int) -> Callable[[], Any]:
     return partial(program, *arguments)
 
 
-def _time(run: Callable[[], Any]) -> float:
+def _time(run: Callable[[], Any], seconds: float = _SECONDS) -> float:
     def once() -> int:
         jax.block_until_ready(run())
         return 1
 
-    return 1 / timing.rate(once, _SECONDS)
+    return 1 / timing.rate(once, seconds)
