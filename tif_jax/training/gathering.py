@@ -1,7 +1,8 @@
 """Divided parameters, whole only while they are used: fully sharded data parallelism (Rajbhandari et al. 2020).
 
 Each parameter is gathered where the forward pass uses it and again where the gradient does; in between a device has its share
-alone. Gradients are summed into shares.
+alone. Gradients are summed into shares. (Of the two gathers XLA makes one on CPUs, where it
+undoes every rematerialisation.)
 """
 
 from collections.abc import Callable
