@@ -189,5 +189,29 @@ def test_mistakes(models):
         Adaptive(model, ladder, 0.9, images, batch_size=0)
     with pytest.raises(InputError, match="which is not normalised"):
         Adaptive(model, ladder, 0.9, images * 1000)
-    with pytest.raises(InputError, match=r"rungs \(0, 3\); there are 3 models"):
+    with pytest.raises(InputError, match=r"rungs \(0, 3\); they are some of 0 to 2"):
         Adaptive.with_route(model, ladder, Route((0, 3), (1.0, ALWAYS)))
+
+
+@pytest.mark.parametrize(
+    "route",
+    [
+        Route((), ()),
+        Route((3,), (ALWAYS,)),
+        Route((1, 0), (0.0, ALWAYS)),
+        Route((0, 2), (ALWAYS,)),
+        Route((0, 2), (0.0, 0.0)),
+    ],
+)
+def test_routes_that_are_none(models, route):
+    with pytest.raises(InputError, match="the route has"):
+        Adaptive.with_route(*models, route)
+
+
+def test_an_image_that_gives_no_numbers_is_answered_like_others(models, images):
+    bad = images.copy()
+    bad[0] = np.nan
+    answers = Adaptive.with_route(*models, Route((0, 1, 2), (0.0, 0.0, ALWAYS)), batch_size=8)
+    found, expected = [np.concatenate([a.logits for a in answers.stream([x])]) for x in (bad, images)]
+    assert np.isnan(found[0]).all()
+    np.testing.assert_allclose(found[1:], expected[1:], atol=1e-5)

@@ -144,6 +144,15 @@ def test_stopped_between_rows(photos, monkeypatch):
     assert done == ["Full", "Evit", "Tome", "Tome"]
 
 
+def test_a_budget_out_of_reach_of_one_reducer(photos):
+    """The others have their rows, and the page says why this one has none."""
+    least = 1.01 * tif_jax.cost(tif_jax.load("w.safetensors", reducer="random", keep_ratio=0.05)).gmac
+    assert run(f"{LINE} --reducer tome --reducer random --budget {least}") == 0
+    (label,) = result()["left_out"]
+    assert label.startswith("tome-") and [row.split("-")[0] for row in result()["rows"]] == ["full", "random"]
+    assert f"{label} is left out: budget is" in Path("out/compare.md").read_text()
+
+
 def test_regret(photos):
     """Numpy forwards of what `norm` keeps, alone, and of as many patches of the highest impact; ToMe keeps none."""
     tensors = safetensors.numpy.load_file("w.safetensors")

@@ -12,6 +12,7 @@ from tif_jax import Adaptive, cost, load, load_ladder, preprocess
 from tif_jax.__main__ import main
 from tif_jax.data.folder import image_files
 from tif_jax.errors import InputError
+from tif_jax.models.params import backbone_digest, params_of
 from tif_jax.serving.classifier import Classifier
 
 REDUCERS = "--reducer random:keep_ratio=0.9 --reducer random:keep_ratio=0.5"
@@ -34,6 +35,7 @@ def test_the_program_and_who_takes_its_file(photos, capsys):
         model, [load("w.safetensors", reducer="random", keep_ratio=k) for k in (0.9, 0.5)], 0.8, images
     )  # the damaged picture is left out
     ladder = load_ladder("w.safetensors", "ladder.json")
+    assert len({id(m.block_0.mlp.up.kernel[...]) for m in ladder.models}) == 1  # one copy in memory
     assert [cost(ladder.models[rung]).gmac for rung in ladder.route.rungs] == [
         direct.costs[rung] for rung in direct.route.rungs
     ]
@@ -63,11 +65,20 @@ def test_mistakes_of_the_program(photos, capsys, line, message):
 def test_files_that_are_no_ladder(photos):
     with pytest.raises(InputError, match="can not be read"):
         load_ladder("w.safetensors", "none.json")
-    good = {"ladder": [], "route": {"rungs": [0], "thresholds": ["-inf"]}, "backbone": "x"}
+    good = {"ladder": [], "route": {"rungs": [0], "thresholds": ["-inf"]}, "backbone": "x", "learned": []}
     for bad in ("[]", "no", json.dumps({**good, "route": {}}), json.dumps({**good, "ladder": [{}]})):
         Path("bad.json").write_text(bad)
         with pytest.raises(InputError, match="no ladder as `tif ladder` writes it"):
             load_ladder("w.safetensors", "bad.json")
+    backbone = backbone_digest(params_of(load("w.safetensors")))
+    learned = {**good, "backbone": backbone, "ladder": [{"name": "norm", "keep_ratio": 0.5}], "learned": ["x"]}
+    Path("bad.json").write_text(json.dumps(learned))
+    with pytest.raises(InputError, match="learned something else"):
+        load_ladder("w.safetensors", "bad.json")
+    untrained = {**learned, "ladder": [{"name": "tif", "keep_ratio": 0.5}]}
+    Path("bad.json").write_text(json.dumps(untrained))
+    with pytest.raises(InputError, match="has to learn"):
+        load_ladder("w.safetensors", "bad.json")
     Path("bad.json").write_text(json.dumps(good))
     with pytest.raises(InputError, match="found for other weights"):
         load_ladder("w.safetensors", "bad.json")

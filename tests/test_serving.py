@@ -20,8 +20,9 @@ from cases import numpy_model, write_safetensors
 from PIL import Image
 from reference import random_timm_tensors
 
-from tif_jax import predict_images
+from tif_jax import Adaptive, predict_images
 from tif_jax.__main__ import main
+from tif_jax.adaptive.routing import ALWAYS, Route
 from tif_jax.data.preprocess import Preprocessing
 from tif_jax.errors import InputError
 from tif_jax.serving import listening
@@ -186,7 +187,8 @@ def test_mistakes_are_answered_with_a_line(classifier):
     with served(classifier, Limits(num_bytes=10_000, seconds=0.3)) as (port, _, _):
         assert asked(port) == (200, b'{"num_classes":5}')
         assert asked(port, path="/health") == (200, b'{"status":"ok"}')
-        assert asked(port, path="/predict")[0] == 405 and asked(port, path="/nothing")[0] == 404
+        assert asked(port, path="/predict") == (405, b'{"error":"Method Not Allowed"}')
+        assert asked(port, path="/nothing") == (404, b'{"error":"Not Found"}')
         for path, body, status, said in [
             ("/predict", b"", 400, "the body is empty"),
             ("/predict", b"GIF89a", 400, "cannot read image"),
@@ -288,11 +290,45 @@ def test_connections_without_a_request_are_closed(classifier, monkeypatch):
                     raise ConnectionResetError
 
 
+def test_a_request_behind_another_may_take_its_time(classifier, monkeypatch):
+    """Both lie in one packet; the second begins when the first is answered, and takes longer than a silence may."""
+    monkeypatch.setattr(listening, "_SECONDS", 0.2)
+    monkeypatch.setattr(listening, "_SECONDS_BETWEEN", 1.0)
+    slow, body = Slow(classifier), png(0)
+    one = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    with served(slow, Limits(patience=0.0)) as (port, _, _), socket.create_connection(("127.0.0.1", port)) as client:
+        client.settimeout(30)
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" + one)
+        assert slow.began.wait(30)
+        time.sleep(1.5)
+        slow.go.set()
+        found = b""
+        while found.count(b"HTTP/1.1 200 OK") < 2:
+            part = client.recv(1000)
+            assert part, found
+            found += part
+
+
+def test_a_ladder_is_compiled_before_it_serves():
+    model = numpy_model(FIELDS)
+    ladder = [numpy_model(FIELDS, reducer="random", keep_ratio=keep) for keep in (0.25, 0.5)]
+    adaptive = Adaptive.with_route(model, ladder, Route((0, 2), (0.3, ALWAYS)), batch_size=4)
+    classifier = Classifier(adaptive, [4])
+    assert {*classifier.seconds()} == {1, 4} == {*classifier.sizes}
+    assert [sorted(program._programs) for program in adaptive._forwards] == [[1, 4], [], [1, 4]]
+    with served(classifier) as (port, _, _):
+        status, told = asked(port, "POST", "/predict?tokens=true", png(0))
+        assert status == 400 and b"models of its own" in told
+        assert asked(port, "POST", "/predict", png(0))[0] == 200
+
+
 def test_ports_that_can_not_be_had():
     with bound("127.0.0.1", 0) as taken, pytest.raises(InputError, match="can not listen on 127"):
         bound("127.0.0.1", taken.getsockname()[1])
     with pytest.raises(InputError, match="can not listen on no such host"):
         bound("no such host", 80)
+    with pytest.raises(InputError, match="can not listen on a"):
+        bound("a..b", 80)
     with pytest.raises(InputError, match="port 70000"):
         bound("127.0.0.1", 70_000)
 
@@ -321,12 +357,15 @@ def test_the_program_ends_quietly_when_told_to(tmp_path):
         told = json.loads(asked(url.port)[1])
         assert told["num_classes"] == 3 and told["image_size"] == [16, 16]
         assert told["reducers"] == [{"name": "norm", "keep_ratio": 0.5}]
-        with ThreadPoolExecutor(8) as clients:
-            found = [clients.submit(asked, url.port, "POST", "/predict", png(i, (600, 500))) for i in range(8)]
-            waited_for(lambda: b"tif_requests_in_progress 0.0" not in asked(url.port, path="/metrics")[1])
-            program.send_signal(signal.SIGTERM)
-            answered = [f for f in found if f.exception() is None]  # the others came when nobody listened
-        assert answered and all(f.result()[0] == 200 for f in answered)
+        body, clients = png(0), [socket.create_connection(("127.0.0.1", url.port), timeout=30) for _ in range(8)]
+        for one in clients:  # accepted, and not there yet
+            one.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body[:50])
+        waited_for(lambda: b"tif_requests_in_progress 8.0" in asked(url.port, path="/metrics")[1])
+        program.send_signal(signal.SIGTERM)
+        waited_for(lambda: not _listens(url.port))
+        for one in clients:
+            one.sendall(body[50:])
+        assert [one.recv(100).split(b"\r\n")[0] for one in clients] == [b"HTTP/1.1 200 OK"] * 8
         assert program.wait(30) == 0, program.stderr.read()
 
 

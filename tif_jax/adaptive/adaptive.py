@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
 from tif_jax import checked
-from tif_jax.adaptive.routing import Expected, Route, confidence, promised
+from tif_jax.adaptive.routing import ALWAYS, Expected, Route, confidence, promised
 from tif_jax.errors import InputError
 from tif_jax.models import Model, check_images, require_head
 from tif_jax.models.compiled import Forwards, filled
@@ -85,8 +85,13 @@ class Adaptive:
         """One whose route was found before; `ladder` in order of cost."""
         made = cls.__new__(cls)
         made._begin(model, ladder, batch_size)
-        if not all(0 <= rung < len(made.models) for rung in route.rungs):
-            raise InputError(f"the route has rungs {route.rungs}; there are {len(made.models)} models")
+        rungs, thresholds, last = route.rungs, route.thresholds, len(made.models) - 1
+        if not rungs or [*rungs] != sorted({*rungs}) or not 0 <= rungs[0] <= rungs[-1] <= last:
+            raise InputError(f"the route has rungs {rungs}; they are some of 0 to {last}, ascending")
+        if len(thresholds) != len(rungs) or thresholds[-1] != ALWAYS:
+            raise InputError(
+                f"the route has thresholds {thresholds}; there is one for each rung, and the last is {ALWAYS}"
+            )
         made.route = route
         return made
 
@@ -105,6 +110,16 @@ class Adaptive:
         self.costs = (*(gmac for gmac, _ in by_cost), cost(model).gmac)
         whole = Forwards(model)
         self._forwards = [*(Forwards(one, like=whole) for one in self.models[:-1]), whole]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Of batches, for each of which every model that is used has a program."""
+        return sorted({size for size in (*_SMALL, self.batch_size) if size <= self.batch_size})
+
+    @property
+    def programs(self) -> list[Forwards]:
+        """Of the models that are used, the cheapest first."""
+        return [self._forwards[rung] for rung in self.route.rungs]
 
     def __call__(self, images: Float[np.ndarray | Array, "I Y X 3"]) -> Answers:
         """Of any number of normalised images, in their order."""
@@ -139,7 +154,8 @@ class Adaptive:
                 group = [waiting[rung].popleft() for _ in range(min(self.batch_size, len(waiting[rung])))]
                 numbers, images = zip(*group, strict=True)
                 logits = self._logits(rung, np.stack(images))
-                stays = confidence(logits) >= threshold
+                # Logits that are no numbers are sure of nothing; behind the last rung there is none.
+                stays = (confidence(logits) >= threshold) | (place == len(rungs) - 1)
                 for number, image, row, is_sure in zip(numbers, images, logits, stays, strict=True):
                     if is_sure:
                         found[number] = row, rung
@@ -162,7 +178,7 @@ class Adaptive:
         found = []
         for first in range(0, len(images), self.batch_size):
             part = images[first : first + self.batch_size]
-            size = next(size for size in (*_SMALL, self.batch_size) if size >= len(part) and size <= self.batch_size)
+            size = next(size for size in self.sizes if size >= len(part))
             found.append(np.asarray(self._forwards[rung](filled(part, size)), np.float32)[: len(part)])
         return np.concatenate(found)
 

@@ -105,7 +105,12 @@ class Calibration:
         budget = whole / wished.number if wished.is_relative else size / wished.number
         best: tuple[float, Schedule, dict[str, float]] | None = None  # the slowest that is fast enough, or the fastest
         for _ in range(_SEARCHES):
-            schedule = self._search(seconds, budget)
+            try:
+                schedule = self._search(seconds, budget)
+            except InputError:  # so little time is not enough for any
+                if best is None:
+                    raise InputError(f"budget {wished} can not be met: so fast is no schedule") from None
+                break
             times = measured({"full": models.full, "reduced": models.with_schedule(schedule)}, size)
             goal = times["full"] / wished.number if wished.is_relative else size / wished.number
             rates = {name: size / time for name, time in times.items()}

@@ -112,6 +112,7 @@ def _page(found: Mapping[str, Any]) -> list[str]:
         "",
         *markdown(_of_predictions(found), rows),
         "",
+        *[f"{label} is left out: {why}.\n" for label, why in found.get("left_out", {}).items()],
         *([f"Trained for its tokens, perhaps with labels: {', '.join(learned)}.", ""] if learned else []),
         *markdown(_of_cost(found), rows),
         "",

@@ -50,7 +50,8 @@ def main(argv: list[str]) -> None:
         _compare_report.reference_of(labels, arguments.reference)  # a mistake is told before the work
         kept = kept_in(out, weights, pictures)
         work = Work(weights, pictures, make_mesh(pictures.batch_size, this_process_only=True), kept)
-        models = _predict(work, labels)
+        models, kept.data["left_out"] = _predict(work, labels)
+        labels = {label: asked for label, asked in labels.items() if label in models}
         if arguments.regret is not None:
             measure_regrets(work, models, arguments.regret)
         _measure(models, sizes, arguments.rounds, kept)
@@ -113,20 +114,36 @@ def _batch_sizes(text: str) -> list[int]:
     return [] if text == _NO_SPEED else _arguments.batch_sizes("--batch-sizes", text, f", or {_NO_SPEED}")
 
 
-def _predict(work: Work, rows: dict[str, Asked]) -> dict[str, Model]:
-    """The model of each row. What is not kept yet is predicted, some rows at a time, and kept when these are done."""
-    kept, models = work.kept, {"full": work.weights.full}
+def _predict(work: Work, rows: dict[str, Asked]) -> tuple[dict[str, Model], dict[str, str]]:
+    """The model of each row, and why rows are left out: their budgets are out of reach.
+
+    What is not kept yet is predicted, some rows at a time, and kept when these are done. Raises InputError if no row is left.
+    """
+    kept, models, left_out = work.kept, {"full": work.weights.full}, {}
     missing = [label for label, asked in rows.items() if not kept.has(label, asked)]
     if missing:
         _ = work.whole  # that no image can be read is told before any model is made
+    group: list[str] = []
     for label, asked in rows.items():
         if label != "full":
-            described = kept.reducer_of(label, asked) or asked.entry.described
             logger.info("%s: %s", label, "the model is made" if label in missing else "kept from before")
-            models[label] = work.weights.model(described)
-    for first in range(0, len(missing), AT_ONCE):
-        _predict_group(work, missing[first : first + AT_ONCE], rows, models)
-    return models
+            try:
+                models[label] = work.weights.model(kept.reducer_of(label, asked) or asked.entry.described)
+            except InputError as error:
+                if not asked.budget:
+                    raise
+                logger.warning("%s is left out: %s", label, error)
+                left_out[label] = str(error)
+                continue
+        group += [label] if label in missing else []
+        if len(group) == AT_ONCE:
+            _predict_group(work, group, rows, models)
+            group = []
+    if len(models) == 1 and left_out:
+        raise InputError(next(iter(left_out.values())))
+    if group:
+        _predict_group(work, group, rows, models)
+    return models, left_out
 
 
 def _predict_group(work: Work, group: list[str], rows: dict[str, Asked], models: dict[str, Model]) -> None:

@@ -2,7 +2,6 @@
 
 import importlib.util
 import logging
-import threading
 from argparse import Namespace
 from typing import Any
 
@@ -38,8 +37,8 @@ def main(argv: list[str]) -> None:
     )
     sizes = _arguments.batch_sizes("--batch-sizes", arguments.batch_sizes)
     model = _model(arguments, max(sizes))
-    with stop_flag(is_end=True) as stop, bound(arguments.host, arguments.port) as listener:
-        _serve(model, sizes, limits, listener, stop, arguments)
+    with bound(arguments.host, arguments.port) as listener:
+        _serve(model, sizes, limits, listener)
 
 
 def _parsed(argv: list[str]) -> Namespace:
@@ -102,15 +101,13 @@ def _model(arguments: Namespace, batch_size: int) -> Model | Adaptive:
     ]
 
 
-def _serve(
-    model: Model | Adaptive, sizes: list[int], limits: Any, listener: Any, stop: threading.Event, arguments: Namespace
-) -> None:
+def _serve(model: Model | Adaptive, sizes: list[int], limits: Any, listener: Any) -> None:
     from tif_jax.serving.app import Service
     from tif_jax.serving.classifier import Classifier
     from tif_jax.serving.listening import serve
 
     classifier = Classifier(model, sizes)
-    logger.info("batches of %s are compiled and timed", ", ".join(map(str, sizes)))
+    logger.info("batches of %s are compiled and timed", ", ".join(map(str, classifier.sizes)))
     seconds = classifier.seconds()
     logger.info("images/s: %s", ", ".join(f"{size / of:.0f} at {size}" for size, of in seconds.items()))
     rungs = [model.models[rung] for rung in model.route.rungs] if isinstance(model, Adaptive) else [model]
@@ -123,5 +120,7 @@ def _serve(
         "max_bytes": limits.num_bytes,
     }
     host, port = listener.getsockname()[:2]
-    print(f"http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
-    serve(Service(classifier, seconds, limits, about), listener, stop)
+    service = Service(classifier, seconds, limits, about)
+    with stop_flag(is_end=True) as stop:
+        print(f"http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+        serve(service, listener, stop)

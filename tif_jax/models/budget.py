@@ -10,7 +10,7 @@ from jaxtyping import Array, Key
 
 from tif_jax import checked
 from tif_jax.errors import InputError
-from tif_jax.models.cost import cost
+from tif_jax.models.cost import gmac
 
 SOLVED = ("num_merged", "keep_ratio")  # the options that a budget is solved for: the first that a reducer has
 # The options that say how much a reducer reduces: one stands instead of another.
@@ -93,15 +93,27 @@ class Amounts:
     def gmac(self, i: int) -> float:
         """What the model with values[i] costs."""
         if i not in self._gmac:
-            self._gmac[i] = cost(self.built(i)).gmac
+            self._gmac[i] = gmac(self.built(i))
         return self._gmac[i]
 
     def within(self, gmac: float) -> int:
-        """The last position whose cost is within so many GMAC, by bisection; -1 if there is none."""
-        low, high = -1, len(self.values)  # values[low] is within the budget, values[high] is not
-        while high - low > 1:
-            middle = max(0, (low + high) // 2)
-            low, high = (middle, high) if self.gmac(middle) <= gmac else (low, middle)
+        """The last position whose cost is within so many GMAC; -1 if there is none.
+
+        Each cost is a model to trace, half a second. So the next one looked at is where a straight line between the nearest
+        known ones meets the budget; where the same end moves twice, the other counts half (the Illinois method).
+        """
+        low, high = 0, len(self.values) - 1
+        below, above = gmac - self.gmac(low), self.gmac(high) - gmac
+        if below < 0 or above <= 0:
+            return -1 if below < 0 else high
+        moved = ""
+        while high - low > 1:  # values[low] is within the budget, values[high] is not
+            middle = min(max(low + round((high - low) * below / (below + above)), low + 1), high - 1)
+            rest = gmac - self.gmac(middle)
+            if rest >= 0:
+                low, below, above, moved = middle, rest, above / 2 if moved == "low" else above, "low"
+            else:
+                high, above, below, moved = middle, -rest, below / 2 if moved == "high" else below, "high"
         return low
 
     def _with(self, amount: float | int) -> Any:
@@ -115,7 +127,7 @@ def within_budget(budget: float, amounts: Amounts) -> dict[str, float | int]:
     """The keep_ratio, in thousandths, or mean num_merged with which one prediction costs as near to `budget` GMAC as is
     within it.
 
-    Costs are counted (`cost`) and the solution found by bisection, in seconds. Raises InputError if there is none.
+    Costs are counted (`cost`), in seconds. Raises InputError if there is none.
     """
     found = amounts.within(budget)
     if found < 0:

@@ -51,7 +51,8 @@ class Forwards:
     def __init__(self, model: Model, read: Read = logits_alone, like: "Forwards | None" = None):
         self._model, self._read = model, read
         self._params: Params = params_of(model) if like is None else _shared(params_of(model), like._params)
-        self._placed: dict[tuple[int, Mesh], Array] = {} if like is None else like._placed
+        # By the leaf's id, which is its own as long as the leaf is kept.
+        self._placed: dict[tuple[int, Mesh], tuple[Array, Array]] = {} if like is None else like._placed
         self._programs: dict[int, tuple[Any, Params, Mesh]] = {}
 
     def __call__(self, images: Float[np.ndarray, "B Y X 3"]) -> Any:
@@ -67,8 +68,8 @@ class Forwards:
 
     def _on(self, mesh: Mesh, leaf: Array) -> Array:
         if (key := (id(leaf), mesh)) not in self._placed:
-            self._placed[key] = replicate(leaf, mesh)
-        return self._placed[key]
+            self._placed[key] = leaf, replicate(leaf, mesh)
+        return self._placed[key][1]
 
 
 def _shared(params: Params, others: Params) -> Params:
@@ -93,16 +94,18 @@ def random_images(model: Model, batch_size: int) -> Float[np.ndarray, "B Y X 3"]
     return np.random.default_rng(0).normal(size=(batch_size, *model.image_size, 3)).astype(np.float32)
 
 
-def peak_memory(program: Any, mesh: Mesh) -> int:
-    """Bytes on all devices while the program runs, as its compiler planned them."""
-    return planned_memory(program) * mesh.size
+def peak_memory(program: Any, mesh: Mesh) -> int | None:
+    """Bytes on all devices while the program runs, as its compiler planned them; None where it does not say."""
+    on_one = planned_memory(program)
+    return None if on_one is None else on_one * mesh.size
 
 
-def planned_memory(program: Any) -> int:
+def planned_memory(program: Any) -> int | None:
     """Bytes on one device: arguments, results that lie nowhere among these, and the room for all between.
 
     `peak_memory_in_bytes` leaves that room out on CPUs (jax 0.10), though it is most of what a training step takes.
     """
-    of = program.memory_analysis()
+    if (of := program.memory_analysis()) is None:
+        return None
     given, made = of.argument_size_in_bytes, of.output_size_in_bytes - of.alias_size_in_bytes
     return given + made + of.temp_size_in_bytes

@@ -26,14 +26,24 @@ def cost(model: Any, image_size: int | tuple[int, int] | None = None) -> Cost:
     model: one of `tif_jax.models`, also an abstract one (`nnx.eval_shape`).
     image_size: a check, not a choice: a model takes the size that it was built for (InputError otherwise).
     """
-    height, columns = height_and_width(model.image_size if image_size is None else image_size)
-    images = jax.ShapeDtypeStruct((1, height, columns, 3), jnp.float32)
+    total, images = gmac(model, image_size), _image(model, image_size)
     graphdef, params = nnx.split(model)
-    total = multiply_adds(lambda params, images: nnx.merge(graphdef, params)(images)[0], params, images)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     lengths: list[int] = []
     jax.eval_shape(lambda params, images: _walk(nnx.merge(graphdef, params), images, lengths), params, images)
-    return Cost(total / 1e9, parameters, tuple(lengths))
+    return Cost(total, parameters, tuple(lengths))
+
+
+def gmac(model: Any, image_size: int | tuple[int, int] | None = None) -> float:
+    """`cost(...).gmac` alone, in half the time."""
+    graphdef, params = nnx.split(model)
+    predict = lambda params, images: nnx.merge(graphdef, params)(images)[0]  # noqa: E731
+    return multiply_adds(predict, params, _image(model, image_size)) / 1e9
+
+
+def _image(model: Any, image_size: int | tuple[int, int] | None) -> jax.ShapeDtypeStruct:
+    height, columns = height_and_width(model.image_size if image_size is None else image_size)
+    return jax.ShapeDtypeStruct((1, height, columns, 3), jnp.float32)
 
 
 def multiply_adds(function: Callable[..., Any], *arguments: Any) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -63,7 +64,7 @@ class Service:
             Route("/metrics", self._metrics),
             Route("/", self._index),
         ]
-        return Starlette(routes=routes, lifespan=self._lifespan)
+        return Starlette(routes=routes, lifespan=self._lifespan, exception_handlers={HTTPException: _as_json})
 
     @asynccontextmanager
     async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
@@ -80,6 +81,8 @@ class Service:
             response = JSONResponse({"error": str(refused)}, refused.status, headers=retry)
         except ClientDisconnect:
             response = Response(status_code=_GONE)
+        except asyncio.CancelledError:  # the server ends, and has waited long enough
+            response = JSONResponse({"error": "the server ends"}, 503)
         except Exception:  # ours, and told in the log; the next request may well be answered
             logger.exception("a picture is not answered")
             response = JSONResponse({"error": "this picture could not be answered; the server's log says why"}, 500)
@@ -94,16 +97,20 @@ class Service:
         self.metrics.in_progress.inc()
         try:
             top, with_tokens = self._asked(request)
-            body = await self._body(request)
-            try:
-                view = await asyncio.get_running_loop().run_in_executor(self._decoders, self._classifier.view, body)
-            except UnreadableImage as error:
-                raise _RefusedError(400, str(error)) from None
+            view = await self._view(request)
             answer = await _unless_gone(asyncio.wrap_future(self._batcher.put(view)), request)
             return Response(self._told(answer, top, with_tokens), media_type="application/json")
         finally:
             self._num_accepted -= 1
             self.metrics.in_progress.dec()
+
+    async def _view(self, request: Request) -> np.ndarray:
+        """What the model gets of the picture; its file is not kept."""
+        body = await self._body(request)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._decoders, self._classifier.view, body)
+        except UnreadableImage as error:
+            raise _RefusedError(400, str(error)) from None
 
     def _asked(self, request: Request) -> tuple[int, bool]:
         """How many classes, and whether tokens are told."""
@@ -115,6 +122,10 @@ class Service:
             raise _RefusedError(400, f"top is {top[:20]!r}; it is a number of classes, at least 1")
         if tokens not in ("true", "false"):
             raise _RefusedError(400, f"tokens is {tokens[:20]!r}; it is true or false")
+        if tokens == "true" and not self._classifier.tells_tokens:
+            raise _RefusedError(
+                400, "tokens is true, but each picture goes through models of its own here: leave it out"
+            )
         return int(top), tokens == "true"
 
     async def _body(self, request: Request) -> bytes:
@@ -166,14 +177,19 @@ class Service:
         return JSONResponse(self._about)
 
 
+async def _as_json(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
+
+
 async def _unless_gone(answer: "asyncio.Future[Answer]", request: Request) -> Answer:
     """The answer; what nobody waits for any more is taken back. Raises ClientDisconnect."""
     gone: asyncio.Future[Any] = asyncio.ensure_future(request.receive())  # behind the body comes nothing but that
     try:
         await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():
-            answer.cancel()
             raise ClientDisconnect
         return answer.result()
     finally:
+        answer.cancel()
         gone.cancel()

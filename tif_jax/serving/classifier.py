@@ -17,7 +17,7 @@ from tif_jax.adaptive.adaptive import Adaptive
 from tif_jax.data.pictures import AnyImage, read_image
 from tif_jax.data.preprocess import evaluation_view
 from tif_jax.models import Model, require_head, where_patches_are
-from tif_jax.models.compiled import Forwards, filled
+from tif_jax.models.compiled import Forwards, filled, random_images
 from tif_jax.models.cost import cost
 
 _ROUNDS = 3
@@ -33,14 +33,15 @@ class Answer(NamedTuple):
 
 
 class Classifier:
-    """Answers views of pictures. `sizes`: of batches that are compiled, the largest last."""
+    """Answers views of pictures. `sizes`: of batches that are compiled, the largest last; a ladder has its own."""
 
     def __init__(self, model: Model | Adaptive, sizes: Sequence[int]):
         self.model = model.models[-1] if isinstance(model, Adaptive) else model
         require_head(self.model, "a server")
-        self.sizes = sorted(sizes)
         self._ladder = model if isinstance(model, Adaptive) else None
+        self.sizes = sorted(sizes) if self._ladder is None else self._ladder.sizes
         self._forwards = Forwards(self.model, _read)
+        self.tells_tokens = self._ladder is None
         self._gmac = cost(self.model).gmac
 
     def view(self, picture: AnyImage) -> Float32[np.ndarray, "Y X 3"]:
@@ -62,18 +63,21 @@ class Classifier:
         ]
 
     def seconds(self) -> dict[int, float]:
-        """How long a batch of each size takes, measured; compiles all programs."""
-        found = {}
-        for size in self.sizes:
-            views = [*np.random.default_rng(0).normal(size=(size, *self.model.image_size, 3)).astype(np.float32)]
-            self(views)
-            turns = []
-            for _ in range(_ROUNDS):
-                began = time.perf_counter()
-                self(views)
-                turns.append(time.perf_counter() - began)
-            found[size] = min(turns)
-        return found
+        """How long a batch of each size takes, measured; of a ladder, if all climb to its end. Compiles all programs."""
+        programs = [self._forwards] if self._ladder is None else self._ladder.programs
+        return {
+            size: sum(_seconds(program, random_images(self.model, size)) for program in programs) for size in self.sizes
+        }
+
+
+def _seconds(program: Forwards, images: Float32[np.ndarray, "B Y X 3"]) -> float:
+    program(images)
+    turns = []
+    for _ in range(_ROUNDS):
+        began = time.perf_counter()
+        program(images)
+        turns.append(time.perf_counter() - began)
+    return min(turns)
 
 
 def _read(logits: Array, aux: dict) -> tuple[Float32[Array, "B L"], dict[str, Int[Array, "B K"]]]:

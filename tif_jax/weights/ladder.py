@@ -4,12 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+from flax import nnx
+
 from tif_jax import checked
 from tif_jax.adaptive.adaptive import Adaptive
 from tif_jax.adaptive.routing import Route
 from tif_jax.errors import InputError
+from tif_jax.models import Model
+from tif_jax.models.model import dtype_name
 from tif_jax.models.params import backbone_digest, params_of
-from tif_jax.weights.loading import load
+from tif_jax.runtime.digests import digest
+from tif_jax.weights.loading import load_with_fields
 
 
 def described(adaptive: Adaptive, reducers: list[dict[str, Any]]) -> dict[str, Any]:
@@ -22,7 +27,14 @@ def described(adaptive: Adaptive, reducers: list[dict[str, Any]]) -> dict[str, A
         "ladder": [reducers[rung] for rung in used if rung != last],
         "route": checked.to_json(route._asdict()),
         "backbone": backbone_digest(params_of(adaptive.models[-1])),
+        "learned": [_learned(adaptive.models[rung]) for rung in used if rung != last],
     }
+
+
+def _learned(model: Model) -> str:
+    """Digest of what the reducer has learned; empty where that is nothing."""
+    own = params_of(model).get("reducer")
+    return digest(own) if own else ""
 
 
 def load_ladder(
@@ -34,19 +46,27 @@ def load_ladder(
     """
     try:
         found = json.loads(Path(path).expanduser().read_bytes())
-        ladder, backbone = [dict(rung) for rung in found["ladder"]], str(found["backbone"])
+        ladder, backbone, learned = [dict(rung) for rung in found["ladder"]], found["backbone"], found["learned"]
         rungs, thresholds = (tuple(found["route"][name]) for name in Route._fields)
         route = Route(tuple(map(int, rungs)), tuple(map(float, thresholds)))
         names = [rung.pop("name") for rung in ladder]
     except OSError as error:
         raise InputError(f"the ladder {path} can not be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise InputError(f"{path} is no ladder as `tif ladder` writes it: {error!r}") from None
-    model = load(source, reducer="full", dtype=dtype, **options)
+    options |= dict(dtype=dtype_name(dtype), fresh_told_at=None)
+    model, _ = load_with_fields(source, reducer="full", **options)
     if backbone_digest(params_of(model)) != backbone:
         raise InputError(
             f"the ladder {path} was found for other weights than {source}; `tif ladder` makes one for these"
         )
-    common = dict(options, dtype=dtype, preprocessing=model.preprocessing)
-    models = [load(source, reducer=name, **{**rung, **common}) for name, rung in zip(names, ladder, strict=True)]
+    options |= dict(preprocessing=model.preprocessing)
+    models = [
+        load_with_fields(source, reducer=name, **rung, **options)[0] for name, rung in zip(names, ladder, strict=True)
+    ]
+    if [_learned(one) for one in models] != learned:
+        raise InputError(f"the ladder {path} was found for reducers that learned something else than those of {source}")
+    shared = {name: leaf for name, leaf in params_of(model).items() if name != "reducer"}
+    for one in models:
+        nnx.update(one, shared)  # one copy in memory, however many rungs there are
     return Adaptive.with_route(model, models, route, batch_size=batch_size)
