@@ -3,14 +3,18 @@
     python -m benchmarks.masked [--model NAME] [--dtype float32] [--rounds 3] [--captum PYTHON]
 
 Every row has its turn in every round, for a few seconds, in one process; the median over the rounds is printed, and the
-ratio to the best plain row. Weights are random: they do not change the speed. --captum: a Python with torch, timm and
-captum, which runs captum's FeatureAblation over the patches of the same model in a process of its own, idle out of its turn.
+ratio to the best plain row. `token_impact` is the call from Python, of 2 images. Then: how much longer than that the same
+call takes with a seed and with a number of images that are new to it. Weights are random: they do not change the speed.
+--captum: a Python with torch, timm and captum, which runs captum's FeatureAblation over the patches of the same model in a
+process of its own, idle out of its turn.
 """
 
 import argparse
+import math
 import statistics
 import subprocess
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +22,7 @@ import jax
 import numpy as np
 
 from benchmarks._common import median_and_range, plain_forward, random_images
-from tif_jax import create_model
+from tif_jax import create_model, token_impact
 from tif_jax.__main__ import use_all_cores
 from tif_jax.impact.scoring import Scorer
 from tif_jax.models import Model
@@ -47,6 +51,7 @@ def main() -> None:
     for mask in ("zero", "drop"):
         for chunk in CHUNKS[jax.default_backend()]:
             rows[f"exact, {mask}, chunk {chunk}"] = exact(model, mask, chunk)
+    rows["token_impact"] = from_python(model, estimator="exact")
     for number in CAPTUM_CHUNKS if arguments.captum else ():
         name = f"captum FeatureAblation, perturbations_per_eval={number}"
         rows[name] = captum(arguments.captum, arguments.model, number)
@@ -58,6 +63,9 @@ def main() -> None:
     print("| row | forward passes/s | x plain |\n|---|---|---|")
     for name, of_row in rates.items():
         print(f"| {name} | {median_and_range(of_row)} | {statistics.median(of_row) / best:.2f} |")
+    print("\n| token_impact, sampled, 16 masks | s | longer than with what is known, s |\n|---|---|---|")
+    for name, seconds, longer in anew(model):
+        print(f"| {name} | {seconds:.2f} | {longer:+.2f} |")
 
 
 def plain(model: Model, batch_size: int) -> Run:
@@ -77,6 +85,31 @@ def exact(model: Model, mask: str, chunk: int) -> Run:
         return len(images) * scorer.units_per_image
 
     return run
+
+
+def from_python(model: Model, num_images: int = 2, seed: int = 0, **options) -> Run:
+    images, labels = random_images(model, num_images), np.zeros(num_images, np.int32)
+
+    def run() -> int:
+        jax.block_until_ready(token_impact(model, images, labels, seed=seed, **options))
+        return num_images * math.prod(model.grid)
+
+    return run
+
+
+def anew(model: Model) -> Iterator[tuple[str, float, float]]:
+    """Seconds of a first call, and of calls that differ from it, beside those of the same calls again."""
+    cases = {"the first call, 2 images": (2, 0), "another seed": (2, 1), "4 images": (4, 0), "3 images": (3, 0)}
+    for name, (number, seed) in cases.items():
+        run = from_python(model, number, seed, estimator="sampled")
+        took = [seconds_of(run) for _ in range(4)]
+        yield name, took[0], took[0] - statistics.median(took[1:])
+
+
+def seconds_of(run: Run) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
 
 
 def captum(python: str, model: str, perturbations: int) -> Run:
