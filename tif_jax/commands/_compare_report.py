@@ -71,9 +71,17 @@ def finish(
     found = {**kept.data, "rows": rows, "sizes": [str(size) for size in sizes]}
     files.write(folder / MARKDOWN, ("\n".join(_page(found)) + "\n").encode("utf-8", "replace"))
     costs = [Axis(_GMAC, "GMAC per image"), *([Axis(_TIME, f"ms per image, batch {largest}")] if largest else [])]
-    drawn = [row | {"reducer": row["given"], "fronts": {tuple(pair) for pair in row["fronts"]}} for row in rows]
+    drawn = [row | {"reducer": _short(row), "fronts": {tuple(pair) for pair in row["fronts"]}} for row in rows]
     tradeoff(drawn, costs, [axis for name, axis in _MERITS.items() if name in rows[0]], folder / FIGURE)
     return found
+
+
+def _short(row: Mapping[str, Any]) -> str:
+    """What a reducer is called in the figure: as it was given, but no path and no dict."""
+    given = row["given"]
+    if given.startswith("{"):
+        return f"{row['reducer']['name']}, {row[_GMAC]:.2f} GMAC"
+    return Path(given).stem if given.endswith(".json") else Path(given).name
 
 
 def text(found: Mapping[str, Any]) -> list[str]:
