@@ -35,6 +35,15 @@ def test_it_says_what_was_asked_what_was_said_and_how_it_ended(place, capsys):
     assert all(re.match(LINE, line) for line in others)
 
 
+def test_what_was_said_before_a_command_is_no_part_of_it(place):
+    logging.getLogger("tif_jax").warning("to whoever calls the library")  # a command's handler may be there already
+    log_file.Handler().emit(logging.makeLogRecord({"msg": "and to a handler"}))
+    (place / "run" / "log.txt").unlink()
+    assert tif("score") == 0
+    begun, ended = (place / "run" / "log.txt").read_text().splitlines()
+    assert "begins: tif score" in begun and "ends: status 0" in ended
+
+
 def test_an_error_that_nobody_expects_is_there_with_its_trace(place, monkeypatch):
     def broken(*_):
         raise ZeroDivisionError("of a test")

@@ -56,6 +56,7 @@ def program() -> NoReturn:
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status. Expected failures print one line on stderr."""
     argv = sys.argv[1:] if argv is None else argv
+    log_file.end(None)  # what was said before, to a caller of the library, is no part of this command
     log_file.command = shlex.join(["tif", *argv])
     name = f"tif {argv[0]}" if argv and argv[0] in _command_names() else "tif"
     with preemption.handled() as signals:
