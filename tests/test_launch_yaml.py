@@ -21,13 +21,17 @@ def place(tmp_path):
     return Place(tmp_path)
 
 
-def jobset(accelerator: str) -> dict:
+def manifest_in(file: str, is_changed: bool) -> dict:
     """The file as it is, or as the sed command of its heading makes it."""
-    text = (LAUNCH / "jobset.yaml").read_text()
-    if accelerator == "gpu":
-        command = re.search(r"(sed .*) launch/jobset\.yaml \|", text)[1]
+    text = (LAUNCH / file).read_text()
+    if is_changed:
+        command = re.search(rf"(sed .*) launch/{re.escape(file)}", text)[1]
         text = subprocess.check_output(shlex.split(command), input=text, text=True)
     return yaml.safe_load(text)
+
+
+def jobset(accelerator: str) -> dict:
+    return manifest_in("jobset.yaml", accelerator == "gpu")
 
 
 @pytest.fixture(params=["tpu", "gpu"])
@@ -114,17 +118,8 @@ def test_sky_recovers_from_75_alone():
     assert task["envs"].keys() == {"TIF"}
 
 
-def score_job(accelerator: str) -> dict:
-    """The file as it is, or as the sed command of its heading makes it."""
-    text = (LAUNCH / "score_job.yaml").read_text()
-    if accelerator == "tpu":
-        command = re.search(r"(sed .*) launch/score_job\.yaml", text)[1]
-        text = subprocess.check_output(shlex.split(command), input=text, text=True)
-    return yaml.safe_load(text)
-
-
 def test_pods_of_the_score_job_divide_the_images(accelerator, place):
-    job = score_job(accelerator)["spec"]
+    job = manifest_in("score_job.yaml", accelerator == "tpu")["spec"]
     pod = job["template"]["spec"]
     (container,) = pod["containers"]
     (parts,) = container["env"]

@@ -2,11 +2,9 @@
 
 from typing import Any, NamedTuple
 
-from flax import nnx
-
 from tif_jax import reducers
 from tif_jax.models import Model, built_with, require_head
-from tif_jax.models.params import params_of
+from tif_jax.models.params import params_of, share
 from tif_jax.runtime.digests import digest
 from tif_jax.weights import hub
 from tif_jax.weights.loading import load_with_fields
@@ -32,8 +30,7 @@ class Weights(NamedTuple):
             self.source, reducer=own.pop("name"), dtype=self.dtype, fresh_told_at=None,
             named=[*reducers.modules_in(reducer)], preprocessing=self.full.preprocessing, **known, **own,
         )  # fmt: skip
-        shared = {name: leaf for name, leaf in params_of(self.full).items() if name != "reducer"}
-        nnx.update(model, shared)  # one copy in memory, however many rows there are
+        share(model, self.full)  # however many rows there are
         return model
 
 

@@ -16,6 +16,11 @@ def params_of(model: Model) -> Params:
     return nnx.to_pure_dict(nnx.state(model, WEIGHTS))
 
 
+def share(model: Model, whole: Model) -> None:
+    """Puts the other's parameters in the place of the model's, but for those of its reducer: one copy in memory."""
+    nnx.update(model, {name: leaf for name, leaf in params_of(whole).items() if name != "reducer"})
+
+
 def backbone_digest(params: Params) -> str:
     """Identity of a backbone: the digest of its parameters and running statistics, whatever its reducer has."""
     return digest({name: leaf for name, leaf in params.items() if name != "reducer"})

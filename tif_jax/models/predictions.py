@@ -109,7 +109,7 @@ def predictions(model: Any, pictures: list[tuple[str, AnyImage]], top: int) -> I
         if isinstance(row, str):
             yield Prediction(name, (), (), (), row)
         else:
-            yield _prediction(model, name, row, top)
+            yield prediction_of(model, name, row, top)
 
 
 def predicted_maps(model: Any, pictures: list[tuple[str, AnyImage]]) -> Iterator[PredictedMap]:
@@ -187,7 +187,8 @@ def _pixels(graphdef: Any, state: Any, images: Float[Array, "B Y X 3"]) -> Num[A
     return found.astype(jnp.float32) if model.task == DEPTH.name else found.argmax(axis=-1).astype(jnp.int32)
 
 
-def _prediction(model: Any, name: str, probabilities: Float32[np.ndarray, " L"], top: int) -> Prediction:
+def prediction_of(model: Any, name: str, probabilities: Float32[np.ndarray, " L"], top: int) -> Prediction:
+    """The likeliest of all classes. Raises WorkError for what are no numbers."""
     if not np.isfinite(probabilities).all():
         raise WorkError(f"the model's outputs for {as_id(name)} are no numbers (NaN); take other weights")
     classes = tuple(np.argsort(-probabilities, kind="stable")[:top].tolist())

@@ -18,6 +18,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from tif_jax.data.source import UnreadableImage
+from tif_jax.errors import WorkError
+from tif_jax.models.predictions import prediction_of
 from tif_jax.runtime.machine import num_cores
 from tif_jax.serving.batcher import Batcher
 from tif_jax.serving.classifier import Answer, Classifier
@@ -51,7 +53,6 @@ class Service:
 
     def __init__(self, classifier: Classifier, seconds: Mapping[int, float], limits: Limits, about: dict[str, Any]):
         self._classifier, self._limits, self._about = classifier, limits, about
-        self._names = classifier.model.class_names
         self._batcher: Batcher = Batcher(self._answered, dict(seconds), limits.patience)
         self._decoders = ThreadPoolExecutor(num_cores(), thread_name_prefix="decode")
         self._num_accepted = 0
@@ -152,15 +153,15 @@ class Service:
         return self._classifier(views)
 
     def _told(self, answer: Answer, top: int, with_tokens: bool) -> bytes:
-        p = answer.probabilities
-        if not np.isfinite(p).all():
-            raise _RefusedError(500, "the model's outputs are no numbers")
+        try:
+            found = prediction_of(self._classifier.model, "this picture", answer.probabilities, top)
+        except WorkError as error:
+            raise _RefusedError(500, str(error)) from None
         self.metrics.gmac.inc(answer.gmac)
-        classes = np.argsort(-p, kind="stable")[:top].tolist()
         told: dict[str, Any] = {
-            "classes": classes,
-            "names": [(self._names[i] if self._names else "") or str(i) for i in classes],
-            "probabilities": [float(f"{p[i]:.6g}") for i in classes],
+            "classes": found.classes,
+            "names": found.names,
+            "probabilities": [float(f"{p:.6g}") for p in found.probabilities],
             "gmac": round(answer.gmac, 6),
         }
         if with_tokens:

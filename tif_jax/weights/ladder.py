@@ -4,15 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flax import nnx
-
 from tif_jax import checked
 from tif_jax.adaptive.adaptive import Adaptive
 from tif_jax.adaptive.routing import Route
 from tif_jax.errors import InputError
 from tif_jax.models import Model
 from tif_jax.models.model import dtype_name
-from tif_jax.models.params import backbone_digest, params_of
+from tif_jax.models.params import backbone_digest, params_of, share
 from tif_jax.runtime.digests import digest
 from tif_jax.weights.loading import load_with_fields
 
@@ -66,7 +64,6 @@ def load_ladder(
     ]
     if [_learned(one) for one in models] != learned:
         raise InputError(f"the ladder {path} was found for reducers that learned something else than those of {source}")
-    shared = {name: leaf for name, leaf in params_of(model).items() if name != "reducer"}
     for one in models:
-        nnx.update(one, shared)  # one copy in memory, however many rungs there are
+        share(one, model)
     return Adaptive.with_route(model, models, route, batch_size=batch_size)
