@@ -31,7 +31,7 @@ WITH_ARGUMENTS = {
         name + variant for variant in ("", "_plain") for name in ("deit_tiny", "deit_small", "deit_base")
     ),
     "imagenette.py": ("", "plain", "peers", "photographs", "scratch", "scratch_deit_tiny"),
-    "tiny_imagenet.py": ("", "budget"),
+    "tiny_imagenet.py": ("", "budget", "speed"),
     "tosa.py": ("tiny", "small"),
 }
 TINY = dict(image_size=16, patch_size=8, width=8, depth=2, num_heads=1, num_classes=2)

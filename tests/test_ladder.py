@@ -1,8 +1,13 @@
-"""`tif ladder`: the file it writes, who takes it, and mistakes."""
+"""`tif ladder`: the file it writes, who takes it, as an export and to be evaluated, and mistakes."""
 
+import hashlib
 import json
+import runpy
+import subprocess
+import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_project import forget_handlers, last_line
@@ -10,10 +15,12 @@ from test_calibration import photos as photos  # a fixture
 
 from tif_jax import Adaptive, cost, load, load_ladder, preprocess
 from tif_jax.__main__ import main
+from tif_jax.adaptive.routing import ALWAYS, Route, confidence
 from tif_jax.data.folder import image_files
 from tif_jax.errors import InputError
 from tif_jax.models.params import backbone_digest, params_of
 from tif_jax.serving.classifier import Classifier
+from tif_jax.weights.ladder import described
 
 REDUCERS = "--reducer random:keep_ratio=0.9 --reducer random:keep_ratio=0.5"
 LINE = f"ladder --weights w.safetensors --images photos {REDUCERS} --out ladder.json"
@@ -45,6 +52,58 @@ def test_the_program_and_who_takes_its_file(photos, capsys):
     expected, found = direct(images[:8]), Classifier(ladder, [8])([*images[:8]])
     np.testing.assert_allclose([one.gmac for one in found], expected.gmac, rtol=1e-6)
     np.testing.assert_array_equal([one.probabilities.argmax() for one in found], expected.logits.argmax(axis=1))
+
+
+@pytest.fixture
+def ladder_file(photos):
+    """Two models, and an answer of the first is good enough for about half of the pictures."""
+    model, images = load("w.safetensors"), some_images()
+    first = load("w.safetensors", reducer="norm", keep_ratio=0.5)
+    sure = np.sort(confidence(np.asarray(first(jnp.asarray(images))[0])))
+    route = Route((0, 1), (float(sure[len(sure) // 2 - 1 : len(sure) // 2 + 1].mean()), ALWAYS))
+    found = Adaptive.with_route(model, [first], route)
+    Path("half.json").write_text(json.dumps(described(found, [{"name": "norm", "keep_ratio": 0.5}])))
+    return found
+
+
+def some_images(number=9):
+    return np.random.default_rng(0).standard_normal((number, 16, 16, 3), np.float32)
+
+
+@pytest.mark.parametrize("form", ["stablehlo", "onnx"])
+def test_a_ladder_exported_says_what_the_ladder_says(ladder_file, capsys, form):
+    if form == "onnx":
+        pytest.importorskip("onnxruntime")
+    assert not run(f"export --weights w.safetensors --ladder half.json --to {form} --output served")
+    assert capsys.readouterr().out.startswith("served: a ladder of ")
+    manifest = json.loads(Path("served/manifest.json").read_text())
+    for name, digest in manifest["files"].items():
+        assert hashlib.sha256(Path("served", name).read_bytes()).hexdigest() == digest
+    served = runpy.run_path("served/predict.py")
+    images, expected = some_images(), ladder_file(some_images())
+    assert 0 < expected.rung.sum() < len(images)  # some climb, some do not
+    call = served["loaded"](manifest)
+    np.testing.assert_allclose(call(images), expected.logits, atol=1e-4)
+    for image, row in zip(images, expected.logits, strict=True):
+        np.testing.assert_allclose(call(image[None])[0], row, atol=1e-4)
+    picture = next(path for path in image_files("photos") if not path.endswith("zz.png"))
+    command = [sys.executable, "served/predict.py", picture]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert printed.startswith(picture) and "%" in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--ladder half.json --to timm", "a ladder goes to onnx or stablehlo"),
+        ("--ladder half.json --reducer tome --to stablehlo", "a ladder says its reducers itself"),
+        ("--ladder none.json --to stablehlo", "the ladder none.json can not be read"),
+    ],
+)
+def test_mistakes_of_an_export(ladder_file, capsys, flags, message):
+    assert run(f"export --weights w.safetensors --output served {flags}") == 2
+    assert message in last_line(capsys)
+    assert not Path("served").exists()
 
 
 @pytest.mark.parametrize(

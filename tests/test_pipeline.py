@@ -6,12 +6,16 @@ import jax
 import numpy as np
 import pytest
 from cases import call
+from small_project import last_line
 
 import tif_jax
-from tif_jax import cost
+from tif_jax import Adaptive, cost, load
 from tif_jax.__main__ import main
+from tif_jax.adaptive.routing import ALWAYS, Route, confidence
 from tif_jax.commands import benchmark
 from tif_jax.commands._report import pictures
+from tif_jax.data import open_source
+from tif_jax.data.loader import evaluation_batches
 from tif_jax.experiment import config as config_file
 from tif_jax.experiment import stages
 from tif_jax.impact import shards
@@ -19,6 +23,7 @@ from tif_jax.impact.labels import keep_labels, position_prior
 from tif_jax.models.params import params_of
 from tif_jax.runtime import metrics_log, records
 from tif_jax.training.checkpoints import Checkpoints, load_params
+from tif_jax.weights.ladder import described
 
 TINY = """
 import importlib.util
@@ -168,6 +173,40 @@ def test_the_prior_is_read_off_the_shards_and_rests(finished):
     labels = keep_labels(shards.read_impact(workdir).impact, "top", 0.25)
     np.testing.assert_array_equal(params_of(stage.model)["reducer"]["logits"], position_prior(labels))
     assert stage.directory == workdir / "finetune" / "prior-0.25-0" and stage.trainable == stages.REDUCER_RESTS
+
+
+def test_a_ladder_is_evaluated(finished, tmp_path, capsys):
+    config, workdir = finished
+    which = workdir / "backbone" / "checkpoints"
+    whole, cheap = load(which), load(which, reducer="norm", keep_ratio=0.25)
+    images, labels = everything(config_file.load(str(config), []).data)
+    sure = np.sort(confidence(np.asarray(call(cheap, images)[0])))
+    adaptive = Adaptive.with_route(whole, [cheap], Route((0, 1), (float(sure[7:9].mean()), ALWAYS)))
+    ladder = tmp_path / "half.json"
+    ladder.write_text(json.dumps(described(adaptive, [{"name": "norm", "keep_ratio": 0.25}])))
+    settings = ["--config", str(config), "--workdir", str(workdir), "--ladder", str(ladder)]
+    assert main(["evaluate", "--stage=backbone", *settings]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == records.read(workdir / "backbone" / "ladder-half.json")
+    answers = adaptive(images)
+    assert found["num_images"] == len(images) and {*answers.rung} == {0, 1}
+    right = answers.logits.argmax(axis=1) == labels
+    same = answers.logits.argmax(axis=1) == adaptive.whole(images).argmax(axis=1)
+    assert (found["top1"], found["agreement"]) == (right.mean(), same.mean())
+    assert found["gmac"] == pytest.approx(answers.gmac.mean())
+    assert [rung["share"] for rung in found["rungs"]] == [(answers.rung == 0).mean(), (answers.rung == 1).mean()]
+    plain = records.read(workdir / "backbone" / "metrics.json")
+    assert [found["whole"][name] for name in ("loss", "top1")] == pytest.approx(
+        [plain["loss"], plain["top1"]], rel=1e-4
+    )
+    assert main(["evaluate", "--stage=filter", *settings]) == 2
+    assert "--ladder is of models: --stage is 'filter'" in last_line(capsys)
+
+
+def everything(data):
+    """The test images and their labels."""
+    batch = next(evaluation_batches(open_source(data, "test"), data, batch_size=len(open_source(data, "test"))))
+    return batch["image"], batch["label"]
 
 
 @pytest.mark.long

@@ -127,6 +127,11 @@ class Adaptive:
         images = np.asarray(images)
         return _joined([*self.stream([images])]) if len(images) else self._empty()
 
+    def whole(self, images: Float[np.ndarray | Array, "I Y X 3"]) -> Float32[np.ndarray, "I L"]:
+        """The logits of the last model alone, for every image."""
+        check_images(self.models[-1], images)
+        return self._logits(len(self.models) - 1, np.asarray(images))
+
     def stream(self, batches: Iterable[Float[np.ndarray, "B Y X 3"]]) -> Iterator[Answers]:
         """Of each batch, in order; batches of any sizes. Images that climb wait for others, and what came after them too."""
         waiting: dict[int, deque] = {rung: deque() for rung in self.route.rungs}  # (number, image) by the next rung

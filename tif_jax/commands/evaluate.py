@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from tif_jax import checked
-from tif_jax.commands import _arguments
+from tif_jax.commands import _arguments, _evaluate_ladder
 from tif_jax.data import open_source
 from tif_jax.data.loader import evaluation_batches
 from tif_jax.data.source import Source, fingerprint
@@ -56,9 +56,14 @@ KEEP_RATIOS = (0.7, 0.5, 0.25)  # of the ranking table: 137, 98 and 49 of 196 to
 def main(argv: list[str]) -> None:
     stages = {"backbone": backbone, "filter": ranking_table, "finetune": finetuned}
     stage = dict(choices=stages, default="finetune", help="whose checkpoint (default: finetune)")
-    arguments = _arguments.parse("evaluate", __doc__, argv, stage=stage, **processes.FLAGS)
+    ladder = dict(type=Path, metavar="FILE", help="of `tif ladder`: of these models, as far as each image needs them")
+    arguments = _arguments.parse("evaluate", __doc__, argv, stage=stage, ladder=ladder, **processes.FLAGS)
     processes.join(arguments)
     begin_log(arguments.workdir)
+    if arguments.ladder is not None:
+        found = _evaluate_ladder.evaluated(arguments.config, arguments.workdir, arguments.stage, arguments.ladder)
+        print(json.dumps(records.strict(found), indent=2))
+        return
     # Beside a run that is training, too: the numbers name their step, and that run makes them again.
     metrics = stages[arguments.stage](arguments.config, arguments.workdir)
     if processes.is_first():

@@ -6,8 +6,10 @@ from tif_jax.commands import _arguments
 from tif_jax.commands._reducers import reducer_in
 from tif_jax.errors import InputError
 from tif_jax.export import FORMATS
+from tif_jax.export.ladder import write_ladder
 from tif_jax.models import MODEL_FIELDS
 from tif_jax.runtime import files
+from tif_jax.weights.ladder import load_ladder
 from tif_jax.weights.loading import load
 
 # What `load` takes beside the reducer's options: those of the model are its fields.
@@ -23,6 +25,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--reducer", metavar="NAME[:OPTION=VALUE...]", help="another than the model's own, as in tome:num_merged=8"
     )
+    parser.add_argument("--ladder", metavar="FILE", help="of `tif ladder`: several models, and when the next is asked")
     parser.add_argument(
         "--dtype", default="float32", help="to compute in: float32 (default) or, as StableHLO, bfloat16"
     )
@@ -35,8 +38,16 @@ def main(argv: list[str]) -> None:
     if taken := sorted(options.keys() & _OF_LOAD):
         raise InputError(f"--reducer is {arguments.reducer!r}; {taken[0]} is no option of a reducer")
     weights = arguments.weights if arguments.workdir is None else arguments.workdir
+    to_form = FORMATS[arguments.to]
+    if arguments.ladder is not None:
+        if named:
+            raise InputError("--ladder and --reducer are given; a ladder says its reducers itself")
+        adaptive = load_ladder(weights, arguments.ladder, dtype=arguments.dtype)
+        rungs = write_ladder(adaptive, output, arguments.to, to_form)["ladder"]
+        print(f"{output}: a ladder of {', '.join(format(rung['gmac'], '.3g') for rung in rungs)} GMAC")
+        return
     model = load(weights, dtype=arguments.dtype, **named, **options)
-    manifest = FORMATS[arguments.to](model, output)
+    manifest = to_form(model, output)
     print(f"{output / manifest['model']}: {manifest['reducer']['name']}, {manifest['cost']['gmac']:.3g} GMAC")
 
 

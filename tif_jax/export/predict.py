@@ -36,9 +36,11 @@ def prepared(path, image_size, crop_fraction, mean, std, interpolation):
     return ((np.asarray(image, np.float32) / 255 - np.float32(mean)) / np.float32(std)).astype(np.float32)
 
 
-def loaded(manifest):
+def loaded(manifest, folder=FOLDER):
     """A function from images (B, Y, X, 3) to the main output: (B, classes), (B, Y, X) metres or (B, Y, X, classes)."""
-    file, name = FOLDER / manifest["model"], manifest["outputs"][0]["name"]
+    if "ladder" in manifest:
+        return climbing(manifest["ladder"], folder)
+    file, name = folder / manifest["model"], manifest["outputs"][0]["name"]
     if manifest["format"] == "stablehlo":
         from jax import export
 
@@ -52,9 +54,33 @@ def loaded(manifest):
     import timm
     import torch
 
-    model = timm.create_model(f"local-dir:{FOLDER}", pretrained=True).eval()
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     with torch.inference_mode():
         return lambda images: model(torch.from_numpy(images).permute(0, 3, 1, 2)).detach().numpy()
+
+
+def climbing(ladder, folder):
+    """The same of several models, the cheapest first: an image goes on to the next until one is as sure as it has to be."""
+    folders = [folder / rung["folder"] for rung in ladder]
+    calls = [loaded(json.loads((one / "manifest.json").read_text(encoding="utf-8")), one) for one in folders]
+
+    def call(images):
+        logits = np.array(calls[0](images))
+        left = np.arange(len(images))
+        for rung, following in zip(ladder[:-1], calls[1:], strict=True):
+            left = left[~(log_odds(logits[left]) >= rung["least_log_odds"])]
+            if len(left):
+                logits[left] = following(images[left])
+        return logits
+
+    return call
+
+
+def log_odds(logits):
+    """Of the likeliest class, log p / (1 - p); not a number where a logit is none, which is sure of nothing."""
+    ordered = np.sort(logits.astype(np.float64), axis=-1)
+    others = np.exp(ordered[..., :-1] - ordered[..., -1:])
+    return -np.log(others.sum(axis=-1))
 
 
 def classes(logits, names):
