@@ -2,6 +2,7 @@
 
 import os
 import statistics
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -33,6 +34,27 @@ def plain_forward(model: Model, images: Float[np.ndarray, "B Y X 3"]) -> Callabl
         return jax.block_until_ready(program(params, given))
 
     return forward
+
+
+Run = Callable[[], int]  # does some work and returns how much
+
+
+def in_torch(python: str, model: str) -> Callable[[str, int], Run]:
+    """What `_torch_worker` does with timm's model of that name in a process of its own, idle while nothing is asked of it."""
+    command = [python, str(Path(__file__).with_name("_torch_worker.py")), model]
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert worker.stdin is not None and worker.stdout is not None
+    pipe_in, pipe_out = worker.stdin, worker.stdout
+
+    def asked(what: str, number: int) -> Run:
+        def run() -> int:
+            pipe_in.write(f"{what} {number}\n")
+            pipe_in.flush()
+            return int(pipe_out.readline())
+
+        return run
+
+    return asked
 
 
 def median_and_range(values: Sequence[float], digits: int = 1) -> str:

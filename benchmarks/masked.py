@@ -12,16 +12,14 @@ process of its own, idle out of its turn.
 import argparse
 import math
 import statistics
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
 
-from benchmarks._common import median_and_range, plain_forward, random_images
+from benchmarks._common import Run, in_torch, median_and_range, plain_forward, random_images
 from tif_jax import create_model, token_impact
 from tif_jax.__main__ import use_all_cores
 from tif_jax.impact.scoring import Scorer
@@ -32,8 +30,6 @@ PLAIN_BATCHES = {"cpu": (8, 16, 32, 64), "gpu": (64, 256, 1024), "tpu": (64, 256
 CHUNKS = {"cpu": (7, 14, 28), "gpu": (196, 392, 784, 1568), "tpu": (196, 392, 784, 1568)}
 CAPTUM_CHUNKS = (8, 16, 32)
 SECONDS_PER_TURN = 4.0
-
-Run = Callable[[], int]  # runs some forward passes and returns how many
 
 
 def main() -> None:
@@ -52,9 +48,10 @@ def main() -> None:
         for chunk in CHUNKS[jax.default_backend()]:
             rows[f"exact, {mask}, chunk {chunk}"] = exact(model, mask, chunk)
     rows["token_impact"] = from_python(model, estimator="exact")
-    for number in CAPTUM_CHUNKS if arguments.captum else ():
-        name = f"captum FeatureAblation, perturbations_per_eval={number}"
-        rows[name] = captum(arguments.captum, arguments.model, number)
+    if arguments.captum:
+        theirs = in_torch(arguments.captum, arguments.model)
+        for number in CAPTUM_CHUNKS:
+            rows[f"captum FeatureAblation, perturbations_per_eval={number}"] = theirs("ablate", number)
     for run in rows.values():
         run()
     turns = {name: partial(rate, run, SECONDS_PER_TURN) for name, run in rows.items()}
@@ -110,21 +107,6 @@ def seconds_of(run: Run) -> float:
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
-
-
-def captum(python: str, model: str, perturbations: int) -> Run:
-    """One image of masked forward passes in the other process, at each call."""
-    command = [python, str(Path(__file__).with_name("_captum_worker.py")), model, str(perturbations)]
-    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert worker.stdin is not None and worker.stdout is not None
-    pipe_in, pipe_out = worker.stdin, worker.stdout
-
-    def run() -> int:
-        pipe_in.write("go\n")
-        pipe_in.flush()
-        return int(pipe_out.readline())
-
-    return run
 
 
 if __name__ == "__main__":

@@ -120,13 +120,14 @@ def by_hand(model: Model, batch: dict[str, np.ndarray]) -> Variant:
     return Variant(compiled, dispatch, loop)
 
 
-def ours(model: Model, batch: dict[str, np.ndarray]) -> Variant:
+def ours(model: Model, batch: dict[str, np.ndarray], accumulate: int = 1) -> Variant:
     params = jax.device_get(params_of(model))
     optimizer = optim.adamw(10**6, learning_rate=1e-5, weight_decay=0.05, clip_norm=1.0)
     trainable = optim.match((), params, True)
-    mesh = make_mesh(1)
+    mesh = make_mesh(len(batch["index"]))
     where = shardings(jax.eval_shape(lambda: init_state(params, optimizer, trainable)), mesh)
-    step = make_step(model, losses.classification, optimizer, trainable, seed=0, stochastic=True, where=where)
+    options = dict(seed=0, stochastic=True, where=where, accumulate=accumulate)
+    step = make_step(model, losses.classification, optimizer, trainable, **options)
     held = [jax.jit(lambda p: init_state(p, optimizer, trainable), out_shardings=where)(params)]
     on_device = shard(batch, mesh)
     compiled = step.func.lower(*step.args, held[0], on_device).compile()

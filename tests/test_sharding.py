@@ -3,14 +3,17 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import mostly_long, numpy_model
+from flax import nnx
 from jax.sharding import AxisType, Mesh, PartitionSpec
 from steps import step_and_state
 
 from tif_jax.errors import InputError
 from tif_jax.models.params import params_of
+from tif_jax.models.vit_blocks import keeping_products
 from tif_jax.runtime.mesh import make_mesh, shard
 from tif_jax.training import losses, optim
 from tif_jax.training.checkpoints import Checkpoints
@@ -120,6 +123,20 @@ def test_rematerialisation_keeps_less():
         program = step.func.lower(*step.args, fresh(), shard(batch(0), mesh_of(8)))
         barriers.append(program.as_text().count("optimization_barrier"))
     assert barriers[0] == 0 < barriers[1]
+
+
+def test_blocks_that_keep_products_alone_have_the_same_gradient():
+    model, images = numpy_model(TINY), jnp.asarray(batch(0)["image"])
+    found = []
+    for one in (model, keeping_products(model)):
+        graphdef, params = nnx.split(one)
+        loss = lambda params, graphdef=graphdef: (nnx.merge(graphdef, params)(images)[0] ** 2).sum()  # noqa: E731
+        found.append(jax.grad(loss)(params))
+        has_any = "DotsSaveable" in str(jax.make_jaxpr(jax.grad(loss))(params))
+        assert has_any == (one is not model)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *found)
+    step, fresh = training(mesh_of(1))  # this is a CPU
+    assert "DotsSaveable" in str(jax.make_jaxpr(step.func)(*step.args, fresh(), shard(batch(0), mesh_of(1))))
 
 
 @pytest.mark.parametrize("to", [(4, 2), pytest.param((1, 1), marks=pytest.mark.long)])

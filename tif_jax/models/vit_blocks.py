@@ -243,6 +243,7 @@ class Block(nnx.Module):
         self.layer_scale = layer_scale
         self.drop_path = drop_path
         self.remat = remat
+        self.keeps_products = False  # of what remat does not leave out: see `keeping_products`
 
     def attend(
         self,
@@ -312,8 +313,12 @@ class Block(nnx.Module):
         return x[:, :number] + drop_path(self._kept(branch)(*given), self.drop_path, rngs), self._kept(compared)(*given)
 
     def _kept(self, branch):
-        """The branch, of whose inside a gradient keeps nothing if `remat`."""
-        return jax.checkpoint(branch) if self.remat else branch
+        """The branch, of whose inside a gradient keeps nothing if `remat`, and perhaps matrix products alone."""
+        if self.remat:
+            return jax.checkpoint(branch)
+        if self.keeps_products:
+            return jax.checkpoint(branch, policy=jax.checkpoint_policies.dots_saveable, prevent_cse=False)
+        return branch
 
     def scale_attention(self, y: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """LayerScale of the attention branch, where there is one."""
@@ -337,6 +342,19 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], QueryKey]:
         x, qk = self.attend(x, tokens, key_log_weight, rngs)
         return self.feed_forward(x, rngs), qk  # type: ignore[return-value]  # nothing is given: there are some
+
+
+def keeping_products(model: nnx.Module) -> nnx.Module:
+    """A copy for whose gradient blocks keep matrix products alone and compute softmax, GELU and norms again.
+
+    On a CPU it takes longer to write these down and read them than to compute them: a training step is a tenth faster
+    (docs/log/training.md).
+    """
+    model = nnx.merge(*nnx.split(model))
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, Block):
+            module.keeps_products = True
+    return model
 
 
 def _scale(y: Float[Array, "... D"], scale: Float[Array, " D"]) -> Float[Array, "... D"]:
