@@ -9,8 +9,20 @@ from small_project import forget_handlers, last_line
 
 from tif_jax import cost, create_model
 from tif_jax.__main__ import main
+from tif_jax.commands import _estimate_here, estimate
 from tif_jax.experiment import config as config_file
-from tif_jax.experiment.estimate import PEAK, Work, abstract, scoring, shard_bytes, stages, units
+from tif_jax.experiment.estimate import (
+    FORWARD,
+    GRADIENT,
+    PEAK,
+    TRAINED,
+    Work,
+    abstract,
+    scoring,
+    shard_bytes,
+    stages,
+    units,
+)
 from tif_jax.experiment.reducer_entry import ReducerEntry
 from tif_jax.impact.oracle import check_options, shared_scores
 from tif_jax.models.cost import multiply_adds
@@ -92,8 +104,12 @@ def test_units_are_what_the_oracle_multiplies(options):
 
 def test_seconds_and_bytes():
     work = Work("one", 1, 1e12, "bfloat16")
-    assert work.seconds(PEAK["v5e"], 0.5, 4) == pytest.approx(2e12 / (197e12 * 0.5 * 4))
-    assert work._replace(dtype="float32").seconds(PEAK["v5e"], 0.5, 4) == pytest.approx(6 * 2e12 / (197e12 * 0.5 * 4))
+    shares = {FORWARD: 0.5, TRAINED: 0.25}
+    assert work.seconds(PEAK["v5e"], shares, 4) == pytest.approx(2e12 / (197e12 * 0.5 * 4))
+    assert work._replace(dtype="float32").seconds(PEAK["v5e"], shares, 4) == pytest.approx(
+        6 * 2e12 / (197e12 * 0.5 * 4)
+    )
+    assert work._replace(kind=TRAINED).seconds(PEAK["v5e"], shares, 4) == 2 * work.seconds(PEAK["v5e"], shares, 4)
     model = abstract(TINY, ReducerEntry("full", {}))
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params_of(model)))
     assert scoring("s", model, 10, "exact", 0, "bfloat16").dtype == "float32"  # differences of losses are small
@@ -121,6 +137,30 @@ def test_the_table(capsys):
     assert run(f"{LINE} --cores 1 --decode 10") == 0
     rows = {line.split("  ")[0]: line.split() for line in capsys.readouterr().out.splitlines()[2:]}
     assert rows["finetune"][4] == "10.0"  # images/s: the core decides
+
+
+@pytest.mark.parametrize("name", ["classification", "levit", "depth"])
+def test_here_each_kind_of_work_is_measured(experiment, monkeypatch, name):
+    monkeypatch.setattr(_estimate_here, "_SECONDS", 0.01)
+    fields = {
+        "classification": TINY,
+        "levit": dict(
+            family="levit", image_size=64, widths=(16, 24), depths=(2, 1), num_heads=(2, 3), key_dim=8, num_classes=3
+        ),
+        "depth": {**TINY, "num_classes": 0, "task": "depth", "depth": 4},
+    }[name]
+    found = _estimate_here.reached(fields, experiment)
+    assert {*found} == {FORWARD, GRADIENT, TRAINED} and all(1e5 < flops < 1e14 for flops in found.values())
+
+
+def test_the_table_of_here(capsys, monkeypatch):
+    monkeypatch.setattr(estimate, "reached", lambda *_: {FORWARD: 4e9, GRADIENT: 2e9, TRAINED: 1e9})
+    assert run("--config digits --num-images 1000,200 --device here") == 0
+    printed = capsys.readouterr().out
+    assert "1 x here, as fast as was measured" in printed
+    rows = {line.split("  ")[0]: line.split() for line in printed.splitlines()[2:]}
+    for name, flops in (("evaluate", 4e9), ("score", 2e9), ("finetune", 1e9)):
+        assert float(rows[name][3]) == pytest.approx(1e15 * float(rows[name][2]) / flops / 3600, rel=0.01)
 
 
 @pytest.mark.parametrize(

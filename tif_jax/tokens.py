@@ -169,10 +169,11 @@ def put(
 
 
 def keep(
-    x: Float[Array, "B T D"], tokens: Tokens, scores: Float[Array, "B N"], keep_ratio: float
+    x: Float[Array, "B T D"], tokens: Tokens, scores: Float[Array, "B N"], keep_ratio: float, round_to: int = 1
 ) -> tuple[Float[Array, "B S D"], Tokens]:
-    """`keep_rows` of the round(keep_ratio * N) patches with the highest scores."""
-    return keep_rows(x, tokens, top_k(scores, num_kept(keep_ratio, scores.shape[1])))
+    """`keep_rows` of the `num_kept` patches with the highest scores; round_to counts the special tokens, too."""
+    number = num_kept(keep_ratio, scores.shape[1], num_special=tokens.num_special, round_to=round_to)
+    return keep_rows(x, tokens, top_k(scores, number))
 
 
 def keep_rows(
@@ -193,15 +194,21 @@ def follow(source: Int[Array, "B P"], rows: Int[Array, "B N"]) -> Int[Array, "B 
     return jnp.where(source < 0, source, take(rows, jnp.maximum(source, 0)))
 
 
-def check_keep_ratio(keep_ratio: float) -> None:
-    """Raises InputError unless keep_ratio is a fraction in (0, 1]."""
+def check_keep_ratio(keep_ratio: float, round_to: int = 1) -> None:
+    """Raises InputError unless keep_ratio is a fraction in (0, 1] and round_to a number of tokens."""
     if not 0 < keep_ratio <= 1:
         raise InputError(f"keep_ratio is {keep_ratio}; it is the fraction of patch tokens kept, in (0, 1]")
+    if round_to < 1:
+        raise InputError(f"round_to is {round_to}; tokens are kept up to a multiple of it, 1 or more")
 
 
-def num_kept(keep_ratio: float, num_patches: int) -> int:
-    """How many of num_patches tokens a keep_ratio in (0, 1] leaves."""
-    return max(1, round(keep_ratio * num_patches))
+def num_kept(keep_ratio: float, num_patches: int, num_special: int = 0, round_to: int = 1) -> int:
+    """How many of num_patches tokens a keep_ratio in (0, 1] leaves.
+
+    round_to: so many more that with the special tokens they are a multiple of it, or all.
+    """
+    number = max(1, round(keep_ratio * num_patches)) + num_special
+    return min(num_patches, -(-number // round_to) * round_to - num_special)
 
 
 def attention_logits(

@@ -1,33 +1,37 @@
 """What a config would cost on devices that you do not have yet: multiply-adds, hours, dollars, cores that decode, storage."""
 
 import argparse
-import logging
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-
 from tif_jax import data
 from tif_jax.commands import _arguments
+from tif_jax.commands._estimate_here import reached
 from tif_jax.commands._tables import Column, aligned, fixed
 from tif_jax.errors import InputError
 from tif_jax.experiment import config as config_file
-from tif_jax.experiment.estimate import PEAK, SETS, Work, abstract, scoring, shard_bytes, stages
+from tif_jax.experiment.estimate import (
+    FORWARD,
+    GRADIENT,
+    PEAK,
+    SETS,
+    TRAINED,
+    Kind,
+    Work,
+    abstract,
+    scoring,
+    shard_bytes,
+    stages,
+)
 from tif_jax.experiment.reducer_entry import ReducerEntry
 from tif_jax.experiment.schema import Experiment
 from tif_jax.experiment.stages import before_backbone
-from tif_jax.models import ViT, create_model, model_fields
-from tif_jax.models.compiled import compile_forward, random_images
+from tif_jax.models import ViT, model_fields
 from tif_jax.models.cost import cost
-from tif_jax.runtime import timing
-from tif_jax.runtime.mesh import make_mesh
-
-logger = logging.getLogger(__name__)
 
 _HERE = "here"
 _ESTIMATORS = (("exact", "exact", 0), ("gradient", "gradient", 0), ("sampled, 16 masks", "sampled", 16))
-_BATCH_SIZE, _SECONDS = 32, 3.0  # of a measurement here
 
 
 def main(argv: list[str]) -> None:
@@ -37,8 +41,8 @@ def main(argv: list[str]) -> None:
     fields = _fields(experiment, arguments.model)
     num_images, num_test = _numbers(experiment, arguments.num_images)
     full = abstract(fields, ReducerEntry("full", {}))
-    peak, utilisation = _peak(arguments, fields)
-    of_peak = "as fast as forward passes" if arguments.device == _HERE else f"{utilisation:.0%} of the peak"
+    peak, utilisation = _peak(arguments, fields, experiment)
+    of_peak = "as fast as was measured" if arguments.device == _HERE else f"{arguments.utilisation:.0%} of the peak"
     how = f"{arguments.count} x {arguments.device}, {of_peak}"
     print(f"{arguments.config}: {num_images} training images, {num_test} for the test, one reducer, one seed; {how}")
     price = _Price(peak, utilisation, arguments)
@@ -110,29 +114,22 @@ def _numbers(experiment: Experiment, said: str | None) -> tuple[int, int]:
         raise InputError(f"{error}; or give --num-images TRAINING,TEST") from None
 
 
-def _peak(arguments: argparse.Namespace, fields: dict[str, Any]) -> tuple[tuple[float, float], float]:
-    """(bfloat16, float32) FLOP/s, and the share of it. Here: what forward passes reach in float32, for both."""
+def _peak(
+    arguments: argparse.Namespace, fields: dict[str, Any], experiment: Experiment
+) -> tuple[tuple[float, float], dict[Kind, float]]:
+    """(bfloat16, float32) FLOP/s, and the share of it by kind of work. Here: what is reached in float32, for both."""
+    kinds = (FORWARD, GRADIENT, TRAINED)
     if arguments.device != _HERE:
-        return PEAK[arguments.device], arguments.utilisation
-    model, mesh = create_model({**fields, "dtype": "float32"}), make_mesh(_BATCH_SIZE, this_process_only=True)
-    program, given = compile_forward(model, random_images(model, _BATCH_SIZE), mesh)
-
-    def once() -> int:
-        jax.block_until_ready(program(*given))
-        return _BATCH_SIZE
-
-    once()
-    rate = timing.rate(once, _SECONDS)
-    logger.info("here: %.1f predictions/s with all tokens, batches of %d", rate, _BATCH_SIZE)
-    reached = 2e9 * cost(model).gmac * rate
-    return (reached, reached), 1.0
+        return PEAK[arguments.device], dict.fromkeys(kinds, arguments.utilisation)
+    found = reached(fields, experiment)
+    return (found[FORWARD], found[FORWARD]), {kind: found[kind] / found[FORWARD] for kind in kinds}
 
 
 class _Price(NamedTuple):
     """What work comes to on the devices asked for."""
 
     peak: tuple[float, float]
-    utilisation: float
+    utilisation: dict[Kind, float]
     arguments: argparse.Namespace
 
     def row(self, work: Work) -> dict[str, Any]:

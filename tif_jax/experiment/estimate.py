@@ -10,7 +10,7 @@ The unit is the multiply-add of one prediction with all tokens, F, or with the r
     evaluate    F and R for each test image; the oracles of those held out for a filter's ranking are not counted
 
 A forward pass and one back to activations are counted as two, to weights as one more. Seconds are 2 x multiply-adds / (peak x
-utilisation x devices); what share of the peak is reached is said by who asks.
+utilisation x devices); what share of the peak is reached, by kind of work, is said by who asks.
 
 Legend: N patch tokens.
 """
@@ -36,7 +36,16 @@ PEAK = {
 }  # fmt: skip
 SETS = {"ImageNet-1k": 1_281_167, "ImageNet-21k": 14_197_122, "a billion images": 1_000_000_000}
 BYTES_OF_AN_IMAGE = 120  # of a row of the shards beside its impacts
-_GRADIENT, _TRAINED = 2, 3  # passes
+
+
+class Kind(NamedTuple):
+    """Of work."""
+
+    name: str
+    passes: int  # forward ones that it counts for
+
+
+FORWARD, GRADIENT, TRAINED = Kind("forward passes", 1), Kind("gradients", 2), Kind("training steps", 3)
 
 
 class Work(NamedTuple):
@@ -46,15 +55,18 @@ class Work(NamedTuple):
     images: float  # that go through the network, all epochs together
     macs: float  # multiply-adds of all of them
     dtype: str
+    kind: Kind = FORWARD
 
-    def seconds(self, peak: tuple[float, float], utilisation: float, count: int) -> float:
-        """On `count` devices of a peak (bfloat16, float32) in FLOP/s."""
-        return 2 * self.macs / (peak[self.dtype == "float32"] * utilisation * count)
+    def seconds(self, peak: tuple[float, float], utilisation: Mapping[Kind, float], count: int) -> float:
+        """On `count` devices of a peak (bfloat16, float32) in FLOP/s, of which each kind of work reaches a share."""
+        return 2 * self.macs / (peak[self.dtype == "float32"] * utilisation[self.kind] * count)
 
 
 def units(estimator: str, num_patches: int, num_samples: int) -> int:
     """Multiply-adds of scoring one image, in those of one prediction."""
-    return {"exact": num_patches + 1, "sampled": 1 + _GRADIENT * num_samples, "gradient": _GRADIENT}[estimator]
+    return {"exact": num_patches + 1, "sampled": 1 + GRADIENT.passes * num_samples, "gradient": GRADIENT.passes}[
+        estimator
+    ]
 
 
 def stages(experiment: Experiment, fields: Mapping[str, Any], num_images: int, num_test: int) -> list[Work]:
@@ -68,7 +80,7 @@ def stages(experiment: Experiment, fields: Mapping[str, Any], num_images: int, n
     entry, dtype, found = experiment.reducer, experiment.dtype, []
     if experiment.backbone.is_trained:
         images = experiment.backbone.num_epochs * num_images
-        found.append(Work("backbone", images, images * _TRAINED * whole, dtype))
+        found.append(Work("backbone", images, images * TRAINED.passes * whole, dtype, TRAINED))
     if entry.name in ("tif", "prior"):
         recipe = experiment.score
         work = scoring("score", full, scored, recipe.estimator, recipe.num_samples)
@@ -77,13 +89,13 @@ def stages(experiment: Experiment, fields: Mapping[str, Any], num_images: int, n
         images = experiment.filter.num_epochs * scored
         plain = plain_vit(full, "a token filter")
         embedding, filter_ = _embedding(plain), _filter(plain)
-        found.append(Work("filter", images, images * (embedding + _TRAINED * filter_), dtype))
+        found.append(Work("filter", images, images * (embedding + TRAINED.passes * filter_), dtype))
     if entry.has_adapter:
         images = experiment.adapter.num_epochs * num_images
-        found.append(Work("adapter", images, images * (whole + _GRADIENT * own), dtype))
+        found.append(Work("adapter", images, images * (whole + GRADIENT.passes * own), dtype, GRADIENT))
     images = experiment.finetune.num_epochs * num_images
     teacher = whole if experiment.finetune.distillation.kind else 0
-    found.append(Work("finetune", images, images * (_TRAINED * own + teacher), dtype))
+    found.append(Work("finetune", images, images * (TRAINED.passes * own + teacher), dtype, TRAINED))
     found.append(Work("evaluate", num_test, num_test * (whole + own), dtype))
     return found
 
@@ -94,7 +106,9 @@ def scoring(
     """Of so many images. `exact` is computed in float32, as where `score.dtype` is '': differences of losses are small."""
     passes = units(estimator, math.prod(model.grid), num_samples)
     macs = 1e9 * cost(model).gmac * passes * num_images
-    return Work(name, num_images, macs, "float32" if estimator == "exact" else dtype)
+    if estimator == "exact":
+        return Work(name, num_images, macs, "float32")
+    return Work(name, num_images, macs, dtype, GRADIENT)
 
 
 def shard_bytes(model: Model, num_images: int) -> int:

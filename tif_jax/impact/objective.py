@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Num
 from tif_jax import dense_losses
 from tif_jax.errors import InputError
 from tif_jax.layers import at_least_float32, widened
-from tif_jax.models import ViT
+from tif_jax.models import Model, ViT
 from tif_jax.tasks import CLASSIFICATION, DEPTH
 
 TARGETS = ("label", "teacher")
@@ -109,12 +109,12 @@ def _per_image(loss: Loss) -> Loss:
     return checked
 
 
-def label_key(model: ViT) -> str:
+def label_key(model: Model) -> str:
     """The entry of a batch that the task's own loss reads."""
     return "label" if model.task == CLASSIFICATION.name else "label_map"
 
 
-def label_shape(model: ViT, num_images: int) -> jax.ShapeDtypeStruct:
+def label_shape(model: Model, num_images: int) -> jax.ShapeDtypeStruct:
     """Of that entry."""
     if model.task == CLASSIFICATION.name:
         return jax.ShapeDtypeStruct((num_images,), jnp.int32)

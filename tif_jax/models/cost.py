@@ -19,6 +19,13 @@ class Cost(NamedTuple):
     parameters: int  # all of them, the reducer's included; running statistics are none
     tokens: tuple[int, ...]  # tokens that leave each block, special tokens included
 
+    def padding(self, multiple: int) -> float:
+        """Rows that are computed for nothing, as a share of the tokens, where arrays have rows in multiples of so many.
+
+        XLA lays out the last two axes in tiles: on TPUs of 8 rows in float32, of 16 in bfloat16.
+        """
+        return sum(-number % multiple for number in self.tokens) / sum(self.tokens)
+
 
 def cost(model: Any, image_size: int | tuple[int, int] | None = None) -> Cost:
     """Cost of one prediction for one image, without work that the prediction does not depend on or that repeats other work.

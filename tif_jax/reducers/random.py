@@ -16,7 +16,7 @@ from tif_jax.tokens import check_keep_ratio, image_keys, keep, split
 
 @dataclass(frozen=True)
 class Random:
-    """Keeps round(keep_ratio * N) patches drawn uniformly.
+    """Keeps round(keep_ratio * N) patches drawn uniformly; round_to as of tif.
 
     Without `rngs` the draw depends on draw_seed and the image alone, so that a result can be repeated; with `rngs`
     (training) it is fresh at every step.
@@ -24,15 +24,16 @@ class Random:
 
     keep_ratio: float = 0.5
     draw_seed: int = 0
+    round_to: int = 1
 
     def __post_init__(self):
-        check_keep_ratio(self.keep_ratio)
+        check_keep_ratio(self.keep_ratio, self.round_to)
 
     def __call__(self, blocks, x, tokens, rngs=None):
         patches = split(x, tokens.num_special)[1]
         keys = draw_keys(self.draw_seed, patches, rngs)
         scores = jax.vmap(lambda key: jax.random.uniform(key, patches.shape[1:2]))(keys)
-        x, tokens = keep(x, tokens, scores, self.keep_ratio)
+        x, tokens = keep(x, tokens, scores, self.keep_ratio, self.round_to)
         x, aux = Full()(blocks, x, tokens, rngs)
         return x, {**aux, "kept": tokens.index, "source": tokens.source}
 

@@ -92,6 +92,8 @@ class Tif(nnx.Module):
     The selection passes no gradient: the filter learns from impact (`losses.impact`), not from the task.
     adapter: hidden width of an `Adapter`, whose residual is added to the tokens that stay; 0: none. It learns to make the
     frozen network say with these tokens what it says with all (`losses.divergence`), before fine-tuning.
+    round_to: a few more are kept, so that with the special tokens they are a multiple of it (or all): devices whose arrays
+    have rows in such multiples compute these rows anyway (`cost.Cost.padding`).
     then: the reducer that the patches left go through, as in dict(name="evo_vit", keep_ratio=0.5); None: all of them go
     through every block. Its parameters are under `reducer/then/`.
     """
@@ -101,13 +103,14 @@ class Tif(nnx.Module):
         keep_ratio: float = 0.5,
         then: dict | None = None,
         adapter: int = 0,
+        round_to: int = 1,
         *,
         width: int,
         build: Callable[..., Any],
         rngs: nnx.Rngs,
     ):
-        check_keep_ratio(keep_ratio)
-        self.keep_ratio = keep_ratio
+        check_keep_ratio(keep_ratio, round_to)
+        self.keep_ratio, self.round_to = keep_ratio, round_to
         self.then = Full() if then is None else build(**then)
         self.filter = TokenFilter(width, rngs=rngs)
         self.adapter = Adapter(width, adapter, rngs=rngs) if adapter else None
@@ -116,7 +119,7 @@ class Tif(nnx.Module):
         """x and tokens as they go into the first block, and the filter's logits (B, N)."""
         patches = split(x, tokens.num_special)[1]
         logits = self.filter(patches)
-        number = num_kept(self.keep_ratio, patches.shape[1])
+        number = num_kept(self.keep_ratio, patches.shape[1], tokens.num_special, self.round_to)
         if number < patches.shape[1]:
             kept = top_k(logits, number)
             x, tokens = keep_rows(x, tokens, kept)
