@@ -28,6 +28,7 @@ ROWS = [
     ("dynamic_vit", dict(keep_ratio=0.7)),
     *[("bat", dict(keep_ratio=ratio)) for ratio in (0.7, 0.5)],
     *[("tome", dict(num_merged=number)) for number in (8, 13)],
+    *[(name, dict(num_merged=number)) for name in ("mctf", "importance_merge") for number in (8, 13)],
     *[(name, dict(keep_ratio=ratio)) for name in ("expediting", "ailurus") for ratio in (0.43, 0.2)],
 ]
 
