@@ -68,7 +68,7 @@ def rows_of(model: Model, theirs) -> dict[tuple[str, str, str], Run]:
 
 def trained(model: Model, batch_size: int, parts: int) -> Run:
     """One step, as `tif train` takes it with accumulate=parts."""
-    loop = own_step(model, random_batch(model, batch_size), parts).loop
+    loop = own_step(model, random_batch(model, batch_size), batch_size // parts, parts).loop
 
     def run() -> int:
         loop(1)

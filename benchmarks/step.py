@@ -120,11 +120,11 @@ def by_hand(model: Model, batch: dict[str, np.ndarray]) -> Variant:
     return Variant(compiled, dispatch, loop)
 
 
-def ours(model: Model, batch: dict[str, np.ndarray], accumulate: int = 1) -> Variant:
+def ours(model: Model, batch: dict[str, np.ndarray], num_devices: int = 1, accumulate: int = 1) -> Variant:
     params = jax.device_get(params_of(model))
     optimizer = optim.adamw(10**6, learning_rate=1e-5, weight_decay=0.05, clip_norm=1.0)
     trainable = optim.match((), params, True)
-    mesh = make_mesh(len(batch["index"]))
+    mesh = make_mesh(num_devices)
     where = shardings(jax.eval_shape(lambda: init_state(params, optimizer, trainable)), mesh)
     options = dict(seed=0, stochastic=True, where=where, accumulate=accumulate)
     step = make_step(model, losses.classification, optimizer, trainable, **options)

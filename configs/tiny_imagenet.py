@@ -32,7 +32,7 @@ AT_ONE_SPEED = (
 
 def get_config(arg: str = "") -> ConfigDict:
     if arg not in ("", "budget", "speed"):
-        raise ValueError(f"unknown variant {arg!r}; this file takes none, or budget or speed after a colon")
+        raise ValueError(f"unknown variant {arg!r}; this file takes none, or one of budget, speed after a colon")
     config = _config()
     if arg == "budget":
         then = dict(name="tome", num_merged=8)

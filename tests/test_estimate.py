@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from cases import mostly_long
 from small_project import forget_handlers, last_line
 
 from tif_jax import cost, create_model
@@ -139,18 +140,22 @@ def test_the_table(capsys):
     assert rows["finetune"][4] == "10.0"  # images/s: the core decides
 
 
-@pytest.mark.parametrize("name", ["classification", "levit", "depth"])
-def test_here_each_kind_of_work_is_measured(experiment, monkeypatch, name):
-    monkeypatch.setattr(_estimate_here, "_SECONDS", 0.01)
-    fields = {
-        "classification": TINY,
-        "levit": dict(
-            family="levit", image_size=64, widths=(16, 24), depths=(2, 1), num_heads=(2, 3), key_dim=8, num_classes=3
-        ),
-        "depth": {**TINY, "num_classes": 0, "task": "depth", "depth": 4},
-    }[name]
-    found = _estimate_here.reached(fields, experiment)
-    assert {*found} == {FORWARD, GRADIENT, TRAINED} and all(1e5 < flops < 1e14 for flops in found.values())
+@pytest.mark.parametrize(
+    ("name", "batch_size", "accumulate"),
+    [*mostly_long([("classification", 8, 4), ("levit", 16, 1), ("depth", 256, 2)])],
+)
+def test_here_each_kind_of_work_is_measured(experiment, monkeypatch, name, batch_size, accumulate):
+    told = []  # images of a call
+    monkeypatch.setattr(_estimate_here.timing, "rate", lambda run, seconds, least=2: (told.append(run()), 10.0)[1])
+    levit = dict(family="levit", image_size=64, widths=(16, 24), depths=(2, 1), num_heads=(2, 3), key_dim=8)
+    depth = {**TINY, "num_classes": 0, "task": "depth", "depth": 4}
+    fields = {"classification": TINY, "levit": {**levit, "num_classes": 3}, "depth": depth}[name]
+    finetune = dataclasses.replace(experiment.finetune, batch_size=batch_size, accumulate=accumulate)
+    found = _estimate_here.reached(fields, dataclasses.replace(experiment, finetune=finetune))
+    flops = 2e9 * cost(create_model(fields)).gmac
+    gradient = 3 if name == "levit" else 1 + 2 * 4
+    assert found == pytest.approx({FORWARD: 10 * flops, TRAINED: 10 * 3 * flops, GRADIENT: 10 * gradient * flops})
+    assert told[:2] == [32, min(64, batch_size)]
 
 
 def test_the_table_of_here(capsys, monkeypatch):

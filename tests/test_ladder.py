@@ -130,6 +130,11 @@ def test_files_that_are_no_ladder(photos):
         with pytest.raises(InputError, match="no ladder as `tif ladder` writes it"):
             load_ladder("w.safetensors", "bad.json")
     backbone = backbone_digest(params_of(load("w.safetensors")))
+    unsure = {"rungs": [0, 1], "thresholds": ["nan", "-inf"]}
+    random = [{"name": "random", "keep_ratio": 0.5}]
+    Path("bad.json").write_text(json.dumps({"ladder": random, "route": unsure, "backbone": backbone, "learned": [""]}))
+    with pytest.raises(InputError, match="they are log-odds"):
+        load_ladder("w.safetensors", "bad.json")
     learned = {**good, "backbone": backbone, "ladder": [{"name": "norm", "keep_ratio": 0.5}], "learned": ["x"]}
     Path("bad.json").write_text(json.dumps(learned))
     with pytest.raises(InputError, match="learned something else"):

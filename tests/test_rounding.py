@@ -6,6 +6,8 @@ import pytest
 from cases import call, lively, numpy_images
 
 from tif_jax import InputError, cost, create_model
+from tif_jax.experiment import config as config_file
+from tif_jax.experiment import stages
 from tif_jax.models.cost import Cost
 from tif_jax.tokens import num_kept
 
@@ -62,6 +64,12 @@ def test_a_budget_is_kept_with_rounded_numbers():
     assert cost(model).gmac <= budget and cost(model).tokens[0] % 4 == 0
     kept = model(jnp.asarray(numpy_images(1, (32, 32))))[1]["kept"]
     assert kept.shape == (1, 11)  # the next multiple is more than 90 %
+
+
+def test_a_filter_is_fitted_once_for_all_roundings():
+    plain, rounded = (config_file.load("digits", flags) for flags in ([], ["--config.reducer.round_to=8"]))
+    assert stages._fitted_entry(rounded) == stages._fitted_entry(plain)
+    assert rounded.reducer.label == f"{plain.reducer.label},round_to=8"  # another folder
 
 
 @pytest.mark.parametrize("reducer", REDUCERS)

@@ -12,8 +12,8 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from steps import step_and_state
 
 from tif_jax.errors import InputError
+from tif_jax.models.gradients import for_gradients
 from tif_jax.models.params import params_of
-from tif_jax.models.vit_blocks import keeping_products
 from tif_jax.runtime.mesh import make_mesh, shard
 from tif_jax.training import losses, optim
 from tif_jax.training.checkpoints import Checkpoints
@@ -128,7 +128,7 @@ def test_rematerialisation_keeps_less():
 def test_blocks_that_keep_products_alone_have_the_same_gradient():
     model, images = numpy_model(TINY), jnp.asarray(batch(0)["image"])
     found = []
-    for one in (model, keeping_products(model)):
+    for one in (model, for_gradients(model, jax.devices())):
         graphdef, params = nnx.split(one)
         loss = lambda params, graphdef=graphdef: (nnx.merge(graphdef, params)(images)[0] ** 2).sum()  # noqa: E731
         found.append(jax.grad(loss)(params))

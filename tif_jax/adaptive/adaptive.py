@@ -4,6 +4,7 @@ Legend: I images, B images of a batch, R models but the last, Y X height and wid
 """
 
 import logging
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -92,6 +93,8 @@ class Adaptive:
             raise InputError(
                 f"the route has thresholds {thresholds}; there is one for each rung, and the last is {ALWAYS}"
             )
+        if any(math.isnan(threshold) for threshold in thresholds):
+            raise InputError(f"the route has thresholds {thresholds}; they are log-odds")
         made.route = route
         return made
 

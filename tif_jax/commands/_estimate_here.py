@@ -31,7 +31,8 @@ _SCORED, _MASKS = 8, 4
 def reached(fields: Mapping[str, Any], experiment: Experiment) -> dict[Kind, float]:
     """FLOP/s in float32 by kind of work, counted as `experiment.estimate` counts them, of the network with all tokens.
 
-    Training steps have the config's batch, or a part of it, in parts as large as its own (`finetune.accumulate`).
+    Training steps have as many images at a time as the config's (`finetune.batch_size`, `accumulate`), but at most 32, and
+    at most 64 in all. Where nothing can be scored, gradients are taken to be as fast as training.
     """
     model = create_model({**fields, "dtype": "float32"})
     flops = 2e9 * cost(model).gmac
@@ -41,9 +42,9 @@ def reached(fields: Mapping[str, Any], experiment: Experiment) -> dict[Kind, flo
     batch_size, accumulate = experiment.finetune.batch_size, experiment.finetune.accumulate
     part = min(_BATCH_SIZE, batch_size // accumulate)
     parts = max(1, min(accumulate, _MOST // part))
-    rate = timing.rate(_step(model, part * parts, parts), _SECONDS)
+    rate = timing.rate(_step(model, part, parts), _SECONDS, least=1)
     logger.info("here: %.1f images/s in training, %d at a time", rate, part)
-    trained = Work("", 1, TRAINED.passes * flops / 2, "float32", TRAINED)
+    trained = Work("", 1, TRAINED * flops / 2, "float32", TRAINED)
     found[TRAINED] = rate * 2 * trained.macs
     found[GRADIENT] = found[TRAINED]
     if isinstance(model, ViT):
@@ -60,9 +61,10 @@ def _forward(model: Model) -> Callable[[], int]:
     return _once(lambda: program(*given), _BATCH_SIZE)
 
 
-def _step(model: Model, batch_size: int, accumulate: int) -> Callable[[], int]:
-    """A training step on one batch, which stays on the devices."""
-    params, mesh = jax.device_get(params_of(model)), make_mesh(batch_size, this_process_only=True)
+def _step(model: Model, part: int, accumulate: int) -> Callable[[], int]:
+    """A training step on one batch of so many parts, which stays on the devices."""
+    batch_size = part * accumulate
+    params, mesh = jax.device_get(params_of(model)), make_mesh(part, this_process_only=True)
     trainable = optim.match((), params, True)
     optimizer = optim.adamw(10**6, learning_rate=1e-5, weight_decay=0.05, clip_norm=1.0)
     where = shardings(jax.eval_shape(lambda: init_state(params, optimizer, trainable)), mesh)

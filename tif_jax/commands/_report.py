@@ -228,7 +228,7 @@ def _ranking_table(rankings: dict[str, Any], said: Sequence[Metric]) -> list[str
 def _pictures(config: Experiment, workdir: Path) -> list[dict[str, np.ndarray]]:
     """Test images with oracle impact, filter logits and kept mask, each (rows, columns) of the patch raster."""
     table = shards.read_impact(heldout_folder(workdir, "label"))
-    amount = {key: value for key, value in config.reducer.arguments.items() if key in AMOUNTS}
+    amount = {key: value for key, value in config.reducer.arguments.items() if key in (*AMOUNTS, "round_to")}
     model = load(filter_folder(config, workdir), **amount)
     return pictures(model, config, table, np.arange(_NUM_PICTURES) * len(table.index) // _NUM_PICTURES)
 
@@ -244,7 +244,8 @@ def pictures(
     images, names = batch["image"], source.class_names
     found = model(images)[1]["filter_logits"]
     # What the filter lets through, even where another reducer merges it then.
-    passed = top_k(found, num_kept(getattr(model.reducer, "keep_ratio", 1.0), found.shape[1]))
+    keep_ratio, round_to = getattr(model.reducer, "keep_ratio", 1.0), getattr(model.reducer, "round_to", 1)
+    passed = top_k(found, num_kept(keep_ratio, found.shape[1], model.num_special, round_to))
     logits = np.asarray(found)
     kept = (np.arange(logits.shape[1])[None, None] == np.asarray(passed)[..., None]).any(axis=1)
     how = config.data.preprocessing

@@ -56,12 +56,13 @@ KEEP_RATIOS = (0.7, 0.5, 0.25)  # of the ranking table: 137, 98 and 49 of 196 to
 def main(argv: list[str]) -> None:
     stages = {"backbone": backbone, "filter": ranking_table, "finetune": finetuned}
     stage = dict(choices=stages, default="finetune", help="whose checkpoint (default: finetune)")
-    ladder = dict(type=Path, metavar="FILE", help="of `tif ladder`: of these models, as far as each image needs them")
+    ladder = dict(type=Path, metavar="FILE", help="of `tif ladder`, for the weights of that stage")
     arguments = _arguments.parse("evaluate", __doc__, argv, stage=stage, ladder=ladder, **processes.FLAGS)
     processes.join(arguments)
     begin_log(arguments.workdir)
     if arguments.ladder is not None:
-        found = _evaluate_ladder.evaluated(arguments.config, arguments.workdir, arguments.stage, arguments.ladder)
+        of = arguments.config, arguments.workdir, arguments.stage, arguments.ladder
+        found = _evaluate_ladder.evaluated(*of, settings_of(arguments.config))
         print(json.dumps(records.strict(found), indent=2))
         return
     # Beside a run that is training, too: the numbers name their step, and that run makes them again.

@@ -6,7 +6,7 @@ from tif_jax.commands import _arguments
 from tif_jax.commands._reducers import reducer_in
 from tif_jax.errors import InputError
 from tif_jax.export import FORMATS
-from tif_jax.export.ladder import write_ladder
+from tif_jax.export.ladder import check_form, write_ladder
 from tif_jax.models import MODEL_FIELDS
 from tif_jax.runtime import files
 from tif_jax.weights.ladder import load_ladder
@@ -42,6 +42,7 @@ def main(argv: list[str]) -> None:
     if arguments.ladder is not None:
         if named:
             raise InputError("--ladder and --reducer are given; a ladder says its reducers itself")
+        check_form(arguments.to)
         adaptive = load_ladder(weights, arguments.ladder, dtype=arguments.dtype)
         rungs = write_ladder(adaptive, output, arguments.to, to_form)["ladder"]
         print(f"{output}: a ladder of {', '.join(format(rung['gmac'], '.3g') for rung in rungs)} GMAC")

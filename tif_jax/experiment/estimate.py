@@ -15,6 +15,7 @@ utilisation x devices); what share of the peak is reached, by kind of work, is s
 Legend: N patch tokens.
 """
 
+import enum
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -38,14 +39,15 @@ SETS = {"ImageNet-1k": 1_281_167, "ImageNet-21k": 14_197_122, "a billion images"
 BYTES_OF_AN_IMAGE = 120  # of a row of the shards beside its impacts
 
 
-class Kind(NamedTuple):
-    """Of work."""
+class Kind(enum.IntEnum):
+    """Of work: for how many forward passes it counts. Devices reach a share of their peak that depends on it."""
 
-    name: str
-    passes: int  # forward ones that it counts for
+    FORWARD = 1
+    GRADIENT = 2
+    TRAINED = 3
 
 
-FORWARD, GRADIENT, TRAINED = Kind("forward passes", 1), Kind("gradients", 2), Kind("training steps", 3)
+FORWARD, GRADIENT, TRAINED = Kind
 
 
 class Work(NamedTuple):
@@ -64,9 +66,7 @@ class Work(NamedTuple):
 
 def units(estimator: str, num_patches: int, num_samples: int) -> int:
     """Multiply-adds of scoring one image, in those of one prediction."""
-    return {"exact": num_patches + 1, "sampled": 1 + GRADIENT.passes * num_samples, "gradient": GRADIENT.passes}[
-        estimator
-    ]
+    return {"exact": num_patches + 1, "sampled": 1 + GRADIENT * num_samples, "gradient": GRADIENT}[estimator]
 
 
 def stages(experiment: Experiment, fields: Mapping[str, Any], num_images: int, num_test: int) -> list[Work]:
@@ -80,7 +80,7 @@ def stages(experiment: Experiment, fields: Mapping[str, Any], num_images: int, n
     entry, dtype, found = experiment.reducer, experiment.dtype, []
     if experiment.backbone.is_trained:
         images = experiment.backbone.num_epochs * num_images
-        found.append(Work("backbone", images, images * TRAINED.passes * whole, dtype, TRAINED))
+        found.append(Work("backbone", images, images * TRAINED * whole, dtype, TRAINED))
     if entry.name in ("tif", "prior"):
         recipe = experiment.score
         work = scoring("score", full, scored, recipe.estimator, recipe.num_samples)
@@ -89,13 +89,13 @@ def stages(experiment: Experiment, fields: Mapping[str, Any], num_images: int, n
         images = experiment.filter.num_epochs * scored
         plain = plain_vit(full, "a token filter")
         embedding, filter_ = _embedding(plain), _filter(plain)
-        found.append(Work("filter", images, images * (embedding + TRAINED.passes * filter_), dtype))
+        found.append(Work("filter", images, images * (embedding + TRAINED * filter_), dtype))
     if entry.has_adapter:
         images = experiment.adapter.num_epochs * num_images
-        found.append(Work("adapter", images, images * (whole + GRADIENT.passes * own), dtype, GRADIENT))
+        found.append(Work("adapter", images, images * (whole + GRADIENT * own), dtype, GRADIENT))
     images = experiment.finetune.num_epochs * num_images
     teacher = whole if experiment.finetune.distillation.kind else 0
-    found.append(Work("finetune", images, images * (TRAINED.passes * own + teacher), dtype, TRAINED))
+    found.append(Work("finetune", images, images * (TRAINED * own + teacher), dtype, TRAINED))
     found.append(Work("evaluate", num_test, num_test * (whole + own), dtype))
     return found
 

@@ -280,8 +280,8 @@ def _load(folder: Path, entry: ReducerEntry, experiment: Experiment, **given: An
 
 
 def _fitted_entry(experiment: Experiment) -> ReducerEntry:
-    """tif as it is fitted: for the ratio that its labels aim at, whatever its budget and whatever comes then."""
-    alone = experiment.reducer.without("then")
+    """tif as it is fitted: for the ratio that its labels aim at, whatever its budget, rounding and whatever comes then."""
+    alone = experiment.reducer.without("then", "round_to")
     return alone.replaced(keep_ratio=experiment.filter.keep_ratio)
 
 

@@ -101,9 +101,7 @@ def write(
         found = {"by": by, **compared(model, reloaded(partial / main))}
         manifest = _manifest(model, form, main, contents, found, left_out)
         files.write(partial / MANIFEST, (json.dumps(manifest, indent=2, allow_nan=False) + "\n").encode())
-    logger.info(
-        "%s is written; largest difference of %s %.1e", folder.name, main_output(model), found["max_difference"]
-    )
+    logger.info("%s is written; largest difference of %s %.1e", folder, main_output(model), found["max_difference"])
     return manifest
 
 

@@ -25,19 +25,21 @@ def write_ladder(
 
     Each rung is a whole export as `to_form` makes it, checked. In the manifest, `ladder` says of each its folder, GMAC,
     reducer and `least_log_odds`: what its likeliest class has to have, log p / (1 - p), or the next rung is asked; None of
-    the last. Raises what `to_form` raises, and InputError for timm, which has no reducers.
+    the last. Raises what `to_form` raises, and InputError for timm, which has no reducers, and for infinite thresholds.
     """
-    if form == "timm":
-        raise InputError("timm's models have no place for a reducer: a ladder goes to onnx or stablehlo")
+    check_form(form)
+    rungs_of, thresholds = adaptive.route
+    if not all(map(math.isfinite, thresholds[:-1])):
+        raise InputError(f"the route has thresholds {thresholds}; a manifest holds numbers, but for the last rung")
     folder = Path(folder).expanduser()
     files.check_new(folder)
     with files.appearing(folder) as partial:
         rungs, manifests = [], []
-        for number, (rung, threshold) in enumerate(zip(*adaptive.route, strict=True)):
+        for number, (rung, threshold) in enumerate(zip(rungs_of, thresholds, strict=True)):
             made = to_form(adaptive.models[rung], partial / f"rung_{number}")
-            needed = None if math.isinf(threshold) else threshold
-            rungs.append({"folder": f"rung_{number}", "least_log_odds": needed, "gmac": made["cost"]["gmac"]})
-            rungs[-1]["reducer"] = made["reducer"]
+            needed = threshold if number < len(rungs_of) - 1 else None
+            told = {"least_log_odds": needed, "gmac": made["cost"]["gmac"], "reducer": made["reducer"]}
+            rungs.append({"folder": f"rung_{number}", **told})
             manifests.append(made)
         loader = Path(artifact.__file__).with_name(artifact.LOADER).read_bytes()
         files.write(partial / artifact.LOADER, loader)
@@ -50,3 +52,9 @@ def write_ladder(
         files.write(partial / artifact.MANIFEST, (json.dumps(manifest, indent=2, allow_nan=False) + "\n").encode())
     logger.info("%s is written: %d models", folder, len(rungs))
     return manifest
+
+
+def check_form(form: str) -> None:
+    """Raises InputError for timm, which has no reducers."""
+    if form == "timm":
+        raise InputError("timm's models have no place for a reducer: a ladder goes to onnx or stablehlo")

@@ -69,8 +69,9 @@ def climbing(ladder, folder):
         left = np.arange(len(images))
         for rung, following in zip(ladder[:-1], calls[1:], strict=True):
             left = left[~(log_odds(logits[left]) >= rung["least_log_odds"])]
-            if len(left):
-                logits[left] = following(images[left])
+            if len(left):  # filled up to a power of two: StableHLO is compiled anew for every number of images
+                rows = np.resize(left, 1 << (len(left) - 1).bit_length())
+                logits[left] = following(images[rows])[: len(left)]
         return logits
 
     return call

@@ -21,6 +21,7 @@ from tif_jax.errors import WorkError
 from tif_jax.impact.objective import label_key, label_shape
 from tif_jax.impact.oracle import Scores, check_options, default_chunk, num_units, shared_scores, whole_impact
 from tif_jax.models import Model, plain_vit
+from tif_jax.models.gradients import for_gradients
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +47,12 @@ class Scorer:
 
         The chunk, of each device, is halved until the compiled program fits into the memory that is free.
         """
-        model = plain_vit(model, "impact")
+        devices = jax.local_devices() if devices is None else devices
+        model = for_gradients(plain_vit(model, "impact"), devices)
         self._options = check_options(**options)
         self._num_patches = model.grid[0] * model.grid[1]
         self.units_per_image = num_units(self._options, self._num_patches)
-        self.mesh = spread(jax.local_devices() if devices is None else devices, batch_size, self.units_per_image)
+        self.mesh = spread(devices, batch_size, self.units_per_image)
         graphdef, params = nnx.split(model)
         self._params = jax.device_put(params, NamedSharding(self.mesh, PartitionSpec()))
         self._data = NamedSharding(self.mesh, PartitionSpec("data"))

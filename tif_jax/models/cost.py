@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from tif_jax import checked
 from tif_jax.models.around import Around
 from tif_jax.models.model import height_and_width
 
@@ -22,8 +23,10 @@ class Cost(NamedTuple):
     def padding(self, multiple: int) -> float:
         """Rows that are computed for nothing, as a share of the tokens, where arrays have rows in multiples of so many.
 
-        XLA lays out the last two axes in tiles: on TPUs of 8 rows in float32, of 16 in bfloat16.
+        XLA lays out the last two axes in tiles: on TPUs of 8 rows in float32, of 16 in bfloat16. All blocks count alike, also
+        a last one that computes special tokens alone. Raises InputError unless multiple is 1 or more.
         """
+        checked.value_of(int, multiple, "multiple", checked.Range(least=1))
         return sum(-number % multiple for number in self.tokens) / sum(self.tokens)
 
 

@@ -243,7 +243,7 @@ class Block(nnx.Module):
         self.layer_scale = layer_scale
         self.drop_path = drop_path
         self.remat = remat
-        self.keeps_products = False  # of what remat does not leave out: see `keeping_products`
+        self.keeps_products = False  # of what remat does not leave out: see `gradients.for_gradients`
 
     def attend(
         self,
@@ -342,19 +342,6 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], QueryKey]:
         x, qk = self.attend(x, tokens, key_log_weight, rngs)
         return self.feed_forward(x, rngs), qk  # type: ignore[return-value]  # nothing is given: there are some
-
-
-def keeping_products(model: nnx.Module) -> nnx.Module:
-    """A copy for whose gradient blocks keep matrix products alone and compute softmax, GELU and norms again.
-
-    On a CPU it takes longer to write these down and read them than to compute them: a training step is a tenth faster
-    (docs/log/training.md).
-    """
-    model = nnx.merge(*nnx.split(model))
-    for _, module in nnx.iter_modules(model):
-        if isinstance(module, Block):
-            module.keeps_products = True
-    return model
 
 
 def _scale(y: Float[Array, "... D"], scale: Float[Array, " D"]) -> Float[Array, "... D"]:

@@ -15,9 +15,9 @@ from jaxtyping import Array
 
 from tif_jax.errors import InputError
 from tif_jax.models import Model
+from tif_jax.models.gradients import for_gradients
 from tif_jax.models.params import Params, params_of, statistics_of, with_params, with_statistics
 from tif_jax.models.vit import ViT
-from tif_jax.models.vit_blocks import keeping_products
 from tif_jax.reducers import Aux, Full
 from tif_jax.runtime.mesh import place
 from tif_jax.training import optim
@@ -65,8 +65,7 @@ def make_step(
     """
     if teacher is not None and not isinstance(teacher.reducer, Full):
         raise InputError(f"the teacher's reducer is {type(teacher.reducer).__name__}; a teacher has none ('full')")
-    on_cpu = all(device.platform == "cpu" for device in where.step.device_set)
-    graphdef = nnx.split(keeping_products(model) if on_cpu else model)[0]
+    graphdef = nnx.split(for_gradients(model, where.step.device_set))[0]
     gradient = _gradient(graphdef, loss, trainable, stochastic, teacher, where.params)
     if accumulate > 1:
         gradient = _accumulated(gradient, graphdef, trainable, accumulate)
