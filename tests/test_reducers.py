@@ -295,7 +295,7 @@ def test_registers_are_no_class_token(reducer):
     ("reducer", "options", "message"),
     [
         ("baat", {}, "Unknown reducer 'baat'. Known: "),
-        ("tif", {"keep_rate": 0.5}, "takes keep_ratio, then, adapter; got keep_rate"),
+        ("tif", {"keep_rate": 0.5}, "takes keep_ratio, then, adapter, round_to; got keep_rate"),
         ("tif", {"keep_ratio": 0.0}, "keep_ratio is 0.0"),
         ("random", {"keep_ratio": 1.5}, "keep_ratio is 1.5"),
         ("full", {"keep_ratio": 0.5}, "takes no options; got keep_ratio"),
