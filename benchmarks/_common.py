@@ -3,7 +3,8 @@
 import os
 import statistics
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ from tif_jax.models import Model
 from tif_jax.models.compiled import compile_forward
 from tif_jax.models.compiled import random_images as random_images
 from tif_jax.runtime.mesh import make_mesh, shard
+from tif_jax.runtime.timing import Name, in_rounds, rate
 
 
 def data_root() -> Path:
@@ -37,6 +39,13 @@ def plain_forward(model: Model, images: Float[np.ndarray, "B Y X 3"]) -> Callabl
 
 
 Run = Callable[[], int]  # does some work and returns how much
+
+
+def rates_of(rows: Mapping[Name, Run], num_rounds: int, seconds: float) -> dict[Name, list[float]]:
+    """How much a second each row does, in every round; each runs once before that, and is compiled then."""
+    for run in rows.values():
+        run()
+    return in_rounds({name: partial(rate, run, seconds) for name, run in rows.items()}, num_rounds)
 
 
 def in_torch(python: str, model: str) -> Callable[[str, int], Run]:

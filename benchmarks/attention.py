@@ -17,11 +17,10 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from benchmarks._common import Run, median_and_range, plain_forward, random_images
+from benchmarks._common import Run, median_and_range, plain_forward, random_images, rates_of
 from tif_jax import create_model
 from tif_jax.__main__ import use_all_cores
 from tif_jax.models import vit_blocks
-from tif_jax.runtime.timing import in_rounds, rate
 
 GROUPS = (1, 2, 4, 8)
 WRITTEN = vit_blocks._attend
@@ -41,8 +40,7 @@ def main() -> None:
     for dtype in arguments.dtype.split(","):
         for size in map(int, arguments.batch.split(",")):
             rows = {name: forward(arguments.model, dtype, size, attend) for name, attend in ways(size).items()}
-            turns = {name: partial(rate, run, arguments.seconds) for name, run in rows.items()}
-            rates = in_rounds(turns, arguments.rounds)
+            rates = rates_of(rows, arguments.rounds, arguments.seconds)
             base = statistics.median(rates["written out"])
             for name, of_row in rates.items():
                 shown = f"{median_and_range(of_row)} | {statistics.median(of_row) / base:.2f}"

@@ -9,18 +9,16 @@ thing (captum's masks at once, parts of a batch), of the best of each. Weights a
 
 import argparse
 import statistics
-from functools import partial
 
 import jax
 
-from benchmarks._common import Run, in_torch, median_and_range
+from benchmarks._common import Run, in_torch, median_and_range, rates_of
 from benchmarks.masked import CAPTUM_CHUNKS, exact, from_python, plain
 from benchmarks.step import ours as own_step
 from benchmarks.step import random_batch
 from tif_jax import create_model
 from tif_jax.__main__ import use_all_cores
 from tif_jax.models import Model
-from tif_jax.runtime.timing import in_rounds, rate
 
 FORWARD, STEP = (1, 8, 32), (16, 32)  # batch sizes
 
@@ -35,9 +33,7 @@ def main() -> None:
     use_all_cores()
     print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}, {arguments.model}, float32\n")
     rows = rows_of(create_model(arguments.model), in_torch(arguments.python, arguments.model))
-    for run in rows.values():
-        run()
-    rates = in_rounds({row: partial(rate, run, arguments.seconds) for row, run in rows.items()}, arguments.rounds)
+    rates = rates_of(rows, arguments.rounds, arguments.seconds)
     medians = {row: statistics.median(of_row) for row, of_row in rates.items()}
     print("| what, images/s | tif_jax | theirs | tif_jax / theirs |\n|---|---|---|---|")
     for what in dict.fromkeys(what for what, _, _ in rows):

@@ -14,17 +14,15 @@ import math
 import statistics
 import time
 from collections.abc import Iterator
-from functools import partial
 
 import jax
 import numpy as np
 
-from benchmarks._common import Run, in_torch, median_and_range, plain_forward, random_images
+from benchmarks._common import Run, in_torch, median_and_range, plain_forward, random_images, rates_of
 from tif_jax import create_model, token_impact
 from tif_jax.__main__ import use_all_cores
 from tif_jax.impact.scoring import Scorer
 from tif_jax.models import Model
-from tif_jax.runtime.timing import in_rounds, rate
 
 PLAIN_BATCHES = {"cpu": (8, 16, 32, 64), "gpu": (64, 256, 1024), "tpu": (64, 256, 1024)}
 CHUNKS = {"cpu": (7, 14, 28), "gpu": (196, 392, 784, 1568), "tpu": (196, 392, 784, 1568)}
@@ -52,10 +50,7 @@ def main() -> None:
         theirs = in_torch(arguments.captum, arguments.model)
         for number in CAPTUM_CHUNKS:
             rows[f"captum FeatureAblation, perturbations_per_eval={number}"] = theirs("ablate", number)
-    for run in rows.values():
-        run()
-    turns = {name: partial(rate, run, SECONDS_PER_TURN) for name, run in rows.items()}
-    rates = in_rounds(turns, arguments.rounds)
+    rates = rates_of(rows, arguments.rounds, SECONDS_PER_TURN)
     best = max(statistics.median(of_row) for name, of_row in rates.items() if name.startswith("plain"))
     print("| row | forward passes/s | x plain |\n|---|---|---|")
     for name, of_row in rates.items():

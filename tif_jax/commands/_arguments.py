@@ -39,6 +39,12 @@ def parse(command: str, description: str, argv: list[str], **flags: dict) -> arg
     return arguments
 
 
+def check_ladder_alone(arguments: argparse.Namespace) -> None:
+    """Raises InputError where a ladder and a reducer are given."""
+    if arguments.ladder is not None and arguments.reducer is not None:
+        raise InputError("--ladder and --reducer are given; a ladder says its reducers itself")
+
+
 def _folder(flag: str, name: str) -> Path:
     """The folder that is meant. Raises InputError where it can be none, before any work is done."""
     if not name:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tif_jax.experiment.estimate import FORWARD, GRADIENT, TRAINED, Kind, Work, scoring
+from tif_jax.experiment.estimate import FORWARD, GRADIENT, TRAINED, Kind, scoring
 from tif_jax.experiment.schema import Experiment
 from tif_jax.impact.scoring import Scorer, label_key, label_shape
 from tif_jax.models import Model, ViT, create_model
@@ -44,8 +44,7 @@ def reached(fields: Mapping[str, Any], experiment: Experiment) -> dict[Kind, flo
     parts = max(1, min(accumulate, _MOST // part))
     rate = timing.rate(_step(model, part, parts), _SECONDS, least=1)
     logger.info("here: %.1f images/s in training, %d at a time", rate, part)
-    trained = Work("", 1, TRAINED * flops / 2, "float32", TRAINED)
-    found[TRAINED] = rate * 2 * trained.macs
+    found[TRAINED] = rate * TRAINED * flops
     found[GRADIENT] = found[TRAINED]
     if isinstance(model, ViT):
         rate = timing.rate(_oracle(model), _SECONDS)

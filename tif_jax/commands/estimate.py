@@ -13,10 +13,8 @@ from tif_jax.errors import InputError
 from tif_jax.experiment import config as config_file
 from tif_jax.experiment.estimate import (
     FORWARD,
-    GRADIENT,
     PEAK,
     SETS,
-    TRAINED,
     Kind,
     Work,
     abstract,
@@ -118,11 +116,10 @@ def _peak(
     arguments: argparse.Namespace, fields: dict[str, Any], experiment: Experiment
 ) -> tuple[tuple[float, float], dict[Kind, float]]:
     """(bfloat16, float32) FLOP/s, and the share of it by kind of work. Here: what is reached in float32, for both."""
-    kinds = (FORWARD, GRADIENT, TRAINED)
     if arguments.device != _HERE:
-        return PEAK[arguments.device], dict.fromkeys(kinds, arguments.utilisation)
+        return PEAK[arguments.device], dict.fromkeys(Kind, arguments.utilisation)
     found = reached(fields, experiment)
-    return (found[FORWARD], found[FORWARD]), {kind: found[kind] / found[FORWARD] for kind in kinds}
+    return (found[FORWARD], found[FORWARD]), {kind: found[kind] / found[FORWARD] for kind in Kind}
 
 
 class _Price(NamedTuple):

@@ -40,8 +40,7 @@ def main(argv: list[str]) -> None:
     weights = arguments.weights if arguments.workdir is None else arguments.workdir
     to_form = FORMATS[arguments.to]
     if arguments.ladder is not None:
-        if named:
-            raise InputError("--ladder and --reducer are given; a ladder says its reducers itself")
+        _arguments.check_ladder_alone(arguments)
         check_form(arguments.to)
         adaptive = load_ladder(weights, arguments.ladder, dtype=arguments.dtype)
         rungs = write_ladder(adaptive, output, arguments.to, to_form)["ladder"]

@@ -92,8 +92,7 @@ def _patience(milliseconds: float) -> float:
 def _model(arguments: Namespace, batch_size: int) -> Model | Adaptive:
     source = arguments.weights if arguments.workdir is None else arguments.workdir
     if arguments.ladder is not None:
-        if arguments.reducer is not None:
-            raise InputError("--ladder and --reducer are given; a ladder says its reducers itself")
+        _arguments.check_ladder_alone(arguments)
         return load_ladder(source, arguments.ladder, dtype=arguments.dtype, batch_size=batch_size)
     reducer = dict(entry_in(arguments.reducer).described) if arguments.reducer else {"name": None}
     return load_with_fields(source, reducer=reducer.pop("name"), dtype=arguments.dtype, fresh_told_at=None, **reducer)[

@@ -32,7 +32,6 @@ def write_ladder(
     if not all(map(math.isfinite, thresholds[:-1])):
         raise InputError(f"the route has thresholds {thresholds}; a manifest holds numbers, but for the last rung")
     folder = Path(folder).expanduser()
-    files.check_new(folder)
     with files.appearing(folder) as partial:
         rungs, manifests = [], []
         for number, (rung, threshold) in enumerate(zip(rungs_of, thresholds, strict=True)):
