@@ -99,9 +99,9 @@ def row(here, there, costs: list[float], tau: float, label: str) -> None:
     found = expected(route, *others, costs)
     always = np.concatenate([others[1], np.ones((1, others[1].shape[1]), bool)])
     own = always[rung_of(route, others[0]), np.arange(always.shape[1])].astype(float)
-    above = next(i for i, gmac in enumerate(costs) if gmac >= found.cost)
+    above = next((i for i, gmac in enumerate(costs) if gmac >= found.cost), len(costs) - 1)
     below = max(above - 1, 0)
-    share = (costs[above] - found.cost) / (costs[above] - costs[below]) if above else 0.0
+    share = max(0.0, (costs[above] - found.cost) / (costs[above] - costs[below])) if above else 0.0
     fixed = share * always[below] + (1 - share) * always[above]  # at the same mean cost, whatever the image
     less = difference(own, fixed)
     rungs = ", ".join(f"{costs[rung]:.3f}" for rung in route.rungs)

@@ -140,7 +140,8 @@ def _reduced(fields: dict[str, Any]) -> str:
     plain = logits("full")
     run, refused, differences = [], [], []
     for name in sorted({*reducers.known()} - {"full"}):
-        option, half, none = ("num_merged", 4, 0) if name == "tome" else ("keep_ratio", 0.5, 1.0)
+        merges = "keep_ratio" not in reducers.options(name)
+        option, half, none = ("num_merged", 4, 0) if merges else ("keep_ratio", 0.5, 1.0)
         try:
             logits(name, **{option: half})
         except InputError as error:

@@ -10,7 +10,7 @@ the teacher; no repeated augmentation. (The state before had repeated augmentati
 stays at its peak until the predictors' has come down to it.) They keep a moving average of the weights (0.9999) and evaluate
 both: which one was published is unknown, and the weights themselves are used here.
 
-Needs TFDS's imagenet2012 prepared as array_record under $TFDS_DATA_DIR (or --config.data.root), and timm's
+Needs TFDS's imagenet2012 (array_record or TFRecord) under $TFDS_DATA_DIR (or --config.data.root), and timm's
 deit_<size>_patch16_224.safetensors in $TIF_WEIGHTS (default: the current folder; or --config.backbone.init_from).
 """
 

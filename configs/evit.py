@@ -10,7 +10,7 @@ Published (the authors' table), from scratch at 0.9, 0.8 ... 0.5: 79.8, 79.8, 79
 Everything is from the authors' scripts. Their ramp of the keep ratio, 1 for 10 epochs and then a cosine over 100, goes down
 in six equal steps here, each where the cosine is half-way between two, because every keep ratio compiles once.
 
-Needs TFDS's imagenet2012 prepared as array_record under $TFDS_DATA_DIR (or --config.data.root); `30` needs timm's
+Needs TFDS's imagenet2012 (array_record or TFRecord) under $TFDS_DATA_DIR (or --config.data.root); `30` needs timm's
 deit_small_patch16_224.safetensors in $TIF_WEIGHTS (default: the current folder; or --config.backbone.init_from). Warm-up is
 from 0 (theirs: 1e-6), bfloat16 stands for their float16. Their moving average of the weights (0.99996) is left out: they
 evaluate without it, and here it would be evaluated in place of the weights.

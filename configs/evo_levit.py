@@ -9,7 +9,7 @@ a stage; float32; every parameter's gradient is clipped relative to its weights.
 deit_base_distilled (83.4 %), which learnt from that RegNetY. Any checkpoint or weight file that tif_jax can load will do:
 --config.finetune.distillation.teacher=FILE. It sees the student's images, so it has to take their size.
 
-Needs TFDS's imagenet2012 prepared as array_record under $TFDS_DATA_DIR (or --config.data.root), and the teacher,
+Needs TFDS's imagenet2012 (array_record or TFRecord) under $TFDS_DATA_DIR (or --config.data.root), and the teacher,
 deit_base_distilled_patch16_<image size>.safetensors, in $TIF_WEIGHTS (default: the current folder). Warm-up is from 0
 (theirs: 1e-6). Their moving average of the weights (0.99996) is left out: they evaluate without it, and here it would be
 evaluated in place of the weights.

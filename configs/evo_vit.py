@@ -9,7 +9,7 @@ Their code for DeiT has no representative token, and neither has this recipe; th
 (--config.reducer.representative=true). Their base became NaN and went on from a checkpoint of 9 warm-up epochs; here it is
 trained like the others.
 
-Needs TFDS's imagenet2012 prepared as array_record under $TFDS_DATA_DIR (or --config.data.root). Warm-up is from 0 (theirs:
+Needs TFDS's imagenet2012 (array_record or TFRecord) under $TFDS_DATA_DIR (or --config.data.root). Warm-up is from 0 (theirs:
 1e-6), bfloat16 stands for their float16. Their moving average of the weights (0.99996) is left out: they evaluate without
 it, and here it would be evaluated in place of the weights.
 """

@@ -1,6 +1,6 @@
 """200 classes and a checkpoint that is not saturated: Tiny-ImageNet under a ViT-Ti/16 fine-tuned on it.
 
-    tif run --config tiny_imagenet --workdir runs/tiny_imagenet [--config.quick=true]    # all methods, half of the tokens
+    tif run --config tiny_imagenet --workdir runs/tiny_imagenet [--config.quick=true]    # eleven methods, half of the tokens
     tif run --config tiny_imagenet:budget --workdir runs/budget    # at one budget of multiply-adds: that of tif with half
     tif run --config tiny_imagenet:budget --workdir runs/less --config.reducer.budget=0.4
     tif run --config tiny_imagenet:speed --workdir runs/speed --config.seeds=3    # all twice as fast as all tokens, here
@@ -36,7 +36,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = _config()
     if arg == "budget":
         then = dict(name="tome", num_merged=8)
-        config.reducer = dict(name="tif", budget=0.564, adapter=48, then=then)  # GMAC, of 1.12
+        config.reducer = dict(name="tif", budget=0.564, adapter=48, then=then)  # GMAC, of 1.15
         config.adapter = _fitting(num_epochs=4.0)
         config.benchmark.reducers = AT_ONE_BUDGET
         config.when_quick.adapter = dict(num_epochs=2.0)

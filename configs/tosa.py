@@ -8,7 +8,7 @@ selectors alone are fitted to the attention of the frozen backbone (stage `filte
 fine-tuned with the selectors at rest, by the recipe that EViT and BAT have for 30 epochs. The unreduced backbone as a
 teacher is one flag away: --config.finetune.distillation.kind=soft.
 
-Needs TFDS's imagenet2012 prepared as array_record under $TFDS_DATA_DIR (or --config.data.root), and timm's
+Needs TFDS's imagenet2012 (array_record or TFRecord) under $TFDS_DATA_DIR (or --config.data.root), and timm's
 deit_<size>_patch16_224.safetensors in $TIF_WEIGHTS (default: the current folder; or --config.backbone.init_from).
 """
 

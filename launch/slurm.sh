@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs tif on a SLURM cluster, one process per GPU: sbatch --nodes=4 launch/slurm.sh train --config FILE --workdir DIR
+# Runs tif on a SLURM cluster, one process per GPU: sbatch --nodes=4 launch/slurm.sh run --config FILE --workdir DIR
 #SBATCH --job-name=tif
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

@@ -81,6 +81,21 @@ def test_routes_at_the_ends():
     assert cheapest(sure, ~always, COSTS, 0.9) == Route((2,), (ALWAYS,))
 
 
+def test_a_route_ends_where_nobody_climbs_on():
+    sure, agrees = ladder_of(200, (1.0, 0.5))
+    assert cheapest(sure, agrees, COSTS, 0.2).rungs == (0, 2)  # nobody climbs, so the second would be for nothing
+    agrees[1] = True
+    first, second = cheapest(sure, agrees, COSTS, 0.97), cheapest(sure[1:], agrees[1:], COSTS[1:], 0.97)
+    assert first.rungs in ((0, 1), (1,)) and first.thresholds[-1] == ALWAYS and second == Route((0,), (ALWAYS,))
+
+
+def test_routes_of_many_models_have_four_at_most():
+    sure, agrees = ladder_of(60, np.linspace(1.5, 0.2, 9))
+    costs = (*np.linspace(0.1, 0.9, 9), 1.0)
+    route = cheapest(sure, agrees, costs, 0.95)
+    assert len(route.rungs) <= 4 and expected(route, sure, agrees, costs).agreement >= 0.95
+
+
 def test_what_is_expected_of_others_is_what_comes():
     """On many other images of the kind, within two of the errors that both estimates have."""
     sure, agrees = ladder_of(500, (0.8, 0.4))

@@ -15,11 +15,13 @@ from test_compare import make
 
 from tif_jax import cost, load
 from tif_jax.__main__ import main
-from tif_jax.calibration import seconds
+from tif_jax.calibration import calibrate, seconds
 from tif_jax.calibration.apart import Apart
+from tif_jax.calibration.calibrate import Calibration, Models
 from tif_jax.calibration.search import Descent, Problem, _candidates, search
 from tif_jax.errors import InputError
 from tif_jax.experiment.reducer_entry import read_entry
+from tif_jax.models.budget import read_budget
 from tif_jax.models.params import params_of
 from tif_jax.reducers.importance_merge import ImportanceMerge
 
@@ -76,6 +78,37 @@ def test_a_last_block_of_which_no_patch_is_read_is_not_searched():
     assert (of_class.num_free, of_mean.num_free) == (2, 3)
 
 
+@pytest.mark.parametrize(("fields", "options"), [({}, dict(one_step_ahead=True)), (dict(pool="mean"), {})])
+def test_a_schedule_is_one_that_the_reducer_follows(fields, options):
+    """MCTF leaves the first block alone, one step ahead, else the last one."""
+    full = lively(TINY | fields)
+
+    def with_schedule(numbers):
+        return lively(TINY | fields, reducer="mctf", num_merged=numbers, **options)
+
+    nothing = with_schedule((0,) * 3)
+    calibration = Calibration(Models(full, with_schedule), np.asarray(numpy_images(64, (32, 32), 0)))
+    found = calibration.within(0.85 * cost(nothing).gmac)
+    assert any(found.num_merged) and found.gmac <= 0.85 * cost(nothing).gmac
+    assert with_schedule(found.num_merged).reducer.per_block(3, 16) == found.num_merged
+
+
+def test_a_speed_that_is_not_met_is_told(monkeypatch, caplog):
+    """Whatever is tried, the whole model is only 1.2 times as fast."""
+    full = lively(TINY)
+    calibration = Calibration(
+        Models(full, lambda numbers: lively(TINY, reducer="tome", num_merged=numbers)),
+        np.asarray(numpy_images(64, (32, 32), 0)),
+    )
+    times = {"full": 1.2, "reduced": 1.0}
+    monkeypatch.setattr(calibrate, "seconds_of", lambda *_: lambda schedule: 1.2 - 0.05 * sum(schedule))
+    monkeypatch.setattr(calibrate, "measured", lambda models, size: {name: times[name] for name in models})
+    with caplog.at_level("WARNING"):
+        found = calibration.within(read_budget("1.5x at 2"))
+    assert found.images_per_second == {"full": 2 / 1.2, "reduced": 2.0}
+    assert "budget 1.5x at 2 is not met: the schedule is for 2 images/s, 1.2 times" in caplog.text
+
+
 def problem(weights, budget, num_patches=8, depth=3):
     """Divergence: the square of what each block takes, by its weight; cost: tokens behind blocks."""
 
@@ -111,6 +144,8 @@ def test_a_candidate_keeps_order_and_limits():
     assert _candidates(problem((1.0,) * 3, 0.0), (2, 2, 2), 2) == {0: (0, 4, 2), 1: (2, 0, 4), 2: (2, 2, 0)}
     no_last = problem((1.0,) * 3, 0.0)._replace(num_free=2)
     assert _candidates(no_last, (2, 2, 0), 2) == {0: (0, 4, 0), 1: (2, 0, 0)}
+    follows = problem((1.0,) * 3, 0.0)._replace(follows=lambda schedule: not schedule[0])
+    assert _candidates(follows, (0, 2, 2), -2) == {1: (0, 4, 0), 2: (0, 2, 4)}
 
 
 def test_a_budget_out_of_reach():
@@ -192,8 +227,11 @@ def test_several_budgets_and_who_takes_their_folder(photos, capsys):
     assert not run("compare --weights w.safetensors --images photos --reducer found --batch-sizes none --out all")
     assert len(json.loads(Path("all/compare.json").read_text())["rows"]) == 3
     capsys.readouterr()
-    assert run("compare --weights w.safetensors --images photos --reducer found --budget 7x --out out") == 2
+    line = "compare --weights w.safetensors --images photos --reducer found --budget 7x --out out"
+    assert run(f"{line} --batch-sizes 1,32") == 2
     assert "there is no found/7x.json: `tif calibrate` makes one schedule for each --budget" in last_line(capsys)
+    assert run(line) == 2  # where the others are found in batches of 256
+    assert "no found/7x@256.json: " in (told := last_line(capsys)) and "'7x' means '7x at 256' here" in told
 
 
 def test_a_budget_of_speed(photos):
@@ -253,6 +291,13 @@ def test_mistakes_of_the_program(photos, capsys, line, message):
     assert run(f"{LINE} {line}") == 2
     assert message in last_line(capsys)
     assert not Path("found.json").exists()
+
+
+def test_no_other_file_is_replaced(photos, capsys):
+    before = Path("config.json").read_bytes()
+    assert run(f"{LINE.replace('found.json', 'config.json')} --budget 1") == 2
+    assert "config.json is there already and no such file; choose another --out" in last_line(capsys)
+    assert Path("config.json").read_bytes() == before
 
 
 def test_files_that_describe_no_reducer(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from tif_jax.__main__ import main
 from tif_jax.commands import _compare_regret, _compare_speed, compare
 from tif_jax.commands._compare_rows import labels_of, rows_asked
 from tif_jax.commands._weights import read_weights
+from tif_jax.runtime import records
 
 NUM_CLASSES = 5
 LINE = "--weights w.safetensors --images photos --out out --batch-sizes none"
@@ -123,6 +124,39 @@ def test_a_rerun_keeps_rows(photos, monkeypatch, capsys):
     safetensors.numpy.save_file(tensors | {"head.bias": tensors["head.bias"] + 1}, "w.safetensors")
     assert run(LINE) == 2
     assert "out has a comparison with other weights" in last_line(capsys)
+
+
+def test_rows_of_another_place_are_made_again(photos, monkeypatch, capsys):
+    """Amounts that were found by time are of one machine, and predictions of one version."""
+    line = f"{LINE} --reducer tome:num_merged=2 --reducer random"
+    assert run(f"{line} --budget 0.3x") == 0
+    whole, seen = compare.beside, []
+    monkeypatch.setattr(compare, "beside", lambda models, *rest: seen.append(len(models)) or whole(models, *rest))
+    for name, told in [
+        ("machine", "made again where asked for: random-0.3x"),
+        ("versions", "full, random-0.3x, tome-2"),
+    ]:
+        data = records.read(Path("out/compare.json"))
+        data[name] |= {next(iter(data[name])): "another"}
+        records.write(Path("out/compare.json"), data)
+        capsys.readouterr()
+        assert run(f"{line} --budget 0.3x") == 0
+        assert told in capsys.readouterr().err
+    assert seen == [1, 3] and {*result()["rows"]} == {"full", "tome-2", "random-0.3x"}
+
+
+def test_an_image_that_can_not_be_read_any_more(photos, monkeypatch, capsys):
+    """Nothing of what is read after it is kept."""
+    whole = compare.beside
+
+    def lost(*arguments):
+        Path("photos/c/2.png").write_bytes(b"damaged")
+        return whole(*arguments)
+
+    monkeypatch.setattr(compare, "beside", lost)
+    assert run(f"{LINE} --reducer tome:num_merged=2") == 2
+    assert "of the images can not be read any more" in last_line(capsys)
+    assert not Path("out/compare.json").exists()
 
 
 def test_stopped_between_rows(photos, monkeypatch):
@@ -237,6 +271,10 @@ def test_rows_and_their_budgets(photos):
         ("--reducer tome --budget fast", "--budget is 'fast'; it is a number of GMAC, above 0, or a speed"),
         ("--reducer tome --budget 1e-9", "budget is 1e-09 GMAC; the least that this reducer can do is"),
         ("--reducer tome --reference evit", "--reference is 'evit', which is no row; there are full, tome-13"),
+        (
+            "--reducer schedules --reference schedules",
+            "--reference is 'schedules', which is several rows: tome-1, tome-2",
+        ),
         ("--batch-sizes 1,x", "--batch-sizes is '1,x'; it is as in 1,16,256, or none"),
         ("--num-images 0", "--num-images is 0"),
         ("--rounds 0", "--rounds is 0"),
@@ -257,6 +295,9 @@ def test_rows_and_their_budgets(photos):
 )
 def test_mistakes_are_one_line(photos, capsys, line, message):
     Path("other").mkdir()
+    Path("schedules").mkdir()
+    for number in (1, 2):
+        Path(f"schedules/{number}.json").write_text(json.dumps({"reducer": {"name": "tome", "num_merged": number}}))
     picture(0).save("other/x.png")
     write_table(Path("other/labels.csv"), [["x.png", 1]], header=("file", "label"))
     defaults = dict(zip(LINE.split()[::2], LINE.split()[1::2], strict=True))

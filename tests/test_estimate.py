@@ -54,7 +54,8 @@ def test_stages_by_hand(experiment):
     scored = 1000 * recipe.views  # fewer than score.num_images
     assert found["backbone"].macs == pytest.approx(experiment.backbone.num_epochs * 1000 * 3 * whole)
     assert found["finetune"].macs == pytest.approx(experiment.finetune.num_epochs * 1000 * 3 * own)
-    assert found["evaluate"].macs == pytest.approx(200 * (whole + own))
+    validation = experiment.data.num_validation
+    assert validation and found["evaluate"].macs == pytest.approx(200 * (whole + 2 * own) + validation * own)
     assert found["score"].images == scored
     assert found["score"].macs == pytest.approx(scored * whole * units(recipe.estimator, 16, recipe.num_samples))
     patches = np.zeros((1, 16, 32), np.float32)
@@ -74,6 +75,8 @@ def test_what_else_there_can_be(experiment):
     assert found.macs == pytest.approx(
         experiment.adapter.num_epochs * 1000 * (macs() + 2 * macs(reducer="tif", keep_ratio=0.5, adapter=8))
     )
+    selecting = by_name(dataclasses.replace(experiment, reducer=ReducerEntry("tosa", dict(keep_ratio=0.5))))["filter"]
+    assert selecting.macs == pytest.approx(experiment.filter.num_epochs * 1000 * macs())
     without = by_name(dataclasses.replace(experiment, reducer=ReducerEntry("evit", dict(keep_ratio=0.5))))
     assert not {"score", "filter", "adapter"} & without.keys()
 

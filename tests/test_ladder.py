@@ -54,6 +54,15 @@ def test_the_program_and_who_takes_its_file(photos, capsys):
     np.testing.assert_array_equal([one.probabilities.argmax() for one in found], expected.logits.argmax(axis=1))
 
 
+def test_pictures_that_a_schedule_was_found_from_are_told(photos, capsys):
+    calibrate = "calibrate --weights w.safetensors --images photos --budget"
+    assert not run(f"{calibrate} {0.9 * cost(load('w.safetensors')).gmac} --out schedule.json")
+    assert not run(f"{LINE} --reducer schedule.json --agreement 0.8 --num-images 80")
+    assert "found from these very pictures" not in capsys.readouterr().err
+    assert not run(f"{LINE} --reducer schedule.json --agreement 0.8")
+    assert "schedule.json: found from these very pictures, and will look better on them" in capsys.readouterr().err
+
+
 @pytest.fixture
 def ladder_file(photos):
     """Two models, and an answer of the first is good enough for about half of the pictures."""
@@ -113,6 +122,11 @@ def test_mistakes_of_an_export(ladder_file, capsys, flags, message):
         (f"{LINE} --agreement 0.9 --num-images 20", "20 images are too few to calibrate with"),
         (LINE.replace("ladder.json", "ladder") + " --agreement 0.9", "--out is 'ladder'; it is a file on this machine"),
         (LINE.replace("0.5", "2") + " --agreement 0.9", "keep_ratio"),
+        (
+            LINE.replace("ladder.json", "gs://b/l.json") + " --agreement 0.9",
+            "gs:/b is a URL, but what is written goes to",
+        ),
+        (LINE.replace("ladder.json", "config.json") + " --agreement 0.9", "config.json is there already and no such"),
     ],
 )
 def test_mistakes_of_the_program(photos, capsys, line, message):

@@ -22,6 +22,7 @@ _FOLDS = 5
 _LARGEST = 20.0  # log-odds
 _HALVINGS = 40
 _AIMS = 9
+_MOST_BEFORE = 3  # rungs before the last: every choice is tried, of eight models already half a minute's work
 
 
 class Route(NamedTuple):
@@ -72,15 +73,15 @@ def cheapest(
 
     On each rung the chance that an answer differs is a falling function of its confidence (logistic regression); an image
     stays where that is at most a risk, the same on all rungs, and the largest with which the wish is met. That is done for
-    every choice of rungs.
+    every choice of rungs, of three at most before the last. Of routes that cost the same the shortest is taken.
     """
     last, risks = len(sure), [_risk(*pair) for pair in zip(sure, agrees, strict=True)]
     found = []
-    for number in range(last + 1):
+    for number in range(min(last, _MOST_BEFORE) + 1):
         for used in itertools.combinations(range(last), number):
             route = _of_largest_risk([risks[rung] for rung in used], used, last, sure, agrees, costs, agreement)
-            found.append((expected(route, sure, agrees, costs).cost, route))
-    return min(found)[1]
+            found.append((expected(route, sure, agrees, costs).cost, len(route.rungs), route))
+    return min(found)[2]
 
 
 def out_of_fold(
@@ -141,7 +142,9 @@ def _of_largest_risk(
     """With these rungs and the last one: the route of the largest risk that still agrees as often as wished."""
 
     def at(log_odds: float) -> Route:
-        return Route((*used, last), (*(risk.least(log_odds) for risk in risks), ALWAYS))
+        thresholds = (*(risk.least(log_odds) for risk in risks), ALWAYS)
+        end = thresholds.index(ALWAYS) + 1  # nobody climbs on from there
+        return Route((*used, last)[:end], thresholds[:end])
 
     low, high = -_LARGEST, _LARGEST  # nobody stays below the last rung, everybody does
     best = Route((last,), (ALWAYS,))

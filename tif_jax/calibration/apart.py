@@ -7,6 +7,7 @@ common with the one held (`hold`) up to some block is not computed again.
 Legend: B images of a batch, I images, Y X height and width, N patch tokens, L outputs.
 """
 
+import copy
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
@@ -85,6 +86,12 @@ class Apart:
             kept[schedule[:i]] = states
             states = self._before(schedule, i + 1, kept) if i + 1 < self.depth else states
         self.held = kept
+
+    def follows(self, schedule: Schedule) -> bool:
+        """Whether the reducer would do as the schedule says: some leave a block alone, whatever they are given."""
+        own = copy.copy(self.reducer)
+        object.__setattr__(own, "num_merged", schedule)  # of a frozen dataclass, too
+        return tuple(own.per_block(self.depth, self.num_patches)) == schedule
 
     def gmac(self, schedule: Schedule) -> float:
         """1e9 multiply-adds of the blocks, similarities included, for one image."""

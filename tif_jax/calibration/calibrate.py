@@ -27,7 +27,7 @@ _HELD_OUT = 4  # every fourth batch
 _FEW = 4  # every fourth of the other batches is enough to begin with
 _NEAR = 0.98  # of the wished speed
 _FAR = 0.95  # of the time allowed: what is faster leaves too few tokens
-_SEARCHES = 3  # where the whole model proves slower, or much faster, than its blocks said
+_SEARCHES = 5  # where the whole model proves slower, or much faster, than its blocks said
 
 
 class Calibrated(NamedTuple):
@@ -88,7 +88,9 @@ class Calibration:
 
     def _search(self, cost: Cost, budget: float) -> Schedule:
         problem, few = (
-            Problem(on.distance, cost, on.hold, on.reducer.most, on.num_patches, on.depth, on.num_free, budget)
+            Problem(
+                on.distance, cost, on.hold, on.reducer.most, on.num_patches, on.depth, on.num_free, budget, on.follows
+            )
             for on in (self._apart, self._few)
         )
         if cost not in self._descents:
@@ -124,7 +126,14 @@ class Calibration:
                 break
             budget /= share
         assert best is not None
-        return best[1], best[2]
+        worth, schedule, rates = best
+        if worth < 0:
+            logger.warning(
+                "budget %s is not met: the schedule is for %.4g images/s, %.3g times those of all tokens; ask for more, or "
+                "again on a machine at rest",
+                wished, rates["reduced"], rates["reduced"] / rates["full"],
+            )  # fmt: skip
+        return schedule, rates
 
 
 def _batches(images: Float32[np.ndarray, "I Y X 3"]) -> list[Float32[np.ndarray, "B Y X 3"]]:

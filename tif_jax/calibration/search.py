@@ -33,6 +33,7 @@ class Problem(NamedTuple):
     depth: int
     num_free: int  # blocks, from the first, in which tokens may go
     budget: float
+    follows: Callable[[Schedule], bool] = lambda schedule: True  # whether a model would do as the schedule says
 
 
 class Descent:
@@ -192,7 +193,8 @@ def _candidates(problem: Problem, schedule: Schedule, change: int) -> dict[int, 
         left[problem.num_free :] = [left[problem.num_free - 1]] * (problem.depth - problem.num_free)
         arriving = [problem.num_patches, *left[:-1]]
         other = tuple(before - after for before, after in zip(arriving, left, strict=True))
-        if other != schedule and all(0 <= r <= problem.most(n) for r, n in zip(other, arriving, strict=True) if r):
+        can_be = all(0 <= r <= problem.most(n) for r, n in zip(other, arriving, strict=True) if r)
+        if other != schedule and can_be and problem.follows(other):
             found[i] = other
     return found
 

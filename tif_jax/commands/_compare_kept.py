@@ -1,6 +1,7 @@
 """What `tif compare` keeps in its folder: finished rows in compare.json, what each says of every image in per_image.npz."""
 
 import io
+import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,10 +17,13 @@ from tif_jax.commands._pictures import Pictures
 from tif_jax.commands._weights import Weights
 from tif_jax.errors import InputError
 from tif_jax.impact.paired import Terms, terms
+from tif_jax.models.budget import Speed, read_budget
 from tif_jax.runtime import files, log_file, records
 from tif_jax.runtime.machine import machine
 from tif_jax.training.checkpoints import identity, newest, read_config
 from tif_jax.weights.loading import checkpoint_directory, located
+
+logger = logging.getLogger(__name__)
 
 _JSON, _ARRAYS = "compare.json", "per_image.npz"
 _REMEDY = "delete it, and all rows are made again"
@@ -118,15 +122,26 @@ def kept_in(folder: Path, weights: Weights, pictures: Pictures) -> Kept:
     kept.data["oracle_num_samples"] = there.get("oracle_num_samples")
     kept.data["speeds"] = there["speeds"] if all(same_place.values()) else {}
     kept.arrays = _arrays(folder / _ARRAYS)
-    kept.data["rows"] = {label: row for label, row in there["rows"].items() if f"kl/{label}" in kept.arrays}
+    kept.data["rows"] = {
+        label: row
+        for label, row in there["rows"].items()
+        if f"kl/{label}" in kept.arrays and same_place["versions"] and (all(same_place.values()) or not _of_speed(row))
+    }
+    if forgotten := sorted({*there["rows"]} - {*kept.data["rows"]}):
+        logger.warning("of another machine, or by other versions; made again where asked for: %s", ", ".join(forgotten))
     return kept
+
+
+def _of_speed(row: dict[str, Any]) -> bool:
+    """Whether its amount was found by time, on the device that there was."""
+    return bool(row["budget"]) and isinstance(read_budget(row["budget"]), Speed)
 
 
 def _about(weights: Weights, pictures: Pictures) -> dict[str, Any]:
     return {
         "command": log_file.command,
         "date": time.strftime("%Y-%m-%d %H:%M %Z"),
-        "weights": {"source": weights.source, "digest": weights.digest, **_training(weights.source)},
+        "weights": {"source": weights.source, "digest": weights.digest, **_training(weights.read_from)},
         "images": {
             "folders": list(pictures.folders),
             "labels": pictures.labels,

@@ -36,9 +36,12 @@ def reference_of(rows: Mapping[str, Asked], reference: str | None) -> dict[str, 
     """
     if reference is None:
         return {}
-    of_it = {asked.budget: label for label, asked in rows.items() if reference in (asked.given, label)}
-    if not of_it:
+    named = [label for label, asked in rows.items() if reference in (asked.given, label)]
+    of_it = {rows[label].budget: label for label in named}
+    if not named:
         raise InputError(f"--reference is {reference!r}, which is no row; there are {', '.join(rows)}")
+    if len(of_it) < len(named):
+        raise InputError(f"--reference is {reference!r}, which is several rows: {', '.join(named)}; name one of them")
     only = next(iter(of_it.values())) if len(of_it) == 1 and "" in of_it else None
     found = {label: of_it.get(asked.budget, only) for label, asked in rows.items() if label != "full"}
     return {label: other for label, other in found.items() if other is not None and other != label}

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,7 +49,7 @@ def rows_asked(weights: Weights, given: Sequence[str], budgets: Sequence[str], b
     found = [Asked(read_entry("full", "--reducer"), "full")]
     for text in given or _untrained(weights, bool(budgets)):
         if os.path.isdir(text):
-            found += [Asked(entry, text, said) for said, entry in _in_folder(text, budgets)]
+            found += [Asked(entry, text, said) for said, entry in _in_folder(text, wished)]
             continue
         entry = read_entry(weights.own, "--reducer own") if text == OWN else entry_in(text)
         if not wished or entry.name == "full" or any(entry.arguments.get(key) is not None for key in AMOUNTS):
@@ -72,11 +72,15 @@ def labels_of(asked: Sequence[Asked]) -> list[str]:
     return labels
 
 
-def _in_folder(folder: str, budgets: Sequence[str]) -> list[tuple[str, ReducerEntry]]:
+def _in_folder(folder: str, budgets: Mapping[str, float | str]) -> list[tuple[str, ReducerEntry]]:
     """Schedules as `tif calibrate` names them: one for each budget; without budgets all there are."""
-    paths = {said: Path(folder) / f"{label_of(read_budget(said, '--budget'))}.json" for said in budgets}
-    if missing := [str(path) for path in paths.values() if not path.exists()]:
-        raise InputError(f"there is no {missing[0]}: `tif calibrate` makes one schedule for each --budget")
+    paths = {said: Path(folder) / f"{label_of(read_budget(budget))}.json" for said, budget in budgets.items()}
+    for said, path in paths.items():
+        if not path.exists():
+            raise InputError(
+                f"there is no {path}: `tif calibrate` makes one schedule for each --budget, and {said!r} means "
+                f"'{read_budget(budgets[said])}' here"
+            )
     if budgets:
         return [(said, entry_in(str(path))) for said, path in paths.items()]
     there = sorted(str(path) for path in Path(folder).glob("*.json"))

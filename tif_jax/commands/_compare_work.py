@@ -43,4 +43,9 @@ class Work:
             for batch in batches:
                 yield batch
                 progress.update(min(len(batch["label"]), len(self.pictures) - progress.done))
+            if batches.unreadable and "whole" in vars(self):
+                raise InputError(
+                    f"{len(batches.unreadable)} of the images can not be read any more; run the same command again when they "
+                    "can, or with another --out"
+                )
             self.pictures.leave_out(batches.unreadable)

@@ -6,8 +6,9 @@ from tif_jax import reducers
 from tif_jax.models import Model, built_with, require_head
 from tif_jax.models.params import params_of, share
 from tif_jax.runtime.digests import digest
+from tif_jax.training.checkpoints import newest
 from tif_jax.weights import hub
-from tif_jax.weights.loading import load_with_fields
+from tif_jax.weights.loading import checkpoint_directory, load_with_fields, located
 
 _SAID_ONCE = ("num_heads", "pool", "gelu", "norm_eps", "activation")  # what `load` says that it takes for granted
 
@@ -16,6 +17,9 @@ class Weights(NamedTuple):
     """The weights, the model with all tokens, and what that was built with."""
 
     source: str
+    read_from: (
+        str  # the same, but of checkpoints the one that was read first: a training may write newer ones meanwhile
+    )
     full: Model
     fields: dict[str, Any]
     own: dict[str, Any]  # the reducer that they were saved with: name and options
@@ -27,7 +31,7 @@ class Weights(NamedTuple):
         own = dict(reducer)
         known = {name: self.fields[name] for name in _SAID_ONCE if name in self.fields}
         model, _ = load_with_fields(
-            self.source, reducer=own.pop("name"), dtype=self.dtype, fresh_told_at=None,
+            self.read_from, reducer=own.pop("name"), dtype=self.dtype, fresh_told_at=None,
             named=[*reducers.modules_in(reducer)], preprocessing=self.full.preprocessing, **known, **own,
         )  # fmt: skip
         share(model, self.full)  # however many rows there are
@@ -40,10 +44,11 @@ def read_weights(source: str, dtype: str, what: str) -> Weights:
     Raises InputError for weights that can not be read, and for those of another task than classes of pictures.
     """
     source = hub.pinned(source) if hub.is_name(source) else source
-    model, fields = load_with_fields(source, dtype=dtype, fresh_told_at=None)
+    read_from = str(newest(checkpoint_directory(there))) if (there := located(source)).is_dir() else source
+    model, fields = load_with_fields(read_from, dtype=dtype, fresh_told_at=None)
     require_head(model, what)
     own, identity = built_with(model)["reducer"], digest(params_of(model))
     if own["name"] != "full":
         how = model.preprocessing
-        model, fields = load_with_fields(source, reducer="full", dtype=dtype, fresh_told_at=None, preprocessing=how)
-    return Weights(source, model, fields, own, dtype, identity)
+        model, fields = load_with_fields(read_from, reducer="full", dtype=dtype, fresh_told_at=None, preprocessing=how)
+    return Weights(source, read_from, model, fields, own, dtype, identity)

@@ -9,7 +9,7 @@ from typing import Any
 from tif_jax.calibration.apart import Schedule
 from tif_jax.calibration.calibrate import Calibrated, Calibration, Models
 from tif_jax.commands import _arguments
-from tif_jax.commands._found import found_from
+from tif_jax.commands._found import check_replaceable, found_from
 from tif_jax.commands._pictures import opened, read_all
 from tif_jax.commands._reducers import entry_in
 from tif_jax.commands._weights import Weights, read_weights
@@ -84,7 +84,10 @@ def _paths(out: str, labels: list[str]) -> list[Path]:
         raise InputError(f"--out is {out!r}; it is a {kind}")
     path = Path(os.path.expanduser(out))
     files.check_writable(path.parent if one else path)
-    return [path] if one else [path / f"{label}.json" for label in labels]
+    paths = [path] if one else [path / f"{label}.json" for label in labels]
+    for path in paths:
+        check_replaceable(path)
+    return paths
 
 
 def _models(weights: Weights, entry: ReducerEntry) -> Models:

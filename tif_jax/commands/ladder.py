@@ -9,7 +9,7 @@ from tif_jax.adaptive.adaptive import Adaptive
 from tif_jax.adaptive.routing import ALWAYS
 from tif_jax.commands import _arguments
 from tif_jax.commands._compare_rows import rows_asked
-from tif_jax.commands._found import found_from
+from tif_jax.commands._found import check_replaceable, found_from, found_on_the_same
 from tif_jax.commands._pictures import opened, read_all
 from tif_jax.commands._weights import read_weights
 from tif_jax.errors import InputError
@@ -44,6 +44,11 @@ def main(argv: list[str]) -> None:
     weights = read_weights(arguments.weights, "float32", "a ladder")
     entries = [row.entry for row in rows_asked(weights, arguments.reducer, [], 32) if row.entry.name != "full"]
     pictures = opened(arguments.images, None, weights.full, None, arguments.num_images)
+    if same := found_on_the_same(arguments.reducer, pictures.fingerprint):
+        logger.warning(
+            "%s: found from these very pictures, and will look better on them than on others; give others to --images",
+            ", ".join(same),
+        )
     began = time.monotonic()
     ladder = [weights.model(entry.described) for entry in entries]
     images = read_all(pictures)
@@ -62,6 +67,7 @@ def _path(out: str) -> Path:
     if not out.endswith(".json"):
         raise InputError(f"--out is {out!r}; it is a file on this machine whose name ends in .json")
     files.check_writable(path.parent)
+    check_replaceable(path)
     return path
 
 

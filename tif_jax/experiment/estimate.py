@@ -3,11 +3,12 @@
 The unit is the multiply-add of one prediction with all tokens, F, or with the reducer, R, as `models.cost` counts them:
 
     score       F (N + 1) an image with `exact`, F (1 + 2 K) with K masks of `sampled`, 2 F with `gradient`
-    filter      the patch embedding, which rests, and three times the filter
+    filter      of tif: the patch embedding, which rests, and three times the filter; of tosa F alone
     adapter     F for the goal, and 2 R: through the frozen blocks goes a gradient, but none to their weights
     finetune    3 R, and F with a teacher
     backbone    3 F where it is trained
-    evaluate    F and R for each test image; the oracles of those held out for a filter's ranking are not counted
+    evaluate    F and 2 R (before and after fine-tuning) for each test image, R for each of validation; the oracles of those
+                held out for a filter's ranking are not counted
 
 A forward pass and one back to activations are counted as two, to weights as one more. Seconds are 2 x multiply-adds / (peak x
 utilisation x devices); what share of the peak is reached, by kind of work, is said by who asks.
@@ -90,13 +91,17 @@ def stages(experiment: Experiment, fields: Mapping[str, Any], num_images: int, n
         plain = plain_vit(full, "a token filter")
         embedding, filter_ = _embedding(plain), _filter(plain)
         found.append(Work("filter", images, images * (embedding + TRAINED * filter_), dtype))
+    elif entry.is_fitted_first:  # selectors, to the attention of blocks that rest
+        images = experiment.filter.num_epochs * num_images
+        found.append(Work("filter", images, images * whole, dtype))
     if entry.has_adapter:
         images = experiment.adapter.num_epochs * num_images
         found.append(Work("adapter", images, images * (whole + GRADIENT * own), dtype, GRADIENT))
     images = experiment.finetune.num_epochs * num_images
     teacher = whole if experiment.finetune.distillation.kind else 0
     found.append(Work("finetune", images, images * (TRAINED * own + teacher), dtype, TRAINED))
-    found.append(Work("evaluate", num_test, num_test * (whole + own), dtype))
+    judged = num_test * (whole + 2 * own) + experiment.data.num_validation * own
+    found.append(Work("evaluate", num_test, judged, dtype))
     return found
 
 

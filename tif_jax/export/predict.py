@@ -55,8 +55,12 @@ def loaded(manifest, folder=FOLDER):
     import torch
 
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    with torch.inference_mode():
-        return lambda images: model(torch.from_numpy(images).permute(0, 3, 1, 2)).detach().numpy()
+
+    def by_torch(images):
+        with torch.inference_mode():
+            return model(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
+
+    return by_torch
 
 
 def climbing(ladder, folder):

@@ -19,6 +19,7 @@ from tif_jax.impact.objective import Batch, Loss, checked_batch
 from tif_jax.impact.oracle import check_options, default_chunk, num_units, shared_scores, whole_impact
 from tif_jax.impact.scoring import scores_on, spread
 from tif_jax.models import Model, check_images, check_seed, plain_vit, require_head
+from tif_jax.models.gradients import for_gradients
 from tif_jax.tasks import CLASSIFICATION
 
 _MOST = 32  # images of a program
@@ -98,7 +99,7 @@ def _in_groups(
     size = min(_MOST, max(1, options["chunk"] * len(devices) // units))
     mesh = spread(devices, size, units)
     whole, data = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
-    graphdef, params = nnx.split(model)
+    graphdef, params = nnx.split(for_gradients(model, devices))
     params, seed = jax.device_put((params, np.int32(seed)), whole)
     program = scores_on(graphdef, mesh, **options)
     shares = []

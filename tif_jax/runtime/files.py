@@ -104,6 +104,10 @@ def check_writable(folder: Path) -> None:
 
     For what takes long to make: better now than when it is to be written.
     """
+    if folder.parts and folder.parts[0].endswith(":"):  # a `Path` keeps one of a URL's slashes
+        raise InputError(
+            f"{folder} is a URL, but what is written goes to folders; mount the bucket (gcsfuse) and give its path"
+        )
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         raise InputError(f"{there} is no folder that can be written to; choose another than {folder}")
