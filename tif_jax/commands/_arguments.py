@@ -39,6 +39,13 @@ def parse(command: str, description: str, argv: list[str], **flags: dict) -> arg
     return arguments
 
 
+def at_least_1(flag: str, number: int) -> int:
+    """The number. Raises InputError for less."""
+    if number < 1:
+        raise InputError(f"{flag} is {number}; it is at least 1")
+    return number
+
+
 def check_ladder_alone(arguments: argparse.Namespace) -> None:
     """Raises InputError where a ladder and a reducer are given."""
     if arguments.ladder is not None and arguments.reducer is not None:

@@ -1,7 +1,6 @@
 """DIR/baselines.json of a run whose models are dense: how far one gets without looking at the picture."""
 
 from collections.abc import Iterator
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from tif_jax.experiment.schema import Experiment
 from tif_jax.experiment.sources import open_for_model
 from tif_jax.models import Model
 from tif_jax.runtime import processes, records
-from tif_jax.runtime.progress import Progress
+from tif_jax.runtime.progress import told
 from tif_jax.tasks import CLASSIFICATION, DEPTH
 from tif_jax.training import baselines, tasks
 from tif_jax.training.checkpoints import read_config
@@ -79,7 +78,4 @@ def _score(judged_by: tasks.Judged, prediction: jax.Array, batch: dict[str, jax.
 
 def _batches(config: Experiment, source: Source, label: str) -> Iterator[dict[str, Any]]:
     batches = evaluation_batches(source, config.data, batch_size=config.evaluate.batch_size)
-    with Progress(label, len(source), "image") as progress, closing(batches):
-        for batch in batches:
-            yield batch
-            progress.update(min(len(batch["weight"]), len(source) - progress.done))
+    return told(batches, label, len(source))

@@ -1,7 +1,6 @@
 """What the parts of `tif compare` share: weights, pictures, what is kept, and the prediction with all tokens."""
 
 from collections.abc import Iterator
-from contextlib import closing
 from functools import cached_property
 
 import numpy as np
@@ -14,7 +13,7 @@ from tif_jax.commands._weights import Weights
 from tif_jax.errors import InputError
 from tif_jax.impact.judge import Batch
 from tif_jax.impact.paired import unreduced_logits
-from tif_jax.runtime.progress import Progress
+from tif_jax.runtime.progress import told
 
 AT_ONCE = 4  # rows that see a batch of images which is read once
 
@@ -39,13 +38,11 @@ class Work:
 
     def read(self, title: str) -> Iterator[Batch]:
         """Batches of the images that can be read, told as progress."""
-        with Progress(title, len(self.pictures), "image") as progress, closing(self.pictures.batches()) as batches:
-            for batch in batches:
-                yield batch
-                progress.update(min(len(batch["label"]), len(self.pictures) - progress.done))
-            if batches.unreadable and "whole" in vars(self):
-                raise InputError(
-                    f"{len(batches.unreadable)} of the images can not be read any more; run the same command again when they "
-                    "can, or with another --out"
-                )
-            self.pictures.leave_out(batches.unreadable)
+        batches = self.pictures.batches()
+        yield from told(batches, title, len(self.pictures))
+        if batches.unreadable and "whole" in vars(self):
+            raise InputError(
+                f"{len(batches.unreadable)} of the images can not be read any more; run the same command again when they "
+                "can, or with another --out"
+            )
+        self.pictures.leave_out(batches.unreadable)

@@ -2,7 +2,6 @@
 
 from collections import deque
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from tif_jax.experiment.sources import open_for_model
 from tif_jax.impact import judge
 from tif_jax.models import built_with
 from tif_jax.runtime import records
-from tif_jax.runtime.progress import Progress
+from tif_jax.runtime.progress import told
 from tif_jax.weights.ladder import load_ladder
 
 _FOLDERS = {
@@ -77,11 +76,9 @@ def _read(config: Experiment, adaptive: Adaptive, given: deque[_Given]) -> Itera
     """The test images that can be read; notes their labels, and what the last model says of each."""
     source = open_for_model(config, "test", adaptive.models[-1])
     batches = evaluation_batches(source, config.data, batch_size=config.evaluate.batch_size)
-    with Progress("evaluate", len(source), "image") as progress, closing(batches):
-        for batch in batches:
-            is_read = batch["weight"] > 0
-            if is_read.any():
-                images = np.asarray(batch["image"][is_read], np.float32)
-                given.append((batch["label"][is_read], adaptive.whole(images)))
-                yield images
-            progress.update(min(len(is_read), len(source) - progress.done))
+    for batch in told(batches, "evaluate", len(source)):
+        is_read = batch["weight"] > 0
+        if is_read.any():
+            images = np.asarray(batch["image"][is_read], np.float32)
+            given.append((batch["label"][is_read], adaptive.whole(images)))
+            yield images

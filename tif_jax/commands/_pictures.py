@@ -17,7 +17,7 @@ from tif_jax.data.source import Source, Subset, evenly_spaced, fingerprint
 from tif_jax.errors import InputError
 from tif_jax.models import Model
 from tif_jax.runtime.machine import num_cores
-from tif_jax.runtime.progress import Progress
+from tif_jax.runtime.progress import told
 
 logger = logging.getLogger(__name__)
 
@@ -72,12 +72,9 @@ def opened(
 
 def read_all(pictures: Pictures) -> Float32[np.ndarray, "I Y X 3"]:
     """Those that can be read."""
-    found = []
-    with Progress("pictures", len(pictures), "image") as progress:
-        for batch in pictures.batches():
-            found.append(batch["image"][batch["weight"] > 0])
-            progress.update(min(len(batch["label"]), len(pictures) - progress.done))
-    return np.concatenate(found)
+    return np.concatenate(
+        [batch["image"][batch["weight"] > 0] for batch in told(pictures.batches(), "pictures", len(pictures))]
+    )
 
 
 def class_index_of(text: str | None) -> dict[str, int] | None:

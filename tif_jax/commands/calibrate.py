@@ -38,8 +38,7 @@ def main(argv: list[str]) -> None:
     add("--num-images", type=int, default=512, metavar="N", help="at most, evenly spaced; all are held in memory (512)")
     arguments = parser.parse_args(argv)
     _arguments.log_to_stderr()
-    if arguments.num_images < 1:
-        raise InputError(f"--num-images is {arguments.num_images}; it is at least 1")
+    _arguments.at_least_1("--num-images", arguments.num_images)
     budgets = {label_of(budget): budget for budget in (read_budget(text, "--budget") for text in arguments.budget)}
     entry, paths = _entry(arguments.reducer), _paths(arguments.out, list(budgets))
     weights = read_weights(arguments.weights, "float32", "a calibration")

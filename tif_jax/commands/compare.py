@@ -36,8 +36,8 @@ def main(argv: list[str]) -> None:
         ("--num-images", arguments.num_images),
         ("--regret", arguments.regret),
     ):
-        if value is not None and value < 1:
-            raise InputError(f"{flag} is {value}; it is at least 1")
+        if value is not None:
+            _arguments.at_least_1(flag, value)
     dtype_name(arguments.dtype)
     out = _arguments.writable_folder("--out", arguments.out)
     class_index = class_index_of(arguments.class_index)

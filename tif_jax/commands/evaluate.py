@@ -5,7 +5,6 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +39,7 @@ from tif_jax.models.params import params_of, with_params
 from tif_jax.reducers import Full, Reducer
 from tif_jax.runtime import processes, records
 from tif_jax.runtime.mesh import make_mesh, replicate, shard
-from tif_jax.runtime.progress import Progress
+from tif_jax.runtime.progress import told
 from tif_jax.runtime.workdir import begin_log
 from tif_jax.tasks import CLASSIFICATION
 from tif_jax.training import tasks
@@ -156,10 +155,8 @@ def accuracy(model: Model, source: Source, config: Experiment, classes: Sequence
 
     totals = []
     batches = evaluation_batches(source, config.data, batch_size=batch_size, shared=True)
-    with Progress("evaluate", len(source), "image") as progress, closing(batches):
-        for batch in batches:
-            totals.append(score(params, shard(batch, mesh)))
-            progress.update(min(batch_size, len(source) - progress.done))
+    for batch in told(batches, "evaluate", len(source), batch_size):
+        totals.append(score(params, shard(batch, mesh)))
     return measured(judged_by, jax.device_get(totals), len(source))
 
 
@@ -262,10 +259,7 @@ def _batches(config: Experiment, source, table: shards.ImpactTable, label: str) 
     # They could be read when they were scored: without one of them, rows of the table would meet other images.
     options = dataclasses.replace(config.data, on_error="raise")
     batches = evaluation_batches(source, options, batch_size=config.evaluate.batch_size, records=rows)
-    with Progress(label, len(rows), "image") as progress, closing(batches):
-        for batch in batches:
-            yield batch
-            progress.update(int((batch["weight"] > 0).sum()))
+    return told(batches, label, len(rows))
 
 
 def judged(model: ViT, test: Heldout, rankings: Mapping[str, Float[np.ndarray, "E N"]]) -> dict[str, Any]:

@@ -38,8 +38,7 @@ def main(argv: list[str]) -> None:
     _arguments.log_to_stderr()
     if not 0 < arguments.agreement <= 1:
         raise InputError(f"--agreement is {arguments.agreement:g}; it is a share, above 0 and at most 1")
-    if arguments.num_images < 1:
-        raise InputError(f"--num-images is {arguments.num_images}; it is at least 1")
+    _arguments.at_least_1("--num-images", arguments.num_images)
     path = _path(arguments.out)
     weights = read_weights(arguments.weights, "float32", "a ladder")
     entries = [row.entry for row in rows_asked(weights, arguments.reducer, [], 32) if row.entry.name != "full"]

@@ -39,8 +39,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--csv", metavar="FILE", help=f"also write a table: {','.join(COLUMNS)}")
     arguments = parser.parse_args(argv)
     _arguments.log_to_stderr()
-    if arguments.top < 1:
-        raise InputError(f"--top is {arguments.top}; it is at least 1")
+    _arguments.at_least_1("--top", arguments.top)
     table = None if arguments.csv is None else _table_path(arguments.csv)
     pictures = pictures_of(arguments.images)
     model = load(arguments.weights if arguments.workdir is None else arguments.workdir)

@@ -31,8 +31,8 @@ def main(argv: list[str]) -> None:
     from tif_jax.serving.listening import bound
 
     limits = Limits(
-        requests=_at_least_1("--max-requests", arguments.max_requests),
-        num_bytes=_at_least_1("--max-megabytes", arguments.max_megabytes) * _MIB,
+        requests=_arguments.at_least_1("--max-requests", arguments.max_requests),
+        num_bytes=_arguments.at_least_1("--max-megabytes", arguments.max_megabytes) * _MIB,
         patience=_patience(arguments.patience_ms),
     )
     sizes = _arguments.batch_sizes("--batch-sizes", arguments.batch_sizes)
@@ -75,12 +75,6 @@ def _parsed(argv: list[str]) -> Namespace:
     )  # fmt: skip
     add("--max-megabytes", type=int, default=16, metavar="N", help="of a picture's file; larger: 413 (default: 16)")
     return parser.parse_args(argv)
-
-
-def _at_least_1(flag: str, number: int) -> int:
-    if number < 1:
-        raise InputError(f"{flag} is {number}; it is at least 1")
-    return number
 
 
 def _patience(milliseconds: float) -> float:

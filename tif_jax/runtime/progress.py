@@ -3,6 +3,9 @@
 import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
 
 from tqdm import tqdm
 
@@ -11,6 +14,19 @@ from tif_jax.runtime import log_file
 logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 10.0
+
+
+def told(
+    batches: Iterator[dict[str, Any]], title: str, total: int, batch_size: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """The batches, told as progress over `total` images, and closed in the end. The last one may be filled up.
+
+    batch_size: of all processes together, where each has a share of a batch.
+    """
+    with Progress(title, total, "image") as progress, closing(batches):  # type: ignore[type-var]
+        for batch in batches:
+            yield batch
+            progress.update(min(batch_size or len(batch["weight"]), total - progress.done))
 
 
 class Progress:
