@@ -92,6 +92,10 @@ def by_command_line(assignment):
             dict(score=dict(estimator="gradient", target="teacher")),
             "score.estimator 'gradient' with target 'teacher' is",
         ),
+        (
+            dict(finetune=dict(distillation=dict(kind="hard", logits_weight=2.0))),
+            "finetune.distillation.logits_weight is 2; with kind 'hard' at most 1",
+        ),
         (dict(score=dict(views=2)), "score.views is 2, but data.augment 'none'"),
         (dict(finetune=dict(augmentation=dict(erase=0.2))), "finetune.augmentation is for views that are drawn anew"),
         (dict(sharding=dict(table=(("kernel", 0.5),))), "sharding.table is (('kernel', 0.5),); it is a tuple of "),

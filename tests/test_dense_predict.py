@@ -66,6 +66,13 @@ def test_depth_as_files(photos, capsys):
     assert "--csv is for classes of pictures, and this is a model of depth: --out DIR has its maps" in last_line(capsys)
 
 
+def test_what_is_farther_than_a_file_can_say_is_told(photos, capsys):
+    fields = FIELDS | dict(max_depth=500.0)
+    save(photos / "far", lively(fields), fields)
+    assert run("--workdir far photos --out maps") == 0
+    assert "pixels are farther than 65.535 m, the most that the file can say, and have that" in capsys.readouterr().err
+
+
 def test_classes_as_files(photos, capsys):
     model = lively(CLASSES)
     model.decoder.out.bias[...] -= expected(model, ["photos/room.png"]).mean(

@@ -186,6 +186,17 @@ def test_a_phase_may_not_change_which_parameters_there_are():
         checks.check_on_backbone(base.under(base.benchmark.reducers[0]), TINY)
 
 
+def test_learned_selectors_are_of_blocks_that_are_said():
+    """They are fitted whatever the numbers; a number for each block would alone say of which blocks."""
+    base = config(
+        benchmark__reducers=(dict(name="tosa", num_kept=(16, 16, 8, 16)), dict(name="tosa", layers=(2,), num_kept=(8,)))
+    )
+    per_block, said = (base.under(entry) for entry in base.benchmark.reducers)
+    with pytest.raises(InputError, match=r"with learned selectors say the blocks: layers=\(2,\), num_kept=\(8,\)"):
+        checks.check_on_backbone(per_block, TINY)
+    checks.check_on_backbone(said, TINY)
+
+
 @pytest.mark.parametrize("then", [dict(name="dynamic_vit"), dict(name="evit")])
 def test_what_comes_after_the_filter_is_trained(then):
     params = params_of(nnx.eval_shape(blueprint(TINY, reducer="tif", then=then), jax.random.key(0)))

@@ -106,6 +106,9 @@ def test_the_recipe_is_that_of_the_config():
         (dict(images=".", labels=[0]), "labels are given for the folder"),
         (dict(epochs=3), "config has no key 'recipe.epochs'; the nearest is"),
         (dict(num_epochs=0), "recipe.num_epochs is 0"),
+        (dict(drop_path=0.1), r"recipe.drop_path is a field of the model: tif_jax.load\(..., drop_path=0.1\)"),
+        (dict(save_every=3), "recipe.save_every is given, but nothing is saved before the end"),
+        (dict(augment=False, augmentation=dict(erase=0.2)), "recipe.augmentation is for views that are drawn anew"),
         (dict(model="deit"), "model is 'deit'; it is what tif_jax.load"),
     ],
 )

@@ -107,6 +107,18 @@ def test_it_has_a_bound(tmp_path, log, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"log.txt", "log.1.txt"}
 
 
+def test_what_two_processes_write_is_not_lost(tmp_path, log, monkeypatch):
+    """One finds that the other has begun a new file."""
+    monkeypatch.setattr(log_file, "_MOST_BYTES", 1000)
+    other = log_file._Log(log)
+    for number in range(40):
+        log_file.note(f"here {number}")
+    before = (tmp_path / "log.1.txt").read_text()
+    other.write("there")  # into the old one, which is too long
+    other.write("there again")
+    assert (tmp_path / "log.1.txt").read_text().startswith(before) and log.read_text().endswith("there again\n")
+
+
 def test_a_log_that_can_not_be_written_ends_nothing(place, capsys):
     (place / "run" / "log.txt").unlink()
     (place / "run" / "log.txt").mkdir()

@@ -15,6 +15,7 @@ from cases import lively, mostly_long, numpy_images
 from flax import nnx
 
 import tif_jax
+from tif_jax.__main__ import main
 from tif_jax.data.preprocess import Preprocessing
 from tif_jax.errors import InputError
 from tif_jax.models import built_with
@@ -67,6 +68,14 @@ def test_read_back_bit_for_bit(tmp_path, fields, caplog):
     assert_same(model, tif_jax.load(folder))
     assert_same(model, tif_jax.load(folder / "model.safetensors"))
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_a_file_converted_from_it_has_no_reducer(tmp_path, capsys):
+    for name, options in (("tif", dict(keep_ratio=0.5)), ("tome", dict(num_merged=1))):
+        tif_jax.save_pretrained(made(TINY, reducer=name, **options), tmp_path / name)
+        file = tmp_path / f"{name}.safetensors"
+        assert main(["convert", str(tmp_path / name), str(file), "--to", "safetensors"]) == 0
+        assert_same(made(TINY), tif_jax.load(file))
 
 
 def test_no_other_positions_than_those_of_the_file(tmp_path):

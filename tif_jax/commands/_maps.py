@@ -68,7 +68,12 @@ def _lines(model: Model, pixels: Num[np.ndarray, "Y X"]) -> list[str]:
 
 def _numbers(model: Model, pixels: Num[np.ndarray, "Y X"]) -> Num[np.ndarray, "Y X"]:
     if model.task == DEPTH.name:
-        return np.rint(1000 * pixels).clip(0, np.iinfo(np.uint16).max).astype(np.uint16)
+        millimetres, most = np.rint(1000 * pixels), np.iinfo(np.uint16).max
+        if beyond := int((millimetres > most).sum()):
+            logger.warning(
+                "%d pixels are farther than %.3f m, the most that the file can say, and have that", beyond, most / 1000
+            )
+        return millimetres.clip(0, most).astype(np.uint16)
     return pixels.astype(np.uint8 if model.num_classes <= 256 else np.uint16)
 
 

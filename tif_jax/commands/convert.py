@@ -1,5 +1,6 @@
 """Weights to an Orbax checkpoint or back to .safetensors; TFDS folders from TFRecord to array_record."""
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -115,7 +116,8 @@ def _to_safetensors(src: str | Path, dst: Path) -> None:
             logger.warning("%s: left out, because timm's layout has no place for it: %s", dst, ", ".join(left_out))
         kept = {name: value for name, value in params.items() if name not in left_out}
         tensors, free = pretrained.to_tensors(kept, fields)
-        partial.write_bytes(safetensors.numpy.save(tensors, metadata=described.metadata(said, free)))
+        alone = dataclasses.replace(said, reducer={}, reducer_digest="")
+        partial.write_bytes(safetensors.numpy.save(tensors, metadata=described.metadata(alone, free)))
 
 
 # Data

@@ -51,7 +51,8 @@ def run(experiment: Experiment, workdir: Path, earlier: Path | None = None) -> N
     runs, filters = _finetunings(experiment), _filters(experiment)
     imported = experiment.backbone.init_from and not experiment.backbone.is_trained
     if not imported:  # else its file says what it is
-        fields = before_backbone(experiment)[1] if experiment.backbone.init_from else experiment.backbone.model
+        begins = experiment.backbone.init_from or experiment.backbone.head
+        fields = before_backbone(experiment)[1] if begins else experiment.backbone.model
         for of_run in runs:
             check_on_backbone(of_run, fields)
     plan.write(experiment, workdir, runs, filters, earlier)

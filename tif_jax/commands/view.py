@@ -1,6 +1,7 @@
 """What a model sees in your pictures, and what reducers leave of them: PNG files and one HTML page."""
 
 import logging
+import os
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -129,7 +130,7 @@ def _models(arguments: Namespace, overrides: list[str], named: Sequence[Mapping[
         )
     workdir = Path(arguments.workdir).expanduser()
     if arguments.config:
-        experiment = config_file.load(arguments.config, overrides)
+        experiment = config_file.load(os.path.expanduser(arguments.config), overrides)
         entries = experiment.benchmark.reducers
         folders = {e.label: finetune_folder(experiment.under(e), workdir) for e in entries}
         modules = {module for entry in entries for module in entry.modules}

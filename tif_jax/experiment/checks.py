@@ -16,6 +16,7 @@ from tif_jax.models import blueprint
 from tif_jax.models.build import grid_of, with_defaults
 from tif_jax.models.cost import cost
 from tif_jax.models.params import params_of
+from tif_jax.reducers._schedule import is_per_block
 from tif_jax.training import optim
 
 _LABELLED = ("tif", "prior")  # reducers that learn from labels of tokens
@@ -84,6 +85,7 @@ def check_on_backbone(experiment: Experiment, fields: Mapping[str, Any]) -> None
     recipe, fields = experiment.finetune, {**fields, **experiment.finetune.model}
     shapes = []
     for entry in (experiment.reducer, *(entry for _, entry in phases_of(experiment.reducer, recipe.phases))):
+        _check_selectors(entry, fields)
         model = nnx.eval_shape(blueprint(fields, reducer=entry.name, **entry.arguments), jax.random.key(0))
         cost(model)  # calls it
         for table in (recipe.rate_factors, recipe.decay_factors, [(pattern, False) for pattern in recipe.freeze]):
@@ -92,6 +94,18 @@ def check_on_backbone(experiment: Experiment, fields: Mapping[str, Any]) -> None
     if any(shape != shapes[0] for shape in shapes):
         raise InputError(
             f"finetune.phases change which parameters {experiment.reducer.name!r} has; they can not be trained through that"
+        )
+
+
+def _check_selectors(entry: ReducerEntry, fields: Mapping[str, Any]) -> None:
+    """Raises InputError where a number for each block alone says which blocks select: selectors are fitted without it."""
+    layers, num_kept = entry.options.get("layers"), entry.options.get("num_kept")
+    is_fitted = entry.name == "tosa" and entry.is_fitted_first
+    if is_fitted and num_kept is not None and is_per_block(layers, num_kept, fields.get("depth")):
+        layers = tuple(i for i, number in enumerate(num_kept) if number < num_kept[0])
+        raise InputError(
+            f"reducer.num_kept is {num_kept}, a number for each block; with learned selectors say the blocks: "
+            f"layers={layers}, num_kept={tuple(num_kept[i] for i in layers)}"
         )
 
 

@@ -150,6 +150,12 @@ class Distillation:
         0.5, "soft only: weight of the loss against the teacher's output tokens", least=0, most=1e6
     )
 
+    def __post_init__(self):
+        if self.kind == "hard" and self.logits_weight > 1:
+            raise InputError(
+                f"logits_weight is {self.logits_weight:g}; with kind 'hard' at most 1: the labels have the rest"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class Finetune(NetworkRecipe):

@@ -240,7 +240,9 @@ def before_finetuning(experiment: Experiment, workdir: Path) -> tuple[Model, dic
     model, fields = _load(start_folder(experiment, workdir), entry, experiment, **given)
     if entry.name == "prior":  # nothing to train: its one parameter is read off the shards
         source = data.open_source(experiment.data, "train")
-        table = shards.read_impact(workdir, expected=expected_manifest(experiment, model, source))
+        # Heads that are for training alone (finetune.model) were not there when impact was scored.
+        scored = _load(backbone_folder(workdir), ReducerEntry("full", {}), experiment)[0] if recipe.model else model
+        table = shards.read_impact(workdir, expected=expected_manifest(experiment, scored, source))
         labels = keep_labels(table.impact, **label_options(experiment, table.impact))
         nnx.update(model, {"reducer": {"logits": position_prior(labels)}})
     return model, fields

@@ -36,9 +36,11 @@ class _Log:
         with suppress(OSError):
             os.write(self.descriptor, ("\n".join(lines) + "\n").encode(errors="backslashreplace"))
             if os.fstat(self.descriptor).st_size > _MOST_BYTES:
+                is_there = self.path.exists() and os.path.samestat(os.fstat(self.descriptor), self.path.stat())
                 before, self.descriptor = self.descriptor, -1
                 os.close(before)
-                os.replace(self.path, self.path.with_suffix(f".1{self.path.suffix}"))
+                if is_there:  # else another process has begun a new one
+                    os.replace(self.path, self.path.with_suffix(f".1{self.path.suffix}"))
                 self._open()
 
 

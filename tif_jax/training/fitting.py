@@ -29,7 +29,7 @@ from tif_jax.runtime.mesh import shard
 from tif_jax.tasks import CLASSIFICATION
 from tif_jax.training import losses
 from tif_jax.training.loop import run
-from tif_jax.training.recipe import NetworkRecipe, Sharding
+from tif_jax.training.recipe import FreshViews, NetworkRecipe, Sharding
 from tif_jax.training.stage import REDUCER_RESTS, Stage, prepare
 
 # As configs/folder.py has it.
@@ -62,9 +62,7 @@ def fit(
     the loss is not finite.
     """
     _check_model(model)
-    made = checked.read(NetworkRecipe, {**RECIPE, **recipe}, "recipe")
-    if not made.num_epochs:
-        raise InputError("recipe.num_epochs is 0; give a number above 0")
+    made = _read_recipe(recipe, augment)
     source = _source(images, labels)
     options = DataOptions(
         image_size=model.image_size,
@@ -98,6 +96,20 @@ def fit(
     _train(stage)
     fresh.class_names = tuple(source.class_names) if all(source.class_names) else None
     return fresh
+
+
+def _read_recipe(given: dict[str, Any], augment: bool) -> NetworkRecipe:
+    made = checked.read(NetworkRecipe, {**RECIPE, **given}, "recipe")
+    for name in ("drop_path", "remat"):
+        if name in given:
+            raise InputError(f"recipe.{name} is a field of the model: tif_jax.load(..., {name}={given[name]!r})")
+    if "save_every" in given:
+        raise InputError("recipe.save_every is given, but nothing is saved before the end: leave it out")
+    if not made.num_epochs:
+        raise InputError("recipe.num_epochs is 0; give a number above 0")
+    if not augment and made.augmentation != FreshViews():
+        raise InputError("recipe.augmentation is for views that are drawn anew, of which augment=False has none")
+    return made
 
 
 def _train(stage: Stage) -> None:
