@@ -122,13 +122,13 @@ def kept_in(folder: Path, weights: Weights, pictures: Pictures) -> Kept:
     kept.data["oracle_num_samples"] = there.get("oracle_num_samples")
     kept.data["speeds"] = there["speeds"] if all(same_place.values()) else {}
     kept.arrays = _arrays(folder / _ARRAYS)
-    kept.data["rows"] = {
-        label: row
-        for label, row in there["rows"].items()
-        if f"kl/{label}" in kept.arrays and same_place["versions"] and (all(same_place.values()) or not _of_speed(row))
-    }
-    if forgotten := sorted({*there["rows"]} - {*kept.data["rows"]}):
+    rows = {label: row for label, row in there["rows"].items() if f"kl/{label}" in kept.arrays}
+    forgotten = []
+    if not all(same_place.values()):
+        forgotten = sorted(label for label, row in rows.items() if not same_place["versions"] or _of_speed(row))
+    if forgotten:
         logger.warning("of another machine, or by other versions; made again where asked for: %s", ", ".join(forgotten))
+    kept.data["rows"] = {label: row for label, row in rows.items() if label not in forgotten}
     return kept
 
 

@@ -17,9 +17,7 @@ class Weights(NamedTuple):
     """The weights, the model with all tokens, and what that was built with."""
 
     source: str
-    read_from: (
-        str  # the same, but of checkpoints the one that was read first: a training may write newer ones meanwhile
-    )
+    read_from: str  # the same; of checkpoints one step's, since a training may write newer ones meanwhile
     full: Model
     fields: dict[str, Any]
     own: dict[str, Any]  # the reducer that they were saved with: name and options

@@ -16,7 +16,7 @@ from tif_jax.models import blueprint
 from tif_jax.models.build import grid_of, with_defaults
 from tif_jax.models.cost import cost
 from tif_jax.models.params import params_of
-from tif_jax.reducers._schedule import is_per_block
+from tif_jax.reducers.tosa import Tosa
 from tif_jax.training import optim
 
 _LABELLED = ("tif", "prior")  # reducers that learn from labels of tokens
@@ -85,8 +85,8 @@ def check_on_backbone(experiment: Experiment, fields: Mapping[str, Any]) -> None
     recipe, fields = experiment.finetune, {**fields, **experiment.finetune.model}
     shapes = []
     for entry in (experiment.reducer, *(entry for _, entry in phases_of(experiment.reducer, recipe.phases))):
-        _check_selectors(entry, fields)
         model = nnx.eval_shape(blueprint(fields, reducer=entry.name, **entry.arguments), jax.random.key(0))
+        _check_selectors(entry, model.reducer)
         cost(model)  # calls it
         for table in (recipe.rate_factors, recipe.decay_factors, [(pattern, False) for pattern in recipe.freeze]):
             optim.match(tuple(row[:2] for row in table), params_of(model), None)
@@ -97,15 +97,12 @@ def check_on_backbone(experiment: Experiment, fields: Mapping[str, Any]) -> None
         )
 
 
-def _check_selectors(entry: ReducerEntry, fields: Mapping[str, Any]) -> None:
+def _check_selectors(entry: ReducerEntry, reducer: Any) -> None:
     """Raises InputError where a number for each block alone says which blocks select: selectors are fitted without it."""
-    layers, num_kept = entry.options.get("layers"), entry.options.get("num_kept")
-    is_fitted = entry.name == "tosa" and entry.is_fitted_first
-    if is_fitted and num_kept is not None and is_per_block(layers, num_kept, fields.get("depth")):
-        layers = tuple(i for i, number in enumerate(num_kept) if number < num_kept[0])
+    if entry.is_fitted_first and isinstance(reducer, Tosa) and reducer.num_dense is not None:
         raise InputError(
-            f"reducer.num_kept is {num_kept}, a number for each block; with learned selectors say the blocks: "
-            f"layers={layers}, num_kept={tuple(num_kept[i] for i in layers)}"
+            f"reducer.num_kept is {entry.options['num_kept']}, a number for each block; with learned selectors say the "
+            f"blocks: layers={reducer.layers}, num_kept={reducer.num_kept}"
         )
 
 
