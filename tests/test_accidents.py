@@ -152,8 +152,9 @@ def test_a_later_stage_does_not_take_the_older_checkpoint_in_silence(place, caps
 def test_no_checkpoint_is_whole(place, capsys):
     for checkpoint in checkpoints(place):
         damage(checkpoint)
-    lost = {data for checkpoint in checkpoints(place) for data in contents(checkpoint).values()}
-    assert tif("train --stage=backbone") == 2
-    line = last_line(capsys)
-    assert "run/backbone/checkpoints" in line and "is whole" in line and "start anew" in line
-    assert lost <= set(contents(place / "run").values())
+    before = contents(place / "run" / "backbone" / "checkpoints")
+    for _ in range(2):
+        assert tif("train --stage=backbone") == 2
+        line = last_line(capsys)
+        assert "run/backbone/checkpoints" in line and "is whole" in line and "start anew" in line
+        assert contents(place / "run" / "backbone" / "checkpoints") == before

@@ -101,6 +101,8 @@ def test_impacts_are_of_the_examples_that_were_scored(place, capsys, change):
 def test_the_folder_may_be_another(place):
     (place / "data").rename(place / "moved")
     assert tif("train --stage=filter --config.data.root=moved") == 0
+    (place / "moved").rename(place / "data")
+    assert tif("train --stage=filter") == 0
 
 
 @pytest.mark.parametrize("given", [dict(gelu="tanh"), dict(norm_eps=1e-2), dict(num_heads=4)])
@@ -122,7 +124,9 @@ def test_a_stage_that_several_workdirs_link_to_is_trained_by_one_of_them(place, 
     with workdir.only_run(place / "run" / "backbone"):
         assert tif("train --stage=backbone --workdir=other") == 0
         shutil.rmtree(newest(place / "run" / "backbone" / "checkpoints"))
+        (being_written := place / "run" / "backbone" / "checkpoints" / "9.orbax-checkpoint-tmp").mkdir()
         assert tif("train --stage=backbone --workdir=other") == 2
+        assert being_written.exists()
     assert "run/backbone is in use by" in last_line(capsys)
 
 

@@ -18,7 +18,7 @@ from tif_jax.impact.manifest import read_manifest
 from tif_jax.impact.shards import missing_parts
 from tif_jax.runtime import files, log_file, processes, records
 from tif_jax.training.checkpoints import read_config
-from tif_jax.training.recipe import WITHOUT_EFFECT
+from tif_jax.training.recipe import may_differ
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def take_stage(earlier: Path, workdir: Path, folder: Path, made: Mapping[str, An
 
     def sources() -> list[Path]:
         checkpoint, which = finished(there)
-        _check_same(read_config(checkpoint).get("made") or {}, {**made}, WITHOUT_EFFECT)
+        _check_same(read_config(checkpoint).get("made") or {}, {**made}, may_differ(made.get("examples")))
         _check_same({"steps": which["of"]}, {"steps": num_steps})
         return [checkpoint, *(there / name for name in ("metrics.json", "metrics.jsonl"))]
 

@@ -6,6 +6,7 @@ carries the digest of every item of arrays, beside the step and what else belong
 config is that of its folder and each item can be read and has its digest (`_read`): whoever reads one asks there.
 """
 
+import errno
 import logging
 import os
 import re
@@ -88,20 +89,26 @@ class Checkpoints:
         """The newest whole checkpoint, and its config; None if there is no checkpoint.
 
         template: shapes and shardings (jax.ShapeDtypeStruct or arrays) of what is restored. A damaged checkpoint is named
-        in a warning and moved aside, and the one before it is tried. Raises InputError if all are damaged. Of several
-        processes all have to call this.
+        in a warning, and the one before it is tried; if that is whole, the damaged one is moved aside. Raises InputError if
+        all are damaged, and leaves them: they may be whole for a version of optax whose states were others. WorkError where a
+        disk does not answer. Of several processes all have to call this.
         """
-        steps = self.steps()[::-1]
-        for step in steps:
+        damaged: dict[int, str] = {}
+        for step in self.steps()[::-1]:
             try:
-                return self._restore_step(step, template)
+                restored = self._restore_step(step, template)
             except _Damaged as damage:
                 logger.warning("checkpoint %s/%d is damaged (%s)", self.directory, step, damage)
-                self._move_aside(step)
-        if steps:
+                damaged[step] = str(damage)
+                continue
+            for other in damaged:
+                self._move_aside(other)
+            return restored
+        if damaged:
+            step, why = next(iter(damaged.items()))
             raise InputError(
-                f"no checkpoint in {self.directory} is whole (tried steps {steps}, now {self.directory.parent}/damaged-*): "
-                "put back a copy, or run again to start anew"
+                f"no checkpoint in {self.directory} is whole (tried steps {[*damaged]}; of {step}: {why}): put back a copy, "
+                "or delete that folder to start anew"
             )
         return None
 
@@ -130,13 +137,12 @@ class Checkpoints:
         except OSError as error:
             raise files.not_written(self.directory, error) from error
         except Exception as error:  # tensorstore has kinds of its own, whose messages are pages
-            if not (number := re.search(r"os_error_code='(\d+)'", str(error))):
+            if not (failed := _of_system(error)):
                 raise WorkError(
                     f"checkpoint not written to {self.directory}: {_first_line(error)}; what is finished is intact: check "
                     "the disk, then run the same command again"
                 ) from error
-            code = int(number[1])
-            raise files.not_written(self.directory, OSError(code, os.strerror(code))) from error
+            raise files.not_written(self.directory, failed) from error
 
 
 def load_params(directory: str | Path) -> tuple[Params, dict[str, Any]]:
@@ -156,8 +162,7 @@ def load_params(directory: str | Path) -> tuple[Params, dict[str, Any]]:
         )
         arrays, config = _read(folder, {item: abstract})
     except Exception as error:  # `_Damaged`, or what Orbax raises for a damaged folder
-        if is_shortage(error):
-            raise
+        _check_tells_of_file(folder, error)
         raise _is_damaged(folder, error) from None
     if (which := identity(config))["step"] < which["of"]:
         logger.warning("%s is of step %d of %d: its stage is not finished", folder, which["step"], which["of"])
@@ -183,14 +188,33 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         return _config_of(folder)
     except Exception as error:
-        if is_shortage(error):
-            raise
+        _check_tells_of_file(folder, error)
         raise _is_damaged(folder, error) from None
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """Of a checkpoint with this config: its step, `of` how many, and the digest of the parameters that are loaded."""
     return {"step": config["step"], "of": config.get("of", config["step"]), "digest": config["digest"][_loaded(config)]}
+
+
+def _check_tells_of_file(folder: Path, error: Exception) -> None:
+    """Raises what says nothing of a checkpoint: a lack of memory, and WorkError where a disk does not answer."""
+    if is_shortage(error) or isinstance(error, WorkError):
+        raise error
+    failed = _of_system(error)
+    if failed and failed.errno not in (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+        raise WorkError(
+            f"can not read checkpoint {folder}: {failed.strerror}; it may be whole: check the disk and who may read it, then "
+            "run the same command again"
+        ) from error
+
+
+def _of_system(error: Exception) -> OSError | None:
+    """What the system said, also where tensorstore tells of it."""
+    if isinstance(error, OSError):
+        return error
+    number = re.search(r"os_error_code='(\d+)'", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
 
 
 def _is_damaged(folder: Path, error: Exception) -> InputError:
@@ -220,8 +244,7 @@ def _read(
             _shapes(folder / name)  # a later reader that has no template needs them
             arrays[name] = _array_reader().restore(folder / name, tree)
     except Exception as error:  # Orbax raises many kinds for a damaged folder
-        if is_shortage(error):  # the checkpoint may be whole
-            raise
+        _check_tells_of_file(folder, error)
         damage = _first_line(error)
     if not all_say(damage is None):
         raise _Damaged(damage or "as another process found")

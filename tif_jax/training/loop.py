@@ -30,6 +30,7 @@ def run(
     save: Callable[[State], None],
     stop: Callable[[], bool] = lambda: False,
     title: str = "train",
+    of: int | None = None,
 ) -> State:
     """Steps until state.step == until. Logs mean metrics every log_every steps and saves every save_every and at the end.
 
@@ -37,12 +38,12 @@ def run(
     state at a save is that of the next batch. Between logs and saves nothing waits for the device, and nothing is copied
     to it that was not put there on purpose (jax.transfer_guard). Raises WorkError at a loss or gradient that is not
     finite, and Preempted, after logging and saving, once stop() is true; it is asked at every step and at the end.
-    title: of the progress bar.
+    title: of the progress bar. of: its steps, where other programs go on after `until`.
     """
     start = int(jax.device_get(state.step))
     pending: list[tuple[Mapping[str, Any], Any]] = []
     began, waited = time.perf_counter(), 0.0
-    with Progress(title, until, "step", start) as progress:
+    with Progress(title, of or until, "step", start) as progress:
         for at in range(start, until + 1):
             stopping = stop()
             if pending and (stopping or at % log_every == 0 or at % save_every == 0 or at == until):

@@ -15,6 +15,11 @@ MOST_IMAGES = 2**20  # of a batch; what is beyond is a slip, and would end in a 
 WITHOUT_EFFECT = ("save_every", "remat", "num_workers", "worker_processes")
 
 
+def may_differ(examples: str | None) -> tuple[str, ...]:
+    """Keys without effect; where `examples` tell which images there are, the folder that they lie in is none of it."""
+    return (*WITHOUT_EFFECT, "root") if examples else WITHOUT_EFFECT
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """What every stage that trains reads. An epoch is as many images as the stage's data have."""

@@ -25,7 +25,7 @@ from tif_jax.training import optim, speed
 from tif_jax.training.checkpoints import Checkpoints
 from tif_jax.training.loop import run
 from tif_jax.training.losses import Loss
-from tif_jax.training.recipe import WITHOUT_EFFECT, NetworkRecipe, Recipe, Sharding
+from tif_jax.training.recipe import NetworkRecipe, Recipe, Sharding, may_differ
 from tif_jax.training.state import FSDP, State, init_state, shardings
 from tif_jax.training.step import Step, make_step
 
@@ -89,6 +89,13 @@ class Stage:
     @property
     def num_steps(self) -> int:
         return max(1, round(self.recipe.num_epochs * self.steps_per_epoch))
+
+    @property
+    def phases(self) -> list[tuple[Model, int]]:
+        """The models that are trained one after the other, and until which step each is."""
+        ends = [min(self.num_steps, round(epoch * self.steps_per_epoch)) for epoch, _ in self.early]
+        models = [*(model for _, model in self.early), self.model]
+        return [*zip(models, (*ends, self.num_steps), strict=True)]
 
     @property
     def trains_network(self) -> bool:
@@ -163,21 +170,24 @@ def fit(stage: Stage) -> None:
     directory, batches, num_steps = stage.directory, stage.batches, stage.num_steps
     prepared = prepare(stage)  # before a mistake in the recipe can be noted as what is made here
     made = claim_of(stage)
-    records.claim(directory, made, ignored=WITHOUT_EFFECT)
+    ignored = may_differ(stage.examples)
+    records.claim(directory, made, ignored=ignored)
     processes.wait_for_all(f"{directory.name} claimed")
-    with (
-        processes.stop_asked() as stop, closing(batches), ExitStack() as held,
-        Checkpoints(directory / "checkpoints") as checkpoints,
-    ):  # fmt: skip
+    with processes.stop_asked() as stop, closing(batches), ExitStack() as held:
+        alone = only_run(directory.resolve())  # several workdirs may have a link to it
+        if unfinished := processes.first_says(_newest_step(directory / "checkpoints") < num_steps):
+            held.enter_context(alone)  # before `Checkpoints` removes what others may still be writing
+        checkpoints = held.enter_context(Checkpoints(directory / "checkpoints"))
         if restored := checkpoints.restore(prepared.abstract):
             state, stored = restored
-            records.check_same(directory, stored.get("made"), made, ignored=WITHOUT_EFFECT)
+            records.check_same(directory, stored.get("made"), made, ignored=ignored)
             batches.set_state(stored["position"])
         else:
             state = prepared.fresh(weights)
         del weights, restored  # the state has its own, and a step takes it
         if (start := int(jax.device_get(state.step))) < num_steps:
-            held.enter_context(only_run(directory.resolve()))  # several workdirs may have a link to it
+            if not unfinished:  # the last checkpoint was damaged
+                held.enter_context(alone)
             logger.info(
                 "%s: steps %d to %d on %d %s devices%s", directory, start, num_steps, prepared.mesh.size,
                 jax.default_backend(), f" of {jax.process_count()} processes" if jax.process_count() > 1 else "",
@@ -189,9 +199,7 @@ def fit(stage: Stage) -> None:
         def save(state: State) -> None:
             checkpoints.save(state, description, batches.get_state())
 
-        ends = [min(num_steps, round(epoch * stage.steps_per_epoch)) for epoch, _ in stage.early]
-        models = [*(model for _, model in stage.early), stage.model]
-        for model, until in zip(models, (*ends, num_steps), strict=True):
+        for model, until in stage.phases:
             if int(jax.device_get(state.step)) >= until:
                 continue
             meter = speed.meter(model if stage.trains_network else None, prepared.mesh, stage.peak_tflops)
@@ -211,7 +219,14 @@ def fit(stage: Stage) -> None:
                 save=save,
                 stop=stop,
                 title=directory.name,
+                of=num_steps,
             )
+
+
+def _newest_step(checkpoints: Path) -> int:
+    """The step of the newest checkpoint, damaged or not; -1 where there is none."""
+    names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
+    return max((int(name) for name in names if name.isdigit()), default=-1)
 
 
 def describe(
