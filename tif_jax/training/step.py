@@ -31,8 +31,8 @@ Metrics = dict[str, Array]
 Step = Callable[[State, Batch], tuple[State, Metrics]]
 
 # (parameters, the teacher's parameters or None, batch, key) -> (gradient of the mean loss with respect to the trainable
-# parameters, (batch means of the loss's terms, running statistics after the batch))
-_Gradient = Callable[[Params, Params | None, Batch, Array], tuple[Params, tuple[Metrics, Params]]]
+# parameters, (batch means of the loss's terms, running statistics after the batch, the share of its images that count))
+_Gradient = Callable[[Params, Params | None, Batch, Array], tuple[Params, tuple[Metrics, Params, Array]]]
 
 _MIXING = 2**31  # is folded into the key for mixing: no part of a batch has this number
 
@@ -78,7 +78,7 @@ def make_step(
         key = jax.random.fold_in(key, state.step)
         if mixing is not None:
             batch = mix(jax.random.fold_in(key, _MIXING), batch, mixing)
-        grads, (metrics, statistics) = gradient(state.params, teacher_params, batch, key)
+        grads, (metrics, statistics, _) = gradient(state.params, teacher_params, batch, key)
         grads = jax.lax.with_sharding_constraint(grads, ours(where.params))
         updates, opt_state = optimizer.update(grads, state.opt_state, ours(state.params))
         updated = with_statistics(optax.apply_updates(ours(state.params), updates), statistics)
@@ -112,39 +112,46 @@ def _gradient(
             model = with_params(graphdef, gathered(params, where) if is_divided else params)
             forward = model if teacher_graphdef is None else partial(_with_tokens, model)
             prediction, aux = forward(batch["image"], nnx.Rngs(key) if stochastic else None)
-            terms = loss(prediction, aux, batch)
-            return _mean_loss(terms), ({name: term.mean() for name, term in terms.items()}, statistics_of(model))
+            means, share = _means(loss(prediction, aux, batch))
+            return means["loss"], (means, statistics_of(model), share)
 
         return jax.grad(not_kept(mean_loss) if is_divided else mean_loss, has_aux=True)(ours)
 
     return gradient
 
 
-def _mean_loss(terms: Mapping[str, Array]) -> Array:
-    """Over the images of a batch; those of which no pixel counts (`valid` is 0) are left out."""
+def _means(terms: Mapping[str, Array]) -> tuple[Metrics, Array]:
+    """Over the images of a batch that count, and how large a share of it they are: images of which no pixel does are left out
+    (`valid` is 0)."""
     if "valid" not in terms:
-        return terms["loss"].mean()
+        return {name: term.mean() for name, term in terms.items()}, jnp.ones((), terms["loss"].dtype)
     counts = (terms["valid"] > 0).astype(terms["loss"].dtype)
-    return (terms["loss"] * counts).sum() / jnp.maximum(counts.sum(), 1)
+    number = jnp.maximum(counts.sum(), 1)
+    means = {name: (term * counts).sum() / number for name, term in terms.items()}
+    return means | {"valid": terms["valid"].mean()}, counts.mean()
 
 
 def _accumulated(gradient: _Gradient, graphdef: Any, trainable: Any, num_parts: int) -> _Gradient:
-    """The mean of `gradient` and of its metrics over the parts of a batch; each part begins with the statistics that the
-    part before it left."""
+    """The mean of `gradient` and of its metrics over the parts of a batch, by how many images count in each; each part begins
+    with the statistics that the part before it left."""
 
     def accumulated(params, teacher_params, batch, key):
         def add(so_far, part):
             statistics, sums = so_far
             number, batch = part
             params_now, key_now = with_statistics(params, statistics), jax.random.fold_in(key, number)
-            grads, (metrics, statistics) = gradient(params_now, teacher_params, batch, key_now)
-            return (statistics, jax.tree.map(jnp.add, sums, grads)), metrics
+            grads, (metrics, statistics, share) = gradient(params_now, teacher_params, batch, key_now)
+            return (statistics, jax.tree.map(lambda sum, grad: sum + share * grad, sums, grads)), (metrics, share)
 
         zeros = jax.tree.map(jnp.zeros_like, optim.partition(params, trainable)[0])
         parts = jnp.arange(num_parts), jax.tree.map(partial(_parts, num_parts), batch)
         begin = statistics_of(with_params(graphdef, params)), zeros
-        (statistics, sums), metrics = jax.lax.scan(add, begin, parts)
-        return jax.tree.map(lambda sum: sum / num_parts, sums), (jax.tree.map(jnp.mean, metrics), statistics)
+        (statistics, sums), (metrics, shares) = jax.lax.scan(add, begin, parts)
+        total = jnp.where(shares.any(), shares.sum(), 1)
+        means = {name: (shares * of_parts).sum() / total for name, of_parts in metrics.items()}
+        if "valid" in metrics:  # of all images
+            means["valid"] = metrics["valid"].mean()
+        return jax.tree.map(lambda sum: sum / total, sums), (means, statistics, shares.mean())
 
     return accumulated
 
