@@ -38,6 +38,7 @@ MODELS = {
     "CLIP": TINY | dict(pre_norm=True, gelu="quick", norm_eps=1e-5),
     "SigLIP": TINY | dict(pool="attention", class_token=False),
     "RoPE-ViT": TINY | dict(rotary="rope_vit"),  # whose tensors are those of a plain one
+    "whole last block": TINY | dict(lean_last_block=False),
     "levit": LEVIT | dict(activation="silu"),
 }  # fmt: skip
 

@@ -21,7 +21,7 @@ from tif_jax.models.budget import Speed, read_budget
 from tif_jax.runtime import files, log_file, records
 from tif_jax.runtime.machine import machine
 from tif_jax.training.checkpoints import identity, newest, read_config
-from tif_jax.weights.loading import checkpoint_directory, located
+from tif_jax.weights.where import checkpoint_directory, located
 
 logger = logging.getLogger(__name__)
 

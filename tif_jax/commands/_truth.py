@@ -11,7 +11,7 @@ from tif_jax.data.pictures import AnyImage
 from tif_jax.data.source import LabelMap
 from tif_jax.models import Model
 from tif_jax.training.checkpoints import newest, read_config
-from tif_jax.weights.loading import checkpoint_directory
+from tif_jax.weights.where import checkpoint_directory
 
 
 def truths_as_trained(model: Model, folder: Path) -> Callable[[AnyImage], LabelMap | None]:

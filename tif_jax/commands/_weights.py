@@ -8,7 +8,8 @@ from tif_jax.models.params import params_of, share
 from tif_jax.runtime.digests import digest
 from tif_jax.training.checkpoints import newest
 from tif_jax.weights import hub
-from tif_jax.weights.loading import checkpoint_directory, load_with_fields, located
+from tif_jax.weights.loading import load_with_fields
+from tif_jax.weights.where import checkpoint_directory, located
 
 _SAID_ONCE = ("num_heads", "pool", "gelu", "norm_eps", "activation")  # what `load` says that it takes for granted
 

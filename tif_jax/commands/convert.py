@@ -23,7 +23,8 @@ from tif_jax.training.checkpoints import Checkpoints, load_params
 from tif_jax.training.state import State
 from tif_jax.weights import described, hub, pretrained
 from tif_jax.weights.layout import shortened
-from tif_jax.weights.loading import TRAINING_HEADS, checkpoint_directory, description_of, load_with_fields, located
+from tif_jax.weights.loading import TRAINING_HEADS, description_of, load_with_fields
+from tif_jax.weights.where import checkpoint_directory, located
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from tif_jax.experiment.schema import Experiment
 from tif_jax.impact.manifest import read_manifest
 from tif_jax.impact.oracle import TARGETS
 from tif_jax.training.checkpoints import identity, newest, read_config
-from tif_jax.weights.loading import checkpoint_directory, located
+from tif_jax.weights.where import checkpoint_directory, located
 
 _RECIPE = ("estimator", "mask", "target", "num_images", "views")  # of impacts; who computed them does not matter
 

@@ -8,7 +8,7 @@ from typing import Any
 from tif_jax.runtime import records
 from tif_jax.tasks import CLASSIFICATION, Metric, of_metrics
 from tif_jax.training.checkpoints import identity, newest, read_config
-from tif_jax.weights.loading import checkpoint_directory
+from tif_jax.weights.where import checkpoint_directory
 
 _REMEDY = "`tif run` makes it anew"
 

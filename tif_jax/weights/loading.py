@@ -14,15 +14,15 @@ from jaxtyping import Array, Key
 from tif_jax import checked, reducers
 from tif_jax.data.preprocess import Preprocessing, replaced
 from tif_jax.errors import InputError
-from tif_jax.models import MODEL_FIELDS, Model, blueprint, check_seed, grid_of, model_fields, with_defaults
+from tif_jax.models import MODEL_FIELDS, Model, blueprint, check_seed, grid_of, with_defaults
 from tif_jax.models.budget import AMOUNTS
 from tif_jax.models.model import dtype_name
 from tif_jax.models.params import params_of
-from tif_jax.runtime import records
 from tif_jax.training.checkpoints import load_params, newest, read_config
 from tif_jax.weights import dense, described, folders, hub, pretrained
 from tif_jax.weights.layout import shortened
 from tif_jax.weights.positions import resize_positions
+from tif_jax.weights.where import checkpoint_directory, is_checkpoint, located
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +30,6 @@ logger = logging.getLogger(__name__)
 TRAINING_HEADS = ("class_head/", "class_norm/", "class_distillation_head/")
 NEW_HEAD = "backbone.head=fresh, with backbone.num_epochs, has one drawn and trained"  # what a config can do about it
 HEADS = ("head/", "distillation_head/")  # read_weights leaves them out where num_classes is another
-
-
 # Fields that no shape tells: given otherwise than the source says, they would be wrong in silence.
 _FACTS = ("num_heads", "gelu", "activation", "norm_eps", "rotary", "rotary_grid", "rotary_temperature")
 _REMEDY = "say tif_jax.load(..., preprocessing=dict(mean=..., std=...)), or put timm's config.json beside the file"
@@ -51,10 +49,10 @@ def load(
     hf:OWNER/NAME[@REVISION] names weights on the Hugging Face hub, which are downloaded once (`from_pretrained`).
     A workdir stands for its own checkpoints, else for the fine-tuned model that its report.json calls best; any other folder
     for the model.safetensors in it, or its shards.
-    reducer: a name, or a JSON file that `tif calibrate` wrote; None is the one that the weights were saved with ('full' where
-    they do not say). The same weights run under any
-    reducer: parameters under `reducer/` that the source lacks are freshly drawn from `seed`, which a warning says; any other
-    difference is an error.
+    reducer: a name, or a JSON file that `tif calibrate` wrote; None is the one that the weights were saved with, with its
+    options ('full' where they do not say). One that is named has the options given here and its defaults; only those of its
+    own that say what form the parameters have which it learned stay. The same weights run under any reducer: parameters under
+    `reducer/` that the source lacks are freshly drawn from `seed`, which a warning says; any other difference is an error.
     A module that is none of `tif_jax.reducers` is imported only if it is named here.
     preprocessing: mean, std, crop_fraction, interpolation, those that the source does not say, or says wrong. What nobody
     says is ImageNet's, with a warning. The model has it as `model.preprocessing`, and its classes as `model.class_names`.
@@ -121,8 +119,7 @@ def load_with_fields(
         may_be_fresh = [*may_be_fresh, *heads]
     fields["dtype"] = dtype
     reducer_name = own["name"] if reducer is None else reducer
-    if reducer_name == own["name"]:
-        options = _with_own_options(own, options)
+    options = _options_for(reducer, own, options, has_learned=bool(params.get("reducer")))
     _refuse_modules(path, {*reducers.modules_in({"name": reducer_name, **options})} - named)
     build = blueprint(fields, reducer=reducer_name, **options)
     model = nnx.eval_shape(build, jax.random.key(0))
@@ -175,7 +172,7 @@ def _read(path: Path, given: Mapping[str, Any], reducer_name: str | None, fresh_
     fresh_head: the source's heads will not be used.
     """
     may_be_fresh = ["reducer/", *TRAINING_HEADS]
-    if not _is_checkpoint(path):
+    if not is_checkpoint(path):
         said = described.of_file(path)
         _check_facts(said.origin, said.fields, given)
         if not fresh_head:
@@ -205,18 +202,6 @@ def _read(path: Path, given: Mapping[str, Any], reducer_name: str | None, fresh_
 def _heads_to_draw(said: Mapping[str, Any]) -> tuple[str, ...]:
     """How the names begin of parameters that may lack in a file with these fields: a classifier's heads, and a decoder."""
     return () if dense.is_dense(said) else (*HEADS, dense.DECODER)
-
-
-def located(source: str | Path) -> Path:
-    """Where the weights are: a weight file, or a folder of ours. A folder that is none of ours stands for the file in it.
-
-    What the hub has (hf:OWNER/NAME) is downloaded.
-    """
-    path = hub.folder_of(str(source)) if hub.is_name(source) else Path(source).expanduser()
-    ours = ("params", "checkpoints", "report.json")
-    if path.is_dir() and not any((path / name).exists() for name in ours) and not _with_steps(path):
-        return folders.weight_file(path) or path
-    return path
 
 
 def description_of(source: str | Path) -> described.Description:
@@ -253,6 +238,17 @@ def _refuse_modules(path: Path, names: Collection[str]) -> None:
         )
 
 
+def _options_for(
+    reducer: str | None, own: Mapping[str, Any], given: Mapping[str, Any], has_learned: bool
+) -> dict[str, Any]:
+    """The options of the reducer that is asked for, None being the source's own."""
+    if reducer is None:
+        return _with_own_options(own, given)
+    if reducer == own["name"] and has_learned:  # its other options say what form that has
+        return {**{key: value for key, value in own.items() if key not in ("name", *AMOUNTS)}, **given}
+    return {**given}
+
+
 def _with_own_options(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a checkpoint's reducer, with those given in their place; an amount given stands for any of its own."""
     other_amount = any(given.get(key) is not None for key in AMOUNTS)
@@ -283,57 +279,6 @@ def _drawn(build: Callable[[Key[Array, ""]], Model], names: Sequence[str], seed:
         return {name: drawn[name] for name in names}
 
     return draw(jax.random.key(seed))
-
-
-def checkpoint_directory(path: Path) -> Path:
-    """Where in `path` the checkpoints are: a checkpoint's own folder, a folder of checkpoints, a stage, or a workdir."""
-    if (path / "params").is_dir():
-        return path
-    if (found := _with_steps(path)) or (found := _best(path)):
-        return found
-    if not path.exists():
-        raise InputError(
-            f"no checkpoint in {path}, which is not there; weights on the Hugging Face hub are hf:OWNER/NAME"
-        )
-    raise InputError(
-        f"no checkpoint in {path}: neither checkpoints/ nor a report.json that names the best run; "
-        "run the stage that makes it first"
-    )
-
-
-def _with_steps(path: Path) -> Path | None:
-    """Where checkpoints are, in `path` or its `checkpoints`."""
-    for folder in (path / "checkpoints", path):
-        if folder.is_dir() and any(child.name.isdigit() for child in folder.iterdir()):
-            return folder
-    return None
-
-
-def _best(workdir: Path) -> Path | None:
-    """The checkpoints of the run that report.json calls best. Raises InputError if that lies outside of the workdir."""
-    report = records.read(workdir / "report.json", "`tif run` writes it anew")
-    best = report.get("best") if isinstance(report, dict) else None
-    if not best:
-        return None
-    if not isinstance(best, str) or Path(best).is_absolute() or ".." in Path(best).parts:
-        raise InputError(f"{workdir}/report.json: best is {best!r}, no folder of this workdir; run `tif run` again")
-    return _with_steps(workdir / best)
-
-
-def _is_checkpoint(path: Path) -> bool:
-    """Whether this is, or would be if it existed, a folder of ours and no weight file."""
-    if path.is_dir():
-        return True
-    if path.exists() or pretrained.is_weight_file(path):
-        return False
-    try:
-        model_fields(str(path))
-    except InputError:
-        return True
-    raise InputError(
-        f"{path} is the name of a model, and no such file is here; tif_jax.load takes the path of weights, "
-        f"tif_jax.create_model({str(path)!r}) makes random ones"
-    )
 
 
 def _resized(params: dict[str, Any], old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ _SAID = {
     "distillation_token", "num_registers", "special_positions", "qkv_bias", "qk_norm", "layer_scale", "gelu", "pre_norm",
     "norm_eps",
 }  # fmt: skip
-_OF_NO_ACCOUNT = {"family", "class_head", "drop_path", "remat", "dtype"}
+_OF_NO_ACCOUNT = {"family", "class_head", "drop_path", "remat", "dtype", "lean_last_block"}
 
 
 def config_of(fields: Mapping[str, Any], how: Preprocessing, class_names: tuple[str, ...] | None) -> dict[str, Any]:

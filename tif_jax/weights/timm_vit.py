@@ -103,7 +103,7 @@ _RANKS = dict(zip(_NEEDED, (4, 2, 2, 3), strict=True)) | {
     "attn_pool.latent": 3,
 }
 # Fields that names and shapes may leave open.
-FREE = ("image_size", "num_heads", "pool", "gelu", "norm_eps")
+FREE = ("image_size", "num_heads", "pool", "gelu", "norm_eps", "lean_last_block")
 _LAYER_SCALE = 1e-5  # any number: the file's values replace it
 
 
