@@ -25,6 +25,7 @@ from tif_jax import reducers
 from tif_jax.errors import InputError
 from tif_jax.models import blueprint, create_model
 from tif_jax.models.cost import cost
+from tif_jax.models.grids import to_grid
 from tif_jax.models.params import params_of
 from tif_jax.reducers import dynamic_vit
 from tif_jax.tokens import raster_tokens, top_k
@@ -74,7 +75,9 @@ def test_masking_against_the_reference():
     model, x = lively(), images()
     tokens, _, aux = run(model, x, KEY)
     params, noise = double(params_of(model)), noises()
-    assert tokens.shape == (3, 17, 16) and set(aux) == {"mask", "loss/ratio"} and aux["mask"].dtype == np.float32
+    assert (
+        tokens.shape == (3, 17, 16) and set(aux) == {"mask", "source", "loss/ratio"} and aux["mask"].dtype == np.float32
+    )
     for b, row in enumerate(embedded(model, x)):
         expected, mask, ratio = masking_reference(params, row, noise[:, b])
         np.testing.assert_array_equal(aux["mask"][b], mask)
@@ -114,6 +117,13 @@ def test_masked_tokens_are_as_good_as_gone(special, monkeypatch):
     monkeypatch.setattr(dynamic_vit, "decide", best)
     masked, masked_logits, masked_aux = run(model, x, KEY)
     np.testing.assert_array_equal(masked_aux["mask"], aux["source"] >= 0)
+    # On the raster, as a dense head reads them: what is gone is filled from the same neighbours.
+    (full, few), tokens = (masked, gathered), model.tokens(3)
+    grids = [
+        to_grid(jnp.asarray(of), tokens._replace(source=jnp.asarray(said["source"])))
+        for of, said in ((full, masked_aux), (few, aux))
+    ]
+    np.testing.assert_allclose(grids[0], grids[1], atol=1e-4)
     num = model.num_special
     rows = np.concatenate([np.tile(np.arange(num), (3, 1)), num + aux["kept"]], axis=1)
     np.testing.assert_allclose(np.take_along_axis(masked, rows[..., None], axis=1), gathered, atol=1e-4)

@@ -75,6 +75,13 @@ def test_onnx_of_every_reducer(tmp_path, reducer):
     assert not {"Erf", "Exp"} & {*counts} or reducer in ("bat", "dynamic_vit", "pitome")  # they are in the fused ones
 
 
+def test_onnx_of_tokens_that_fuse(tmp_path):
+    """As in the schedules of `tif calibrate`, and in `pitome`."""
+    model = lively(FIELDS, reducer="importance_merge", num_merged=3)
+    to_onnx(model, tmp_path / "made")
+    check_same(run_onnx(tmp_path / "made" / "model.onnx", numpy_images(3)), model, numpy_images(3))
+
+
 def test_what_onnx_can_not_say_is_named(tmp_path):
     drawn = [dict(reducer="random"), dict(reducer="tosa", selector="random")]
     for options, lacks in [*((options, "random_bits") for options in drawn), (dict(reducer="atc"), "scan")]:
@@ -301,7 +308,7 @@ def test_a_missing_package(tmp_path, monkeypatch):
         ("--weights w.safetensors --to onnx --output made --reducer tome:8", "--reducer is 'tome:8'; it is as in"),
         (
             "--weights w.safetensors --to onnx --output made --reducer tome:dtype=float16",
-            "dtype is no option of a reducer",
+            "--reducer tome:dtype=float16: 'tome' has no option 'dtype'; it takes budget, num_merged",
         ),
         ("--weights w.safetensors --to onnx --output made --reducer tome:name=evit", "--reducer is 'tome:name=evit'"),
         ("--weights w.safetensors --to onnx --output made", "w.safetensors"),

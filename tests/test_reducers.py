@@ -237,6 +237,10 @@ def test_random_is_repeatable_and_fresh_with_rngs():
     assert (draw(jax.random.key(0)) != draw(jax.random.key(1))).any()
 
 
+def test_of_no_images_there_are_no_keys():
+    assert tokens.image_keys(0, jnp.zeros((0, 4, 4, 3))).shape == (0,)
+
+
 def test_random_is_uniform():
     model = model_of("random", keep_ratio=0.25)
     kept = np.asarray(jitted(model)(images(512))[1]["kept"])

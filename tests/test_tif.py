@@ -4,7 +4,8 @@ import functools
 
 import jax
 import numpy as np
-from cases import embed, numpy_images, numpy_model, row_of
+from cases import call, embed, lively, numpy_images, numpy_model, row_of
+from flax import nnx
 from flax.core import FrozenDict
 from scipy.special import erf
 
@@ -51,6 +52,15 @@ def test_tif_keeps_the_highest_logits_and_its_filter_is_the_written_mlp():
 def test_a_fresh_adapter_adds_nothing():
     params = params_of(create_model(TINY, reducer="tif", adapter=8))["reducer"]["adapter"]
     assert not params["to_patches"]["kernel"].any() and not params["to_special"]["kernel"].any()
+
+
+def test_with_all_tokens_it_is_the_plain_vit():
+    """An adapter tells the tokens that stay what is missing."""
+    images = numpy_images(2, (TINY["image_size"],) * 2)
+    model = lively(TINY, reducer="tif", keep_ratio=1.0, adapter=8)
+    plain = lively(TINY)
+    nnx.update(plain, {name: value for name, value in params_of(model).items() if name != "reducer"})
+    np.testing.assert_array_equal(call(model, images)[0], call(plain, images)[0])
 
 
 def test_the_adapter_is_what_is_written():

@@ -4,6 +4,7 @@ Legend: B images, T and S tokens, P patches of the raster, N patch tokens, K kep
 mixture of, D width, H heads, C channels of a head.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -255,6 +256,6 @@ def gates_to_log_weight(gates: Float[Array, "B N"], num_special: int) -> Float[A
 def image_keys(seed: int | Int[Array, ""], x: Float[Array, "B *rest"]) -> Key[Array, " B"]:
     """A random key per image that depends on the seed and the bits of x[b] alone: not on the batch around it."""
     bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(x).astype(jnp.float32), jnp.uint32)
-    bits = bits.reshape(x.shape[0], -1)
+    bits = bits.reshape(x.shape[0], math.prod(x.shape[1:]))  # of no images, too
     weights = jnp.arange(1, 1 + bits.shape[1], dtype=jnp.uint32)[None]
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.sum(bits * weights, axis=1))

@@ -14,7 +14,7 @@ from tif_jax.export.program import BATCH, Program, Value
 OPSET = 20  # the first with Gelu; onnxruntime 1.17
 IR_VERSION = 9  # of the file format that belongs to it
 
-_TYPES = {"f": TensorProto.FLOAT, "i": TensorProto.INT64, "b": TensorProto.BOOL}
+_TYPES = {"f": TensorProto.FLOAT, "i": TensorProto.INT64, "u": TensorProto.INT64, "b": TensorProto.BOOL}
 
 
 class Graph:

@@ -23,12 +23,14 @@ class Fusion(NamedTuple):
 
 def fusion_of(gone: Int[Array, "B R"], target: Int[Array, "B R"], num_tokens: int) -> Fusion:
     """That of rows gone[b, r] into rows target[b, r], which are left; the tokens left keep their order."""
-    (num_images, num_gone), image = gone.shape, jnp.arange(len(gone))[:, None]
+    num_images, num_gone = gone.shape
+    image = jnp.arange(num_images)[:, None]
     stays = put(jnp.ones((num_images, num_tokens), jnp.int32), gone, jnp.zeros_like(gone))
     place = jnp.cumsum(stays, axis=1, dtype=jnp.int32) - 1
     # A sort would do, and takes ten times as long on a CPU.
-    left = jnp.zeros((num_images, num_tokens - num_gone), jnp.int32)
-    left = left.at[image, jnp.where(stays > 0, place, num_tokens)].set(row_numbers(*stays.shape), mode="drop")
+    num_left = num_tokens - num_gone
+    left = jnp.zeros((num_images, num_left + 1), jnp.int32)  # the last column takes what is gone: ONNX drops nothing
+    left = left.at[image, jnp.where(stays > 0, place, num_left)].set(row_numbers(*stays.shape))[:, :num_left]
     return Fusion(left, gone, take(place, target))
 
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from tif_jax.errors import InputError
 from tif_jax.layers import Linear, gelu, widened
 from tif_jax.reducers import _schedule as schedule
-from tif_jax.tokens import at_rows, join, split, take, top_k
+from tif_jax.tokens import GONE, at_rows, follow, join, row_numbers, split, take, top_k
 
 
 class Left(NamedTuple):
@@ -61,8 +61,9 @@ class DynamicVit(nnx.Module):
     ratio_weight: of aux['loss/ratio'], the squared deviation of the share of patches kept from the wanted one, mean over
     the sites.
 
-    Without `rngs` patches are gathered: aux has `kept` and `source`. With `rngs` (training) every token stays, and aux
-    has `mask`, which patches the last site left, and `loss/ratio`. depth: None makes no predictors (a check of the options).
+    Without `rngs` patches are gathered: aux has `kept` and `source`. With `rngs` (training) every token stays, and aux has
+    `mask`, which patches the last site left, `source` as if the rest were gone, and `loss/ratio`. depth: None makes no
+    predictors (a check of the options).
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class DynamicVit(nnx.Module):
         num_special = tokens.num_special
         mask = jnp.ones(tokens.index.shape, widened(x.dtype))
         deviations = [jnp.zeros(x.shape[0], mask.dtype)]
-        key_weight = None  # all 1 before the first site
+        key_weight, left = None, tokens  # weights are all 1 before the first site
         for i, block in enumerate(blocks):
             if i in sites:
                 log_probs = self._predict(i, split(x, num_special)[1], mask)
@@ -117,10 +118,13 @@ class DynamicVit(nnx.Module):
                 mask = mask * decide(log_probs, noise)  # what is gone does not come back
                 deviations.append((mask.mean(axis=1) - sites[i].share) ** 2)
                 key_weight = jnp.pad(mask, ((0, 0), (num_special, 0)), constant_values=1)
-            x, _ = block.attend(x, tokens, key_weight=key_weight, rngs=rngs)
+                # A dense head is to learn from what there is without `rngs`.
+                rows = jnp.where(mask > 0, row_numbers(*mask.shape), GONE)
+                left = tokens._replace(source=follow(tokens.source, rows))
+            x, _ = block.attend(x, left, key_weight=key_weight, rngs=rngs)
             x = block.feed_forward(x, rngs)
         ratio = self.ratio_weight / max(1, len(sites)) * sum(deviations)
-        return x, {"mask": mask, "loss/ratio": ratio}
+        return x, {"mask": mask, "source": left.source, "loss/ratio": ratio}
 
     def _predict(self, site: int, patches: Float[Array, "B N D"], mask: Float[Array, "B N"]) -> Float[Array, "B N 2"]:
         return getattr(self, f"predictor_{site}")(patches, mask)

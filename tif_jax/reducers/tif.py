@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from tif_jax.errors import InputError
 from tif_jax.layers import Linear, gelu
 from tif_jax.reducers.full import Full
-from tif_jax.tokens import Tokens, check_keep_ratio, join, keep_rows, num_kept, row_numbers, split, take, top_k
+from tif_jax.tokens import Tokens, check_keep_ratio, join, keep_rows, num_kept, split, take, top_k
 
 _HEADS = 4  # of the adapter
 
@@ -120,13 +120,11 @@ class Tif(nnx.Module):
         patches = split(x, tokens.num_special)[1]
         logits = self.filter(patches)
         number = num_kept(self.keep_ratio, patches.shape[1], tokens.num_special, self.round_to)
-        if number < patches.shape[1]:
+        if number < patches.shape[1]:  # else nothing has to be ranked or told, and nobody pays for filter and adapter
             kept = top_k(logits, number)
             x, tokens = keep_rows(x, tokens, kept)
-        else:  # nothing has to be ranked, and nobody pays for the filter
-            kept = row_numbers(*patches.shape[:2])
-        if self.adapter is not None:
-            x = x + self.adapter(patches, kept, tokens.num_special)
+            if self.adapter is not None:
+                x = x + self.adapter(patches, kept, tokens.num_special)
         return x, tokens, logits
 
     def __call__(self, blocks, x, tokens, rngs=None):
