@@ -12,6 +12,7 @@ from pictures import one_line, picture, settings
 from tif_jax.data import open_source, read_options, with_splits
 from tif_jax.data.split import held_out
 from tif_jax.errors import InputError
+from tif_jax.experiment import plan
 from tif_jax.experiment.schema import Backbone, Experiment
 from tif_jax.experiment.sources import check_splits
 
@@ -71,6 +72,16 @@ def test_folders_that_can_be_read_in_two_ways(tmp_path, folders):
     with pytest.raises(
         InputError, match=r"say which are splits, as in data.train_split=train, or data.train_split=\. if"
     ):
+        found(write(tmp_path, **folders))
+    assert found(tmp_path, train=".") == (".", ".")
+
+
+@pytest.mark.parametrize(
+    "folders", [dict(train=2, val=1), dict(train=1, train__cat=1, test=1, test__cat=1), dict(train=1, val=1, cat=1)]
+)
+def test_flat_splits_are_not_taken_for_classes(tmp_path, folders):
+    """Else a network would learn to tell training images from test images."""
+    with pytest.raises(InputError, match=r"images right in train/ and in (val|test)/.* data.train_split=\. if these"):
         found(write(tmp_path, **folders))
     assert found(tmp_path, train=".") == (".", ".")
 
@@ -167,6 +178,29 @@ def test_the_division_is_written_down_and_held_against_the_folder(tmp_path, capl
     (workdir / "split.json").write_text(json.dumps(noted).replace("cat/0", "cat/9"))
     with pytest.raises(InputError, match=r"split.json is damaged"):
         check_splits(experiment(root), workdir)
+
+
+def test_testing_on_the_training_images_is_told(tmp_path, caplog):
+    root = write(tmp_path / "mine", cat=4, dog=8)
+    check_splits(experiment(root), tmp_path / "run")
+    assert "are the training images" not in caplog.text
+    check_splits(experiment(root, test_fraction=0.0), tmp_path / "run")
+    assert "test images are the training images, those of '.'" in caplog.text and "data.test_fraction" in caplog.text
+
+
+def test_of_a_refused_run_that_began_nothing_nothing_is_left(tmp_path):
+    """Else another test_fraction would be refused, of a folder that holds nothing else."""
+    root, workdir = write(tmp_path / "mine", cat=4, dog=8), tmp_path / "run"
+    for fraction in (0.25, 0.5):
+        with pytest.raises(InputError, match="a mistake"), plan.kept(workdir):
+            check_splits(experiment(root, test_fraction=fraction), workdir)
+            raise InputError("a mistake")
+        assert not list(workdir.iterdir())
+    (workdir / "backbone").mkdir()
+    with pytest.raises(InputError, match="a mistake"), plan.kept(workdir):
+        check_splits(experiment(root), workdir)
+        raise InputError("a mistake")
+    assert (workdir / "split.json").exists()
 
 
 def test_a_folder_with_splits_of_its_own_gets_no_note(tmp_path):

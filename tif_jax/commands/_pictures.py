@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -62,7 +63,10 @@ def opened(
 
     Raises InputError for folders without images, and for labels that the model has no output for.
     """
-    names = {name: i for i, name in enumerate(model.class_names or ()) if name}
+    known, counts = model.class_names or (), Counter(model.class_names)
+    names = {
+        name: i for i, name in enumerate(known) if name and counts[name] == 1
+    }  # of ImageNet two are called "crane"
     if labels is not None and labels != BY_FOLDER and all(label.isdecimal() for label in table_labels(labels)):
         names = {}
     whole = open_listed(folders, labels, model.num_classes, class_index or names or None)

@@ -141,12 +141,15 @@ def table_labels(csv_path: str | os.PathLike) -> set[str]:
 def image_files(folder: str) -> list[str]:
     """Paths of the images in a folder and in those below it, sorted as text; what is hidden is passed over.
 
-    Raises InputError if there are none, or a folder can not be read.
+    Links to folders are followed right below the folder, as `ImageFolder` follows those that are classes, and not further
+    down. Raises InputError if there are none, or a folder can not be read.
     """
-    found = []
-    for at, folders, names in os.walk(folder, onerror=_refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [os.path.join(at, name) for name in names if _is_image(name)]
+    found = [os.path.join(folder, name) for name in _images(Path(folder))]
+    whole = os.path.realpath(folder)
+    for name in _folders(Path(folder)):
+        linked = os.path.join(folder, name)
+        if os.path.islink(linked) and os.path.commonpath([target := os.path.realpath(linked), whole]) != target:
+            found += [os.path.join(linked, file) for file in _images(Path(linked))]
     if not found:
         raise InputError(f"no images in {as_id(folder)} or below; images are {' '.join(EXTENSIONS)}")
     return sorted(found)

@@ -26,8 +26,11 @@ def open_listed(
     """
     if missing := [folder for folder in folders if not os.path.isdir(folder)]:
         raise InputError(f"{as_id(missing[0])} is not a folder; --images takes folders of images")
-    found = {os.path.realpath(path): folder for folder in folders for path in image_files(folder)}
-    root = os.path.commonpath([os.path.realpath(folder) for folder in folders])
+    found: dict[str, tuple[str, str]] = {}  # by its real path: the folder, and the path in it, which may have links
+    for folder in folders:
+        for path in image_files(folder):
+            found.setdefault(os.path.realpath(path), (folder, path))
+    root = os.path.commonpath([os.path.abspath(folder) for folder in folders])
     if labels == BY_FOLDER:
         of_path = _by_folder(found, num_classes, class_index)
     elif labels is not None:
@@ -36,31 +39,30 @@ def open_listed(
         of_path = dict.fromkeys(found, NO_LABEL)
     if beyond := {path: label for path, label in of_path.items() if label >= num_classes}:
         path, label = next(iter(beyond.items()))
-        raise InputError(f"{as_id(path)} has label {label}; the model has classes 0..{num_classes - 1}")
-    files = [os.path.relpath(path, root) for path in of_path]
+        raise InputError(f"{as_id(found[path][1])} has label {label}; the model has classes 0..{num_classes - 1}")
+    files = [os.path.relpath(found[path][1], root) for path in of_path]
     return ImageFiles(Path(root), files, list(of_path.values()), [""] * num_classes)
 
 
-def _by_table(found: dict[str, str], labels: str, class_index: ClassIndex | None) -> dict[str, int]:
+def _by_table(found: dict[str, tuple[str, str]], labels: str, class_index: ClassIndex | None) -> dict[str, int]:
     table = ImageTable(labels, class_index)
     of_file = {os.path.realpath(table.root / f): label for f, label in zip(table.files, table.labels, strict=True)}
     kept = {path: of_file[path] for path in found if path in of_file}
     if not kept:
-        raise InputError(
-            f"{labels} lists none of the images in {', '.join({*found.values()})}; paths are relative to it"
-        )
+        folders = ", ".join(dict.fromkeys(folder for folder, _ in found.values()))
+        raise InputError(f"{labels} lists none of the images in {folders}; paths are relative to it")
     if left := len(found) - len(kept):
         logger.warning("%s lists %d of %d images: the other %d are left out", labels, len(kept), len(found), left)
     return kept
 
 
-def _by_folder(found: dict[str, str], num_classes: int, class_index: ClassIndex | None) -> dict[str, int]:
+def _by_folder(found: dict[str, tuple[str, str]], num_classes: int, class_index: ClassIndex | None) -> dict[str, int]:
     names = {}
-    for path, folder in found.items():
-        inside = os.path.relpath(path, os.path.realpath(folder))
+    for path, (folder, seen) in found.items():
+        inside = os.path.relpath(seen, folder)
         if os.sep not in inside:
             raise InputError(
-                f"{as_id(path)} lies in no class folder; with --labels folders images lie in FOLDER/CLASS/"
+                f"{as_id(seen)} lies in no class folder; with --labels folders images lie in FOLDER/CLASS/"
             )
         names[path] = inside.split(os.sep)[0]
     classes = sorted({*names.values()})

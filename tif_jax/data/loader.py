@@ -191,10 +191,15 @@ def training_batches(
         logger.warning("a batch of %d shows some of the %d images several times", batch_size, len(records))
     elif 2 * batch_size > len(records):
         logger.warning("an epoch of %d images is one step with a batch of %d", len(records), batch_size)
-    shuffled = grain.MapDataset.range(len(records)).shuffle(seed).repeat(_ENDLESS)
+    shuffled = grain.MapDataset.range(len(records)).shuffle(_seed_of_order(seed)).repeat(_ENDLESS)
     order = _ShuffledOrder(shuffled, len(records), repeats)
     load = _Loader(source, options, records, extra or {}, seed, augmentation)
     return Batches(order, len(records) * _ENDLESS, load, batch_size, shared=True)
+
+
+def _seed_of_order(seed: int) -> int:
+    """Grain adds the epoch's number to a seed: spread out, no epoch has the order of the next one of the seed before."""
+    return int(np.random.SeedSequence(seed).generate_state(1)[0])
 
 
 def evaluation_batches(

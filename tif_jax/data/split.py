@@ -64,6 +64,13 @@ def _holds_classes(folder: Path) -> bool:
 def _check_alone(root: str, train: str, tests: list[str], others: list[str]) -> None:
     """Raises InputError where folders that look like splits may be classes, or the other way round."""
     if train == WHOLE and not tests:
+        flat = {name.lower(): name for name in others if has_images(Path(root, name))}
+        both = [next((flat[name] for name in names if name in flat), "") for names in (TRAIN_NAMES, TEST_NAMES)]
+        if all(both):
+            raise InputError(
+                f"{root} has images right in {both[0]}/ and in {both[1]}/, where a folder for each class is looked for: move "
+                f"stray ones away, or say data.train_split={WHOLE} if these are two classes"
+            )
         return
     classes = [name for name in others if has_images(Path(root, name)) or _holds_classes(Path(root, name))]
     if train == WHOLE or classes:

@@ -5,6 +5,11 @@ from pathlib import Path
 from tif_jax.experiment.schema import Experiment
 
 
+def division_note(workdir: Path) -> Path:
+    """Says which images are for what, where training and test images are divided here."""
+    return workdir / "split.json"
+
+
 def backbone_folder(workdir: Path) -> Path:
     return workdir / "backbone"
 

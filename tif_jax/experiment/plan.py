@@ -11,6 +11,7 @@ from tif_jax.experiment import config as config_file
 from tif_jax.experiment.folders import (
     adapter_folder,
     backbone_folder,
+    division_note,
     filter_folder,
     finetune_folder,
     heldout_folder,
@@ -51,14 +52,21 @@ def write(
 
 @contextmanager
 def kept(workdir: Path) -> Iterator[None]:
-    """Around a run: where that is refused, what an earlier one had written is put back, for that is what the folder holds."""
-    path = workdir / NAME
-    before = path.read_bytes() if path.is_file() else b""
+    """Around a run: where that is refused, what an earlier one had written is put back, for that is what the folder holds.
+
+    Where nothing was written and no stage has begun, nothing is left.
+    """
+    paths = [workdir / NAME, division_note(workdir)]
+    before = {path: path.read_bytes() if path.is_file() else b"" for path in paths}
     try:
         yield
     except InputError:
-        if before and processes.is_first():
-            files.write(path, before)
+        if processes.is_first():
+            for path, content in before.items():
+                if content:
+                    files.write(path, content)
+                elif not backbone_folder(workdir).exists():
+                    path.unlink(missing_ok=True)
         raise
 
 

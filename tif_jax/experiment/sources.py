@@ -7,9 +7,10 @@ from functools import cache
 from pathlib import Path
 
 from tif_jax import data
-from tif_jax.data.options import DataOptions
+from tif_jax.data.options import DIVISIBLE, DataOptions
 from tif_jax.data.source import Labelled, UnreadableImage
 from tif_jax.errors import InputError
+from tif_jax.experiment.folders import division_note
 from tif_jax.experiment.preprocessing import check_prepared
 from tif_jax.experiment.schema import Experiment
 from tif_jax.models import Model
@@ -71,7 +72,13 @@ def check_splits(experiment: Experiment, workdir: Path) -> None:
                 "data.root is the folder that holds a folder for each class"
             )
     if options.makes_split:
-        _note_division(options, workdir / "split.json")
+        _note_division(options, division_note(workdir))
+    elif options.train_split == options.test_split and options.name != "digits":
+        logger.warning(
+            "test images are the training images, those of %r: results say how well these are remembered; name another split "
+            "in data.test_split%s", options.train_split,
+            ", or keep some in data.test_fraction" if options.name in DIVISIBLE else "",
+        )  # fmt: skip
 
 
 def _check_task(options: DataOptions, task: str) -> None:
