@@ -18,7 +18,7 @@ FULL = dict(gmac=2.0, tokens_left=4, keep_ratio=1.0)
 HALF = dict(gmac=1.0, tokens_left=2, keep_ratio=0.5)
 
 
-def write_run(workdir, backbone, top1s, machine=MACHINE, speeds=(10.0, 25.0), config=None, **test):
+def write_run(workdir, backbone, top1s, machine=MACHINE, device="2 x cpu", config=None, **test):
     """What `tif run` leaves of the reducers full and evit, with these top-1 by seed; weights are of no importance."""
     stages = [{"folder": "backbone", "kind": "train", "seed": 0}]
     settings = {"data": DATA | test.pop("data", {}), "examples": "abc", "dtype": "float32"} | test
@@ -34,9 +34,9 @@ def write_run(workdir, backbone, top1s, machine=MACHINE, speeds=(10.0, 25.0), co
     records.write(workdir / "backbone" / "metrics.json", {"settings": settings, "num_images": 8, "top1": 0.5})
     rows = [
         {"label": label, "images_per_second": speed, "batch_size": 8, "dtype": "float32"}
-        for label, speed in zip(("full-1", "evit-0.5"), speeds, strict=True)
+        for label, speed in zip(("full-1", "evit-0.5"), (10.0, 25.0), strict=True)
     ]
-    records.write(workdir / "benchmark.json", {"device": "2 x cpu", "machine": machine, "rows": rows})
+    records.write(workdir / "benchmark.json", {"device": device, "machine": machine, "rows": rows})
     plan = dict(command=f"tif run --workdir {workdir.name}", date="2026-01-01", label="evit-0.5", machine=machine)
     plan |= {"config": {"seed": 0, "finetune": {"num_epochs": 2, "save_every": 5}} | (config or {}), "from": None}
     records.write(workdir / "run.json", plan | {"versions": {"jax": "1.2"}, "stages": stages})
@@ -114,6 +114,8 @@ def test_runs_side_by_side(runs, capsys):
         (dict(data={"image_size": 32}), "prepared differently, data.image_size: `a` 16, `c` 32."),
         (dict(machine=MACHINE | {"processor": "6502"}), "Images/s are not compared: they were measured with "
          "another processor."),
+        (dict(device="1 x cpu"), "Images/s are not compared: they were measured with another device."),
+        (dict(eigen_crop=True), "not the same pixels count, eigen_crop: `a` None, `c` True."),
     ],
 )  # fmt: skip
 def test_what_can_not_be_compared_is_said(runs, differing, told):
@@ -121,7 +123,7 @@ def test_what_can_not_be_compared_is_said(runs, differing, told):
     found = _comparison.compare([runs / "a", runs / "c"])
     text = _comparison.markdown_of(found)
     assert told in text
-    assert found["same_speed"] == ("machine" not in differing) == ("| images/s |" in text)
+    assert found["same_speed"] == (not {"machine", "device"} & {*differing}) == ("| images/s |" in text)
 
 
 def test_a_source_without_a_fingerprint_is_known_by_its_config(runs):

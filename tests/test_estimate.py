@@ -15,7 +15,6 @@ from tif_jax.experiment import config as config_file
 from tif_jax.experiment.estimate import (
     FORWARD,
     GRADIENT,
-    PEAK,
     TRAINED,
     Work,
     abstract,
@@ -29,6 +28,7 @@ from tif_jax.impact.oracle import check_options, shared_scores
 from tif_jax.models.cost import multiply_adds
 from tif_jax.models.params import params_of
 from tif_jax.reducers.tif import TokenFilter
+from tif_jax.training.speed import PEAK
 
 TINY = dict(image_size=32, patch_size=8, width=32, depth=3, num_heads=2, num_classes=5)
 
@@ -79,6 +79,18 @@ def test_what_else_there_can_be(experiment):
     assert selecting.macs == pytest.approx(experiment.filter.num_epochs * 1000 * macs())
     without = by_name(dataclasses.replace(experiment, reducer=ReducerEntry("evit", dict(keep_ratio=0.5))))
     assert not {"score", "filter", "adapter"} & without.keys()
+
+
+def test_of_few_images_the_least_number_of_steps_counts(experiment):
+    recipe = dataclasses.replace(experiment.finetune, num_epochs=2.0, min_steps=100, batch_size=32)
+    assert by_name(dataclasses.replace(experiment, finetune=recipe))["finetune"].images == 3200
+    recipe = dataclasses.replace(recipe, min_steps=50)
+    assert by_name(dataclasses.replace(experiment, finetune=recipe))["finetune"].images == 2000
+    evit = dataclasses.replace(experiment, reducer=ReducerEntry("evit", dict(keep_ratio=0.5)))
+    recipe = dataclasses.replace(recipe, num_epochs=4.0, phases=({"until": 1.0, "keep_ratio": 1.0},))
+    found = by_name(dataclasses.replace(evit, finetune=recipe))["finetune"]
+    whole, own = (macs(reducer="evit", keep_ratio=ratio) for ratio in (1.0, 0.5))
+    assert found.macs == pytest.approx(3 * 1000 * (whole + 3 * own))
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,8 @@ ROWS = [row("full-1", seed, 0.8 + seed / 100, 0.75, **FULL) for seed in (0, 1)] 
 RESULT = {
     "command": "tif run --config a|b", "begun": "2026-01-01", "date": "2026-01-02", "versions": {"jax": "1.2"},
     "device": "2 x cpu",
-    "machine": {"host": "here", "processor": "Z80", "cores": 2, "system": ""}, "taken_from": {"/old": ["backbone", "impact"]},
+    "machine": {"host": "here", "processor": "Z80", "cores": 2, "system": ""}, "speed": {},
+    "taken_from": {"/old": ["backbone", "impact"]},
     "test": {"num_images": 9, "data": {"name": "image_folder", "root": "/data/birds", "test_split": "val"}},
     "backbone": {"top1": 0.8}, "rankings": None, "best": None, "best_chosen_on": None, "left_out": [], "unfinished": [],
 }  # fmt: skip
@@ -43,6 +44,8 @@ def test_the_heading_says_what_was_run_on_what_where_and_when():
         "taken over | backbone, impact from `/old`",
     ):  # fmt: skip
         assert f"| {cells} |" in text
+    measured = {"host": "there", "processor": "6502", "cores": 4, "device": "2 x cpu"}
+    assert "| machine | 2 x cpu on 6502, 4 cores, there |" in table(ROWS, speed=measured)
     assert "Not finished, or not evaluated: `finetune/x-0`." in text
     assert "png" not in text and "![training curves](training.png)" in _report.markdown_of(RESULT, [], ["training.png"])
     assert "Nothing is fine-tuned yet" in table([])

@@ -9,6 +9,7 @@ Legend: B images of a batch, I images, Y X height and width, N patch tokens, L o
 
 import copy
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -76,7 +77,7 @@ class Apart:
 
     def logits(self, schedule: Schedule) -> Float32[np.ndarray, "I L"]:
         last, number = self.depth - 1, schedule[-1]
-        graph = partial(_finish, self.graphdef, self.reducer, number, self.params)
+        graph = partial(_finish, self.graphdef, self.reducer, number, True, self.params)
         return np.concatenate([np.asarray(graph(state)) for state in self._before(schedule, last)])
 
     def hold(self, schedule: Schedule) -> None:
@@ -109,23 +110,24 @@ class Apart:
     def _count(self, is_last: bool, arriving: int, number: int) -> int:
         state = jax.eval_shape(lambda: self._arriving(arriving, 1))
         if is_last:
-            return multiply_adds(partial(_finish, self.graphdef, self.reducer, number), self.params, state)
+            return multiply_adds(partial(_finish, self.graphdef, self.reducer, number, True), self.params, state)
         graphdef, params = self.blocks[0]
-        return multiply_adds(partial(_through, graphdef, self.reducer, number, self._fixed), params, state)
+        return multiply_adds(partial(_through, graphdef, self.reducer, number, self._fixed, True), params, state)
 
     def one_block(self, arriving: int, number: int, batch_size: int) -> Callable[[], Any]:
         """A block, compiled, on a batch of `arriving` patch tokens of which `number` go: to be timed.
 
-        It lies on as many devices as the whole model does when that is timed.
+        It lies on as many devices as the whole model does when that is timed, and computes as precisely, which is less than
+        where logits are compared.
         """
         graphdef, params = self.blocks[0]
         return self._placed(
-            partial(_through, graphdef, self.reducer, number, self._fixed), params, arriving, batch_size
+            partial(_through, graphdef, self.reducer, number, self._fixed, False), params, arriving, batch_size
         )
 
     def last_block(self, arriving: int, batch_size: int) -> Callable[[], Any]:
         """The last block and what predicts, where none goes, likewise."""
-        return self._placed(partial(_finish, self.graphdef, self.reducer, 0), self.params, arriving, batch_size)
+        return self._placed(partial(_finish, self.graphdef, self.reducer, 0, False), self.params, arriving, batch_size)
 
     def _placed(self, program: Callable[..., Any], params: Any, arriving: int, batch_size: int) -> Callable[[], Any]:
         mesh, state = make_mesh(batch_size, this_process_only=True), self._arriving(arriving, batch_size)
@@ -151,7 +153,7 @@ class Apart:
         states = self.arriving if begin is None else held[schedule[:begin]]
         for i in range(begin or 0, block):
             graphdef, params = self.blocks[i]
-            through = partial(_through, graphdef, self.reducer, schedule[i], self._fixed, params)
+            through = partial(_through, graphdef, self.reducer, schedule[i], self._fixed, True, params)
             states = [through(state) for state in states]
         return states
 
@@ -182,22 +184,26 @@ def _front(graphdef: Any, params: Any, x: Array) -> State:
     return State(x, tokens.index, tokens.position, tokens.source, None)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _through(graphdef: Any, reducer: Stepwise, number: int, fixed: tuple, params: Any, state: State) -> State:
-    """A state through one block."""
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _through(
+    graphdef: Any, reducer: Stepwise, number: int, fixed: tuple, precise: bool, params: Any, state: State
+) -> State:
+    """A state through one block. precise: by `true_float32`."""
     num_special, grid, has_class = fixed
     tokens = Tokens(num_special, grid, state.raster, has_class, state.position, state.source)
-    with true_float32(state.x.dtype):
+    with true_float32(state.x.dtype) if precise else nullcontext():
         x, tokens, size = reducer.step(nnx.merge(graphdef, params), state.x, tokens, state.size, number)
     return State(x, tokens.index, tokens.position, tokens.source, size)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _finish(graphdef: Any, reducer: Stepwise, number: int, params: Any, state: State) -> Float32[Array, "B L"]:
-    """The logits of a state that arrives at the last block."""
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _finish(
+    graphdef: Any, reducer: Stepwise, number: int, precise: bool, params: Any, state: State
+) -> Float32[Array, "B L"]:
+    """The logits of a state that arrives at the last block. precise: by `true_float32`."""
     model = nnx.merge(graphdef, params)
     tokens = model.tokens(1)._replace(index=state.raster, position=state.position, source=state.source)
-    with true_float32(model.dtype):
+    with true_float32(model.dtype) if precise else nullcontext():
         block = model.blocks_of_prediction[-1]
         x, tokens, size = reducer.step(block, state.x, tokens, state.size, number)
         return model.predict(x, aux_of(reducer, tokens, size))[0].astype(jnp.float32)

@@ -64,7 +64,7 @@ class Calibration:
         nothing = (0,) * len(models.full.blocks)
         model = models.with_schedule(nothing)
         if stepwise_of(model.reducer) is None:
-            raise InputError("a calibration needs a reducer that takes a number of tokens for each block (num_merged)")
+            raise InputError("a calibration needs a reducer that takes a number of tokens for each block, a `Stepwise`")
         batches = _batches(images)
         searched = [batch for i, batch in enumerate(batches) if i % _HELD_OUT < _HELD_OUT - 1]
         self._models, self._model = models, model

@@ -15,6 +15,7 @@ from tif_jax.tasks import Task, of_metrics
 from tif_jax.training.recipe import WITHOUT_EFFECT
 
 _SAME_VIEWS = ("image_size", *PARTS)
+_SAME_PIXELS = ("eigen_crop", "max_depth")
 _WHICH = ("name", "root", "tfds_name", "test_split", "num_test", "seed")
 _LONGEST = 200  # characters of a value in a table
 
@@ -23,7 +24,8 @@ def compare(workdirs: Sequence[Path]) -> dict[str, Any]:
     """The content of comparison.json: `runs` (each a result with its name), `differing` keys of their configs, `rows`.
 
     `not_comparable` says why their metrics can not be compared, `speed_note` what holds for images/s; `same_speed` whether
-    they were measured on one machine, with one batch size and dtype. Raises InputError for runs of several tasks.
+    they were measured on the same devices of one machine, with one batch size and dtype. Raises InputError for runs of
+    several tasks.
     """
     names = _names(workdirs)
     runs = [{"name": name, **result_of(workdir)} for name, workdir in zip(names, workdirs, strict=True)]
@@ -138,6 +140,10 @@ def _not_comparable(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     for key, values in _differing(views).items():
         told = ", ".join(f"`{run['name']}` {value}" for run, value in zip(runs, values, strict=True))
         reasons.append(f"images were prepared differently, data.{key}: {told}")
+    pixels = [{key: run["test"].get(key) for key in _SAME_PIXELS} for run in runs]
+    for key, values in _differing(pixels).items():
+        told = ", ".join(f"`{run['name']}` {value}" for run, value in zip(runs, values, strict=True))
+        reasons.append(f"not the same pixels count, {key}: {told}")
     return reasons
 
 

@@ -118,7 +118,7 @@ def heading(result: Mapping[str, Any]) -> list[str]:
     """A table of what was run, when and where."""
     data = result["test"]["data"]
     facts = {
-        "data": f"{name_of(data)}, {result['test']['num_images']} test images",
+        "data": f"{name_of(data)}, {result['test']['num_images']} test images{_of_training(data)}",
         "command": f"`{result['command']}`",
         "begun": result["begun"],
         "reported": result["date"],
@@ -135,6 +135,11 @@ def heading(result: Mapping[str, Any]) -> list[str]:
     return markdown(columns, [{"key": key, "value": value} for key, value in facts.items()])
 
 
+def _of_training(data: Mapping[str, Any]) -> str:
+    same = data.get("train_split", "") == data["test_split"] and not data.get("test_fraction")
+    return ", **which are the training images**" if same and data["name"] != "digits" else ""
+
+
 def name_of(data: Mapping[str, Any]) -> str:
     """Of a data set, for a reader: what it is, where it lies, which split is the test split."""
     where = data.get("tfds_name") or Path(data.get("root") or "").name
@@ -143,7 +148,8 @@ def name_of(data: Mapping[str, Any]) -> str:
 
 
 def machine_of(result: Mapping[str, Any]) -> str:
-    machine = result["machine"]
+    """Where the speeds were measured; before there are any, where the run began."""
+    machine = result["speed"] or result["machine"]
     devices = f"{result['device']} on " if result["device"] else ""
     return f"{devices}{machine['processor']}, {machine['cores']} cores, {machine['host']}"
 

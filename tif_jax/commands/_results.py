@@ -49,8 +49,13 @@ def result_of(workdir: Path) -> dict[str, Any]:
         "begun": plan["date"],
         "date": time.strftime(log_file.TIME),
         "device": speed.get("device"),
-        "speed": speed and {**{key: speed["rows"][0][key] for key in ("batch_size", "dtype")}, **speed["machine"]},
-        "test": {"num_images": backbone["num_images"], **backbone["settings"]},
+        "speed": speed
+        and {
+            **{key: speed["rows"][0][key] for key in ("batch_size", "dtype")},
+            "device": speed["device"],
+            **speed["machine"],
+        },
+        "test": {"num_images": backbone["num_images"], **backbone["settings"], **_depth_range(baselines)},
         "taken_from": _taken_from(workdir, plan["stages"]),
         "backbone": backbone,
         **({"baselines": baselines["baselines"]} if baselines else {}),
@@ -62,6 +67,12 @@ def result_of(workdir: Path) -> dict[str, Any]:
         "unfinished": [stage["folder"] for stage in planned if stage["folder"] not in {r["directory"] for r in rows}],
         "left_out": _left_out(workdir, [stage["folder"] for stage in planned]),
     }
+
+
+def _depth_range(baselines: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Which depths count, where the task is depth."""
+    model = (baselines or {}).get("model", {})
+    return {"max_depth": model["max_depth"]} if "max_depth" in model else {}
 
 
 def _row(workdir: Path, stage: Mapping[str, Any], measured: Mapping[str, Any], task: Task) -> dict[str, Any] | None:

@@ -75,20 +75,24 @@ def benchmark(config: Experiment, workdir: Path) -> dict[str, Any]:
         row = rows[i]
         row["images_per_second"] = statistics.median(rates)
         row["images_per_second_range"] = [min(rates), max(rates)]
-    versions = records.versions()
-    device = f"{mesh.size} x {jax.devices()[0].device_kind}"
-    result = {"checkpoint": which, "device": device, "machine": machine(), "versions": versions, "rows": rows}
+    result = {"checkpoint": which, **_measured_on(recipe.batch_size), "rows": rows}
     records.write(workdir / "benchmark.json", result)
     return result
 
 
 def is_measured(config: Experiment, workdir: Path) -> bool:
-    """Whether DIR/benchmark.json has the rows of this config: this backbone, reducers, batch size and dtype."""
-    made_from = {"checkpoint": standing(backbone_folder(workdir))[1]}
-    rows = (records.read_result(workdir / "benchmark.json", made_from) or {}).get("rows", [])
+    """Whether DIR/benchmark.json has the rows of this config: this backbone, reducers, batch size, dtype; on this machine."""
     recipe = config.benchmark
+    made_from = {"checkpoint": standing(backbone_folder(workdir))[1], **_measured_on(recipe.batch_size)}
+    rows = (records.read_result(workdir / "benchmark.json", made_from) or {}).get("rows", [])
     wanted = [(entry.label, recipe.batch_size, recipe.dtype) for entry in recipe.reducers]
     return wanted == [(row.get("label"), row["batch_size"], row["dtype"]) for row in rows]
+
+
+def _measured_on(batch_size: int) -> dict[str, Any]:
+    """What decides on speeds beside the programs."""
+    device = f"{make_mesh(batch_size, this_process_only=True).size} x {jax.devices()[0].device_kind}"
+    return {"device": device, "machine": machine(), "versions": records.versions()}
 
 
 def table(rows: list[dict[str, Any]]) -> str:

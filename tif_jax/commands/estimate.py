@@ -13,7 +13,6 @@ from tif_jax.errors import InputError
 from tif_jax.experiment import config as config_file
 from tif_jax.experiment.estimate import (
     FORWARD,
-    PEAK,
     SETS,
     Kind,
     Work,
@@ -27,6 +26,7 @@ from tif_jax.experiment.schema import Experiment
 from tif_jax.experiment.stages import before_backbone
 from tif_jax.models import ViT, model_fields
 from tif_jax.models.cost import cost
+from tif_jax.training.speed import PEAK
 
 _HERE = "here"
 _ESTIMATORS = (("exact", "exact", 0), ("gradient", "gradient", 0), ("sampled, 16 masks", "sampled", 16))

@@ -5,7 +5,7 @@ The unit is the multiply-add of one prediction with all tokens, F, or with the r
     score       F (N + 1) an image with `exact`, F (1 + 2 K) with K masks of `sampled`, 2 F with `gradient`
     filter      of tif: the patch embedding, which rests, and three times the filter; of tosa F alone
     adapter     F for the goal, and 2 R: through the frozen blocks goes a gradient, but none to their weights
-    finetune    3 R, and F with a teacher
+    finetune    3 R, and F with a teacher; in its phases R is what the reducer costs there
     backbone    3 F where it is trained
     evaluate    F and 2 R (before and after fine-tuning) for each test image, R for each of validation; the oracles of those
                 held out for a filter's ranking are not counted
@@ -24,18 +24,12 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from tif_jax.experiment.reducer_entry import ReducerEntry
+from tif_jax.experiment.reducer_entry import ReducerEntry, phases_of
 from tif_jax.experiment.schema import Experiment
 from tif_jax.models import Model, ViT, blueprint, plain_vit
 from tif_jax.models.cost import cost
+from tif_jax.training.recipe import Recipe
 
-# Dense bfloat16 FLOP/s of a chip, and those of float32 (GPUs: without tensor cores; TPUs: six bfloat16 products for each), as
-# their makers publish them.
-PEAK = {
-    "a100": (312e12, 19.5e12), "h100": (989e12, 67e12), "h200": (989e12, 67e12), "l4": (121e12, 30.3e12),
-    "v4": (275e12, 275e12 / 6), "v5e": (197e12, 197e12 / 6), "v5p": (459e12, 459e12 / 6), "v6e": (918e12, 918e12 / 6),
-    "tpu7x": (2307e12, 2307e12 / 6),
-}  # fmt: skip
 SETS = {"ImageNet-1k": 1_281_167, "ImageNet-21k": 14_197_122, "a billion images": 1_000_000_000}
 BYTES_OF_AN_IMAGE = 120  # of a row of the shards beside its impacts
 
@@ -75,31 +69,33 @@ def stages(experiment: Experiment, fields: Mapping[str, Any], num_images: int, n
 
     fields: of the backbone. num_images, num_test: of its data, for training and for the test.
     """
-    full, reduced = abstract(fields, ReducerEntry("full", {})), abstract(fields, experiment.reducer)
-    whole, own = (1e9 * cost(model).gmac for model in (full, reduced))
+    full = abstract(fields, ReducerEntry("full", {}))
+    tuned = {**fields, **experiment.finetune.model}
+    whole, own = 1e9 * cost(full).gmac, _macs(tuned, experiment.reducer)
     scored = _scored(experiment, num_images)
     entry, dtype, found = experiment.reducer, experiment.dtype, []
     if experiment.backbone.is_trained:
-        images = experiment.backbone.num_epochs * num_images
+        images = _shown(experiment.backbone, num_images)
         found.append(Work("backbone", images, images * TRAINED * whole, dtype, TRAINED))
     if entry.name in ("tif", "prior"):
         recipe = experiment.score
         work = scoring("score", full, scored, recipe.estimator, recipe.num_samples)
         found.append(work._replace(dtype=recipe.dtype or work.dtype))
     if entry.name == "tif":
-        images = experiment.filter.num_epochs * scored
+        images = _shown(experiment.filter, scored)
         plain = plain_vit(full, "a token filter")
         embedding, filter_ = _embedding(plain), _filter(plain)
         found.append(Work("filter", images, images * (embedding + TRAINED * filter_), dtype))
     elif entry.is_fitted_first:  # selectors, to the attention of blocks that rest
-        images = experiment.filter.num_epochs * num_images
+        images = _shown(experiment.filter, num_images)
         found.append(Work("filter", images, images * whole, dtype))
     if entry.has_adapter:
-        images = experiment.adapter.num_epochs * num_images
+        images = _shown(experiment.adapter, num_images)
         found.append(Work("adapter", images, images * (whole + GRADIENT * own), dtype, GRADIENT))
-    images = experiment.finetune.num_epochs * num_images
+    images = _shown(experiment.finetune, num_images)
     teacher = whole if experiment.finetune.distillation.kind else 0
-    found.append(Work("finetune", images, images * (TRAINED * own + teacher), dtype, TRAINED))
+    trained = TRAINED * _mean_over_phases(experiment, tuned)
+    found.append(Work("finetune", images, images * (trained + teacher), dtype, TRAINED))
     judged = num_test * (whole + 2 * own) + experiment.data.num_validation * own
     found.append(Work("evaluate", num_test, judged, dtype))
     return found
@@ -124,6 +120,27 @@ def shard_bytes(model: Model, num_images: int) -> int:
 def abstract(fields: Mapping[str, Any], entry: ReducerEntry) -> Model:
     """The model without its weights."""
     return nnx.eval_shape(blueprint(dict(fields), reducer=entry.name, **entry.arguments), jax.random.key(0))
+
+
+def _macs(fields: Mapping[str, Any], entry: ReducerEntry) -> float:
+    return 1e9 * cost(abstract(fields, entry)).gmac
+
+
+def _shown(recipe: Recipe, num_images: int) -> float:
+    """Images that a stage trains on, all epochs together."""
+    least = recipe.min_steps * recipe.batch_size if recipe.num_epochs else 0
+    return float(max(recipe.num_epochs * num_images, least))
+
+
+def _mean_over_phases(experiment: Experiment, fields: Mapping[str, Any]) -> float:
+    """Multiply-adds of an image in fine-tuning, where the reducer leaves more tokens in the first epochs."""
+    recipe, begun, total = experiment.finetune, 0.0, 0.0
+    for until, entry in phases_of(experiment.reducer, recipe.phases):
+        ends = min(until, recipe.num_epochs)
+        total += (ends - begun) * _macs(fields, entry)
+        begun = ends
+    left = (recipe.num_epochs - begun) * _macs(fields, experiment.reducer)
+    return (total + left) / recipe.num_epochs if recipe.num_epochs else 0.0
 
 
 def _scored(experiment: Experiment, num_images: int) -> int:

@@ -8,20 +8,19 @@ from jax.sharding import Mesh
 from tif_jax.models import Model
 from tif_jax.models.cost import cost
 
-# Dense bfloat16 TFLOP/s of one device, from its maker's data sheet, by how JAX calls it.
-PEAK_TFLOPS = {
-    "TPU v4": 275.0,
-    "TPU v5 lite": 197.0,
-    "TPU v5e": 197.0,
-    "TPU v5": 459.0,
-    "TPU v5p": 459.0,
-    "TPU v6 lite": 918.0,
-    "TPU v6e": 918.0,
-    "NVIDIA A100-SXM4-40GB": 312.0,
-    "NVIDIA A100-SXM4-80GB": 312.0,
-    "NVIDIA H100 80GB HBM3": 989.4,
-    "NVIDIA H200": 989.4,
-}
+# Dense bfloat16 FLOP/s of a chip, and those of float32 (GPUs: without tensor cores; TPUs: six bfloat16 products for each), as
+# their makers publish them.
+PEAK = {
+    "a100": (312e12, 19.5e12), "h100": (989e12, 67e12), "h200": (989e12, 67e12), "l4": (121e12, 30.3e12),
+    "v4": (275e12, 275e12 / 6), "v5e": (197e12, 197e12 / 6), "v5p": (459e12, 459e12 / 6), "v6e": (918e12, 918e12 / 6),
+    "tpu7x": (2307e12, 2307e12 / 6),
+}  # fmt: skip
+# How JAX calls them. v4 and v5p are chips of two cores that are one device.
+_KINDS = {
+    "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e", "NVIDIA A100-SXM4-40GB": "a100", "NVIDIA A100-SXM4-80GB": "a100", "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200", "NVIDIA L4": "l4",
+}  # fmt: skip
 
 Meter = Callable[[float], dict[str, float]]
 
@@ -30,11 +29,12 @@ def meter(model: Model | None, mesh: Mesh, peak_tflops: float = 0.0) -> Meter:
     """A function from images/s in training to `mfu` and `memory_bytes`, where they are known.
 
     mfu: the multiply-adds that forward and backward pass need (three times the forward pass's, two operations each), over
-    what the mesh's devices could do at peak_tflops each; 0 stands for PEAK_TFLOPS of the device. None for a step that
-    does not run the model. memory_bytes: the most that one device of this process has held so far.
+    what the mesh's devices could do at peak_tflops each; 0 stands for the bfloat16 peak of the device, where it is known.
+    model: None for a step that does not run it. memory_bytes: the most that one device of this process has held so far.
     """
     device = mesh.local_mesh.devices.flat[0]
-    peak = peak_tflops or PEAK_TFLOPS.get(device.device_kind, 0.0)
+    known = _KINDS.get(device.device_kind)
+    peak = peak_tflops or (PEAK[known][0] / 1e12 if known else 0.0)
     tflops_per_image = 3 * 2 * cost(model).gmac / 1e3 if model is not None and peak else 0.0
 
     def measure(images_per_second: float) -> dict[str, float]:
