@@ -116,7 +116,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._json({"_id": "0", "id": name, "sha": found[0], "siblings": siblings, "tags": [], "downloads": 0})
 
     def _tree(self, name, revision):
-        if found := self._found(name, revision, of_file=False):
+        if self.hub.repositories.get(name) == {}:  # just made
+            self._json([])
+        elif found := self._found(name, revision, of_file=False):
             self._json([
                 {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
                 for path, data in found[1].items()
@@ -164,13 +166,16 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, b"")
 
     def _commit(self, name, body):
-        files = {}
+        commits = self.hub.repositories[name]
+        files = dict([*commits.values()][-1]) if commits else {}
         for line in map(json.loads, body.splitlines()):
             value = line["value"]
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.hub.stored[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
         commit = self.hub.commit(name, files)
         self._json({"commitUrl": f"{self.hub.address}/{name}/commit/{commit}", "commitOid": commit})
 

@@ -165,6 +165,9 @@ def test_batches_of_any_sizes_come_back_in_order(adaptive, images):
         joined = np.concatenate([getattr(a, name) for a in answers])
         np.testing.assert_allclose(joined, getattr(whole, name), atol=1e-5)
     assert adaptive(images[:0]).logits.shape == (0, 4) and [*adaptive.stream([])] == []
+    assert adaptive.whole(images[:0]).shape == (0, 4)
+    coarse = images.astype(np.float16)  # the programs are those of float32
+    np.testing.assert_array_equal(adaptive(coarse).rung, adaptive(coarse.astype(np.float32)).rung)
 
 
 def test_answers_come_as_soon_as_they_are_known(adaptive, images):

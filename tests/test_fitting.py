@@ -81,6 +81,7 @@ def test_every_kind_of_model_gets_heads(fields):
 def test_a_filter_rests():
     model = tif_jax.create_model(FIELDS, reducer="tif", keep_ratio=0.5)
     fitted = tif_jax.fit(model, *pictures(0), **RECIPE | dict(num_epochs=1.0))
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params_of(fitted)))
     before, after = (nnx.to_flat_state(nnx.state(each, nnx.Param)) for each in (model, fitted))
     for (path, old), (_, new) in zip(before, after, strict=True):
         if path[0] != "head":  # biases of keys never learn

@@ -221,6 +221,19 @@ def test_pushed_and_loaded_again(hub):
     assert 'base_model: "me/mine"' in hub.repositories["me/mine"][hub.at("me/mine", "main")[0]]["README.md"].decode()
 
 
+@uploads
+def test_a_push_leaves_nothing_of_an_earlier_one_that_would_be_read_with_it(hub):
+    model = lively(FIELDS, reducer="tif", keep_ratio=0.5)
+    tif_jax.push_to_hub(model, "me/mine")
+    commits = hub.repositories["me/mine"]
+    first = next(iter(commits))
+    assert {"reducer.safetensors", "parameters.json"} < commits[first].keys()
+    hub.commit("me/mine", {**commits[first], "notes.md": b"mine", "data/part-00000-of-00009.parquet": b"old"})
+    tif_jax.push_to_hub(lively(FIELDS), "me/mine")
+    left = hub.at("me/mine", "main")[1]
+    assert left.keys() == {"README.md", "config.json", "model.safetensors", "parameters.json", "notes.md"}
+
+
 def test_what_can_not_be_pushed(hub, monkeypatch):
     model = lively(FIELDS)
     for name in ("mine", "me/mine@v1", "me/../mine", ""):

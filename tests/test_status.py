@@ -90,6 +90,13 @@ def test_time_left_is_the_mean_of_its_kind(tmp_path):
         (500, "begins: tif run"), (500, "stage finetune, a-0"), (400, "stage finetune, b-0"), (300, "stage finetune, c-0"),
     )  # fmt: skip
     assert _progress.seconds_of(_progress.entries(tmp_path)) == {"finetune": 150}  # a: 100 + 100, b: 100
+    write_log(
+        tmp_path,
+        (500, "begins: tif run"), (500, "stage backbone"), (499, "run/backbone is taken over from old/backbone"),
+        (498, "stage finetune, a-0"), (497, "run/finetune/a-0 is taken over from old/finetune/a-0"),
+        (496, "stage finetune, b-0"), (396, "stage benchmark"),
+    )  # fmt: skip
+    assert _progress.seconds_of(_progress.entries(tmp_path)) == {"finetune": 100}
 
 
 def test_a_run_that_was_killed(place):

@@ -24,6 +24,7 @@ TABLE = [
     (("score.keep_ratio=0.7",), dict(score=dict(estimator="exact")), "score.keep_ratio (the estimator is exact)"),
     (("score.mask=zero",), TIF, "score.mask (the estimator is sampled)"),
     (("filter.rho=0.1",), TIF, "filter.rho (labels are top)"),
+    (("filter.labels=above", "filter.keep_ratio=0.4"), TIF, "filter.keep_ratio (labels are not top)"),
     (("filter.num_epochs=2",), {}, "filter.num_epochs (no reducer here has a part that is fitted before)"),
     (("adapter.num_epochs=2",), TIF, "adapter.num_epochs (no reducer here has an adapter)"),
     (("finetune.distillation.logits_weight=0.9",), {}, "finetune.distillation.logits_weight (its kind is '')"),
@@ -72,6 +73,7 @@ def test_what_nothing_reads_is_named(caplog, overrides, settings, expected):
         (("score.estimator=exact",), TIF | dict(score=dict(num_samples=8))),  # the file was right by itself
         (("score.estimator=exact", "score.mask=zero", "filter.labels=above", "filter.rho=0.1"), TIF),
         (("reducer.adapter=48", "adapter.num_epochs=2"), TIF),
+        (("reducer.adapter=48", "filter.labels=above", "filter.keep_ratio=0.4"), TIF),
         (("backbone.num_epochs=3", "backbone.learning_rate=0.1", "backbone.model.width=64"), {}),
         (("backbone.num_heads=3",), dict(backbone=dict(init_from="weights.npz", learning_rate=1e-3))),  # the default
         (

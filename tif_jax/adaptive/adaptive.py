@@ -133,7 +133,8 @@ class Adaptive:
     def whole(self, images: Float[np.ndarray | Array, "I Y X 3"]) -> Float32[np.ndarray, "I L"]:
         """The logits of the last model alone, for every image."""
         check_images(self.models[-1], images)
-        return self._logits(len(self.models) - 1, np.asarray(images))
+        images = np.asarray(images)
+        return self._logits(len(self.models) - 1, images) if len(images) else self._empty().logits
 
     def stream(self, batches: Iterable[Float[np.ndarray, "B Y X 3"]]) -> Iterator[Answers]:
         """Of each batch, in order; batches of any sizes. Images that climb wait for others, and what came after them too."""
@@ -185,7 +186,9 @@ class Adaptive:
         """Of one model, in full batches and a last one that is filled up."""
         found = []
         for first in range(0, len(images), self.batch_size):
-            part = images[first : first + self.batch_size]
+            part = np.asarray(
+                images[first : first + self.batch_size], np.float32
+            )  # one program, whatever float they are
             size = next(size for size in self.sizes if size >= len(part))
             found.append(np.asarray(self._forwards[rung](filled(part, size)), np.float32)[: len(part)])
         return np.concatenate(found)

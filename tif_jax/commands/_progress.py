@@ -117,7 +117,10 @@ def entries(workdir: Path) -> list[tuple[datetime, int, str]]:
 
 
 def seconds_of(log: Sequence[tuple[datetime, int, str]]) -> dict[str, float]:
-    """Mean seconds of the finished stages of each kind ("filter", "finetune", ...), of all runs that worked at them."""
+    """Mean seconds of the finished stages of each kind ("filter", "finetune", ...), of all runs that worked at them.
+
+    Those that were taken over from another workdir say nothing of it.
+    """
     spent: dict[str, float] = {}
     ended = set()
     now: dict[int, tuple[str, datetime]] = {}  # the stage that each process is at
@@ -129,6 +132,8 @@ def seconds_of(log: Sequence[tuple[datetime, int, str]]) -> dict[str, float]:
                 ended |= {name} if not text.startswith("ends: ") else set()
             if text.startswith("stage "):
                 now[process] = text.removeprefix("stage "), at
+        elif " is taken over from " in text:
+            now.pop(process, None)
     kinds: dict[str, list[float]] = {}
     for name in ended:
         kinds.setdefault(name.partition(",")[0], []).append(spent[name])

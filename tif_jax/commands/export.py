@@ -3,17 +3,13 @@
 from pathlib import Path
 
 from tif_jax.commands import _arguments
-from tif_jax.commands._reducers import reducer_in
+from tif_jax.commands._reducers import entry_in
 from tif_jax.errors import InputError
 from tif_jax.export import FORMATS
 from tif_jax.export.ladder import check_form, write_ladder
-from tif_jax.models import MODEL_FIELDS
 from tif_jax.runtime import files
 from tif_jax.weights.ladder import load_ladder
 from tif_jax.weights.loading import load
-
-# What `load` takes beside the reducer's options: those of the model are its fields.
-_OF_LOAD = MODEL_FIELDS | {"source", "reducer", "seed", "preprocessing"}
 
 
 def main(argv: list[str]) -> None:
@@ -23,7 +19,9 @@ def main(argv: list[str]) -> None:
     source.add_argument("--weights", metavar="FILE", help="a weight file (.safetensors, .npz, .pth) or a checkpoint")
     parser.add_argument("--to", required=True, choices=FORMATS, help="the format")
     parser.add_argument(
-        "--reducer", metavar="NAME[:OPTION=VALUE...]", help="another than the model's own, as in tome:num_merged=8"
+        "--reducer",
+        metavar="NAME[:OPTION=VALUE...]|FILE.json",
+        help="another than the model's own, as in tome:num_merged=8, or a file of `tif calibrate`",
     )
     parser.add_argument("--ladder", metavar="FILE", help="of `tif ladder`: several models, and when the next is asked")
     parser.add_argument(
@@ -33,10 +31,8 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     _arguments.log_to_stderr()
     output = _output(arguments.output, arguments.workdir, arguments.to)
-    options = {} if arguments.reducer is None else reducer_in(arguments.reducer)
-    named = {"reducer": options.pop("name")} if options else {}
-    if taken := sorted(options.keys() & _OF_LOAD):
-        raise InputError(f"--reducer is {arguments.reducer!r}; {taken[0]} is no option of a reducer")
+    entry = None if arguments.reducer is None else entry_in(arguments.reducer)
+    other = {} if entry is None else {"reducer": entry.name, **entry.arguments}
     weights = arguments.weights if arguments.workdir is None else arguments.workdir
     to_form = FORMATS[arguments.to]
     if arguments.ladder is not None:
@@ -46,7 +42,7 @@ def main(argv: list[str]) -> None:
         rungs = write_ladder(adaptive, output, arguments.to, to_form)["ladder"]
         print(f"{output}: a ladder of {', '.join(format(rung['gmac'], '.3g') for rung in rungs)} GMAC")
         return
-    model = load(weights, dtype=arguments.dtype, **named, **options)
+    model = load(weights, dtype=arguments.dtype, **other)
     manifest = to_form(model, output)
     print(f"{output / manifest['model']}: {manifest['reducer']['name']}, {manifest['cost']['gmac']:.3g} GMAC")
 

@@ -38,8 +38,7 @@ def main(argv: list[str]) -> None:
         steps=dict(type=int, default=20, metavar="N", help="how many steps to time (default: 20)"),
         **processes.FLAGS,
     )
-    if arguments.steps < 1:
-        raise InputError(f"--steps is {arguments.steps}; at least 1")
+    _arguments.at_least_1("--steps", arguments.steps)
     processes.join(arguments)
     begin_log(arguments.workdir)
     found = profile(arguments.stage, arguments.config, arguments.workdir, arguments.steps)

@@ -111,8 +111,10 @@ def _parsed(argv: list[str]) -> tuple[Namespace, list[str]]:
         raise InputError(f"unknown flag {stray[0]}; `tif view --help` lists the flags")
     if arguments.config and not arguments.workdir:
         raise InputError("--config says what was trained in a workdir; give --workdir with it")
-    if arguments.top < 1 or arguments.num_images < 1:
-        raise InputError(f"--top is {arguments.top}, --num-images {arguments.num_images}; both are at least 1")
+    if without := next((word for word in overrides if word.startswith("--config.") and "=" not in word), None):
+        raise InputError(f"{without} has no value; write {without}=VALUE")
+    _arguments.at_least_1("--top", arguments.top)
+    _arguments.at_least_1("--num-images", arguments.num_images)
     return arguments, overrides
 
 

@@ -171,6 +171,8 @@ def _option(kind: Any, value: Any, where: str) -> Any:
 
 def _unknown_option(where: str, name: str, key: str, kinds: Iterable[str]) -> InputError:
     known = [*kinds, "budget"]
+    if where.startswith("--"):
+        return InputError(f"{where}: {name!r} has no option {key!r}; it takes {', '.join(sorted(known))}")
     error = checked.unknown_key(f"{where}.{key}", [f"{where}.{other}" for other in known])
     return InputError(f"{error} ({name!r} takes {', '.join(sorted(known))})")
 

@@ -111,7 +111,7 @@ class Filter(Recipe):
     )
     keep_ratio: float | None = key(
         None,
-        "top only: fraction of an image's tokens that are labelled worth keeping; none: what tif keeps",
+        "with top the fraction of an image's tokens labelled worth keeping; what an adapter is fitted with; none: tif's own",
         above=0,
         most=1,
     )

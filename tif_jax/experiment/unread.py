@@ -73,8 +73,12 @@ def _unused(experiment: Experiment) -> Iterator[tuple[str, str]]:
     entries = (experiment.reducer, *experiment.benchmark.reducers)
     if not any(entry.name in (*FITTED, "prior") for entry in entries):
         yield "filter", "no reducer here has a part that is fitted before"
-    yield ("filter.rho", "labels are top") if labels.labels == "top" else ("filter.keep_ratio", "labels are not top")
-    if not any(entry.has_adapter for entry in entries):
+    has_adapter = any(entry.has_adapter for entry in entries)
+    if labels.labels == "top":
+        yield "filter.rho", "labels are top"
+    elif not has_adapter or experiment.adapter.as_used:  # an adapter that is fitted alone follows it, too
+        yield "filter.keep_ratio", "labels are not top"
+    if not has_adapter:
         yield "adapter", "no reducer here has an adapter"
     if experiment.data.task != "classification":
         for name in ("backbone", "finetune"):

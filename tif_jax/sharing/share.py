@@ -1,6 +1,7 @@
 """Where to: a new folder, or a repository on the Hugging Face hub."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from tif_jax.weights.loading import load
 Contents = Mapping[str, bytes | Path]  # by name: what is in the file, or the file to copy
 _IMPACTS = "impacts are those of a workdir; give its path"
 _HOME = "hf:OWNER/NAME"  # stands in a card for a name that is not known yet
+# What not every such folder has. Left over from an earlier commit, it would be read as part of a later one.
+_OURS = re.compile(r"data/part-[^/]+\.parquet|reducer\.safetensors|parameters\.json")
 
 
 def save_pretrained(model: Any, folder: str | os.PathLike[str], *, license: str = "", base_model: str = "") -> Path:
@@ -72,7 +75,10 @@ def push_to_hub(
     with hub.failures(name, hub.page_of(repository, "datasets" if impact else ""), writing=True):
         api = library.HfApi()
         api.create_repo(repository, private=private, repo_type=kind, exist_ok=True)
-        said = api.create_commit(repository, add, commit_message="Written by tif_jax", repo_type=kind)
+        there = api.list_repo_files(repository, repo_type=kind)
+        stale = [path for path in there if _OURS.fullmatch(path) and path not in contents]
+        changes = [*add, *map(library.CommitOperationDelete, stale)]
+        said = api.create_commit(repository, changes, commit_message="Written by tif_jax", repo_type=kind)
     return said.commit_url
 
 

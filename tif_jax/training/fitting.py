@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -127,7 +128,8 @@ def _train(stage: Stage) -> None:
             save=lambda state: None,
             title="fit",
         )
-    nnx.update(stage.model, jax.device_get(state.params if state.ema is None else state.ema))
+    found = jax.device_get(state.params if state.ema is None else state.ema)
+    nnx.update(stage.model, jax.tree.map(jnp.asarray, found))  # NumPy's can not be indexed by what is traced
 
 
 class _Pictures:
