@@ -43,6 +43,7 @@ FOUND_ON = (
     ("CC-BY", "Imagenette, test"),
 )
 BATCH_SIZE = 32
+ALONE = Route((0,), (-np.inf,))  # of one model
 
 
 def main() -> None:
@@ -114,12 +115,17 @@ def row(here, there, costs: list[float], tau: float, label: str) -> None:
 
 
 def speeds(full: Any, ladder: list[Any], known, costs: list[float], arguments: argparse.Namespace) -> None:
-    """Of all test photographs in one stream, in rounds with the whole model."""
+    """Of all test photographs in one stream, in rounds with the whole model and with every model of the route alone.
+
+    The last column compares with what these would take, each for the images that come to it: what grouping, padding and
+    waiting cost.
+    """
     data = dict(SETS["CC-BY"], root=str(data_root() / "imagenet_ccby"), num_test=arguments.num_images)
     read = evaluation_batches(open_source(data, "test"), data, batch_size=BATCH_SIZE)
     batches = [batch["image"] for batch in read]
-    whole = Adaptive.with_route(full, [], Route((0,), (-np.inf,)), batch_size=BATCH_SIZE)
-    print("\n| tau | mean GMAC | images/s | x full | x GMAC | of the promise |\n|---|---|---|---|---|---|")
+    models = [*ladder, full]
+    print("\n| tau | mean GMAC | images/s | x full | x GMAC | of the promise | of what its models alone would take |")
+    print("|---|---|---|---|---|---|---|")
     for tau in map(float, arguments.taus.split(",")):
         route, _, _ = promised(confidence(known[:-1]), known[:-1].argmax(-1) == known[-1].argmax(-1), costs, tau)
         adaptive = Adaptive.with_route(full, ladder, route, batch_size=BATCH_SIZE)
@@ -127,15 +133,20 @@ def speeds(full: Any, ladder: list[Any], known, costs: list[float], arguments: a
         def run(one: Adaptive) -> int:
             return sum(len(answers.rung) for answers in one.stream(batches))
 
-        gmac = np.concatenate([answers.gmac for answers in adaptive.stream(batches)]).mean()
-        run(whole)
-        turns = {name: partial(rate, partial(run, one), 0.0, 1) for name, one in (("full", whole), ("own", adaptive))}
-        found = in_rounds(turns, arguments.rounds)
-        ratio = float(np.median(np.array(found["own"]) / np.array(found["full"])))
-        promise = costs[-1] / gmac
+        answers = [*adaptive.stream(batches)]
+        gmac, on = (np.concatenate([getattr(one, name) for one in answers]) for name in ("gmac", "rung"))
+        alone = {r: Adaptive.with_route(models[r], [], ALONE, batch_size=BATCH_SIZE) for r in route.rungs}
+        if len(ladder) not in alone:
+            alone[len(ladder)] = Adaptive.with_route(full, [], ALONE, batch_size=BATCH_SIZE)
+        for one in alone.values():
+            run(one)
+        turns = {name: partial(rate, partial(run, one), 0.0, 1) for name, one in {**alone, "own": adaptive}.items()}
+        found = {name: np.array(rates) for name, rates in in_rounds(turns, arguments.rounds).items()}
+        ratio, promise = float(np.median(found["own"] / found[len(ladder)])), costs[-1] / gmac.mean()
+        seconds = sum((on >= rung).mean() / found[rung] for rung in route.rungs)
         print(
-            f"| {tau} | {gmac:.4f} | {median_and_range(found['own'])} | {ratio:.2f} | {promise:.2f} | {ratio / promise:.2f} "
-            "|",
+            f"| {tau} | {gmac.mean():.4f} | {median_and_range(list(found['own']))} | {ratio:.2f} | {promise:.2f} | "
+            f"{ratio / promise:.2f} | {float(np.median(found['own'] * seconds)):.2f} |",
             flush=True,
         )
 
