@@ -20,6 +20,7 @@ from tif_jax.calibration.apart import Apart
 from tif_jax.calibration.calibrate import Calibration, Models
 from tif_jax.calibration.search import Descent, Problem, _candidates, search
 from tif_jax.errors import InputError
+from tif_jax.experiment import config as config_file
 from tif_jax.experiment.reducer_entry import read_entry
 from tif_jax.models.budget import read_budget
 from tif_jax.models.params import params_of
@@ -200,6 +201,8 @@ def test_the_program_and_who_takes_its_file(photos, capsys):
         "num_merged": reduced.reducer.num_merged,
     }
     assert read_entry({"name": "found.json"}, "reducer") == read_entry("found.json", "reducer")
+    for line in ("--config.reducer.name=found.json", "--config.reducer=found.json"):
+        assert config_file.load("digits", [line]).reducer == read_entry("found.json", "reducer")
     assert not run("compare --weights w.safetensors --images photos --reducer found.json --batch-sizes none --out out")
     rows = json.loads(Path("out/compare.json").read_text())["rows"]
     assert [row["gmac"] for row in rows.values()][1] == pytest.approx(cost(reduced).gmac)

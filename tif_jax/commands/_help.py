@@ -16,8 +16,9 @@ A config is a name of this list or a Python file; some take an argument after a 
 says what differs from the defaults below; --config.KEY=VALUE has the last word, as in
 --config.finetune.num_epochs=2."""
 _DATA = """\
-imagenette finds its images and weights in $TIF_DATA (if that is not set: in ../shared/data, seen from the
-current folder), the ImageNet configs theirs in $TFDS_DATA_DIR and $TIF_WEIGHTS."""
+imagenette, tiny_imagenet and depth find images and weights in $TIF_DATA (if that is not set: in
+../shared/data, seen from the current folder). depth:tfds and the ImageNet configs find data in
+$TFDS_DATA_DIR, the latter their weights in $TIF_WEIGHTS (if that is not set: in the current folder)."""
 
 
 def help_on(topic: str, rest: list[str], commands: list[str]) -> str:

@@ -34,7 +34,11 @@ def main(argv: list[str]) -> None:
     _arguments.add_weights_and_images(parser)
     add("--budget", required=True, action="append", help=_BUDGET)
     add("--out", required=True, metavar="FILE.json", help=_OUT)
-    add("--reducer", default=_DEFAULT, help=f"whose schedule: one with num_merged, with options (default: {_DEFAULT})")
+    add(
+        "--reducer",
+        default=_DEFAULT,
+        help=f"whose schedule: importance_merge, tome, mctf or a `Stepwise` of yours, with options (default: {_DEFAULT})",
+    )
     add("--num-images", type=int, default=512, metavar="N", help="at most, evenly spaced; all are held in memory (512)")
     arguments = parser.parse_args(argv)
     _arguments.log_to_stderr()

@@ -102,7 +102,7 @@ def _parsed(argv: list[str]) -> tuple[Namespace, list[str]]:
         "--estimator",
         default="sampled",
         metavar="NAME",
-        help="of impact: sampled (default), or exact: ten times as long",
+        help="of impact: sampled (default), or exact: about five times as long",
     )
     parser.add_argument("--num-samples", type=int, default=16, metavar="N", help="random masks of 'sampled' (16)")
     arguments, rest = parser.parse_known_args(argv)

@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tif_jax import checked
+from tif_jax import checked, reducers
 from tif_jax.errors import InputError
 from tif_jax.experiment import checks, packaged
 from tif_jax.experiment.preprocessing import resolved
@@ -147,10 +147,13 @@ def _override(settings: Settings, given: list[tuple[str, str]]) -> None:
 def _made_room(reducer: Any, given: list[str], name: str | None) -> Settings:
     """The file's reducer without what the command line replaces.
 
-    An amount stands instead of the file's. A reducer of another name takes over the file's amount, and no more.
+    An amount stands instead of the file's. A reducer of another name takes over the file's amount, and no more; one that a
+    JSON file describes has its own.
     """
     reducer = {"name": reducer} if isinstance(reducer, str) else dict(reducer)
-    if name is not None and name != reducer.get("name"):
+    if reducers.is_file(name):
+        reducer = {"name": name}
+    elif name is not None and name != reducer.get("name"):
         kinds = option_kinds(name, "reducer.name")
         known = {*kinds, "budget"} if any(key in kinds for key in SOLVED) else set(kinds)
         amounts = {key: value for key, value in reducer.items() if key in AMOUNTS and key in known}

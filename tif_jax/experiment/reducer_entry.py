@@ -142,9 +142,12 @@ def phases_of(entry: ReducerEntry, phases: Sequence[Mapping[str, Any]]) -> list[
 
 
 def option_kinds(name: str, where: str = "") -> dict[str, Any]:
-    """The annotation of each option of a reducer. InputError for an unknown name, which stands at the key `where`."""
+    """The annotation of each option of a reducer, named or described by a JSON file.
+
+    Raises InputError for an unknown name, which stands at the key `where`.
+    """
     with checked.named(where):
-        parameters = reducers.options(name)
+        parameters = reducers.options(reducers.described_in(name)["name"] if reducers.is_file(name) else name)
     return {key: Any if p.annotation is p.empty else p.annotation for key, p in parameters.items()}
 
 

@@ -47,7 +47,7 @@ def view(
       are drawn, evenly spaced. One that can not be read is told in a warning and left out.
     reducers: a list of names, dicts as in dict(name="tome", num_merged=8), or models with a reducer of their own, whose
       filter, if they have one, is drawn as well. Default: the model's own, else evit, tome, random and norm.
-    estimator, num_samples, seed: of `token_impact`, with the target 'teacher'. 'exact' takes about ten times as long.
+    estimator, num_samples, seed: of `token_impact`, with the target 'teacher'. 'exact' takes about five times as long.
     top: how many classes.
 
     Raises InputError for what does not fit, or where no picture can be read.

@@ -22,7 +22,8 @@ class AsVit:
     """Before every site keeps round(keep_ratio * M) of the M patch tokens there, by the attention of the block before.
 
     keep_ratio: one for all sites, or one for each. num_kept: instead, numbers of patch tokens left, one for each site or each
-    block. sites: block indices from 1; None is one after a quarter, a half and three quarters of the way: 4, 7, 10 of 12.
+    block. sites: block indices counted from 0, at least 1; None is one after a quarter, a half and three quarters of the
+    way: 4, 7, 10 of 12.
     """
 
     keep_ratio: float | tuple[float, ...] = 0.7

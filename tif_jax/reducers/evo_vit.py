@@ -41,7 +41,8 @@ _MOMENTUM = (
 class EvoVit:
     """In every stage the floor(keep_ratio * N) patches with the highest global class attention are slow.
 
-    stages: blocks at which the slow tokens are selected anew, from 1; None is (4, 8) of 12. Blocks before are dense.
+    stages: blocks at which the slow tokens are selected anew, counted from 0, at least 1; None is (4, 8) of 12.
+    Blocks before are dense.
     keep_ratio, num_kept: ratios or numbers of slow tokens, one for each stage (a ratio: or one for all). With numbers
     for each block instead, a stage begins where the number changes.
     representative: False leaves placeholders as they are during a stage, as the published DeiT code does.
@@ -55,7 +56,7 @@ class EvoVit:
     def __post_init__(self):
         schedule.check(self.keep_ratio, self.stages, self.num_kept, name="stages")
         if self.stages is not None and (not self.stages or self.stages[0] < 1):
-            raise InputError(f"stages is {self.stages}; it lists block indices from 1 (block 0 is dense)")
+            raise InputError(f"stages is {self.stages}; it lists block indices, at least 1 (block 0 is dense)")
 
     def __call__(self, blocks, x, tokens, rngs=None):
         require_class(tokens, "evo_vit")

@@ -84,8 +84,8 @@ class Selector(nnx.Module):
 class Tosa(nnx.Module):
     """In every selective block floor(keep_ratio * N) patches, and the special tokens, attend to each other; the rest skip.
 
-    layers: the selective blocks, from 1, no two in a row; None is every odd block from a quarter of the way: 3, 5, 7, 9
-        and 11 of 12. All other blocks are dense.
+    layers: the selective blocks, counted from 0, at least 1, no two in a row; None is every odd block from a quarter of
+        the way: 3, 5, 7, 9 and 11 of 12. All other blocks are dense.
     keep_ratio, num_kept: ratios or numbers of selected patches, one for each layer (a ratio: or one for all). With
         numbers for each block instead, N for block 0, those with fewer are selective.
     selector: whose attention maps are summed over heads and queries to rank the patches: 'learned', the prediction;

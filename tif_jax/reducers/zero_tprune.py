@@ -31,7 +31,8 @@ class ZeroTprune:
     """Before every site keeps round(keep_ratio * M) of the M patch tokens there.
 
     keep_ratio: one for all sites, or one for each. num_kept: instead, numbers of patch tokens left, one for each site or each
-    block. sites: block indices from 1; None is one after a quarter, a half and three quarters of the way: 4, 7, 10 of 12.
+    block. sites: block indices counted from 0, at least 1; None is one after a quarter, a half and three quarters of the
+    way: 4, 7, 10 of 12.
     similar: the share, in [0, 1], of those dropped that go for being like a more important one; at most half of the M do.
     """
 
