@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from tif_jax import cost, load
@@ -38,6 +39,7 @@ from tif_jax.experiment.stages import train
 from tif_jax.impact import judge, shards
 from tif_jax.impact.rankings import filter_ranking, untrained_rankings
 from tif_jax.models import Model, ViT, plain_vit
+from tif_jax.models.cost import multiply_adds
 from tif_jax.runtime import records
 
 BASELINES: dict[str, str | dict[str, Any]] = {
@@ -284,8 +286,9 @@ def outcome(found: Sequence[dict[str, Any]]) -> str:
 def added_gmac(config: Experiment, **changed: Any) -> float:
     """Multiply-adds in front of the first block: of filter and adapter."""
     adapter = {**config.reducer.options, **changed}.get("adapter", 0)
-    model = load(config.backbone.init_from, reducer="tif", keep_ratio=1.0, adapter=adapter)
-    return cost(model).gmac - cost(load(config.backbone.init_from, reducer="full")).gmac
+    model = load(config.backbone.init_from, reducer="tif", keep_ratio=0.5, adapter=adapter)
+    x = jax.eval_shape(model.embed, jax.ShapeDtypeStruct((1, *model.image_size, 3), np.float32))
+    return multiply_adds(lambda x: model.reducer.before_blocks(x, model.tokens(1))[0], x) / 1e9
 
 
 def mean(rows: Sequence[dict[str, Any]], *keys: str) -> float:

@@ -105,8 +105,9 @@ def test_load_runs_a_checkpoint_under_any_reducer(tmp_path, caplog):
 def test_a_reducer_that_is_named_has_its_own_amount(tmp_path):
     """As its label says; what the weights were saved with is for whoever names none."""
     tome = {"name": "tome", "num_merged": 1, "proportional": False}
-    tif = {"name": "tif", "keep_ratio": 0.25, "adapter": 4}
-    for description in (tome, tif):
+    tif = {"name": "tif", "keep_ratio": 0.25, "adapter": 4, "round_to": 2, "then": tome}
+    learner = {"name": "token_learner", "keep_ratio": 0.25, "site": 1}
+    for description in (tome, tif, learner):
         given = {name: value for name, value in description.items() if name != "name"}
         model = numpy_model(TINY, reducer=description["name"], **given)
         with Checkpoints(tmp_path / description["name"] / "checkpoints") as checkpoints:
@@ -115,7 +116,13 @@ def test_a_reducer_that_is_named_has_its_own_amount(tmp_path):
     assert (own.num_merged, own.proportional) == (1, False) and (named.num_merged, named.proportional) == (13, True)
     own, named = (load(tmp_path / "tif", reducer=name) for name in (None, "tif"))
     assert own.reducer.keep_ratio == 0.25 and named.reducer.keep_ratio == 0.5
+    assert own.reducer.round_to == 2 and named.reducer.round_to == 1 and type(named.reducer.then).__name__ == "Full"
     jax.tree.map(np.testing.assert_array_equal, params_of(named), params_of(own))  # the adapter, too
+    wider = load(tmp_path / "tif", reducer="tif", keep_ratio=0.75, then=tome).reducer
+    assert wider.keep_ratio == 0.75 and wider.adapter is not None and wider.then.num_merged == 1
+    # What it has learned has a form for one amount alone, which stays.
+    own, named = (load(tmp_path / "token_learner", reducer=name) for name in (None, "token_learner"))
+    jax.tree.map(np.testing.assert_array_equal, params_of(named), params_of(own))
 
 
 def test_a_checkpoint_with_an_average_is_loaded_as_that(tmp_path, caplog):

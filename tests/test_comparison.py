@@ -115,7 +115,7 @@ def test_runs_side_by_side(runs, capsys):
         (dict(machine=MACHINE | {"processor": "6502"}), "Images/s are not compared: they were measured with "
          "another processor."),
         (dict(device="1 x cpu"), "Images/s are not compared: they were measured with another device."),
-        (dict(eigen_crop=True), "not the same pixels count, eigen_crop: `a` None, `c` True."),
+        (dict(eigen_crop=True), "not the same pixels count, eigen_crop: `a` False, `c` True."),
     ],
 )  # fmt: skip
 def test_what_can_not_be_compared_is_said(runs, differing, told):

@@ -95,6 +95,15 @@ def test_again_it_does_no_finished_work(finished):
     assert main(line) == 2 and (workdir / "run.json").read_bytes() == plan
 
 
+@pytest.mark.parametrize("other", [{"machine": {"host": "there"}}, {"device": "9 x abacus"}, {"versions": {}}])
+def test_speeds_of_another_machine_are_measured_anew(finished, monkeypatch, other):
+    path, workdir = finished
+    config, measured_on = config_file.load(str(path)), benchmark._measured_on
+    assert benchmark.is_measured(config, workdir)
+    monkeypatch.setattr(benchmark, "_measured_on", lambda size: measured_on(size) | other)
+    assert not benchmark.is_measured(config, workdir)
+
+
 def test_a_workdir_loads_as_its_best_model(finished):
     _, workdir = finished
     report = records.read(workdir / "report.json")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from tif_jax.commands import _results
 from tif_jax.data import open_source
 from tif_jax.data.source import fingerprint
 from tif_jax.runtime import records, workdir
+from tif_jax.training import stage
 from tif_jax.training.checkpoints import newest
 
 
@@ -98,11 +100,15 @@ def test_impacts_are_of_the_examples_that_were_scored(place, capsys, change):
     assert "impact in run/impact does not match" in last_line(capsys)
 
 
-def test_the_folder_may_be_another(place):
+def test_the_folder_may_be_another(place, capsys):
     (place / "data").rename(place / "moved")
     assert tif("train --stage=filter --config.data.root=moved") == 0
     (place / "moved").rename(place / "data")
+    capsys.readouterr()
     assert tif("train --stage=filter") == 0
+    assert (
+        "run/filter: data.root is data now, and was moved; images and labels have the same" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("given", [dict(gelu="tanh"), dict(norm_eps=1e-2), dict(num_heads=4)])
@@ -128,6 +134,31 @@ def test_a_stage_that_several_workdirs_link_to_is_trained_by_one_of_them(place, 
         assert tif("train --stage=backbone --workdir=other") == 2
         assert being_written.exists()
     assert "run/backbone is in use by" in last_line(capsys)
+
+
+def test_a_stage_is_locked_until_its_checkpoints_are_closed(tmp_path, monkeypatch):
+    """Whether there are steps to go is known before, or from its last checkpoint, which may be damaged."""
+    events = []
+
+    @contextmanager
+    def noted(name):
+        events.append(name)
+        yield
+        events.append(f"{name} ends")
+
+    monkeypatch.setattr(stage, "only_run", lambda folder: noted("lock"))
+    monkeypatch.setattr(stage, "Checkpoints", lambda folder: noted("open"))
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    with stage.opened(tmp_path, 8), stage.opened(tmp_path / "new", 4):
+        pass
+    assert events == ["lock", "open", "lock", "open", "open ends", "lock ends", "open ends", "lock ends"]
+    events.clear()
+    with stage.opened(tmp_path, 4):
+        pass
+    with stage.opened(tmp_path, 4) as (_, lock):
+        lock()
+        lock()
+    assert events == ["open", "open ends", "open", "lock", "open ends", "lock ends"]
 
 
 def test_rows_of_a_report_that_are_not_of_the_same_images_are_told(caplog):

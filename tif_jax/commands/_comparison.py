@@ -16,6 +16,7 @@ from tif_jax.training.recipe import WITHOUT_EFFECT
 
 _SAME_VIEWS = ("image_size", *PARTS)
 _SAME_PIXELS = ("eigen_crop", "max_depth")
+_ALL_PIXELS = {"eigen_crop": False}
 _WHICH = ("name", "root", "tfds_name", "test_split", "num_test", "seed")
 _LONGEST = 200  # characters of a value in a table
 
@@ -140,8 +141,10 @@ def _not_comparable(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     for key, values in _differing(views).items():
         told = ", ".join(f"`{run['name']}` {value}" for run, value in zip(runs, values, strict=True))
         reasons.append(f"images were prepared differently, data.{key}: {told}")
-    pixels = [{key: run["test"].get(key) for key in _SAME_PIXELS} for run in runs]
+    pixels = [{**_ALL_PIXELS, **{key: run["test"][key] for key in _SAME_PIXELS if key in run["test"]}} for run in runs]
     for key, values in _differing(pixels).items():
+        if None in values:  # of one it is not known
+            continue
         told = ", ".join(f"`{run['name']}` {value}" for run, value in zip(runs, values, strict=True))
         reasons.append(f"not the same pixels count, {key}: {told}")
     return reasons

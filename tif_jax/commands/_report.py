@@ -235,7 +235,7 @@ def _pictures(config: Experiment, workdir: Path) -> list[dict[str, np.ndarray]]:
     """Test images with oracle impact, filter logits and kept mask, each (rows, columns) of the patch raster."""
     table = shards.read_impact(heldout_folder(workdir, "label"))
     amount = {key: value for key, value in config.reducer.arguments.items() if key in (*AMOUNTS, "round_to")}
-    model = load(filter_folder(config, workdir), **amount)
+    model = load(filter_folder(config, workdir), reducer="tif", **amount)
     return pictures(model, config, table, np.arange(_NUM_PICTURES) * len(table.index) // _NUM_PICTURES)
 
 

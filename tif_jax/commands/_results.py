@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tif_jax.dense_losses import MAX_DEPTH
 from tif_jax.errors import InputError
 from tif_jax.experiment.earlier import NOTE
 from tif_jax.experiment.predecessors import finished
 from tif_jax.runtime import log_file, metrics_log, records
-from tif_jax.tasks import CLASSIFICATION, Metric, Task, of_metrics
+from tif_jax.tasks import CLASSIFICATION, DEPTH, Metric, Task, of_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +71,9 @@ def result_of(workdir: Path) -> dict[str, Any]:
 
 
 def _depth_range(baselines: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Which depths count, where the task is depth."""
+    """Which depths count, where the task is depth and its model is noted."""
     model = (baselines or {}).get("model", {})
-    return {"max_depth": model["max_depth"]} if "max_depth" in model else {}
+    return {"max_depth": model.get("max_depth", MAX_DEPTH)} if model.get("task") == DEPTH.name else {}
 
 
 def _row(workdir: Path, stage: Mapping[str, Any], measured: Mapping[str, Any], task: Task) -> dict[str, Any] | None:

@@ -77,7 +77,7 @@ def run(experiment: Experiment, workdir: Path, earlier: Path | None = None) -> N
     for of_run in runs:
         _finetune(of_run, workdir, earlier)
     logger.info("stage benchmark")
-    if not processes.first_says(is_measured(experiment, workdir)):
+    if not processes.first_says(processes.is_first() and is_measured(experiment, workdir)):
         benchmark(experiment, workdir)
     logger.info("stage report")
     if processes.is_first():

@@ -138,18 +138,20 @@ def table_labels(csv_path: str | os.PathLike) -> set[str]:
     return {label for _, _, label in _rows(Path(csv_path))}
 
 
-def image_files(folder: str) -> list[str]:
+def image_files(folder: str, linked: bool = False) -> list[str]:
     """Paths of the images in a folder and in those below it, sorted as text; what is hidden is passed over.
 
-    Links to folders are followed right below the folder, as `ImageFolder` follows those that are classes, and not further
-    down. Raises InputError if there are none, or a folder can not be read.
+    linked: also of the folders that links right below the folder lead to, out of it, as classes may be links. Raises
+    InputError if there are none, or a folder can not be read.
     """
     found = [os.path.join(folder, name) for name in _images(Path(folder))]
     whole = os.path.realpath(folder)
-    for name in _folders(Path(folder)):
-        linked = os.path.join(folder, name)
-        if os.path.islink(linked) and os.path.commonpath([target := os.path.realpath(linked), whole]) != target:
-            found += [os.path.join(linked, file) for file in _images(Path(linked))]
+    for path in (os.path.join(folder, name) for name in (_folders(Path(folder)) if linked else ())):
+        if os.path.islink(path) and os.path.commonpath([target := os.path.realpath(path), whole]) not in (
+            target,
+            whole,
+        ):
+            found += [os.path.join(path, name) for name in _images(Path(path))]
     if not found:
         raise InputError(f"no images in {as_id(folder)} or below; images are {' '.join(EXTENSIONS)}")
     return sorted(found)

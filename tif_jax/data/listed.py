@@ -28,7 +28,7 @@ def open_listed(
         raise InputError(f"{as_id(missing[0])} is not a folder; --images takes folders of images")
     found: dict[str, tuple[str, str]] = {}  # by its real path: the folder, and the path in it, which may have links
     for folder in folders:
-        for path in image_files(folder):
+        for path in image_files(folder, linked=True):
             found.setdefault(os.path.realpath(path), (folder, path))
     root = os.path.commonpath([os.path.abspath(folder) for folder in folders])
     if labels == BY_FOLDER:

@@ -198,7 +198,7 @@ def training_batches(
 
 
 def _seed_of_order(seed: int) -> int:
-    """Grain adds the epoch's number to a seed: spread out, no epoch has the order of the next one of the seed before."""
+    """Grain adds the epoch's number to the seed, so that epoch e + 1 of seed s would be epoch e of seed s + 1: spread out."""
     return int(np.random.SeedSequence(seed).generate_state(1)[0])
 
 

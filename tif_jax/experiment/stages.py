@@ -32,9 +32,8 @@ from tif_jax.models.params import backbone_digest, params_of
 from tif_jax.runtime import records
 from tif_jax.tasks import DEPTH
 from tif_jax.training import losses, tasks
-from tif_jax.training.checkpoints import Checkpoints
 from tif_jax.training.recipe import NetworkRecipe, Recipe
-from tif_jax.training.stage import REDUCER_RESTS, Stage, claim_of, describe, fit
+from tif_jax.training.stage import REDUCER_RESTS, Stage, claim_of, describe, fit, opened
 from tif_jax.training.state import State
 from tif_jax.weights.loading import load, load_with_fields
 
@@ -338,7 +337,7 @@ def _begin_backbone(experiment: Experiment, workdir: Path, earlier: Path | None)
         take_stage(earlier, workdir, directory, made, 0)
     records.claim(directory, made)
     state = State(jnp.int32(0), params_of(model), ())
-    with Checkpoints(directory / "checkpoints") as checkpoints:
+    with opened(directory, 0) as (checkpoints, _):
         if restored := checkpoints.restore(state):
             records.check_same(directory, restored[1].get("made"), made)
         else:

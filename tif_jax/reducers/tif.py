@@ -90,8 +90,8 @@ class Tif(nnx.Module):
     """Keeps the round(keep_ratio * N) patches with the highest filter logits.
 
     The selection passes no gradient: the filter learns from impact (`losses.impact`), not from the task.
-    adapter: hidden width of an `Adapter`, whose residual is added to the tokens that stay; 0: none. It learns to make the
-    frozen network say with these tokens what it says with all (`losses.divergence`), before fine-tuning.
+    adapter: hidden width of an `Adapter`, whose residual is added to the tokens that stay, unless all do; 0: none. It learns
+    to make the frozen network say with these tokens what it says with all (`losses.divergence`), before fine-tuning.
     round_to: a few more are kept, so that with the special tokens they are a multiple of it (or all): devices whose arrays
     have rows in such multiples compute these rows anyway (`cost.Cost.padding`).
     then: the reducer that the patches left go through, as in dict(name="evo_vit", keep_ratio=0.5); None: all of them go

@@ -205,7 +205,7 @@ def _check_tells_of_file(folder: Path, error: Exception) -> None:
     if failed and failed.errno not in (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
         raise WorkError(
             f"can not read checkpoint {folder}: {failed.strerror}; it may be whole: check the disk and who may read it, then "
-            "run the same command again"
+            "run the same command again; or move that folder away to go on from the one before it"
         ) from error
 
 

@@ -2,8 +2,8 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -172,12 +172,9 @@ def fit(stage: Stage) -> None:
     made = claim_of(stage)
     ignored = may_differ(stage.examples)
     records.claim(directory, made, ignored=ignored)
+    _tell_of_moved(directory, made)
     processes.wait_for_all(f"{directory.name} claimed")
-    with processes.stop_asked() as stop, closing(batches), ExitStack() as held:
-        alone = only_run(directory.resolve())  # several workdirs may have a link to it
-        if unfinished := processes.first_says(_newest_step(directory / "checkpoints") < num_steps):
-            held.enter_context(alone)  # before `Checkpoints` removes what others may still be writing
-        checkpoints = held.enter_context(Checkpoints(directory / "checkpoints"))
+    with processes.stop_asked() as stop, closing(batches), opened(directory, num_steps) as (checkpoints, lock):
         if restored := checkpoints.restore(prepared.abstract):
             state, stored = restored
             records.check_same(directory, stored.get("made"), made, ignored=ignored)
@@ -186,8 +183,7 @@ def fit(stage: Stage) -> None:
             state = prepared.fresh(weights)
         del weights, restored  # the state has its own, and a step takes it
         if (start := int(jax.device_get(state.step))) < num_steps:
-            if not unfinished:  # the last checkpoint was damaged
-                held.enter_context(alone)
+            lock()
             logger.info(
                 "%s: steps %d to %d on %d %s devices%s", directory, start, num_steps, prepared.mesh.size,
                 jax.default_backend(), f" of {jax.process_count()} processes" if jax.process_count() > 1 else "",
@@ -223,10 +219,37 @@ def fit(stage: Stage) -> None:
             )
 
 
-def _newest_step(checkpoints: Path) -> int:
-    """The step of the newest checkpoint, damaged or not; -1 where there is none."""
-    names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
-    return max((int(name) for name in names if name.isdigit()), default=-1)
+def _tell_of_moved(directory: Path, made: Mapping[str, Any]) -> None:
+    """What is in the images is not known, only what they are called."""
+    was, root = (
+        (record.get("data") or {}).get("root") for record in (records.read(directory / "config.json") or {}, made)
+    )
+    if was != root:
+        logger.info("%s: data.root is %s now, and was %s; images and labels have the same names", directory, root, was)
+
+
+@contextmanager
+def opened(directory: Path, num_steps: int) -> Iterator[tuple[Checkpoints, Callable[[], None]]]:
+    """The checkpoints of a stage of so many steps, and what locks its folder until they are closed.
+
+    Several workdirs may have a link to it. Where there are steps to go it is locked before `Checkpoints` removes what others
+    may still be writing; to look at a finished stage takes no lock.
+    """
+    there = directory / "checkpoints"
+    with ExitStack() as held:
+        is_locked = False
+
+        def lock() -> None:
+            nonlocal is_locked
+            if not is_locked:
+                held.enter_context(only_run(directory.resolve()))
+            is_locked = True
+
+        steps = [int(path.name) for path in there.iterdir() if path.name.isdigit()] if there.is_dir() else []
+        if processes.first_says(max(steps, default=-1) < num_steps):
+            lock()
+        with Checkpoints(there) as checkpoints:
+            yield checkpoints, lock
 
 
 def describe(

@@ -60,7 +60,8 @@ def make_step(
     teacher: a model without reduction. The loss may read its outputs for the same images: batch['teacher/logits'] (B, L)
     and, of a ViT, batch['teacher/tokens'] (B, N, D), which go with aux['tokens']. It draws nothing and gets no gradient.
     mixing: images and labels are mixed in pairs first. accumulate: the batch is divided into so many parts, worked
-    through one after the other; the mean of their gradients is applied. ema: decay of state.ema, see `optim.averaged`.
+    through one after the other; the mean of their gradients, by how many images count in each, is applied. ema: decay of
+    state.ema, see `optim.averaged`.
     Raises InputError for a teacher with a reducer.
     """
     if teacher is not None and not isinstance(teacher.reducer, Full):

@@ -119,8 +119,9 @@ def load_with_fields(
         may_be_fresh = [*may_be_fresh, *heads]
     fields["dtype"] = dtype
     reducer_name = own["name"] if reducer is None else reducer
-    options = _options_for(reducer, own, options, has_learned=bool(params.get("reducer")))
-    _refuse_modules(path, {*reducers.modules_in({"name": reducer_name, **options})} - named)
+    saved = own if reducer_name == own["name"] else {}
+    _refuse_modules(path, {*reducers.modules_in({**saved, "name": reducer_name, **options})} - named)
+    options = _options_for(reducer, own, options, fields, params.get("reducer") or {})
     build = blueprint(fields, reducer=reducer_name, **options)
     model = nnx.eval_shape(build, jax.random.key(0))
     wanted, found = (_flat(tree) for tree in (params_of(model), params))
@@ -239,14 +240,36 @@ def _refuse_modules(path: Path, names: Collection[str]) -> None:
 
 
 def _options_for(
-    reducer: str | None, own: Mapping[str, Any], given: Mapping[str, Any], has_learned: bool
+    reducer: str | None,
+    own: Mapping[str, Any],
+    given: Mapping[str, Any],
+    fields: Mapping[str, Any],
+    learned: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The options of the reducer that is asked for, None being the source's own."""
+    """The options of the reducer that is asked for, None being the source's own, of which all stay that are not given.
+
+    Where the source's own is named, those stay without which what it has `learned` would have another form.
+    """
     if reducer is None:
         return _with_own_options(own, given)
-    if reducer == own["name"] and has_learned:  # its other options say what form that has
-        return {**{key: value for key, value in own.items() if key not in ("name", *AMOUNTS)}, **given}
-    return {**given}
+    if reducer != own["name"] or not learned or _fits(learned, fields, reducer, given):
+        return {**given}
+    options = _with_own_options(own, given)
+    for key in [key for key in options if key not in given]:
+        fewer = {name: value for name, value in options.items() if name != key}
+        if _fits(learned, fields, reducer, fewer):
+            options = fewer
+    return options
+
+
+def _fits(learned: Mapping[str, Any], fields: Mapping[str, Any], reducer: str, options: Mapping[str, Any]) -> bool:
+    """Whether a reducer with these options has a place for all that was learned; it may have more."""
+    try:
+        model = nnx.eval_shape(blueprint(dict(fields), reducer=reducer, **options), jax.random.key(0))
+    except InputError:
+        return False
+    wanted, found = (_flat({"reducer": tree}) for tree in (params_of(model).get("reducer", {}), {**learned}))
+    return all(name in wanted and wanted[name].shape == leaf.shape for name, leaf in found.items())
 
 
 def _with_own_options(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
