@@ -266,7 +266,7 @@ def test_rows_and_their_budgets(photos):
     [
         ("--reducer tif:keep_ratio=0.5", "w.safetensors has no reducer/filter, which 'tif' has to learn"),
         ("--reducer tomy", "Unknown reducer 'tomy'"),
-        ("--reducer tome:num=3", "--reducer tome:num=3.num"),
+        ("--reducer tome:num=3", "--reducer tome:num=3: 'tome' has no option 'num'; it takes budget, num_merged"),
         ("--reducer {name:", "--reducer {name: is no dict"),
         ("--reducer tome --budget fast", "--budget is 'fast'; it is a number of GMAC, above 0, or a speed"),
         ("--reducer tome --budget 1e-9", "budget is 1e-09 GMAC; the least that this reducer can do is"),

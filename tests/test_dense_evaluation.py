@@ -187,7 +187,7 @@ RESULT = {
     "machine": {"host": "here", "processor": "Z80", "cores": 2, "system": ""}, "taken_from": {},
     "test": {"num_images": 9, "data": {"name": "digits", "test_split": "val"}, "eigen_crop": True},
     "backbone": {"task": "depth", "rmse": 0.875}, "rankings": None, "best": None, "best_chosen_on": None, "left_out": [],
-    "unfinished": [], "rows": ROWS,
+    "unfinished": [], "rows": ROWS, "speed": {},
     "baselines": {"mean depth map": {"num_images": 9, "rmse": 1.5, "abs_rel": 0.375, "delta1": 0.5}},
 }  # fmt: skip
 

@@ -262,7 +262,7 @@ def test_put_undoes_take():
     [
         (dict(keep_ratio=0.0), "keep_ratio is 0.0"),
         (dict(stages=()), r"stages is \(\); it lists"),
-        (dict(stages=(0, 4)), r"stages is \(0, 4\); it lists block indices from 1"),
+        (dict(stages=(0, 4)), r"stages is \(0, 4\); it lists block indices, at least 1"),
         (dict(stages=(4, 2)), r"stages is \(4, 2\)"),
         (dict(sites=(4, 8)), "takes keep_ratio, stages, num_kept, representative; got sites"),
     ],

@@ -191,7 +191,7 @@ def test_the_words_of_the_line():
         ("--workdir run", "the following arguments are required: IMAGE|FOLDER"),
         ("--workdir nowhere photos", "nowhere"),
         ("--workdir run photos --top 0", "--top is 0"),
-        ("--workdir run photos --num-images 0", "--num-images 0"),
+        ("--workdir run photos --num-images 0", "--num-images is 0; it is at least 1"),
         ("--workdir run photos --out run/report.json", "run/report.json is no folder"),
         ("--workdir run photos --estimator gradient", "'gradient' with target 'teacher' is zero everywhere"),
         ("--workdir run photos --reducers evit:0.5", "--reducers is 'evit:0.5'"),
