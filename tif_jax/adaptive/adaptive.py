@@ -186,9 +186,8 @@ class Adaptive:
         """Of one model, in full batches and a last one that is filled up."""
         found = []
         for first in range(0, len(images), self.batch_size):
-            part = np.asarray(
-                images[first : first + self.batch_size], np.float32
-            )  # one program, whatever float they are
+            # In float32, so that there is one program of each size, whatever float images are given in.
+            part = np.asarray(images[first : first + self.batch_size], np.float32)
             size = next(size for size in self.sizes if size >= len(part))
             found.append(np.asarray(self._forwards[rung](filled(part, size)), np.float32)[: len(part)])
         return np.concatenate(found)

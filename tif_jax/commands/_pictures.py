@@ -64,9 +64,8 @@ def opened(
     Raises InputError for folders without images, and for labels that the model has no output for.
     """
     known, counts = model.class_names or (), Counter(model.class_names)
-    names = {
-        name: i for i, name in enumerate(known) if name and counts[name] == 1
-    }  # of ImageNet two are called "crane"
+    # A name that two outputs have tells neither: of ImageNet two are called "crane".
+    names = {name: i for i, name in enumerate(known) if name and counts[name] == 1}
     if labels is not None and labels != BY_FOLDER and all(label.isdecimal() for label in table_labels(labels)):
         names = {}
     whole = open_listed(folders, labels, model.num_classes, class_index or names or None)

@@ -145,13 +145,11 @@ def image_files(folder: str, linked: bool = False) -> list[str]:
     InputError if there are none, or a folder can not be read.
     """
     found = [os.path.join(folder, name) for name in _images(Path(folder))]
-    whole = os.path.realpath(folder)
-    for path in (os.path.join(folder, name) for name in (_folders(Path(folder)) if linked else ())):
-        if os.path.islink(path) and os.path.commonpath([target := os.path.realpath(path), whole]) not in (
-            target,
-            whole,
-        ):
-            found += [os.path.join(path, name) for name in _images(Path(path))]
+    whole = Path(folder).resolve()
+    for path in [Path(folder, name) for name in _folders(Path(folder))] if linked else []:
+        target = path.resolve()
+        if path.is_symlink() and not (target.is_relative_to(whole) or whole.is_relative_to(target)):
+            found += [os.path.join(folder, path.name, name) for name in _images(path)]
     if not found:
         raise InputError(f"no images in {as_id(folder)} or below; images are {' '.join(EXTENSIONS)}")
     return sorted(found)
