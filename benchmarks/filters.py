@@ -288,7 +288,8 @@ def added_gmac(config: Experiment, **changed: Any) -> float:
     adapter = {**config.reducer.options, **changed}.get("adapter", 0)
     model = load(config.backbone.init_from, reducer="tif", keep_ratio=0.5, adapter=adapter)
     x = jax.eval_shape(model.embed, jax.ShapeDtypeStruct((1, *model.image_size, 3), np.float32))
-    return multiply_adds(lambda x: model.reducer.before_blocks(x, model.tokens(1))[0], x) / 1e9
+    half = model.tokens(1).index.shape[1] // 2
+    return multiply_adds(lambda x: model.reducer.before_blocks(x, model.tokens(1), half)[0], x) / 1e9
 
 
 def mean(rows: Sequence[dict[str, Any]], *keys: str) -> float:

@@ -61,7 +61,7 @@ ONNX = [name for name in reducers.known() if name not in ("random", "evo_levit",
 
 
 # With -m long, too: their steps are much like those of tif, tome and evit.
-OTHERS = ("norm", "prior", "diffrate", "expediting", "ailurus")
+OTHERS = ("even", "norm", "prior", "diffrate", "expediting", "ailurus")
 
 
 @pytest.mark.parametrize("reducer", one_of_a_kind(ONNX, also=("full", *OTHERS)))

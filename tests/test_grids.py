@@ -30,7 +30,7 @@ OPTIONS = {
 }
 NAMES = [name for name in reducers.known() if name != "evo_levit"]  # of a ViT it is evo_vit with another momentum
 # They do to the raster what tif (the first three) and tome do, or what tests of their own look at.
-OTHERS = ("norm", "prior", "random", "diffrate", "expediting", "ailurus")
+OTHERS = ("even", "norm", "prior", "random", "diffrate", "expediting", "ailurus")
 FEWER = ("full", *OTHERS, "dynamic_vit")  # it drops patches between blocks, as bat does
 
 

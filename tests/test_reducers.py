@@ -39,7 +39,7 @@ VARIANTS = {
     "clip": dict(pre_norm=True, gelu="quick"),
     "siglip": dict(pool="attention", class_token=False, gelu="tanh"),
 }  # fmt: skip
-FRONT = ("norm", "prior", "random", "tif")  # choose once, before the first block: what follows is a plain walk
+FRONT = ("even", "norm", "prior", "random", "tif")  # choose once, before the first block: what follows is a plain walk
 
 
 def images(num=4, size=(32, 32), seed=0):
@@ -76,7 +76,7 @@ def name(request):
 
 # Of the baselines that differ in their ranking alone one stands for all, and of methods alike one, where a program has to
 # be compiled for each.
-OTHERS = ("norm", "prior", "diffrate", "expediting", "ailurus")
+OTHERS = ("even", "norm", "prior", "diffrate", "expediting", "ailurus")
 ONE_OF_A_KIND = pytest.mark.parametrize("name", one_of_a_kind(reducers.known(), also=OTHERS))
 # Where that program serves no other test: of a ViT evo_levit is evo_vit, and random ranks as norm does.
 FEWER = pytest.mark.parametrize("name", one_of_a_kind(reducers.known(), also=(*OTHERS, "full", "random", "evo_levit")))
@@ -149,7 +149,10 @@ def test_kept_and_source_say_where_patches_are(name):
 
 def test_only_kept_patches_matter(name):
     """Noise in the patches that were dropped changes nothing, as long as the ranking stays as it is."""
-    if name != "prior":  # the others' ranking looks at the patches, or they drop them later: see their own tests
+    if name not in (
+        "even",
+        "prior",
+    ):  # the others' ranking looks at the patches, or they drop them later: see their own tests
         pytest.skip(f"the outcome of {name} depends on every patch")
     model = model_of(name)
     x = np.array(images())

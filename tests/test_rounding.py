@@ -14,7 +14,7 @@ from tif_jax.tokens import num_kept
 FIELDS = dict(
     image_size=32, patch_size=8, width=16, depth=2, num_heads=2, num_classes=3
 )  # 16 patches and a class token
-REDUCERS = ("norm", "prior", "random", "tif")
+REDUCERS = ("even", "norm", "prior", "random", "tif")
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,9 @@ def test_any_number_of_images_on_eight_devices_is_the_same_as_on_one(model, impa
     assert not any(op in text for op in ("all-reduce", "all-gather", "all-to-all", "collective-permute"))
 
 
-@pytest.mark.parametrize("options", [dict(estimator="sampled", num_samples=5), dict(estimator="gradient")])
+@pytest.mark.parametrize(
+    "options", [dict(estimator="exact"), dict(estimator="sampled", num_samples=5), dict(estimator="gradient")]
+)
 def test_seeds_labels_and_numbers_of_images_share_one_program(model, options, monkeypatch):
     """And each image's impact is what it is alone, on eight devices that few images do not fill evenly."""
     images, labels, programs = *inputs(11), set()

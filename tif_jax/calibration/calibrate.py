@@ -34,7 +34,7 @@ class Calibrated(NamedTuple):
     """A schedule and what it does: distance (`Apart.distance`), mean over images, and the share whose class is the
     unreduced one's."""
 
-    num_merged: Schedule
+    schedule: Schedule
     gmac: float
     searched: dict[str, float]  # on the images of the search: distance, agreement
     held_out: dict[str, float]  # on those kept out of it
@@ -46,13 +46,14 @@ class Models(NamedTuple):
 
     full: Model
     with_schedule: Callable[[Schedule], Model]  # the model under the reducer
+    searches_front: bool = False  # whether a schedule begins with how many go in front of the first block
 
 
 Cost = Callable[[Schedule], float]
 
 
 class Calibration:
-    """Of a model on some images: for any budget, the number of tokens merged in each block with which logits move least.
+    """Of a model on some images: for any budget, the number of tokens that go at each place with which logits move least.
 
     images: as the model takes them, 64 at least; a quarter is kept out of the search. Weights stay as they are. Budgets share
     compiled programs and the way down to them. Raises InputError for models of another task, reducers that are not
@@ -61,15 +62,17 @@ class Calibration:
 
     def __init__(self, models: Models, images: Float32[np.ndarray, "I Y X 3"]):
         require_head(models.full, "a calibration")
-        nothing = (0,) * len(models.full.blocks)
+        nothing = (0,) * (models.searches_front + len(models.full.blocks))
         model = models.with_schedule(nothing)
         if stepwise_of(model.reducer) is None:
             raise InputError("a calibration needs a reducer that takes a number of tokens for each block, a `Stepwise`")
         batches = _batches(images)
         searched = [batch for i, batch in enumerate(batches) if i % _HELD_OUT < _HELD_OUT - 1]
         self._models, self._model = models, model
-        self._apart, self._few = Apart(model, searched), Apart(model, searched[::_FEW])
-        self._held_out = Apart(model, batches[_HELD_OUT - 1 :: _HELD_OUT])
+        self._apart, self._few, self._held_out = (
+            Apart(model, some, models.searches_front)
+            for some in (searched, searched[::_FEW], batches[_HELD_OUT - 1 :: _HELD_OUT])
+        )
         rest = cost(model).gmac - self._apart.gmac(nothing)
         self._gmac: Cost = lambda schedule: self._apart.gmac(schedule) + rest
         self._clocks: dict[int, tuple[Cost, float]] = {}  # of batch sizes: seconds of a schedule, and with all tokens
@@ -88,9 +91,7 @@ class Calibration:
 
     def _search(self, cost: Cost, budget: float) -> Schedule:
         problem, few = (
-            Problem(
-                on.distance, cost, on.hold, on.reducer.most, on.num_patches, on.depth, on.num_free, budget, on.follows
-            )
+            Problem(on.distance, cost, on.hold, on.most, on.num_patches, on.num_places, on.num_free, budget, on.follows)
             for on in (self._apart, self._few)
         )
         if cost not in self._descents:

@@ -1,10 +1,11 @@
-"""The search for a schedule: how many tokens go in each block so that a cost is met at the least distance.
+"""The search for a schedule: how many tokens go at each place so that a cost is met at the least distance.
 
-A schedule is moved by how many tokens a block leaves: fewer there means that no later block leaves more, and more there that
-no earlier one leaves less. Greedy first: from nothing reduced, again and again `step` tokens fewer where that adds the least
-distance for each unit of cost saved. Then exchange: fewer behind one block, more behind another, as long as that helps by
-more than a standard error, in smaller and smaller steps. Last, single tokens use up what is left of the cost, unless that
-hurts. Schedules are tried on images; nothing is differentiated.
+Places are the blocks and, if it is searched, what is in front of the first. A schedule is moved by how many tokens a place
+leaves: fewer there means that no later one leaves more, and more there that no earlier one leaves less. Greedy first: from
+nothing reduced, again and again `step` tokens fewer where that adds the least distance for each unit of cost saved. Then
+exchange: fewer behind one place, more behind another, as long as that helps by more than a standard error, in smaller and
+smaller steps. Last, single tokens use up what is left of the cost, unless that hurts. Schedules are tried on images; nothing
+is differentiated.
 """
 
 import logging
@@ -19,7 +20,7 @@ from tif_jax.errors import InputError
 logger = logging.getLogger(__name__)
 
 Schedule = tuple[int, ...]
-_CHOICES = 3  # blocks tried on each side of an exchange
+_CHOICES = 3  # places tried on each side of an exchange
 
 
 class Problem(NamedTuple):
@@ -28,10 +29,10 @@ class Problem(NamedTuple):
     distance: Callable[[Schedule], Float[np.ndarray, " I"]]  # of a schedule, for each image
     cost: Callable[[Schedule], float]
     hold: Callable[[Schedule], None]  # told of every schedule from which the next ones will differ a little
-    most: Callable[[int], int]  # how many of some patch tokens can go in one block
+    most: Callable[[int, int], int]  # at a place, of so many patch tokens, how many can go
     num_patches: int
-    depth: int
-    num_free: int  # blocks, from the first, in which tokens may go
+    num_places: int
+    num_free: int  # places, from the first, at which tokens may go
     budget: float
     follows: Callable[[Schedule], bool] = lambda schedule: True  # whether a model would do as the schedule says
 
@@ -78,7 +79,7 @@ def search(problem: Problem, few: Problem, descent: Descent, least: int) -> Sche
 
 def _descending(problem: Problem, step: int) -> Iterator[Schedule]:
     """All schedules on the way down, of multiples of `step`: so there are few numbers of tokens to compile for."""
-    schedule: Schedule = (0,) * problem.depth
+    schedule: Schedule = (0,) * problem.num_places
     now = 0.0  # distance, mean over images
     prices: dict[int, tuple[float, float, bool]] = {}  # price, distance, whether it is of this schedule
     while True:
@@ -92,17 +93,17 @@ def _descending(problem: Problem, step: int) -> Iterator[Schedule]:
         # The more is gone the dearer it gets: earlier prices are asked again only where they are the lowest.
         prices = {i: (price, found, False) for i, (price, found, _) in prices.items()}
         while True:
-            block = min(candidates, key=lambda i: prices[i][0] if i in prices else -1.0)
-            if block in prices and prices[block][2]:
+            place = min(candidates, key=lambda i: prices[i][0] if i in prices else -1.0)
+            if place in prices and prices[place][2]:
                 break
-            found = float(problem.distance(candidates[block]).mean())
-            prices[block] = ((found - now) / (cost - problem.cost(candidates[block])), found, True)
-        schedule, now = candidates[block], prices[block][1]
+            found = float(problem.distance(candidates[place]).mean())
+            prices[place] = ((found - now) / (cost - problem.cost(candidates[place])), found, True)
+        schedule, now = candidates[place], prices[place][1]
         _tell(problem, schedule, now)
 
 
 class _Prices(NamedTuple):
-    """By block, what was found last: distance for each unit of cost saved, and less distance (below 0) for each spent."""
+    """By place, what was found last: distance for each unit of cost saved, and less distance (below 0) for each spent."""
 
     fewer: dict[int, float]
     more: dict[int, float]
@@ -126,7 +127,7 @@ def _exchanged(problem: Problem, few: Problem, schedule: Schedule, step: int) ->
 def _better(
     problem: Problem, few: Problem, schedule: Schedule, now: Float[np.ndarray, " I"], step: int, prices: _Prices
 ) -> tuple[Schedule, Float[np.ndarray, " I"]] | None:
-    """A schedule within the budget of less distance: fewer tokens behind one block, more behind another."""
+    """A schedule within the budget of less distance: fewer tokens behind one place, more behind another."""
     cost, known = problem.cost(schedule), few.distance(schedule)
 
     def price(other: Schedule) -> float:
@@ -152,7 +153,7 @@ def _better(
 def _cheapest(
     candidates: dict[int, Schedule], price: Callable[[Schedule], float], known: dict[int, float]
 ) -> list[int]:
-    """The few blocks of the least price. One that is known from before is asked again only if it is among these."""
+    """The few places of the least price. One that is known from before is asked again only if it is among these."""
     asked: set[int] = set()
     while True:
         first = sorted(candidates, key=lambda i: known.get(i, -np.inf))[:_CHOICES]
@@ -164,10 +165,10 @@ def _cheapest(
                 asked.add(i)
 
 
-def _filled(problem: Problem, schedule: Schedule, blocks: range | tuple[int, ...], step: int) -> Schedule:
-    """The schedule with more tokens behind these blocks, `step` at a time, where they use the most of the budget left."""
+def _filled(problem: Problem, schedule: Schedule, places: range | tuple[int, ...], step: int) -> Schedule:
+    """The schedule with more tokens behind these places, `step` at a time, where they use the most of the budget left."""
     while True:
-        more = [other for i, other in _candidates(problem, schedule, step).items() if i in blocks]
+        more = [other for i, other in _candidates(problem, schedule, step).items() if i in places]
         within = [other for other in more if problem.cost(schedule) < problem.cost(other) <= problem.budget]
         if not within:
             return schedule
@@ -182,18 +183,19 @@ def _is_less(these: Float[np.ndarray, " I"], those: Float[np.ndarray, " I"]) -> 
 
 
 def _candidates(problem: Problem, schedule: Schedule, change: int) -> dict[int, Schedule]:
-    """For each block the schedule with that many tokens more behind it, or fewer, if there is one."""
+    """For each place the schedule with that many tokens more behind it, or fewer, if there is one."""
     found = {}
     for i in range(problem.num_free):
-        left = [problem.num_patches - sum(schedule[: j + 1]) for j in range(problem.depth)]
+        left = [problem.num_patches - sum(schedule[: j + 1]) for j in range(problem.num_places)]
         left[i] = min(max(left[i] + change, 1), problem.num_patches)
         left = [
             max(n, left[i]) if j < i and change > 0 else min(n, left[i]) if j > i else n for j, n in enumerate(left)
         ]
-        left[problem.num_free :] = [left[problem.num_free - 1]] * (problem.depth - problem.num_free)
+        left[problem.num_free :] = [left[problem.num_free - 1]] * (problem.num_places - problem.num_free)
         arriving = [problem.num_patches, *left[:-1]]
         other = tuple(before - after for before, after in zip(arriving, left, strict=True))
-        can_be = all(0 <= r <= problem.most(n) for r, n in zip(other, arriving, strict=True) if r)
+        places = range(problem.num_places)
+        can_be = all(0 <= r <= problem.most(place, n) for place, r, n in zip(places, other, arriving, strict=True) if r)
         if other != schedule and can_be and problem.follows(other):
             found[i] = other
     return found

@@ -19,6 +19,7 @@ _SECONDS = 0.1  # of one turn in a round, at least; of whole models, few of whic
 _SECONDS_OF_WHOLE = 1.0
 _ARRIVING = (1.0, 0.75, 0.5, 0.25, 0.1)  # of all patches
 _GOING = (0.0, 0.06, 0.2)  # of those that arrive
+_IN_FRONT = (0.25, 0.75)  # of all patches
 
 
 def seconds_of(apart: Apart, model: Any, batch_size: int) -> Callable[[Schedule], float]:
@@ -26,15 +27,18 @@ def seconds_of(apart: Apart, model: Any, batch_size: int) -> Callable[[Schedule]
 
     A block's time is fitted to n, n^2, n - r and, where any go, a constant and n r, for n tokens that arrive and r that go. A
     last block in which no token can go is cheaper (`models/special_alone.py`), and fitted to n by itself, with what predicts.
-    The rest of the model's time, of embedding, is the same for all.
+    What is in front of the first block is fitted to a constant and r; where none goes, it is not there. The rest of the
+    model's time, of embedding, is the same for all.
     """
     numbers = [round(apart.num_patches * share) for share in _ARRIVING]
     pairs = [(n, round(n * share)) for n in numbers for share in _GOING]
     pairs = [pair for pair in dict.fromkeys(pairs) if pair[0] and pair[1] <= apart.reducer.most(pair[0])]
+    in_front = [round(apart.num_patches * share) for share in _IN_FRONT] if apart.num_in_front else []
     turns: dict[Any, Callable[[], float]] = {pair: partial(_time, apart.one_block(*pair, batch_size)) for pair in pairs}
-    has_lean = apart.num_free < apart.depth
+    has_lean = apart.num_free < apart.num_places
     if has_lean:
         turns |= {n: partial(_time, apart.last_block(n, batch_size)) for n in numbers if n}
+    turns |= {("front", r): partial(_time, apart.what_is_in_front(r, batch_size)) for r in in_front}
     turns[None] = partial(_time, _forward(model, batch_size), _SECONDS_OF_WHOLE)
     found = timing.in_rounds(turns, _ROUNDS)
     times = {turn: statistics.median(values) for turn, values in found.items()}
@@ -43,15 +47,18 @@ def seconds_of(apart: Apart, model: Any, batch_size: int) -> Callable[[Schedule]
     if has_lean:
         last = _fitted([[1.0, n] for n in numbers if n], [times[n] for n in numbers if n])
 
-    def of_blocks(schedule: Schedule) -> float:
-        left, total = apart.num_patches, 0.0
-        for number in schedule[: apart.num_free]:
+    front = _fitted([[1.0, r] for r in in_front], [times["front", r] for r in in_front]) if in_front else np.zeros(2)
+
+    def known(schedule: Schedule) -> float:
+        gone = sum(schedule[: apart.num_in_front])
+        left, total = apart.num_patches - gone, float(front @ [1.0, gone]) if gone else 0.0
+        for number in schedule[apart.num_in_front : apart.num_free]:
             total += float(_terms(left, number) @ weights)
             left -= number
         return total + float(last @ [1.0, left])
 
-    rest = times[None] - of_blocks((0,) * apart.depth)
-    return lambda schedule: of_blocks(schedule) + rest
+    rest = times[None] - known((0,) * apart.num_places)
+    return lambda schedule: known(schedule) + rest
 
 
 def _fitted(terms: list[Any], times: list[float]) -> Float[np.ndarray, " F"]:

@@ -1,6 +1,7 @@
-"""How many tokens to merge in which block of your model, from some hundred of your pictures, without labels or training."""
+"""How many tokens are to go where in your model, from some hundred of your pictures, without labels or training."""
 
 import logging
+import math
 import os
 import time
 from pathlib import Path
@@ -16,12 +17,13 @@ from tif_jax.commands._weights import Weights, read_weights
 from tif_jax.data import remote
 from tif_jax.errors import InputError
 from tif_jax.experiment.reducer_entry import ReducerEntry, option_kinds, read_entry
+from tif_jax.models import Model
 from tif_jax.models.budget import AMOUNTS, Speed, label_of, read_budget
 from tif_jax.runtime import files, records
 
 logger = logging.getLogger(__name__)
 
-_DEFAULT = "importance_merge"
+_DEFAULT = '{"name": "even", "then": {"name": "importance_merge"}}'
 _BUDGET = (
     "GMAC (0.8), '120 images/s', or 1.5x: times the speed of all tokens; may be repeated, and the way down is shared"
 )
@@ -37,7 +39,8 @@ def main(argv: list[str]) -> None:
     add(
         "--reducer",
         default=_DEFAULT,
-        help=f"whose schedule: importance_merge, tome, mctf or a `Stepwise` of yours, with options (default: {_DEFAULT})",
+        help="whose schedule: importance_merge, tome, mctf or a `Stepwise` of yours, with options; as `then` of even or tif, "
+        f"how many tokens go in front of the first block is found, too, unless keep_ratio says it (default: {_DEFAULT})",
     )
     add("--num-images", type=int, default=512, metavar="N", help="at most, evenly spaced; all are held in memory (512)")
     arguments = parser.parse_args(argv)
@@ -52,10 +55,11 @@ def main(argv: list[str]) -> None:
     calibration = Calibration(_models(weights, entry), images)
     for budget, path in zip(budgets.values(), paths, strict=True):
         found = calibration.within(budget)
-        how = {name: value for name, value in found._asdict().items() if name != "num_merged"}
+        how = {name: value for name, value in found._asdict().items() if name != "schedule"}
         how |= found_from(weights, pictures, len(images), time.monotonic() - began) | {"budget": str(budget)}
-        files.write(path, records.text({"reducer": _scheduled(entry, found.num_merged), "calibration": how}))
-        print("\n".join([*_summary(found, budget), str(path)]), flush=True)
+        reducer = _simplest(_scheduled(entry, found.schedule, math.prod(weights.full.grid)))
+        files.write(path, records.text({"reducer": reducer, "calibration": how}))
+        print("\n".join([*_summary(found, budget, _searches_front(entry)), str(path)]), flush=True)
         began = time.monotonic()
 
 
@@ -68,15 +72,30 @@ def _entry(text: str) -> ReducerEntry:
     if given := sorted({*AMOUNTS} & walks.arguments.keys()):
         raise InputError(f"{where}; {', '.join(given)} is what a calibration finds: leave it out")
     if entry.budget is not None:
-        raise InputError(f"{where}; leave its budget out: --budget says it, and keep_ratio what is kept in front")
+        raise InputError(
+            f"{where}; leave its budget out: --budget says it, and keep_ratio, if you like, what is kept in front"
+        )
     return entry
 
 
-def _scheduled(entry: ReducerEntry, schedule: Schedule) -> dict[str, Any]:
-    """The reducer as data, with this schedule: its own, or that of what follows it."""
-    if then := entry.options.get("then"):
+def _searches_front(entry: ReducerEntry) -> bool:
+    """Whether how many tokens go in front of the first block is to be found."""
+    return bool(entry.options.get("then")) and "keep_ratio" not in entry.options
+
+
+def _scheduled(entry: ReducerEntry, schedule: Schedule, num_patches: int) -> dict[str, Any]:
+    """The reducer as data, with this schedule: its own, or that of what follows it, with what goes in front."""
+    if not (then := entry.options.get("then")):
+        return {**entry.described, "num_merged": schedule}
+    if not _searches_front(entry):
         return {**entry.described, "then": {**then, "num_merged": schedule}}
-    return {**entry.described, "num_merged": schedule}
+    kept, of_blocks = (num_patches - schedule[0]) / num_patches, schedule[1:]
+    return {**entry.described, "keep_ratio": kept, "then": {**then, "num_merged": of_blocks}}
+
+
+def _simplest(reducer: dict[str, Any]) -> dict[str, Any]:
+    """Without a front that leaves nothing out."""
+    return reducer["then"] if reducer.get("keep_ratio") == 1 and reducer.get("then") else reducer
 
 
 def _paths(out: str, labels: list[str]) -> list[Path]:
@@ -94,11 +113,16 @@ def _paths(out: str, labels: list[str]) -> list[Path]:
 
 
 def _models(weights: Weights, entry: ReducerEntry) -> Models:
-    return Models(weights.full, lambda schedule: weights.model(_scheduled(entry, schedule)))
+    def with_schedule(schedule: Schedule) -> Model:
+        return weights.model(_scheduled(entry, schedule, math.prod(weights.full.grid)))
+
+    return Models(weights.full, with_schedule, _searches_front(entry))
 
 
-def _summary(found: Calibrated, budget: float | Speed) -> list[str]:
-    lines = [f"merged in each block: {' '.join(map(str, found.num_merged))}; {found.gmac:.4f} GMAC"]
+def _summary(found: Calibrated, budget: float | Speed, searches_front: bool) -> list[str]:
+    gone, of_blocks = found.schedule[:searches_front], found.schedule[searches_front:]
+    before = f"left out before the first block: {gone[0]}; " if gone else ""
+    lines = [f"{before}merged in each block: {' '.join(map(str, of_blocks))}; {found.gmac:.4f} GMAC"]
     for name, judged in (("pictures searched on", found.searched), ("pictures held out", found.held_out)):
         lines.append(f"{name}: agreement {100 * judged['agreement']:.1f} %, logits move by {judged['distance']:.4f}")
     if found.images_per_second is not None:

@@ -8,13 +8,12 @@ the plain blocks: the model's reducer plays no part.
 Legend: B images, N patch tokens, T = special + patch tokens, D width, K random masks, M masks of a chunk.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -39,6 +38,13 @@ class Scores(NamedTuple):
     impact: Float[Array, "B N"]  # in the unit of the loss, raster order
     prediction: Int[Array, " B"]  # the unmasked model's class; -1 of what is no classifier
     loss: Float[Array, " B"]  # the unmasked model's, with the label; NaN where there is no label
+
+
+class Units(NamedTuple):
+    """Those of an image's masked forward passes (`exact`) or random masks from `first` up to `stop`, of `num_units`."""
+
+    first: int | Int[Array, ""]
+    stop: int | Int[Array, ""]
 
 
 def check_options(estimator: str, mask: str | None, target: str, num_samples: Any, keep_ratio: Any) -> dict[str, Any]:
@@ -69,28 +75,30 @@ def shared_scores(
     model: ViT,
     images: Float[Array, "B Y X 3"],
     batch: Batch,
-    share: int | Int[Array, ""] = 0,
+    units: Units | None = None,
     num_shares: int = 1,
     *,
     chunk: int | None = None,
     **options,
 ) -> Scores:
-    """The Scores as far as one of num_shares workers on the same images makes them; see `whole_impact`.
+    """The Scores as far as these units of every image make them: the impacts of all units add up to the whole.
 
-    batch: what the loss reads, each array with a row for each image. chunk: as for `token_impact`. options: those of
-    `check_options`, seed, an array or not, and loss, if it is a user's. A float32 model is computed in `true_float32`.
+    batch: what the loss reads, each array with a row for each image. units: by default all. num_shares: into how many
+    shares units are divided; chunks fit one. chunk: as for `token_impact`. options: those of `check_options`, seed, an
+    array or not, and loss, if it is a user's. A float32 model is computed in `true_float32`.
     """
+    units = Units(0, num_units(options, model.grid[0] * model.grid[1])) if units is None else units
     with true_float32(model.dtype):
-        return _grouped_scores(model, images, batch, share, num_shares, chunk, options)
+        return _grouped_scores(model, images, batch, units, num_shares, chunk, options)
 
 
-def _grouped_scores(model, images, batch, share, num_shares, chunk, options) -> Scores:
+def _grouped_scores(model, images, batch, units, num_shares, chunk, options) -> Scores:
     num_images = images.shape[0]
     chunk = chunk or default_chunk(options["estimator"], model.task)
     # All masks of few images rather than few masks of all images: what the masks of an image share takes memory too.
-    units = -(-num_units(options, model.grid[0] * model.grid[1]) // num_shares)
-    group = max(n for n in range(1, num_images + 1) if num_images % n == 0 and n <= max(1, chunk // units))
-    score = partial(_scores, model, share=share, num_shares=num_shares, chunk=chunk // group, **options)
+    share = -(-num_units(options, model.grid[0] * model.grid[1]) // num_shares)
+    group = max(n for n in range(1, num_images + 1) if num_images % n == 0 and n <= max(1, chunk // share))
+    score = partial(_scores, model, units=units, chunk=_least_padding(share, chunk // group), **options)
     if group == num_images:
         return score(images=images, batch=batch)
     arrays = jax.tree.map(lambda x: x.reshape(-1, group, *x.shape[1:]), (images, dict(batch)))
@@ -105,15 +113,8 @@ def default_chunk(estimator: str, task: str) -> int:
     return 7 if estimator == "exact" else 4
 
 
-def whole_impact(shares: Float[Array | np.ndarray, "B S _"], estimator: str, num_patches: int):
-    """(B, N) from the impacts of all shares: `exact` divides the tokens among them, the others their random masks."""
-    if estimator == "exact":
-        return rearrange(shares, "b s n -> b (s n)")[:, :num_patches]
-    return shares.sum(axis=1)
-
-
 def _scores(
-    model, *, images, batch, share, num_shares, chunk, estimator, mask, target, num_samples, keep_ratio, seed, loss=None
+    model, *, images, batch, units, chunk, estimator, mask, target, num_samples, keep_ratio, seed, loss=None
 ) -> Scores:
     """chunk: of each image."""
     x = model.embed(images)
@@ -124,13 +125,12 @@ def _scores(
     if estimator == "gradient":  # its forward pass is the clean one: where the loss does not read that, it is deleted
         gates = jnp.ones((x.shape[0], num_patches), widened(x.dtype))
         impact, (prediction, aux) = _gate_gradient(model, x, loss, batch, gates)
-        impact = jnp.where(share == 0, impact, 0)
+        impact = jnp.where(units.first < units.stop, impact, 0)
     elif estimator == "exact":
-        impact = _exact(model, x, loss, batch, mask, share, num_shares, chunk)
-        impact = impact - loss(prediction, aux, batch)[:, None]
+        impact = _exact(model, x, loss, batch, mask, units, chunk, loss(prediction, aux, batch))
     else:
         kept = sample_masks(image_keys(seed, images), num_samples, num_patches, keep_ratio)
-        impact = _sampled(model, x, loss, batch, kept, share, num_shares, chunk)
+        impact = _sampled(model, x, loss, batch, kept, units, chunk)
     return Scores(impact, _classes(model, prediction), label_loss(prediction, aux, batch))
 
 
@@ -140,21 +140,29 @@ def _classes(model: ViT, prediction: Float[Array, "B *prediction"]) -> Int[Array
     return prediction.argmax(axis=-1).astype(jnp.int32)
 
 
-def _exact(model, x, loss, batch, mask, share, num_shares, chunk) -> Float[Array, "B n"]:
-    """Loss with token i masked, for a share of the i, `chunk` of them at a time folded into the batch axis."""
+def _exact(model, x, loss, batch, mask, units, chunk, clean) -> Float[Array, "B N"]:
+    """Loss with token i masked, for the i of these units, less the clean one; `chunk` of them at a time folded into the
+    batch axis."""
     num_patches = x.shape[1] - model.num_special
     predictions = masked_predictions(model, x, mask)
 
-    def losses(positions: Int[Array, " M"]) -> Float[Array, "B M"]:
-        found = loss(*predictions(positions), _copies(batch, positions.size))
-        return rearrange(found, "(b m) -> b m", m=positions.size)
+    def with_chunk(first: Int[Array, ""], impact: Float[Array, "B _"]) -> Float[Array, "B _"]:
+        positions = first + jnp.arange(chunk)
+        found = loss(*predictions(jnp.minimum(positions, num_patches - 1)), _copies(batch, chunk))
+        found = rearrange(found, "(b m) -> b m", m=chunk) - clean[:, None]
+        found = jnp.where(positions < units.stop, found, 0)
+        return jax.lax.dynamic_update_slice_in_dim(impact, found, first, axis=1)
 
-    # Shares and chunks are filled up with the last position; what that computes is cut off again.
-    size = -(-num_patches // num_shares)
-    chunk = _least_padding(size, chunk)
-    positions = share * size + jnp.arange(-(-size // chunk) * chunk)
-    positions = jnp.minimum(positions, num_patches - 1).reshape(-1, chunk)
-    return rearrange(jax.lax.map(losses, positions), "c b m -> b (c m)")[:, :size]
+    nothing = jnp.zeros((x.shape[0], num_patches + chunk), clean.dtype)  # the last chunk may go beyond the last patch
+    return _over_chunks(with_chunk, units, chunk, nothing)[:, :num_patches]
+
+
+def _over_chunks(
+    with_chunk: Callable[[Int[Array, ""], Array], Array], units: Units, chunk: int, nothing: Array
+) -> Array:
+    """with_chunk(first unit of a chunk, what was found before), chunk after chunk."""
+    number = (units.stop - units.first + chunk - 1) // chunk
+    return jax.lax.fori_loop(0, number, lambda i, found: with_chunk(units.first + i * chunk, found), nothing)
 
 
 def _least_padding(num_units: int, most: int) -> int:
@@ -181,23 +189,20 @@ def _gate_gradient(model, x, loss, batch, gates) -> tuple[Float[Array, "B N"], t
     return -gradient, found
 
 
-def _sampled(model, x, loss, batch, kept, share, num_shares, chunk) -> Float[Array, "B N"]:
-    """A share of the mean of -dL/dw over the masks, `chunk` of them at a time folded into the batch axis."""
-    num_samples = kept.shape[1]
-    size = -(-num_samples // num_shares)
-    chunk = _least_padding(size, chunk)
-    sample = (share * size + jnp.arange(-(-size // chunk) * chunk)).reshape(-1, chunk)
-    last = jnp.minimum((share + 1) * size, num_samples)  # what fills up shares and chunks has no weight
+def _sampled(model, x, loss, batch, kept, units, chunk) -> Float[Array, "B N"]:
+    """What these units add to the mean of -dL/dw over the masks, `chunk` of them at a time folded into the batch axis."""
+    num_samples, wide = kept.shape[1], widened(x.dtype)
 
-    def impacts(sample: Int[Array, " M"]) -> Float[Array, "B N"]:
-        gates = jnp.maximum(kept[:, jnp.minimum(sample, num_samples - 1)].astype(widened(x.dtype)), _MIN_GATE)
+    def with_chunk(first: Int[Array, ""], impact: Float[Array, "B N"]) -> Float[Array, "B N"]:
+        sample = first + jnp.arange(chunk)
+        gates = jnp.maximum(kept[:, jnp.minimum(sample, num_samples - 1)].astype(wide), _MIN_GATE)
         copies = _copies({"x": x, **batch}, chunk)
-        impact, _ = _gate_gradient(model, copies.pop("x"), loss, copies, rearrange(gates, "b m n -> (b m) n"))
-        return jnp.einsum(
-            "bmn,m->bn", rearrange(impact, "(b m) n -> b m n", m=chunk), (sample < last).astype(impact.dtype)
-        )
+        found, _ = _gate_gradient(model, copies.pop("x"), loss, copies, rearrange(gates, "b m n -> (b m) n"))
+        counts = (sample < units.stop).astype(found.dtype)  # what fills up the last chunk has no weight
+        return impact + jnp.einsum("bmn,m->bn", rearrange(found, "(b m) n -> b m n", m=chunk), counts)
 
-    return jax.lax.map(impacts, sample).sum(axis=0) / num_samples
+    nothing = jnp.zeros((x.shape[0], kept.shape[2]), wide)
+    return _over_chunks(with_chunk, units, chunk, nothing) / num_samples
 
 
 def sample_masks(keys: Key[Array, " B"], num_samples: int, num_patches: int, keep_ratio: float) -> Bool[Array, "B K N"]:

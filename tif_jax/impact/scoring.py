@@ -15,11 +15,11 @@ import numpy as np
 import psutil
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Float, Num
+from jaxtyping import Float, Int, Num
 
 from tif_jax.errors import WorkError
 from tif_jax.impact.objective import label_key, label_shape
-from tif_jax.impact.oracle import Scores, check_options, default_chunk, num_units, shared_scores, whole_impact
+from tif_jax.impact.oracle import Scores, Units, check_options, default_chunk, num_units, shared_scores
 from tif_jax.models import Model, plain_vit
 from tif_jax.models.gradients import for_gradients
 
@@ -50,13 +50,15 @@ class Scorer:
         devices = jax.local_devices() if devices is None else devices
         model = for_gradients(plain_vit(model, "impact"), devices)
         self._options = check_options(**options)
-        self._num_patches = model.grid[0] * model.grid[1]
-        self.units_per_image = num_units(self._options, self._num_patches)
+        self.units_per_image = num_units(self._options, model.grid[0] * model.grid[1])
         self.mesh = spread(devices, batch_size, self.units_per_image)
         graphdef, params = nnx.split(model)
         self._params = jax.device_put(params, NamedSharding(self.mesh, PartitionSpec()))
         self._data = NamedSharding(self.mesh, PartitionSpec("data"))
         self._seed = jax.device_put(np.int32(seed), NamedSharding(self.mesh, PartitionSpec()))
+        groups, shares = self.mesh.devices.shape
+        units = np.broadcast_to(in_shares(self.units_per_image, shares), (groups, shares, 2))
+        self._units = jax.device_put(units, NamedSharding(self.mesh, PartitionSpec("data", "mask")))
         self._graphdef = graphdef
         self.label_key, label = label_key(model), label_shape(model, batch_size)  # of a batch, what the loss reads
         self._inputs = (
@@ -88,14 +90,13 @@ class Scorer:
                         self._halve(error)
                     program, outcome = self.program, self._start(*inputs)
                 else:
-                    impact = whole_impact(scores.impact, self._options["estimator"], self._num_patches)
-                    return scores._replace(impact=impact)
+                    return scores._replace(impact=scores.impact.sum(axis=1))
 
         return wait
 
     def _start(self, images, batch) -> Scores | Exception:
         try:
-            return self.program(self._params, self._seed, images, batch)
+            return self.program(self._params, self._seed, self._units, images, batch)
         except jax.errors.JaxRuntimeError as error:  # a device may notice at once or only when it comes to the work
             return error
 
@@ -116,7 +117,7 @@ class Scorer:
 
     def _compiled(self, chunk: int) -> jax.stages.Compiled:
         program = scores_on(self._graphdef, self.mesh, chunk=chunk, **self._options)
-        return program.lower(self._params, self._seed, *self._inputs).compile()
+        return program.lower(self._params, self._seed, self._units, *self._inputs).compile()
 
 
 def spread(devices: Sequence[jax.Device], num_images: int, units_per_image: int) -> Mesh:
@@ -128,25 +129,33 @@ def spread(devices: Sequence[jax.Device], num_images: int, units_per_image: int)
     return Mesh(used, ("data", "mask"), axis_types=(AxisType.Auto,) * 2)
 
 
+def in_shares(num_units: int, num_shares: int) -> Int[np.ndarray, "S 2"]:
+    """An image's units in shares of equal size, the last ones perhaps smaller: `Units` of each."""
+    size = -(-num_units // num_shares)
+    ends = np.minimum(size * np.arange(num_shares + 1), num_units)
+    return np.stack([ends[:-1], ends[1:]], axis=1).astype(np.int32)
+
+
 @lru_cache(maxsize=32)
 def scores_on(graphdef: Any, mesh: Mesh, **options: Any) -> Any:
-    """The oracle, jitted, on a mesh from `spread`: (params, seed, images, batch) -> Scores, for `whole_impact`.
+    """The oracle, jitted, on a mesh from `spread`: (params, seed, units, images, batch) -> Scores.
 
+    units: int32 (groups, shares, 2), `Units` of each device. The impacts come as (B, shares, N), which add up to the whole.
     options: of `shared_scores`, but the seed.
     """
 
     logger.info("a program for the oracle (%s) on %d devices is compiled", options["estimator"], mesh.size)
 
-    def score(params, seed, images, batch):
-        model, share = nnx.merge(graphdef, params), jax.lax.axis_index("mask")
-        scores = shared_scores(model, images, batch, share, mesh.shape["mask"], seed=seed, **options)
+    def score(params, seed, units, images, batch):
+        model = nnx.merge(graphdef, params)
+        own = Units(units[0, 0, 0], units[0, 0, 1])
+        scores = shared_scores(model, images, batch, own, mesh.shape["mask"], seed=seed, **options)
         return scores._replace(impact=scores.impact[:, None])
 
-    whole, data = PartitionSpec(), PartitionSpec("data")
-    out_specs: Any = Scores(PartitionSpec("data", "mask"), data, data)  # type: ignore[arg-type]
-    return jax.jit(
-        jax.shard_map(score, mesh=mesh, in_specs=(whole, whole, data, data), out_specs=out_specs, check_vma=False)
-    )
+    whole, data, each = PartitionSpec(), PartitionSpec("data"), PartitionSpec("data", "mask")
+    out_specs: Any = Scores(each, data, data)  # type: ignore[arg-type]
+    in_specs = (whole, whole, each, data, data)
+    return jax.jit(jax.shard_map(score, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False))
 
 
 def _memory_needed(program: jax.stages.Compiled) -> int:

@@ -11,18 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from tif_jax import checked
 from tif_jax.errors import InputError
 from tif_jax.impact.objective import Batch, Loss, checked_batch
-from tif_jax.impact.oracle import check_options, default_chunk, num_units, shared_scores, whole_impact
-from tif_jax.impact.scoring import scores_on, spread
+from tif_jax.impact.oracle import check_options, default_chunk, num_units, shared_scores
+from tif_jax.impact.scoring import in_shares, scores_on, spread
 from tif_jax.models import Model, check_images, check_seed, plain_vit, require_head
 from tif_jax.models.gradients import for_gradients
 from tif_jax.tasks import CLASSIFICATION
 
-_MOST = 32  # images of a program
+_MOST = 32  # images of a program, or one for each device where these are more
 
 
 def token_impact(
@@ -89,28 +89,42 @@ def token_impact(
 def _in_groups(
     model: Model, images: Float[Array | np.ndarray, "B Y X 3"], batch: Batch, seed: int, options: Mapping[str, Any]
 ) -> Float[Array, "B N"]:
-    """As many images at once as fill the devices, the last ones filled up: so any number of them shares one program."""
+    """As many images at once as fill the devices; devices that are left over share the units of the last ones. Any number of
+    images shares one program."""
     if not all(getattr(x, "is_fully_addressable", True) for x in jax.tree.leaves((images, batch))):
         raise InputError("images are spread over processes; give each process those that are its own")
     devices, num_patches = jax.local_devices(), model.grid[0] * model.grid[1]
+    found = np.zeros((len(images), num_patches), np.float32)
     if not len(images):
-        return jnp.zeros((0, num_patches), jnp.float32)
+        return jnp.asarray(found)
     units = num_units(options, num_patches)
-    size = min(_MOST, max(1, options["chunk"] * len(devices) // units))
+    size = len(devices) * max(1, min(options["chunk"] // units, -(-_MOST // len(devices))))
     mesh = spread(devices, size, units)
-    whole, data = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+    whole, data, each = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",), ("data", "mask")))
     graphdef, params = nnx.split(for_gradients(model, devices))
     params, seed = jax.device_put((params, np.int32(seed)), whole)
     program = scores_on(graphdef, mesh, **options)
-    shares = []
+    started = []
     for first in range(0, len(images), size):
-        part = jax.tree.map(lambda x, first=first: _filled(x[first : first + size], size), (images, dict(batch)))
-        shares.append(program(params, seed, *jax.device_put(part, data)).impact)
-    found = whole_impact(np.concatenate(jax.device_get(shares)), options["estimator"], num_patches)
-    return jnp.asarray(found[: len(images)])
+        numbers = np.arange(first, min(first + size, len(images)))
+        rows, is_own, own_units = _divided(numbers, size // len(devices), len(devices), units)
+        part = jax.tree.map(lambda x, rows=rows: x[rows], (images, dict(batch)))
+        given = jax.device_put(own_units[:, None], each), *jax.device_put(part, data)
+        started.append((rows, is_own, program(params, seed, *given).impact))
+    for rows, is_own, impact in started:
+        np.add.at(found, rows[is_own], np.asarray(impact)[is_own, 0])
+    return jnp.asarray(found)
 
 
-def _filled(x: Any, size: int) -> Any:
-    """The rows, the last one repeated as often as some are missing."""
-    missing = size - len(x)
-    return x if not missing else (jnp if isinstance(x, jax.Array) else np).concatenate([x, *[x[-1:]] * missing])
+def _divided(
+    numbers: Int[np.ndarray, " R"], per_device: int, num_devices: int, num_units: int
+) -> tuple[Int[np.ndarray, " S"], Bool[np.ndarray, " S"], Int[np.ndarray, "D 2"]]:
+    """Of images, as many as fill the devices or fewer: which is in each row of the program, whether it is more than padding,
+    and the `Units` of each device. Devices that are left over share the units of an image with others."""
+    groups = -(-len(numbers) // per_device)
+    places = np.arange(groups * per_device).reshape(groups, per_device)
+    group, share = np.arange(num_devices) % groups, np.arange(num_devices) // groups
+    num_shares = np.bincount(group).tolist()
+    units = np.stack([in_shares(num_units, num_shares[g])[s] for g, s in zip(group, share, strict=True)])
+    rows = numbers[np.minimum(places, len(numbers) - 1)][group]
+    return rows.ravel(), (places < len(numbers))[group].ravel(), units

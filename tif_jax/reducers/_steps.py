@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
 
-from tif_jax.tokens import Tokens, gates_to_log_weight
+from tif_jax.tokens import Tokens, gates_to_log_weight, num_kept
 
 Sizes = Float[Array, "B N"] | None  # how many patches each patch token stands for; None while that is one each
 
@@ -39,13 +39,22 @@ class Stepwise(Protocol):
 
 @runtime_checkable
 class Fronted(Protocol):
-    """Does something before the first block, and leaves the blocks to `then`."""
+    """Keeps some patch tokens before the first block, and leaves the blocks to `then`."""
 
+    keep_ratio: float
+    round_to: int
     then: Any
 
-    def before_blocks(self, x: Float[Array, "B T D"], tokens: Tokens) -> tuple[Float[Array, "B S D"], Tokens, Any]:
-        """x and tokens as they go into the first block, and what it knows of them."""
+    def before_blocks(
+        self, x: Float[Array, "B T D"], tokens: Tokens, number: int
+    ) -> tuple[Float[Array, "B S D"], Tokens, Any]:
+        """x and tokens as `number` patch tokens go into the first block, and what it knows of all of them."""
         ...
+
+
+def kept_in_front(reducer: Fronted, tokens: Tokens) -> int:
+    """How many of these patch tokens its keep_ratio leaves."""
+    return num_kept(reducer.keep_ratio, tokens.index.shape[1], tokens.num_special, reducer.round_to)
 
 
 def stepwise_of(reducer: Any) -> Stepwise | None:

@@ -16,8 +16,9 @@ from jaxtyping import Array, Float, Int
 
 from tif_jax.errors import InputError
 from tif_jax.layers import Linear, gelu
+from tif_jax.reducers._steps import kept_in_front
 from tif_jax.reducers.full import Full
-from tif_jax.tokens import Tokens, check_keep_ratio, join, keep_rows, num_kept, split, take, top_k
+from tif_jax.tokens import Tokens, check_keep_ratio, join, keep_rows, split, take, top_k
 
 _HEADS = 4  # of the adapter
 
@@ -115,11 +116,10 @@ class Tif(nnx.Module):
         self.filter = TokenFilter(width, rngs=rngs)
         self.adapter = Adapter(width, adapter, rngs=rngs) if adapter else None
 
-    def before_blocks(self, x: Float[Array, "B T D"], tokens: Tokens) -> tuple[Array, Tokens, Array]:
-        """x and tokens as they go into the first block, and the filter's logits (B, N)."""
+    def before_blocks(self, x: Float[Array, "B T D"], tokens: Tokens, number: int) -> tuple[Array, Tokens, Array]:
+        """x and tokens as `number` patches go into the first block, and the filter's logits (B, N)."""
         patches = split(x, tokens.num_special)[1]
         logits = self.filter(patches)
-        number = num_kept(self.keep_ratio, patches.shape[1], tokens.num_special, self.round_to)
         if number < patches.shape[1]:  # else nothing has to be ranked or told, and nobody pays for filter and adapter
             kept = top_k(logits, number)
             x, tokens = keep_rows(x, tokens, kept)
@@ -128,7 +128,7 @@ class Tif(nnx.Module):
         return x, tokens, logits
 
     def __call__(self, blocks, x, tokens, rngs=None):
-        x, tokens, logits = self.before_blocks(x, tokens)
+        x, tokens, logits = self.before_blocks(x, tokens, kept_in_front(self, tokens))
         x, aux = self.then(blocks, x, tokens, rngs)
         if isinstance(self.then, Full):
             aux["kept"] = tokens.index
