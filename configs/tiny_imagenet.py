@@ -21,7 +21,8 @@ AT_ONE_BUDGET = (
     "full", "random", "prior", dict(name="tif", adapter=0, then=None), "tif",
     "evit", "bat", "tome", "evo_vit", "dynamic_vit", "expediting", "ailurus",
 )  # fmt: skip
-# As many a block as `tif calibrate --images tiny_imagenet/train --budget "2x at 32"` found on two cores.
+# As many a block as `tif calibrate --reducer importance_merge --images tiny_imagenet/train --budget "2x at 32"` found on two
+# cores.
 CALIBRATED = dict(name="importance_merge", num_merged=(0, 60, 0, 72, 0, 0, 22, 0, 0, 0, 0, 0))
 SPEED = "2x at 32"
 AT_ONE_SPEED = (

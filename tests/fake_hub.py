@@ -92,6 +92,7 @@ class _Handler(BaseHTTPRequestHandler):
             rf"/({_REPOSITORY}).git/info/lfs/objects/batch": lambda name: self._batch(json.loads(body)),
             r"/lfs/(\w+)": lambda oid: self._store(oid, body),
             rf"/api/(?:models/)?({_REPOSITORY})/commit/main": lambda name: self._commit(name, body),
+            rf"/api/(?:models/)?({_REPOSITORY})": lambda name: self._info(name, "main"),
         }
         for pattern, route in routes.items():
             if match := re.fullmatch(pattern, path):
@@ -111,9 +112,11 @@ class _Handler(BaseHTTPRequestHandler):
             return found
 
     def _info(self, name, revision):
-        if found := self._found(name, revision, of_file=False):
+        made = self.hub.repositories.get(name) == {}  # just now: there is no commit yet
+        if found := ("0", {}) if made else self._found(name, revision, of_file=False):
             siblings = [{"rfilename": path} for path in found[1]]
-            self._json({"_id": "0", "id": name, "sha": found[0], "siblings": siblings, "tags": [], "downloads": 0})
+            said = {"_id": "0", "id": name, "sha": found[0], "siblings": siblings, "tags": [], "downloads": 0}
+            self._json(said | {"private": bool(self.hub.private.get(name))})
 
     def _tree(self, name, revision):
         if self.hub.repositories.get(name) == {}:  # just made
@@ -142,7 +145,9 @@ class _Handler(BaseHTTPRequestHandler):
         name = f"{kind}{asked['organization']}/{asked['name']}"
         if self.hub.denied.get(name):
             return self._send(403, b"", {"X-Error-Message": "You have no rights there"})
-        self.hub.repositories.setdefault(name, {})
+        if name in self.hub.repositories:  # who asks changes nothing of it
+            return self._send(409, json.dumps({"url": f"{self.hub.address}/{name}"}).encode())
+        self.hub.repositories[name] = {}
         self.hub.private[name] = asked.get("private") or asked.get("visibility") == "private"
         self._json({"url": f"{self.hub.address}/{name}", "name": name, "id": "0"})
 

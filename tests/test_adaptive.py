@@ -207,6 +207,13 @@ def test_mistakes(models):
         Adaptive(model, ladder, 0.9, images, batch_size=0)
     with pytest.raises(InputError, match="which is not normalised"):
         Adaptive(model, ladder, 0.9, images * 1000)
+    certain = Adaptive.with_route(model, ladder, Route((2,), (ALWAYS,)))
+    with pytest.raises(InputError, match="which is not normalised"):
+        [*certain.stream([images * 1000])]
+    named, others = (lively(TINY) for _ in range(2))
+    named.class_names, others.class_names = tuple("abcd"), tuple("abdc")
+    with pytest.raises(InputError, match="have other class names, or these in another order"):
+        Adaptive.with_route(named, [others], Route((1,), (ALWAYS,)))
     with pytest.raises(InputError, match=r"rungs \(0, 3\); they are some of 0 to 2"):
         Adaptive.with_route(model, ladder, Route((0, 3), (1.0, ALWAYS)))
 

@@ -16,7 +16,7 @@ from test_compare import make
 from tif_jax import cost, load
 from tif_jax.__main__ import main
 from tif_jax.calibration import apart as apart_module
-from tif_jax.calibration import calibrate, seconds
+from tif_jax.calibration import calibrate
 from tif_jax.calibration.apart import Apart
 from tif_jax.calibration.calibrate import Calibration, Models
 from tif_jax.calibration.search import Descent, Problem, _candidates, search
@@ -73,33 +73,6 @@ def test_blocks_behind_a_filter_run_apart_are_the_model():
     assert apart.gmac((3, 2, 0)) + rest == pytest.approx(cost(model).gmac, rel=1e-6)
 
 
-@pytest.mark.parametrize("front", [dict(reducer="even"), dict(reducer="tif", adapter=4)])
-def test_what_goes_in_front_is_the_first_number_of_a_schedule(front):
-    """Run apart it is the whole model, at the same cost, whatever was held before; with nothing gone that with all tokens."""
-
-    def with_schedule(schedule):
-        then = dict(name="importance_merge", num_merged=schedule[1:])
-        return lively(TINY, keep_ratio=(16 - schedule[0]) / 16, then=then, **front)
-
-    images, nothing = numpy_images(6, (32, 32), 0), with_schedule((0, 0, 0, 0))
-    apart = Apart(nothing, [images[:4], images[4:]], searches_front=True)
-    assert (apart.num_patches, apart.num_places, apart.num_free) == (16, 4, 3)
-    np.testing.assert_allclose(apart.whole, np.asarray(jax.jit(lambda x: nothing(x)[0])(images)), atol=1e-5)
-    rest = cost(nothing).gmac - apart.gmac((0, 0, 0, 0))
-    for schedule in [(5, 3, 0, 0), (5, 0, 2, 0), (0, 3, 0, 0)]:
-        model = with_schedule(schedule)
-        reduced = np.asarray(jax.jit(lambda x, model=model: model(x)[0])(images))
-        np.testing.assert_allclose(apart.logits(schedule), reduced, atol=1e-5)
-        assert apart.gmac(schedule) + rest == pytest.approx(cost(model).gmac, rel=1e-6)
-        apart.hold(schedule)
-    assert apart.most(0, 16) == 15 and apart.follows((5, 3, 0, 0))
-    rounded = Apart(
-        lively(TINY, keep_ratio=1.0, round_to=4, then=dict(name="tome"), **front), [images], searches_front=True
-    )
-    assert rounded.follows((5, 0, 0, 0)) and not rounded.follows((6, 0, 0, 0))  # 12 tokens of a class and 11 patches
-    assert rounded.most(0, 16) == 15 and rounded.most(1, 16) == 8  # tome merges half at most
-
-
 def test_programs_do_not_pile_up(monkeypatch):
     """Of many schedules: a process that maps too many pieces of memory dies."""
     monkeypatch.setattr(apart_module, "_MOST_PROGRAMS", 4)
@@ -108,7 +81,7 @@ def test_programs_do_not_pile_up(monkeypatch):
     first = [apart.logits(schedule) for schedule in schedules]
     for schedule, expected in zip(schedules, first, strict=True):
         np.testing.assert_array_equal(apart.logits(schedule), expected)
-        assert all(of.jitted._cache_size() <= 4 for of in (apart_module._through, apart_module._finish))
+        assert sum(of._cache_size() for of in apart_module._jitted) <= 4
 
 
 def test_a_last_block_of_which_no_patch_is_read_is_not_searched():
@@ -277,66 +250,11 @@ def test_several_budgets_and_who_takes_their_folder(photos, capsys):
     assert "no found/7x@256.json: " in (told := last_line(capsys)) and "'7x' means '7x at 256' here" in told
 
 
-def test_what_goes_in_front_is_found_too(photos, capsys):
-    """Unless keep_ratio says it; a front that leaves nothing out is not in the file."""
-    whole = cost(load("w.safetensors")).gmac
-    assert not run(f"{LINE} --budget {0.5 * whole}")
-    found = json.loads(Path("found.json").read_text())["reducer"]
-    assert found["name"] == "even" and found["then"]["name"] == "importance_merge"
-    kept = round(16 * found["keep_ratio"])
-    assert found["keep_ratio"] == kept / 16 < 1
-    said = " ".join(map(str, found["then"]["num_merged"]))
-    assert f"left out before the first block: {16 - kept}; merged in each block: {said}" in capsys.readouterr().out
-    assert 0.4 * whole < cost(load("w.safetensors", reducer="found.json")).gmac <= 0.5 * whole
-    assert not run(f"{LINE} --budget {2 * whole}")
-    assert json.loads(Path("found.json").read_text())["reducer"] == {
-        "name": "importance_merge",
-        "num_merged": [0, 0],
-    }
-    front = "{'name':'even','keep_ratio':0.75,'then':{'name':'tome'}}"
-    assert not run(f"{LINE} --budget {0.75 * whole} --reducer {front}")
-    found = json.loads(Path("found.json").read_text())["reducer"]
-    assert found["keep_ratio"] == 0.75 and found["then"]["name"] == "tome"
-
-
 def test_a_budget_of_speed(photos):
     assert not run(f"{LINE} --budget 0.3x --reducer tome")
     said = json.loads(Path("found.json").read_text())
     assert set(said["calibration"]["images_per_second"]) == {"full", "reduced"}
     assert said["reducer"] == {"name": "tome", "num_merged": [0, 0]}  # all tokens are fast enough
-
-
-@pytest.mark.parametrize("has_front", [False, True])
-@pytest.mark.parametrize("has_lean", [True, False])
-def test_seconds_of_a_schedule_are_those_of_its_blocks(monkeypatch, has_lean, has_front):
-    """A machine that takes 2 s and 3 ms for each token that arrives, 5 for each that leaves, and 7 s if any go; for a last
-    block of which no patch is read 1 s and 10 ms for each; in front 3 s and 20 ms for each that goes; 4 s more in all."""
-    of_block = lambda n, r: 2 + 0.003 * n + 0.005 * (n - r) + 7 * (r > 0)  # noqa: E731
-    of_last = lambda n: 1 + 0.01 * n if has_lean else of_block(n, 0)  # noqa: E731
-
-    def in_rounds(turns, rounds):
-        assert rounds > 1 and any(isinstance(turn, int) for turn in turns) == has_lean
-        of_front = {turn: 3 + 0.02 * turn[1] for turn in turns if isinstance(turn, tuple) and turn[0] == "front"}
-        assert bool(of_front) == has_front
-        times = {None: 4 + 2 * of_block(16, 0) + of_last(16)}
-        of_blocks = [turn for turn in turns if turn and turn not in of_front]
-        times |= {turn: of_block(*turn) if isinstance(turn, tuple) else of_last(turn) for turn in of_blocks} | of_front
-        return {turn: [times[turn]] for turn in turns}
-
-    monkeypatch.setattr(seconds.timing, "in_rounds", in_rounds)
-    fields = TINY | dict(lean_last_block=has_lean)
-    merging = dict(name="importance_merge", num_merged=(0, 0, 0))
-    reducer = (
-        dict(reducer="even", keep_ratio=1.0, then=merging) if has_front else dict(reducer=merging.pop("name")) | merging
-    )
-    model = lively(fields, **reducer)
-    apart = Apart(model, [np.asarray(numpy_images(2, (32, 32), 0))], has_front)
-    of, nothing = seconds.seconds_of(apart, model, 2), (0,) * has_front
-    assert of((*nothing, 0, 0, 0)) == pytest.approx(4 + 2 * of_block(16, 0) + of_last(16))
-    assert of((*nothing, 5, 3, 0)) == pytest.approx(4 + of_block(16, 5) + of_block(11, 3) + of_last(8))
-    if has_front:
-        expected = 4 + 3 + 0.02 * 2 + of_block(14, 5) + of_block(9, 3) + of_last(6)
-        assert of((2, 5, 3, 0)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from cases import lively
+from flax import nnx
 from pictures import picture
 from PIL import Image
 from small_project import last_line
@@ -11,8 +12,9 @@ from test_convert import save
 from test_predict import run
 
 import tif_jax
-from tif_jax.errors import InputError
+from tif_jax.errors import InputError, WorkError
 from tif_jax.models.fresh_heads import with_fresh_heads
+from tif_jax.models.params import params_of
 
 FIELDS = dict(image_size=(16, 24), patch_size=8, width=16, depth=4, num_heads=2, task="depth", decoder_width=4)
 CLASSES = dict(
@@ -87,6 +89,14 @@ def test_classes_as_files(photos, capsys):
     assert len(lines) == 1 + len({*written.flat}) and lines[1].endswith(
         f"class {np.bincount(written.reshape(-1)).argmax()}"
     )
+
+
+def test_outputs_that_are_no_numbers_are_no_class():
+    model = lively(CLASSES)
+    bias = params_of(model)["decoder"]["out"]["bias"]
+    nnx.update(model, {"decoder": {"out": {"bias": bias.at[1].set(np.nan)}}})
+    with pytest.raises(WorkError, match="are no numbers"):
+        tif_jax.predict_maps(model, picture(0))
 
 
 def test_in_python_and_what_is_refused(photos, capsys):

@@ -24,6 +24,7 @@ from tif_jax.experiment.estimate import (
     units,
 )
 from tif_jax.experiment.reducer_entry import ReducerEntry
+from tif_jax.experiment.schema import Distillation
 from tif_jax.impact.oracle import check_options, shared_scores
 from tif_jax.models.cost import multiply_adds
 from tif_jax.models.params import params_of
@@ -79,6 +80,40 @@ def test_what_else_there_can_be(experiment):
     assert selecting.macs == pytest.approx(experiment.filter.num_epochs * 1000 * macs())
     without = by_name(dataclasses.replace(experiment, reducer=ReducerEntry("evit", dict(keep_ratio=0.5))))
     assert not {"score", "filter", "adapter"} & without.keys()
+
+
+def test_what_fine_tuning_takes_beside_three_passes(experiment):
+    """The teacher's prediction, which may be a larger network's; and dynamic_vit trains on all tokens."""
+    soft = dataclasses.replace(experiment.finetune, distillation=Distillation(kind="soft"))
+    taught = dataclasses.replace(experiment, finetune=soft)
+    plain, own = (by_name(of)["finetune"].macs for of in (experiment, taught))
+    images = experiment.finetune.num_epochs * 1000
+    assert own - plain == pytest.approx(images * macs())
+    large = {**TINY, "width": 64}
+    (found,) = (work.macs for work in stages(taught, TINY, 1000, 200, large) if work.name == "finetune")
+    assert found - plain == pytest.approx(images * 1e9 * cost(create_model(large)).gmac)
+    dynamic = ReducerEntry("dynamic_vit", dict(keep_ratio=0.5, sites=(1,)))
+    of_dynamic = by_name(dataclasses.replace(experiment, reducer=dynamic))["finetune"].macs
+    assert of_dynamic >= images * 3 * macs()
+
+
+def test_weights_that_are_not_here_say_by_their_names_what_they_are(capsys):
+    """And the config how large images are."""
+
+    def fine_tuning(*more):
+        assert run(" ".join([LINE, *more])) == 0
+        rows = {line.split("  ")[0]: line.split() for line in capsys.readouterr().out.splitlines()[2:]}
+        return float(rows["finetune"][2].replace(",", ""))
+
+    small = "--model deit_tiny_patch16_224"
+    at_224, at_384 = (fine_tuning(small, f"--config.data.image_size={size}") for size in (224, 384))
+    assert at_384 > 3 * at_224
+    teacher = "--config.finetune.distillation.kind=hard --config.finetune.distillation.teacher"
+    taught = fine_tuning(small, "--config.data.image_size=224", f"{teacher}=deit_base_patch16_224.safetensors")
+    images = config_file.load("digits", []).finetune.num_epochs * 1000
+    assert taught - at_224 == pytest.approx(2e-15 * images * 1e9 * 16.8, rel=0.05)
+    assert run(f"{LINE} {teacher}=mine.safetensors") == 2
+    assert "finetune.distillation.teacher mine.safetensors is not here, and 'mine'" in last_line(capsys)
 
 
 def test_of_few_images_the_least_number_of_steps_counts(experiment):

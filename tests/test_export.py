@@ -322,6 +322,13 @@ def test_mistakes_of_the_line(tmp_path, monkeypatch, capsys, line, message):
     assert not [*tmp_path.iterdir()]
 
 
+def test_a_reducer_that_learned_nothing_is_not_exported(place, capsys):
+    """As `tif serve` has it: what is drawn at random ranks at random."""
+    assert main("export --workdir run/backbone --to onnx --output made --reducer tif:keep_ratio=0.5".split()) == 2
+    assert "has no reducer/filter" in capsys.readouterr().err.splitlines()[-1]
+    assert not Path("made").exists()
+
+
 def test_the_program(place, capsys):
     assert main("export --workdir run/backbone --to onnx --reducer tome:num_merged=1".split()) == 0
     made = Path("run/backbone/export/onnx")

@@ -239,6 +239,9 @@ def test_what_can_not_be_pushed(hub, monkeypatch):
     for name in ("mine", "me/mine@v1", "me/../mine", ""):
         refused("is no (place to push to|name on the hub)", tif_jax.push_to_hub, model, name)
     refused("a ViT is no workdir: impacts are those of a workdir", tif_jax.push_to_hub, model, "me/a", impact=True)
+    before = {hub.commit("me/open", {"notes.md": b"mine"})}
+    refused("hf:me/open is there already and public", tif_jax.push_to_hub, model, "me/open", private=True)
+    assert {*hub.repositories["me/open"]} == before
     hub.denied["me/theirs"] = "private"
     refused("hf:me/theirs: the hub refuses it .*with a token that may write", tif_jax.push_to_hub, model, "me/theirs")
     hub.broken = 404

@@ -147,6 +147,8 @@ def test_files_that_are_no_ladder(photos):
     unsure = {"rungs": [0, 1], "thresholds": ["nan", "-inf"]}
     random = [{"name": "random", "keep_ratio": 0.5}]
     Path("bad.json").write_text(json.dumps({"ladder": random, "route": unsure, "backbone": backbone, "learned": [""]}))
+    with pytest.raises(InputError, match="image_size is given, and a ladder is for the size"):
+        load_ladder("w.safetensors", "bad.json", image_size=32)
     with pytest.raises(InputError, match="they are log-odds"):
         load_ladder("w.safetensors", "bad.json")
     learned = {**good, "backbone": backbone, "ladder": [{"name": "norm", "keep_ratio": 0.5}], "learned": ["x"]}

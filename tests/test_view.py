@@ -19,6 +19,7 @@ from small_project import forget_handlers, last_line
 import tif_jax
 from tif_jax.__main__ import main
 from tif_jax.commands.view import reducers_in
+from tif_jax.data.preprocess import Preprocessing
 from tif_jax.errors import InputError
 from tif_jax.figures.seen import under, ways_of
 from tif_jax.figures.sheet import as_png
@@ -222,6 +223,14 @@ def test_a_figure_of_several_pictures():
     assert tif_jax.view(model_of(TIF), images[:1], num_samples=2).subfigs
 
 
+def otherwise(**changed):
+    """A model that knows other names of classes, or takes pictures prepared in another way."""
+    model = lively(FIELDS, reducer="norm")
+    for name, value in changed.items():
+        setattr(model, name, value)
+    return model
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -231,6 +240,8 @@ def test_a_figure_of_several_pictures():
         (dict(reducers=[3]), "a reducer is 3; it is a name, a dict with one, or a model"),
         (dict(reducers=[{}]), "a reducer is {}; it is a name, or a dict with one"),
         (dict(reducers=[lively(FIELDS | dict(num_classes=7))]), "a model among the reducers has 7 classes"),
+        (dict(reducers=[otherwise(preprocessing=Preprocessing(mean=(0.1, 0.2, 0.3)))]), "takes pictures prepared by "),
+        (dict(reducers=[otherwise(class_names=NAMES[::-1])]), "has other class names, or these in another order"),
     ],
 )
 def test_mistakes_in_python(given, message):

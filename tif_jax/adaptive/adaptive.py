@@ -83,7 +83,7 @@ class Adaptive:
 
     @classmethod
     def with_route(cls, model: Model, ladder: Sequence[Model], route: Route, *, batch_size: int = 32) -> "Adaptive":
-        """One whose route was found before; `ladder` in order of cost."""
+        """One whose route was found before; its rungs are numbered by cost."""
         made = cls.__new__(cls)
         made._begin(model, ladder, batch_size)
         rungs, thresholds, last = route.rungs, route.thresholds, len(made.models) - 1
@@ -108,6 +108,8 @@ class Adaptive:
                         f"{name} is {getattr(one, name)} in the ladder and {getattr(model, name)} in the last model; all "
                         "models of a ladder take the same images and know the same classes"
                     )
+            if one.class_names and model.class_names and one.class_names != model.class_names:
+                raise InputError("the models of a ladder have other class names, or these in another order")
         by_cost = sorted(((cost(one).gmac, i) for i, one in enumerate(ladder)))
         self.models = (*(ladder[i] for _, i in by_cost), model)
         self.costs = (*(gmac for gmac, _ in by_cost), cost(model).gmac)
@@ -143,6 +145,8 @@ class Adaptive:
         sizes: deque[int] = deque()
         num_given = num_told = 0
         for batch in batches:
+            # An image that is no numbers is answered as it is, and does not keep others from being answered.
+            check_images(self.models[-1], np.nan_to_num(batch, posinf=0.0, neginf=0.0))
             sizes.append(len(batch))
             waiting[self.route.rungs[0]].extend(enumerate(batch, num_given))
             num_given += len(batch)

@@ -97,7 +97,9 @@ def out_of_fold(
         parts.append((out.sum(), expected(route, sure[:, out], agrees[:, out], costs)))
     share = np.array([number for number, _ in parts]) / len(fold)
     mean = Expected(*(float(share @ [getattr(of, name) for _, of in parts]) for name in Expected._fields))
-    return mean, math.sqrt(mean.agreement * (1 - mean.agreement) / len(fold))
+    # Of none that differs it is not known that none does: as if one of two more did (Laplace's rule of succession).
+    share_of_others = (mean.agreement * len(fold) + 1) / (len(fold) + 2)
+    return mean, math.sqrt(share_of_others * (1 - share_of_others) / len(fold))
 
 
 def promised(

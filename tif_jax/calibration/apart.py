@@ -27,7 +27,7 @@ from tif_jax.runtime.mesh import make_mesh, replicate, shard
 from tif_jax.tokens import Tokens, num_kept
 
 # A process may have about 65,000 pieces of memory mapped (Linux, vm.max_map_count), and a compiled block has about 90.
-_MOST_PROGRAMS = 300
+_MOST_PROGRAMS = 400
 
 # How many patch tokens go at each place: in each block; where that is searched, too, in front of the first one before.
 Schedule = tuple[int, ...]
@@ -101,14 +101,22 @@ class Apart:
     def follows(self, schedule: Schedule) -> bool:
         """Whether the reducer would do as the schedule says: some leave a block alone, whatever they are given."""
         of_blocks, left = schedule[self.num_in_front :], self.num_patches - sum(schedule[: self.num_in_front])
-        if self.num_in_front:
-            assert self.front is not None
-            special, round_to = self.plain.num_special, self.front.round_to
-            if num_kept(left / self.num_patches, self.num_patches, special, round_to) != left:
-                return False
         own = copy.copy(self.reducer)
         object.__setattr__(own, "num_merged", of_blocks)  # of a frozen dataclass, too
         return tuple(own.per_block(len(of_blocks), left)) == of_blocks
+
+    def left_at(self, place: int, number: int, rounded_up: bool) -> int:
+        """The number of patch tokens nearest to `number`, above it or below, that a place can leave: in front `round_to`
+        says that."""
+        if place >= self.num_in_front:
+            return number
+        assert self.front is not None
+        round_to = self.front.round_to
+        above = num_kept(number / self.num_patches, self.num_patches, self.plain.num_special, round_to)
+        if rounded_up or above == number:
+            return above
+        special = self.plain.num_special
+        return max((number + special) // round_to * round_to - special, min(above, round_to - special % round_to))
 
     def most(self, place: int, arriving: int) -> int:
         """How many of the patch tokens that arrive at a place can go there."""
@@ -200,16 +208,20 @@ class Apart:
         return self.plain.num_special, self.plain.grid, self.plain.has_class
 
 
+_jitted: list[Any] = []
+
+
 def _forgetting(function: Any) -> Callable[..., Any]:
-    """The jitted function, which lets go of all that it has compiled before that is too much."""
+    """The jitted function; all of these let go of what they have compiled before that is too much."""
+    _jitted.append(function)
 
     @wraps(function)
     def call(*given: Any) -> Any:
-        if function._cache_size() >= _MOST_PROGRAMS:
-            function.clear_cache()
+        if sum(each._cache_size() for each in _jitted) >= _MOST_PROGRAMS:
+            for each in _jitted:
+                each.clear_cache()
         return function(*given)
 
-    call.jitted = function  # type: ignore[attr-defined]
     return call
 
 

@@ -17,7 +17,7 @@ from tif_jax.errors import InputError
 from tif_jax.models import Model, require_head
 from tif_jax.models.budget import Speed
 from tif_jax.models.cost import cost
-from tif_jax.reducers._steps import stepwise_of
+from tif_jax.reducers._steps import Fronted, stepwise_of
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +66,10 @@ class Calibration:
         model = models.with_schedule(nothing)
         if stepwise_of(model.reducer) is None:
             raise InputError("a calibration needs a reducer that takes a number of tokens for each block, a `Stepwise`")
+        if models.searches_front and not isinstance(model.reducer, Fronted):
+            raise InputError(
+                "what goes in front is asked for, but the reducer is no `Fronted` (keep_ratio, round_to, then, before_blocks)"
+            )
         batches = _batches(images)
         searched = [batch for i, batch in enumerate(batches) if i % _HELD_OUT < _HELD_OUT - 1]
         self._models, self._model = models, model
@@ -91,7 +95,18 @@ class Calibration:
 
     def _search(self, cost: Cost, budget: float) -> Schedule:
         problem, few = (
-            Problem(on.distance, cost, on.hold, on.most, on.num_patches, on.num_places, on.num_free, budget, on.follows)
+            Problem(
+                on.distance,
+                cost,
+                on.hold,
+                on.most,
+                on.num_patches,
+                on.num_places,
+                on.num_free,
+                budget,
+                on.follows,
+                on.left_at,
+            )
             for on in (self._apart, self._few)
         )
         if cost not in self._descents:

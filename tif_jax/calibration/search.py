@@ -35,6 +35,8 @@ class Problem(NamedTuple):
     num_free: int  # places, from the first, at which tokens may go
     budget: float
     follows: Callable[[Schedule], bool] = lambda schedule: True  # whether a model would do as the schedule says
+    # (place, number, up) -> the number next to it, above or below, that can be left there
+    left_at: Callable[[int, int, bool], int] = lambda place, number, up: number
 
 
 class Descent:
@@ -187,10 +189,12 @@ def _candidates(problem: Problem, schedule: Schedule, change: int) -> dict[int, 
     found = {}
     for i in range(problem.num_free):
         left = [problem.num_patches - sum(schedule[: j + 1]) for j in range(problem.num_places)]
-        left[i] = min(max(left[i] + change, 1), problem.num_patches)
-        left = [
-            max(n, left[i]) if j < i and change > 0 else min(n, left[i]) if j > i else n for j, n in enumerate(left)
-        ]
+        left[i] = problem.left_at(i, min(max(left[i] + change, 1), problem.num_patches), change > 0)
+        for j, n in enumerate(left):
+            if j < i and change > 0 and n < left[i]:
+                left[j] = problem.left_at(j, left[i], True)
+            elif j > i:
+                left[j] = min(n, left[i])
         left[problem.num_free :] = [left[problem.num_free - 1]] * (problem.num_places - problem.num_free)
         arriving = [problem.num_patches, *left[:-1]]
         other = tuple(before - after for before, after in zip(arriving, left, strict=True))

@@ -19,7 +19,7 @@ _SECONDS = 0.1  # of one turn in a round, at least; of whole models, few of whic
 _SECONDS_OF_WHOLE = 1.0
 _ARRIVING = (1.0, 0.75, 0.5, 0.25, 0.1)  # of all patches
 _GOING = (0.0, 0.06, 0.2)  # of those that arrive
-_IN_FRONT = (0.25, 0.75)  # of all patches
+_IN_FRONT = (0.0, 0.25, 0.75)  # of all patches
 
 
 def seconds_of(apart: Apart, model: Any, batch_size: int) -> Callable[[Schedule], float]:
@@ -27,8 +27,8 @@ def seconds_of(apart: Apart, model: Any, batch_size: int) -> Callable[[Schedule]
 
     A block's time is fitted to n, n^2, n - r and, where any go, a constant and n r, for n tokens that arrive and r that go. A
     last block in which no token can go is cheaper (`models/special_alone.py`), and fitted to n by itself, with what predicts.
-    What is in front of the first block is fitted to a constant and r; where none goes, it is not there. The rest of the
-    model's time, of embedding, is the same for all.
+    What is in front of the first block is fitted to a constant and r, less the time of a program in which none goes; where
+    none goes, it is not there. The rest of the model's time, of embedding, is the same for all.
     """
     numbers = [round(apart.num_patches * share) for share in _ARRIVING]
     pairs = [(n, round(n * share)) for n in numbers for share in _GOING]
@@ -47,7 +47,10 @@ def seconds_of(apart: Apart, model: Any, batch_size: int) -> Callable[[Schedule]
     if has_lean:
         last = _fitted([[1.0, n] for n in numbers if n], [times[n] for n in numbers if n])
 
-    front = _fitted([[1.0, r] for r in in_front], [times["front", r] for r in in_front]) if in_front else np.zeros(2)
+    front = np.zeros(2)
+    if in_front:
+        idle = times["front", 0]
+        front = _fitted([[1.0, r] for r in in_front[1:]], [max(times["front", r] - idle, 0.0) for r in in_front[1:]])
 
     def known(schedule: Schedule) -> float:
         gone = sum(schedule[: apart.num_in_front])

@@ -80,7 +80,8 @@ def _entry(text: str) -> ReducerEntry:
 
 def _searches_front(entry: ReducerEntry) -> bool:
     """Whether how many tokens go in front of the first block is to be found."""
-    return bool(entry.options.get("then")) and "keep_ratio" not in entry.options
+    has_front = bool(entry.options.get("then")) and "keep_ratio" in option_kinds(entry.name)
+    return has_front and "keep_ratio" not in entry.options
 
 
 def _scheduled(entry: ReducerEntry, schedule: Schedule, num_patches: int) -> dict[str, Any]:

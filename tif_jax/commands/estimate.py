@@ -27,6 +27,8 @@ from tif_jax.experiment.stages import before_backbone
 from tif_jax.models import ViT, model_fields
 from tif_jax.models.cost import cost
 from tif_jax.training.speed import PEAK
+from tif_jax.weights import hub
+from tif_jax.weights.loading import load_with_fields
 
 _HERE = "here"
 _ESTIMATORS = (("exact", "exact", 0), ("gradient", "gradient", 0), ("sampled, 16 masks", "sampled", 16))
@@ -36,7 +38,7 @@ def main(argv: list[str]) -> None:
     arguments, overrides = _parsed(argv)
     _arguments.log_to_stderr()
     experiment = config_file.load(os.path.expanduser(arguments.config), overrides)
-    fields = _fields(experiment, arguments.model)
+    fields, teacher = _fields(experiment, arguments.model), _teacher(experiment)
     num_images, num_test = _numbers(experiment, arguments.num_images)
     full = abstract(fields, ReducerEntry("full", {}))
     peak, utilisation = _peak(arguments, fields, experiment)
@@ -44,7 +46,7 @@ def main(argv: list[str]) -> None:
     how = f"{arguments.count} x {arguments.device}, {of_peak}"
     print(f"{arguments.config}: {num_images} training images, {num_test} for the test, one reducer, one seed; {how}")
     price = _Price(peak, utilisation, arguments)
-    rows = [price.row(work) for work in stages(experiment, fields, num_images, num_test)]
+    rows = [price.row(work) for work in stages(experiment, fields, num_images, num_test, teacher)]
     sums = {key: sum(row[key] for row in rows) for key in ("images", "petaflop", "hours")}
     rows.append({"name": "all", **sums, "dollars": price.dollars(sums["hours"]), "rate": None, "cores": None})
     print("\n".join(aligned(_columns(arguments), rows)))
@@ -91,13 +93,45 @@ def _parsed(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def _fields(experiment: Experiment, name: str | None) -> dict[str, Any]:
     """Of the backbone: by its name, from its weights, or by what the file of weights that are not here is called."""
     start = experiment.backbone.init_from
-    if name is None and (not start or Path(start).expanduser().exists()):
+    if name is None and (not start or _is_here(start)):
         return before_backbone(experiment)[1]
-    name = name or Path(start).name.split(".")[0]
+    named = _named(name or start)
+    if named is None:
+        raise InputError(f"{start} is not here, and {name or _stem(start)!r} is no name of a network: give --model")
+    return {**named, **experiment.backbone.model, "image_size": experiment.data.image_size}
+
+
+def _teacher(experiment: Experiment) -> dict[str, Any] | None:
+    """Of the network that fine-tuning learns from, likewise; None where that is the backbone, or there is none."""
+    given = experiment.finetune.distillation
+    if not (given.kind and given.teacher):
+        return None
+    if _is_here(given.teacher):
+        return load_with_fields(given.teacher, reducer="full")[1]
+    named = _named(given.teacher)
+    if named is None:
+        raise InputError(
+            f"finetune.distillation.teacher {given.teacher} is not here, and {_stem(given.teacher)!r} is no name of a "
+            "network; give a file that is called as timm calls it: --config.finetune.distillation.teacher=NAME.safetensors"
+        )
+    return {**named, "image_size": experiment.data.image_size}
+
+
+def _is_here(weights: str) -> bool:
+    """Also what is named on the hub: reading the config has fetched it."""
+    return hub.is_name(weights) or Path(weights).expanduser().exists()
+
+
+def _stem(weights: str) -> str:
+    return Path(weights).name.split(".")[0]
+
+
+def _named(weights: str) -> dict[str, Any] | None:
+    """The fields that a name says, timm's or a file's that is called so."""
     try:
-        return {**model_fields(name), **experiment.backbone.model}
+        return model_fields(_stem(weights))
     except InputError:
-        raise InputError(f"{start} is not here, and {name!r} is no name of a network: give --model") from None
+        return None
 
 
 def _numbers(experiment: Experiment, said: str | None) -> tuple[int, int]:

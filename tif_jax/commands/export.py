@@ -9,7 +9,7 @@ from tif_jax.export import FORMATS
 from tif_jax.export.ladder import check_form, write_ladder
 from tif_jax.runtime import files
 from tif_jax.weights.ladder import load_ladder
-from tif_jax.weights.loading import load
+from tif_jax.weights.loading import load_with_fields
 
 
 def main(argv: list[str]) -> None:
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
         rungs = write_ladder(adaptive, output, arguments.to, to_form)["ladder"]
         print(f"{output}: a ladder of {', '.join(format(rung['gmac'], '.3g') for rung in rungs)} GMAC")
         return
-    model = load(weights, dtype=arguments.dtype, **other)
+    model, _ = load_with_fields(weights, dtype=arguments.dtype, fresh_told_at=None, **other)
     manifest = to_form(model, output)
     print(f"{output / manifest['model']}: {manifest['reducer']['name']}, {manifest['cost']['gmac']:.3g} GMAC")
 

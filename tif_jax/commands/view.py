@@ -23,6 +23,7 @@ from tif_jax.figures.view import chosen, seen_in
 from tif_jax.impact.oracle import check_options
 from tif_jax.models import Model
 from tif_jax.models.predictions import pictures_of
+from tif_jax.reducers.full import Full
 from tif_jax.runtime import files, records
 from tif_jax.runtime.progress import Progress
 from tif_jax.tasks import CLASSIFICATION
@@ -91,7 +92,7 @@ def _parsed(argv: list[str]) -> tuple[Namespace, list[str]]:
         "--reducers",
         metavar="NAME[:OPTION=VALUE...],...",
         help="put these on the weights of the model with all tokens, without training, as in tome:num_merged=8,random; "
-        f"default without a workdir: {','.join(OFF_THE_SHELF)}",
+        f"default without a workdir: the own one, or {','.join(OFF_THE_SHELF)}",
     )
     parser.add_argument("--out", metavar="DIR", help="where the files go (default: WORKDIR/view, or ./view)")
     parser.add_argument("--top", type=int, default=3, metavar="N", help="how many classes (default: 3)")
@@ -127,9 +128,7 @@ def _out_folder(arguments: Namespace) -> Path:
 def _models(arguments: Namespace, overrides: list[str], named: Sequence[Mapping[str, Any]] | None) -> Found:
     if not arguments.workdir:
         full = _load(arguments.weights)
-        return Found(
-            full, ways_of(full, named), f"Weights: {arguments.weights}, and what reducers make of them untrained."
-        )
+        return Found(full, ways_of(full, named), _about(arguments.weights, full, named))
     workdir = Path(arguments.workdir).expanduser()
     if arguments.config:
         experiment = config_file.load(os.path.expanduser(arguments.config), overrides)
@@ -146,19 +145,21 @@ def _models(arguments: Namespace, overrides: list[str], named: Sequence[Mapping[
     of_full = of_full or backbone_folder(workdir)
     full = _load(of_full)
     if named is not None:
-        return Found(
-            full, ways_of(full, named), f"Weights: {of_full}, and what reducers make of them untrained.", of_full
-        )
+        return Found(full, ways_of(full, named), _about(of_full, full, named), of_full)
     if not trained:
         logger.warning("no reducer has been fine-tuned in %s; those that learn nothing are drawn", workdir)
-        return Found(
-            full, ways_of(full, None), f"Weights: {of_full}, and what reducers make of them untrained.", of_full
-        )
+        return Found(full, ways_of(full, None), _about(of_full, full, None), of_full)
     ways = {label: _load(folder, modules) for label, folder in trained.items()}
     fitted = workdir / "filter"
     if (fitted / "checkpoints").is_dir() and not any(label.partition("-")[0] == "tif" for label in ways):
         ways["filter, not fine-tuned"] = _load(fitted)
     return Found(full, ways, f"All tokens: {of_full}. Each reducer is fine-tuned: {workdir}/finetune.", of_full)
+
+
+def _about(weights: str | Path, full: Model, named: Sequence[Mapping[str, Any]] | None) -> str:
+    if named is None and not isinstance(full.reducer, Full):
+        return f"Weights: {weights}, with the reducer that they were saved with."
+    return f"Weights: {weights}, and what reducers make of them untrained."
 
 
 def _reported(workdir: Path) -> dict[str, Path]:

@@ -5,7 +5,8 @@ The unit is the multiply-add of one prediction with all tokens, F, or with the r
     score       F (N + 1) an image with `exact`, F (1 + 2 K) with K masks of `sampled`, 2 F with `gradient`
     filter      of tif: the patch embedding, which rests, and three times the filter; of tosa F alone
     adapter     F for the goal, and 2 R: through the frozen blocks goes a gradient, but none to their weights
-    finetune    3 R, and F with a teacher; in its phases R is what the reducer costs there
+    finetune    3 R, and a prediction of the teacher, if there is one; R is what the reducer costs in training (dynamic_vit
+                drops nothing there), in its phases what it costs then
     backbone    3 F where it is trained
     evaluate    F and 2 R (before and after fine-tuning) for each test image, R for each of validation; the oracles of those
                 held out for a filter's ranking are not counted
@@ -27,7 +28,7 @@ from flax import nnx
 from tif_jax.experiment.reducer_entry import ReducerEntry, phases_of
 from tif_jax.experiment.schema import Experiment
 from tif_jax.models import Model, ViT, blueprint, plain_vit
-from tif_jax.models.cost import cost
+from tif_jax.models.cost import cost, gmac
 from tif_jax.training.recipe import Recipe
 
 SETS = {"ImageNet-1k": 1_281_167, "ImageNet-21k": 14_197_122, "a billion images": 1_000_000_000}
@@ -64,10 +65,17 @@ def units(estimator: str, num_patches: int, num_samples: int) -> int:
     return {"exact": num_patches + 1, "sampled": 1 + GRADIENT * num_samples, "gradient": GRADIENT}[estimator]
 
 
-def stages(experiment: Experiment, fields: Mapping[str, Any], num_images: int, num_test: int) -> list[Work]:
+def stages(
+    experiment: Experiment,
+    fields: Mapping[str, Any],
+    num_images: int,
+    num_test: int,
+    teacher: Mapping[str, Any] | None = None,
+) -> list[Work]:
     """The stages of one run of an experiment with the one reducer `reducer`, in their order.
 
-    fields: of the backbone. num_images, num_test: of its data, for training and for the test.
+    fields: of the backbone. num_images, num_test: of its data, for training and for the test. teacher: fields of that which
+    finetune.distillation.teacher names; None: it is the backbone.
     """
     full = abstract(fields, ReducerEntry("full", {}))
     tuned = {**fields, **experiment.finetune.model}
@@ -93,9 +101,10 @@ def stages(experiment: Experiment, fields: Mapping[str, Any], num_images: int, n
         images = _shown(experiment.adapter, num_images)
         found.append(Work("adapter", images, images * (whole + GRADIENT * own), dtype, GRADIENT))
     images = _shown(experiment.finetune, num_images)
-    teacher = whole if experiment.finetune.distillation.kind else 0
+    of_teacher = whole if teacher is None else 1e9 * cost(abstract(teacher, ReducerEntry("full", {}))).gmac
+    taught = of_teacher if experiment.finetune.distillation.kind else 0
     trained = TRAINED * _mean_over_phases(experiment, tuned)
-    found.append(Work("finetune", images, images * (trained + teacher), dtype, TRAINED))
+    found.append(Work("finetune", images, images * (trained + taught), dtype, TRAINED))
     judged = num_test * (whole + 2 * own) + experiment.data.num_validation * own
     found.append(Work("evaluate", num_test, judged, dtype))
     return found
@@ -122,8 +131,8 @@ def abstract(fields: Mapping[str, Any], entry: ReducerEntry) -> Model:
     return nnx.eval_shape(blueprint(dict(fields), reducer=entry.name, **entry.arguments), jax.random.key(0))
 
 
-def _macs(fields: Mapping[str, Any], entry: ReducerEntry) -> float:
-    return 1e9 * cost(abstract(fields, entry)).gmac
+def _macs(fields: Mapping[str, Any], entry: ReducerEntry, *, training: bool = False) -> float:
+    return 1e9 * gmac(abstract(fields, entry), training=training)
 
 
 def _shown(recipe: Recipe, num_images: int) -> float:
@@ -137,9 +146,9 @@ def _mean_over_phases(experiment: Experiment, fields: Mapping[str, Any]) -> floa
     recipe, begun, total = experiment.finetune, 0.0, 0.0
     for until, entry in phases_of(experiment.reducer, recipe.phases):
         ends = min(until, recipe.num_epochs)
-        total += (ends - begun) * _macs(fields, entry)
+        total += (ends - begun) * _macs(fields, entry, training=True)
         begun = ends
-    left = (recipe.num_epochs - begun) * _macs(fields, experiment.reducer)
+    left = (recipe.num_epochs - begun) * _macs(fields, experiment.reducer, training=True)
     return (total + left) / recipe.num_epochs if recipe.num_epochs else 0.0
 
 

@@ -39,6 +39,7 @@ _OF_PIXELS = "of each pixel's classes, before the softmax"
 # Of logits or metres, times the largest of them, if that is above 1: sums in another order. Where two patches are all but
 # equally worth keeping, that may decide between them, and what follows is another computation: such images are not compared.
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2, "float64": 1e-3}
+_SMALL = 0.1  # outputs below it are compared as if they were so large
 _NUM_IMAGES = 4  # of the check: one alone, then the others as a batch
 
 
@@ -120,7 +121,9 @@ def compared(model: Model, call: Call) -> dict[str, Any]:
     ours, theirs = (np.asarray(one[main], np.float32) for one in (wanted, joined))
     worst = float(np.abs(ours - theirs).max(initial=0, where=same_tokens.reshape(-1, *[1] * (ours.ndim - 1))))
     largest = float(np.abs(ours).max())
-    tolerance = _TOLERANCE[jnp.dtype(model.dtype).name] * max(1.0, largest)
+    tolerance = _TOLERANCE[jnp.dtype(model.dtype).name] * max(_SMALL, largest)
+    if not np.isfinite(ours).all():
+        raise WorkError(f"the model's own {main} are no numbers (NaN) for random pixels; take other weights")
     if not worst <= tolerance or 2 * same_tokens.sum() < _NUM_IMAGES:
         raise WorkError(
             f"the exported model, read again, differs from the model: {main} by {worst:.2g}, the same tokens for "

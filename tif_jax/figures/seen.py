@@ -177,6 +177,13 @@ def ways_of(model: Any, named: Any) -> dict[str, Model]:
                     f"a model among the reducers has {one.num_classes} classes and takes {one.image_size}, the model that is "
                     f"viewed {model.num_classes} and {model.image_size}; both have to be the same"
                 )
+            if one.preprocessing != model.preprocessing:
+                raise InputError(
+                    f"a model among the reducers takes pictures prepared by {one.preprocessing}, the model that is viewed by "
+                    f"{model.preprocessing}; both have to be the same"
+                )
+            if one.class_names and model.class_names and one.class_names != model.class_names:
+                raise InputError("a model among the reducers has other class names, or these in another order")
             label, made = _label_of(one), one
         elif not isinstance(one, str | Mapping):
             raise InputError(f"a reducer is {one!r:.60}; it is a name, a dict with one, or a model with a reducer")

@@ -76,16 +76,17 @@ def shared_scores(
     images: Float[Array, "B Y X 3"],
     batch: Batch,
     units: Units | None = None,
-    num_shares: int = 1,
+    num_shares: int | None = 1,
     *,
     chunk: int | None = None,
     **options,
 ) -> Scores:
     """The Scores as far as these units of every image make them: the impacts of all units add up to the whole.
 
-    batch: what the loss reads, each array with a row for each image. units: by default all. num_shares: into how many
-    shares units are divided; chunks fit one. chunk: as for `token_impact`. options: those of `check_options`, seed, an
-    array or not, and loss, if it is a user's. A float32 model is computed in `true_float32`.
+    batch: what the loss reads, each array with a row for each image. units: by default all; else a share of `num_shares`
+    equal ones (`scoring.in_shares`), or where that is None as many as they are when the program runs. chunk: as for
+    `token_impact`. options: those of `check_options`, seed, an array or not, and loss, if it is a user's. A float32 model is
+    computed in `true_float32`.
     """
     units = Units(0, num_units(options, model.grid[0] * model.grid[1])) if units is None else units
     with true_float32(model.dtype):
@@ -96,9 +97,12 @@ def _grouped_scores(model, images, batch, units, num_shares, chunk, options) -> 
     num_images = images.shape[0]
     chunk = chunk or default_chunk(options["estimator"], model.task)
     # All masks of few images rather than few masks of all images: what the masks of an image share takes memory too.
-    share = -(-num_units(options, model.grid[0] * model.grid[1]) // num_shares)
+    share = -(-num_units(options, model.grid[0] * model.grid[1]) // (num_shares or 1))
     group = max(n for n in range(1, num_images + 1) if num_images % n == 0 and n <= max(1, chunk // share))
-    score = partial(_scores, model, units=units, chunk=_least_padding(share, chunk // group), **options)
+    chunk = _least_padding(share, chunk // group)
+    # A number of chunks that is known beforehand lets the compiler, and the host, go on without asking the device.
+    number = -(-share // chunk) if num_shares else (units.stop - units.first + chunk - 1) // chunk
+    score = partial(_scores, model, units=units, chunk=chunk, num_chunks=number, **options)
     if group == num_images:
         return score(images=images, batch=batch)
     arrays = jax.tree.map(lambda x: x.reshape(-1, group, *x.shape[1:]), (images, dict(batch)))
@@ -114,7 +118,7 @@ def default_chunk(estimator: str, task: str) -> int:
 
 
 def _scores(
-    model, *, images, batch, units, chunk, estimator, mask, target, num_samples, keep_ratio, seed, loss=None
+    model, *, images, batch, units, chunk, num_chunks, estimator, mask, target, num_samples, keep_ratio, seed, loss=None
 ) -> Scores:
     """chunk: of each image."""
     x = model.embed(images)
@@ -127,10 +131,10 @@ def _scores(
         impact, (prediction, aux) = _gate_gradient(model, x, loss, batch, gates)
         impact = jnp.where(units.first < units.stop, impact, 0)
     elif estimator == "exact":
-        impact = _exact(model, x, loss, batch, mask, units, chunk, loss(prediction, aux, batch))
+        impact = _exact(model, x, loss, batch, mask, (units, chunk, num_chunks), loss(prediction, aux, batch))
     else:
         kept = sample_masks(image_keys(seed, images), num_samples, num_patches, keep_ratio)
-        impact = _sampled(model, x, loss, batch, kept, units, chunk)
+        impact = _sampled(model, x, loss, batch, kept, (units, chunk, num_chunks))
     return Scores(impact, _classes(model, prediction), label_loss(prediction, aux, batch))
 
 
@@ -140,10 +144,10 @@ def _classes(model: ViT, prediction: Float[Array, "B *prediction"]) -> Int[Array
     return prediction.argmax(axis=-1).astype(jnp.int32)
 
 
-def _exact(model, x, loss, batch, mask, units, chunk, clean) -> Float[Array, "B N"]:
+def _exact(model, x, loss, batch, mask, chunks, clean) -> Float[Array, "B N"]:
     """Loss with token i masked, for the i of these units, less the clean one; `chunk` of them at a time folded into the
     batch axis."""
-    num_patches = x.shape[1] - model.num_special
+    num_patches, (units, chunk, _) = x.shape[1] - model.num_special, chunks
     predictions = masked_predictions(model, x, mask)
 
     def with_chunk(first: Int[Array, ""], impact: Float[Array, "B _"]) -> Float[Array, "B _"]:
@@ -154,14 +158,13 @@ def _exact(model, x, loss, batch, mask, units, chunk, clean) -> Float[Array, "B 
         return jax.lax.dynamic_update_slice_in_dim(impact, found, first, axis=1)
 
     nothing = jnp.zeros((x.shape[0], num_patches + chunk), clean.dtype)  # the last chunk may go beyond the last patch
-    return _over_chunks(with_chunk, units, chunk, nothing)[:, :num_patches]
+    return _over_chunks(with_chunk, chunks, nothing)[:, :num_patches]
 
 
-def _over_chunks(
-    with_chunk: Callable[[Int[Array, ""], Array], Array], units: Units, chunk: int, nothing: Array
-) -> Array:
-    """with_chunk(first unit of a chunk, what was found before), chunk after chunk."""
-    number = (units.stop - units.first + chunk - 1) // chunk
+def _over_chunks(with_chunk: Callable[[Int[Array, ""], Array], Array], chunks: tuple, nothing: Array) -> Array:
+    """with_chunk(first unit of a chunk, what was found before), chunk after chunk. chunks: of which units, of which size, how
+    many."""
+    units, chunk, number = chunks
     return jax.lax.fori_loop(0, number, lambda i, found: with_chunk(units.first + i * chunk, found), nothing)
 
 
@@ -189,9 +192,9 @@ def _gate_gradient(model, x, loss, batch, gates) -> tuple[Float[Array, "B N"], t
     return -gradient, found
 
 
-def _sampled(model, x, loss, batch, kept, units, chunk) -> Float[Array, "B N"]:
+def _sampled(model, x, loss, batch, kept, chunks) -> Float[Array, "B N"]:
     """What these units add to the mean of -dL/dw over the masks, `chunk` of them at a time folded into the batch axis."""
-    num_samples, wide = kept.shape[1], widened(x.dtype)
+    num_samples, wide, (units, chunk, _) = kept.shape[1], widened(x.dtype), chunks
 
     def with_chunk(first: Int[Array, ""], impact: Float[Array, "B N"]) -> Float[Array, "B N"]:
         sample = first + jnp.arange(chunk)
@@ -202,7 +205,7 @@ def _sampled(model, x, loss, batch, kept, units, chunk) -> Float[Array, "B N"]:
         return impact + jnp.einsum("bmn,m->bn", rearrange(found, "(b m) n -> b m n", m=chunk), counts)
 
     nothing = jnp.zeros((x.shape[0], kept.shape[2]), wide)
-    return _over_chunks(with_chunk, units, chunk, nothing) / num_samples
+    return _over_chunks(with_chunk, chunks, nothing) / num_samples
 
 
 def sample_masks(keys: Key[Array, " B"], num_samples: int, num_patches: int, keep_ratio: float) -> Bool[Array, "B K N"]:

@@ -116,7 +116,7 @@ class Scorer:
             self.program = self._compiled(self.chunk)
 
     def _compiled(self, chunk: int) -> jax.stages.Compiled:
-        program = scores_on(self._graphdef, self.mesh, chunk=chunk, **self._options)
+        program = scores_on(self._graphdef, self.mesh, self.mesh.shape["mask"], chunk=chunk, **self._options)
         return program.lower(self._params, self._seed, self._units, *self._inputs).compile()
 
 
@@ -137,19 +137,18 @@ def in_shares(num_units: int, num_shares: int) -> Int[np.ndarray, "S 2"]:
 
 
 @lru_cache(maxsize=32)
-def scores_on(graphdef: Any, mesh: Mesh, **options: Any) -> Any:
+def scores_on(graphdef: Any, mesh: Mesh, num_shares: int | None, **options: Any) -> Any:
     """The oracle, jitted, on a mesh from `spread`: (params, seed, units, images, batch) -> Scores.
 
     units: int32 (groups, shares, 2), `Units` of each device. The impacts come as (B, shares, N), which add up to the whole.
-    options: of `shared_scores`, but the seed.
+    num_shares, options: of `shared_scores`, but the seed.
     """
-
     logger.info("a program for the oracle (%s) on %d devices is compiled", options["estimator"], mesh.size)
 
     def score(params, seed, units, images, batch):
         model = nnx.merge(graphdef, params)
         own = Units(units[0, 0, 0], units[0, 0, 1])
-        scores = shared_scores(model, images, batch, own, mesh.shape["mask"], seed=seed, **options)
+        scores = shared_scores(model, images, batch, own, num_shares, seed=seed, **options)
         return scores._replace(impact=scores.impact[:, None])
 
     whole, data, each = PartitionSpec(), PartitionSpec("data"), PartitionSpec("data", "mask")

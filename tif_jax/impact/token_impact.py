@@ -22,7 +22,7 @@ from tif_jax.models import Model, check_images, check_seed, plain_vit, require_h
 from tif_jax.models.gradients import for_gradients
 from tif_jax.tasks import CLASSIFICATION
 
-_MOST = 32  # images of a program, or one for each device where these are more
+_MOST = 32  # images of a program, or a few more, so that each device has as many
 
 
 def token_impact(
@@ -89,28 +89,30 @@ def token_impact(
 def _in_groups(
     model: Model, images: Float[Array | np.ndarray, "B Y X 3"], batch: Batch, seed: int, options: Mapping[str, Any]
 ) -> Float[Array, "B N"]:
-    """As many images at once as fill the devices; devices that are left over share the units of the last ones. Any number of
+    """As many images at once as fill the devices; devices that are left over take chunks of the last ones. Any number of
     images shares one program."""
     if not all(getattr(x, "is_fully_addressable", True) for x in jax.tree.leaves((images, batch))):
         raise InputError("images are spread over processes; give each process those that are its own")
     devices, num_patches = jax.local_devices(), model.grid[0] * model.grid[1]
-    found = np.zeros((len(images), num_patches), np.float32)
     if not len(images):
-        return jnp.asarray(found)
+        return jnp.zeros((0, num_patches), jnp.float32)
     units = num_units(options, num_patches)
     size = len(devices) * max(1, min(options["chunk"] // units, -(-_MOST // len(devices))))
     mesh = spread(devices, size, units)
     whole, data, each = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",), ("data", "mask")))
     graphdef, params = nnx.split(for_gradients(model, devices))
     params, seed = jax.device_put((params, np.int32(seed)), whole)
-    program = scores_on(graphdef, mesh, **options)
+    program = scores_on(graphdef, mesh, None, **options)
     started = []
     for first in range(0, len(images), size):
         numbers = np.arange(first, min(first + size, len(images)))
         rows, is_own, own_units = _divided(numbers, size // len(devices), len(devices), units)
-        part = jax.tree.map(lambda x, rows=rows: x[rows], (images, dict(batch)))
+        part = jax.tree.map(lambda x, first=first: x[first : first + size], (images, dict(batch)))
+        if len(numbers) < size:
+            part = jax.tree.map(lambda x, rows=rows, first=first: np.asarray(x)[rows - first], part)
         given = jax.device_put(own_units[:, None], each), *jax.device_put(part, data)
         started.append((rows, is_own, program(params, seed, *given).impact))
+    found = np.zeros((len(images), num_patches), started[0][2].dtype)
     for rows, is_own, impact in started:
         np.add.at(found, rows[is_own], np.asarray(impact)[is_own, 0])
     return jnp.asarray(found)

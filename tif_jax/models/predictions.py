@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 # A batch is filled up with zeros to the next of these, so that a model is compiled at most this often.
 _BATCH_SIZES = (1, 8, 32)
+_NO_CLASS = -1  # of a pixel whose outputs are no numbers
 
 
 class Prediction(NamedTuple):
@@ -122,7 +123,7 @@ def predicted_maps(model: Any, pictures: list[tuple[str, AnyImage]]) -> Iterator
         if isinstance(row, str):
             yield PredictedMap(name, None, row)
             continue
-        if not np.isfinite(row).all():
+        if not np.isfinite(row).all() or (row == _NO_CLASS).any():
             raise WorkError(f"the model's outputs for {as_id(name)} are no numbers (NaN); take other weights")
         yield PredictedMap(name, row)
 
@@ -180,11 +181,13 @@ def _probabilities(graphdef: Any, state: Any, images: Float[Array, "B Y X 3"]) -
 
 @partial(jax.jit, static_argnums=0)
 def _pixels(graphdef: Any, state: Any, images: Float[Array, "B Y X 3"]) -> Num[Array, "B Y X"]:
-    """Metres, or each pixel's likeliest class."""
+    """Metres, or each pixel's likeliest class, _NO_CLASS where outputs are no numbers."""
     model = nnx.merge(graphdef, state)
     with true_float32(model.dtype):
         found = model(images)[0]
-    return found.astype(jnp.float32) if model.task == DEPTH.name else found.argmax(axis=-1).astype(jnp.int32)
+    if model.task == DEPTH.name:
+        return found.astype(jnp.float32)
+    return jnp.where(jnp.isfinite(found).all(axis=-1), found.argmax(axis=-1), _NO_CLASS).astype(jnp.int32)
 
 
 def prediction_of(model: Any, name: str, probabilities: Float32[np.ndarray, " L"], top: int) -> Prediction:

@@ -1,4 +1,4 @@
-"""Patches evenly spread over the raster, the same ones of every image: nothing is looked at, nothing is computed.
+"""Patches evenly spread over the raster, the same ones of every image, which are not looked at.
 
 Legend: B images, T tokens, N patch tokens.
 """

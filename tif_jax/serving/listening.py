@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 _SECONDS = 10.0  # for a connection's first request to arrive, up to the end of its headers
 _SECONDS_BETWEEN = 75.0  # for the next one; longer than the pools of common proxies keep a connection
 _SECONDS_TO_STOP = 30  # for what is accepted to be answered
-_CONNECTIONS = 1024  # at once; those beyond are answered 503
+_CONNECTIONS = 1024  # open ones; while there are so many, every request is answered 503
 
 
 class _Impatient(H11Protocol):

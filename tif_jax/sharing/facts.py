@@ -7,7 +7,7 @@ from typing import Any
 
 from tif_jax.runtime import records
 from tif_jax.tasks import CLASSIFICATION, Metric, of_metrics
-from tif_jax.training.checkpoints import identity, newest, read_config
+from tif_jax.training.checkpoints import identity, read_config
 from tif_jax.weights.where import checkpoint_directory
 
 _REMEDY = "`tif run` makes it anew"
@@ -31,10 +31,9 @@ class Facts:
         return dataclasses.replace(self, license=license, base_model=base_model or self.base_model)
 
 
-def of_workdir(workdir: Path) -> Facts:
-    """Of the model that a workdir, or a stage's folder in one, stands for. Figures of another checkpoint do not count."""
-    checkpoints = checkpoint_directory(workdir)
-    stored = read_config(newest(checkpoints))
+def of_workdir(workdir: Path, checkpoint: Path) -> Facts:
+    """Of one checkpoint of a workdir, or of a stage's folder in one. Figures of another do not count."""
+    checkpoints, stored = checkpoint_directory(workdir), read_config(checkpoint)
     settings, digest = stored.get("config") or {}, identity(stored)["digest"]
     data = dict(settings.get("data") or {})
     metrics = records.read(checkpoints.parent / "metrics.json", _REMEDY) or {}

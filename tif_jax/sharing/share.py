@@ -11,8 +11,10 @@ from tif_jax.models import Model
 from tif_jax.runtime import files
 from tif_jax.sharing import impact_set, model_folder
 from tif_jax.sharing.facts import Facts, of_workdir
+from tif_jax.training.checkpoints import newest
 from tif_jax.weights import hub
 from tif_jax.weights.loading import load
+from tif_jax.weights.where import checkpoint_directory
 
 Contents = Mapping[str, bytes | Path]  # by name: what is in the file, or the file to copy
 _IMPACTS = "impacts are those of a workdir; give its path"
@@ -75,6 +77,8 @@ def push_to_hub(
     with hub.failures(name, hub.page_of(repository, "datasets" if impact else ""), writing=True):
         api = library.HfApi()
         api.create_repo(repository, private=private, repo_type=kind, exist_ok=True)
+        if private and not api.repo_info(repository, repo_type=kind).private:
+            raise InputError(f"{name} is there already and public; make it private on the hub, or leave private out")
         there = api.list_repo_files(repository, repo_type=kind)
         stale = [path for path in there if _OURS.fullmatch(path) and path not in contents]
         changes = [*add, *map(library.CommitOperationDelete, stale)]
@@ -95,8 +99,10 @@ def _model(model: Any, license: str, base_model: str, name: str) -> Contents:
         facts = Facts(base_model=model.origin)
     else:
         source = _workdir(model, "give the path of one, or a model that tif_jax.load returns")
-        facts = of_workdir(source)  # first: it knows at once what is no workdir
-        model = load(source)
+        checkpoint = newest(
+            checkpoint_directory(source)
+        )  # one for both: a run that trains may write the next meanwhile
+        facts, model = of_workdir(source, checkpoint), load(checkpoint)
     return model_folder.contents_of(model, facts.with_(license, base_model), name)
 
 

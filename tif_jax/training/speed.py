@@ -6,7 +6,7 @@ import jax
 from jax.sharding import Mesh
 
 from tif_jax.models import Model
-from tif_jax.models.cost import cost
+from tif_jax.models.cost import gmac
 
 # Dense bfloat16 FLOP/s of a chip, and those of float32 (GPUs: without tensor cores; TPUs: six bfloat16 products for each), as
 # their makers publish them.
@@ -35,7 +35,7 @@ def meter(model: Model | None, mesh: Mesh, peak_tflops: float = 0.0) -> Meter:
     device = mesh.local_mesh.devices.flat[0]
     known = _KINDS.get(device.device_kind)
     peak = peak_tflops or (PEAK[known][0] / 1e12 if known else 0.0)
-    tflops_per_image = 3 * 2 * cost(model).gmac / 1e3 if model is not None and peak else 0.0
+    tflops_per_image = 3 * 2 * gmac(model, training=True) / 1e3 if model is not None and peak else 0.0
 
     def measure(images_per_second: float) -> dict[str, float]:
         found = {}

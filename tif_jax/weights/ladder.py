@@ -40,8 +40,11 @@ def load_ladder(
 ) -> Adaptive:
     """The models of a ladder that `tif ladder` wrote, with the weights that it was found for.
 
-    source, dtype, options: as of `load`. Raises InputError for what is no ladder, and for other weights.
+    source, dtype, options: as of `load`, less image_size: thresholds are of one size. Raises InputError for what is no ladder
+    and for other weights.
     """
+    if "image_size" in options:
+        raise InputError("image_size is given, and a ladder is for the size that its thresholds were found at")
     try:
         found = json.loads(Path(path).expanduser().read_bytes())
         ladder, backbone, learned = [dict(rung) for rung in found["ladder"]], found["backbone"], found["learned"]

@@ -148,7 +148,7 @@ def infer_fields(tensors: Tensors, **given: Any) -> dict[str, Any]:
     elif "num_classes" not in given:
         raise InputError(
             "the weights have no head (head.weight); give num_classes to start a fresh one, or num_classes=0 for a model "
-            "that returns its features"
+            "that returns its features (a config.json beside the file may say it)"
         )
     side = grid[0] * patch_size
     own_size = side if grid[0] == grid[1] else (side, grid[1] * patch_size)
