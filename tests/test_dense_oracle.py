@@ -293,7 +293,7 @@ def test_a_map_that_says_nothing_has_no_loss_and_no_impact():
             "depth",
             None,
             dict(loss=lambda d, *_: d),
-            r"the loss gives float32 of shape \(3, 16, 24\); .* \(3,\) here",
+            r"the loss gives float32 of shape \(6, 16, 24\); .* \(6,\) here",
         ),
         ("depth", None, dict(loss=lambda d, *_: d[:, 0, 0], target="teacher"), "leave the target"),
         (

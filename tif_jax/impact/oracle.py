@@ -131,7 +131,10 @@ def _scores(
         impact, (prediction, aux) = _gate_gradient(model, x, loss, batch, gates)
         impact = jnp.where(units.first < units.stop, impact, 0)
     elif estimator == "exact":
-        impact = _exact(model, x, loss, batch, mask, (units, chunk, num_chunks), loss(prediction, aux, batch))
+        masked, position = _exact(model, x, loss, batch, mask, (units, chunk, num_chunks)), jnp.arange(num_patches)
+        clean = loss(prediction, aux, batch)[:, None]
+        is_ours = (units.first <= position) & (position < units.stop)
+        impact = jnp.where(is_ours, masked.astype(clean.dtype) - clean, 0)
     else:
         kept = sample_masks(image_keys(seed, images), num_samples, num_patches, keep_ratio)
         impact = _sampled(model, x, loss, batch, kept, (units, chunk, num_chunks))
@@ -144,20 +147,20 @@ def _classes(model: ViT, prediction: Float[Array, "B *prediction"]) -> Int[Array
     return prediction.argmax(axis=-1).astype(jnp.int32)
 
 
-def _exact(model, x, loss, batch, mask, chunks, clean) -> Float[Array, "B N"]:
-    """Loss with token i masked, for the i of these units, less the clean one; `chunk` of them at a time folded into the
-    batch axis."""
-    num_patches, (units, chunk, _) = x.shape[1] - model.num_special, chunks
+def _exact(model, x, loss, batch, mask, chunks) -> Float[Array, "B N"]:
+    """Loss with token i masked, for the i of these units, and nothing meant for others; `chunk` of them at a time folded into
+    the batch axis."""
+    num_patches, chunk = x.shape[1] - model.num_special, chunks[1]
     predictions = masked_predictions(model, x, mask)
 
     def with_chunk(first: Int[Array, ""], impact: Float[Array, "B _"]) -> Float[Array, "B _"]:
         positions = first + jnp.arange(chunk)
         found = loss(*predictions(jnp.minimum(positions, num_patches - 1)), _copies(batch, chunk))
-        found = rearrange(found, "(b m) -> b m", m=chunk) - clean[:, None]
-        found = jnp.where(positions < units.stop, found, 0)
+        found = rearrange(found, "(b m) -> b m", m=chunk).astype(impact.dtype)
         return jax.lax.dynamic_update_slice_in_dim(impact, found, first, axis=1)
 
-    nothing = jnp.zeros((x.shape[0], num_patches + chunk), clean.dtype)  # the last chunk may go beyond the last patch
+    # The last chunk may go beyond the last patch. In the widest type that there is: the loss may be a user's.
+    nothing = jnp.zeros((x.shape[0], num_patches + chunk), jnp.result_type(float))
     return _over_chunks(with_chunk, chunks, nothing)[:, :num_patches]
 
 
