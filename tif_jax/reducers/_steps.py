@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
 
+from tif_jax.reducers.full import Full
 from tif_jax.tokens import Tokens, gates_to_log_weight, num_kept
 
 Sizes = Float[Array, "B N"] | None  # how many patches each patch token stands for; None while that is one each
@@ -55,6 +56,15 @@ class Fronted(Protocol):
 def kept_in_front(reducer: Fronted, tokens: Tokens) -> int:
     """How many of these patch tokens its keep_ratio leaves."""
     return num_kept(reducer.keep_ratio, tokens.index.shape[1], tokens.num_special, reducer.round_to)
+
+
+def walk_fronted(reducer: Fronted, blocks, x, tokens: Tokens, rngs=None) -> tuple[Array, dict[str, Array], Any]:
+    """x through what is in front of the blocks and through these, aux, and what `before_blocks` knows."""
+    x, tokens, known = reducer.before_blocks(x, tokens, kept_in_front(reducer, tokens))
+    x, aux = reducer.then(blocks, x, tokens, rngs)
+    if isinstance(reducer.then, Full):
+        aux["kept"] = tokens.index
+    return x, {"source": tokens.source, **aux}, known
 
 
 def stepwise_of(reducer: Any) -> Stepwise | None:

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from tif_jax.reducers._steps import kept_in_front
+from tif_jax.reducers._steps import walk_fronted
 from tif_jax.reducers.full import Full
 from tif_jax.tokens import Tokens, check_keep_ratio, keep_rows, top_k
 
@@ -41,11 +41,8 @@ class Even(nnx.Module):
         return x, tokens, None
 
     def __call__(self, blocks, x, tokens, rngs=None):
-        x, tokens, _ = self.before_blocks(x, tokens, kept_in_front(self, tokens))
-        x, aux = self.then(blocks, x, tokens, rngs)
-        if isinstance(self.then, Full):
-            aux["kept"] = tokens.index
-        return x, {"source": tokens.source, **aux}
+        x, aux, _ = walk_fronted(self, blocks, x, tokens, rngs)
+        return x, aux
 
 
 def spread(grid: tuple[int, int]) -> Float[np.ndarray, " N"]:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from tif_jax.errors import InputError
 from tif_jax.layers import Linear, gelu
-from tif_jax.reducers._steps import kept_in_front
+from tif_jax.reducers._steps import walk_fronted
 from tif_jax.reducers.full import Full
 from tif_jax.tokens import Tokens, check_keep_ratio, join, keep_rows, split, take, top_k
 
@@ -128,8 +128,5 @@ class Tif(nnx.Module):
         return x, tokens, logits
 
     def __call__(self, blocks, x, tokens, rngs=None):
-        x, tokens, logits = self.before_blocks(x, tokens, kept_in_front(self, tokens))
-        x, aux = self.then(blocks, x, tokens, rngs)
-        if isinstance(self.then, Full):
-            aux["kept"] = tokens.index
-        return x, {"source": tokens.source, **aux, "filter_logits": logits}
+        x, aux, logits = walk_fronted(self, blocks, x, tokens, rngs)
+        return x, {**aux, "filter_logits": logits}
