@@ -151,6 +151,16 @@ def test_the_search_finds_the_best_of_all_schedules(weights, budget):
     assert given.distance(found)[0] == pytest.approx(min(given.distance(s)[0] for s in every))
 
 
+def test_much_at_the_first_place_is_found_where_a_little_does_not_pay():
+    """What goes there has a price of its own, whatever its number: no single step and no exchange gets there."""
+    given = problem((1.0,) * 3, 20.0, num_patches=16)
+    given = given._replace(distance=lambda s: np.array([40.0 * min(s[0], 4) + s[0] + s[1] ** 2 + s[2] ** 2]))
+    every = [s for s in itertools.product(range(16), repeat=3) if sum(s) < 16 and given.cost(s) <= 20.0]
+    best = min(every, key=lambda s: given.distance(s)[0])
+    assert Descent(given, 2).within(20.0)[0] < 4 < best[0]
+    assert search(given, given, Descent(given, 2), 1) == best
+
+
 def test_a_candidate_keeps_order_and_limits():
     found = _candidates(problem((1.0,) * 3, 0.0), (2, 2, 2), -2)
     assert found == {0: (4, 0, 2), 1: (2, 4, 0), 2: (2, 2, 3)}  # behind the last one stays

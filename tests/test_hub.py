@@ -98,6 +98,17 @@ def test_main_moves_and_a_revision_does_not(hub):
     assert tif_jax.load(pinned.origin).preprocessing.mean == (0.5,) * 3
 
 
+def test_what_another_library_left_out_is_fetched(hub):
+    """HF transformers' models load without the file that says how images are prepared."""
+    said = {"config.json": b'{"model_type": "vit"}', "preprocessor_config.json": b"{}"}
+    pinned = f"hf:me/theirs@{hub.commit('me/theirs', files_of() | said)}"
+    prepared = names.folder_of(pinned) / "preprocessor_config.json"
+    hub.requests.clear()
+    assert names.folder_of(pinned) == prepared.parent and not hub.requests
+    prepared.unlink()
+    assert names.folder_of(pinned) == prepared.parent and prepared.is_file()
+
+
 def test_an_interrupted_download_is_made_good(hub):
     """The library asks for the rest, at once or, where it has given up, when the same is called again."""
     hub.cut = 1000

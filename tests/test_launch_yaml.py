@@ -122,7 +122,9 @@ def test_pods_of_the_score_job_divide_the_images(accelerator, place):
     job = manifest_in("score_job.yaml", accelerator == "tpu")["spec"]
     pod = job["template"]["spec"]
     (container,) = pod["containers"]
-    (parts,) = container["env"]
+    parts, alone = container["env"]
+    # Else each would look for the others, as JAX_NUM_PROCESSES is not set and an indexed job has many pods.
+    assert alone == {"name": "JAX_NUM_PROCESSES", "value": "1"}
     assert job["completionMode"] == "Indexed" and job["completions"] == int(parts["value"])
     place.fake("python")
     for index in (0, job["completions"] - 1):

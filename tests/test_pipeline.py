@@ -185,6 +185,10 @@ def test_the_prior_is_read_off_the_shards_and_rests(finished):
     labels = keep_labels(shards.read_impact(workdir).impact, "top", 0.25)
     np.testing.assert_array_equal(params_of(stage.model)["reducer"]["logits"], position_prior(labels))
     assert stage.directory == workdir / "finetune" / "prior-0.25-0" and stage.trainable == stages.REDUCER_RESTS
+    assert stage.made_from["labels"] == {"labels": "top", "keep_ratio": 0.25}
+    above = [*PRIOR, "--config.filter.labels=above", "--config.filter.rho=0.01"]
+    other = stages.finetune(config_file.load(str(config), above), workdir)
+    assert other.made_from["labels"] == {"labels": "above", "rho": 0.01}
 
 
 def test_a_ladder_is_evaluated(finished, tmp_path, capsys):
@@ -281,3 +285,12 @@ def test_a_run_from_random_weights_of_a_reducer_that_reads_no_impact(tmp_path, r
     jax.tree.map(np.testing.assert_array_equal, fitted["reducer"], tuned["reducer"])
     assert "budget" not in stored["reducer"] and 0 < stored["reducer"]["keep_ratio"] < 1
     assert tif_jax.cost(tif_jax.load(workdir)).gmac <= 0.0007
+
+    # Who goes on with it keeps as many: another machine would measure, or another version count, another number.
+    def solved_anew(*_):
+        raise AssertionError
+
+    monkeypatch.setattr("tif_jax.models.build._solved", solved_anew)
+    going_on = stages.finetune(config_file.load(str(config), []), workdir)
+    assert going_on.model.reducer.keep_ratio == stored["reducer"]["keep_ratio"]
+    assert going_on.reducer == {"name": "tosa", "budget": 0.0007}

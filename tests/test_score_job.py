@@ -3,6 +3,7 @@
 import itertools
 import os
 import random
+import shutil
 import signal
 import socket
 import time
@@ -218,12 +219,12 @@ def test_two_processes_of_one_run_take_half_each(start, place, finished):
     assert_all_scored(place, finished)
 
 
-def test_processes_take_parts_in_turn(monkeypatch):
+def test_processes_take_parts_in_turn(monkeypatch, tmp_path):
     monkeypatch.setattr("jax.process_count", lambda: 3)
     shares = []
     for k in range(3):
         monkeypatch.setattr("jax.process_index", lambda k=k: k)
-        shares.append(list(scoring._parts("", 10 * scoring._ROWS_PER_PART)[0]))
+        shares.append(list(scoring._parts("", 10 * scoring._ROWS_PER_PART, tmp_path)[0]))
     assert shares == [[1, 4, 7, 10], [2, 5, 8], [3, 6, 9]]
 
 
@@ -250,6 +251,7 @@ def test_damaged_rows_of_a_begun_part_are_scored_again(place, finished, caplog):
     table = shards.read_impact(finished / "run")
     columns = {name: column[:3] for name, column in vars(table).items()}
     directory.mkdir()
+    shutil.copy(finished / "run" / "impact" / "manifest.json", directory)
     (directory / ".part-00001-of-00010.parquet.0123.tmp").touch()  # of a job that was killed while it wrote
     (directory / "..part-00001-of-00010.begun.0123.tmp").touch()
     shards.write_begun(directory, 1, NUM_PARTS, columns)

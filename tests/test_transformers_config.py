@@ -120,6 +120,7 @@ def test_a_processor_of_pictures_and_texts(tmp_path):
         ({**VIT, "hidden_size": 64}, None, "config.json is not of these weights: it says width 64, the tensors 32"),
         ({"model_type": "clip", "vision_config": [1]}, None, "config.json: its vision_config is no dict"),
         (VIT, {**SQUASHED, "rescale_factor": 1 / 127.5}, "preprocessor_config.json: rescale_factor .* not supported"),
+        (VIT, {**SQUASHED, "do_rescale": False}, "preprocessor_config.json: do_rescale false is not supported"),
         (VIT, {**SQUASHED, "image_mean": [127, 127, 127]}, "preprocessor_config.json: mean is .* divide by 255"),
         (VIT, {**SQUASHED, "size": {"height": "x", "width": 2}}, "preprocessor_config.json can not be read"),
         (VIT, [SQUASHED], "preprocessor_config.json can not be read"),

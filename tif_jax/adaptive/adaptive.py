@@ -145,8 +145,11 @@ class Adaptive:
         sizes: deque[int] = deque()
         num_given = num_told = 0
         for batch in batches:
-            # An image that is no numbers is answered as it is, and does not keep others from being answered.
-            check_images(self.models[-1], np.nan_to_num(batch, posinf=0.0, neginf=0.0))
+            # An image that is no numbers is answered as it is, and does not keep others from being answered. To make it
+            # numbers takes a tenth of a cheap model's time, so only where the sum says that there is one.
+            batch = np.asarray(batch)
+            is_numbers = np.isfinite(batch.sum())
+            check_images(self.models[-1], batch if is_numbers else np.nan_to_num(batch, posinf=0.0, neginf=0.0))
             sizes.append(len(batch))
             waiting[self.route.rungs[0]].extend(enumerate(batch, num_given))
             num_given += len(batch)

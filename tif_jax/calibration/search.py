@@ -3,12 +3,13 @@
 Places are the blocks and, if it is searched, what is in front of the first. A schedule is moved by how many tokens a place
 leaves: fewer there means that no later one leaves more, and more there that no earlier one leaves less. Greedy first: from
 nothing reduced, again and again `step` tokens fewer where that adds the least distance for each unit of cost saved. Then
-exchange: fewer behind one place, more behind another, as long as that helps by more than a standard error, in smaller and
-smaller steps. Last, single tokens use up what is left of the cost, unless that hurts. Schedules are tried on images; nothing
-is differentiated.
+other numbers at the first place, with those of all others in proportion to what they are. Then exchange: fewer behind one
+place, more behind another, as long as that helps by more than a standard error, in smaller and smaller steps. Last, single
+tokens use up what is left of the cost, unless that hurts. Schedules are tried on images; nothing is differentiated.
 """
 
 import logging
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -68,7 +69,8 @@ def search(problem: Problem, few: Problem, descent: Descent, least: int) -> Sche
     few: the same problem on a part of the images, for the descent and for what is worth a try, which all would only slow.
     least: tokens moved at once in the end. Raises InputError for a budget that can not be met.
     """
-    schedule, step = descent.within(problem.budget), descent.step
+    step = descent.step
+    schedule = _with_other_first(few, descent.within(problem.budget), step, least)
     problem.hold(schedule)
     few.hold(schedule)
     while step >= least:
@@ -102,6 +104,35 @@ def _descending(problem: Problem, step: int) -> Iterator[Schedule]:
             prices[place] = ((found - now) / (cost - problem.cost(candidates[place])), found, True)
         schedule, now = candidates[place], prices[place][1]
         _tell(problem, schedule, now)
+
+
+def _with_other_first(few: Problem, schedule: Schedule, step: int, unit: int) -> Schedule:
+    """Of the schedule, and those within the budget that have another number at the first place, a multiple of twice `step`,
+    and in the others as many in proportion, in multiples of `unit`, the one of least distance.
+
+    To let go of much before all else can pay where a little does not, and takes from all places that come after: a
+    way that leads through steps at one place, and exchanges between two, passes by it.
+    """
+    few.hold(schedule)
+    best, least = schedule, float(few.distance(schedule).mean())
+    for number in range(0, few.num_patches, 2 * step):
+        first = few.num_patches - few.left_at(0, few.num_patches - number, False)
+        more_and_more = [
+            (first, *(round(r * share / unit) * unit for r in schedule[1:])) for share in np.arange(0, 2, 1 / 64)
+        ]
+        enough = bisect_left(
+            more_and_more, True, key=lambda other: not _can_be(few, other) or few.cost(other) <= few.budget
+        )
+        other = more_and_more[min(enough, len(more_and_more) - 1)]
+        if other == schedule or not _can_be(few, other) or few.cost(other) > few.budget:
+            continue
+        distance = float(few.distance(other).mean())
+        _tell(few, other, distance)
+        if distance < least:
+            best, least = other, distance
+        if enough == 0:  # the rest have nothing in the other places, and more than is needed in the first
+            break
+    return best
 
 
 class _Prices(NamedTuple):
@@ -198,11 +229,18 @@ def _candidates(problem: Problem, schedule: Schedule, change: int) -> dict[int, 
         left[problem.num_free :] = [left[problem.num_free - 1]] * (problem.num_places - problem.num_free)
         arriving = [problem.num_patches, *left[:-1]]
         other = tuple(before - after for before, after in zip(arriving, left, strict=True))
-        places = range(problem.num_places)
-        can_be = all(0 <= r <= problem.most(place, n) for place, r, n in zip(places, other, arriving, strict=True) if r)
-        if other != schedule and can_be and problem.follows(other):
+        if other != schedule and _can_be(problem, other):
             found[i] = other
     return found
+
+
+def _can_be(problem: Problem, schedule: Schedule) -> bool:
+    left = problem.num_patches
+    for place, number in enumerate(schedule):
+        if number and not 0 < number <= problem.most(place, left):
+            return False
+        left -= number
+    return problem.follows(schedule)
 
 
 def _tell(problem: Problem, schedule: Schedule, distance: float) -> None:

@@ -68,11 +68,10 @@ def _fitted(terms: list[Any], times: list[float]) -> Float[np.ndarray, " F"]:
     return np.linalg.lstsq(np.array(terms), np.array(times))[0]
 
 
-def measured(models: dict[str, Any], batch_size: int) -> dict[str, float]:
-    """Seconds of a batch of whole models, medians of interleaved rounds."""
+def measured(models: dict[str, Any], batch_size: int) -> dict[str, Float[np.ndarray, " R"]]:
+    """Seconds of a batch of whole models in each of several interleaved rounds."""
     turns = {name: partial(_time, _forward(m, batch_size), _SECONDS_OF_WHOLE) for name, m in models.items()}
-    found = timing.in_rounds(turns, _ROUNDS)
-    return {name: statistics.median(values) for name, values in found.items()}
+    return {name: np.array(values) for name, values in timing.in_rounds(turns, _ROUNDS).items()}
 
 
 def _terms(arriving: int, going: int) -> Float[np.ndarray, " F"]:

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 _DEFAULT = '{"name": "even", "then": {"name": "importance_merge"}}'
 _BUDGET = (
-    "GMAC (0.8), '120 images/s', or 1.5x: times the speed of all tokens; may be repeated, and the way down is shared"
+    "GMAC (0.8), '120 images/s', or 1.5x: times the speed of all tokens; may be repeated: a further one takes less time"
 )
 _OUT = "the schedule: a reducer for --reducer, load and configs; of several budgets, a folder: 0.8.json, 1.5x.json"
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from tif_jax.errors import InputError
 from tif_jax.experiment.predecessors import finished
-from tif_jax.impact.manifest import read_manifest
+from tif_jax.impact.manifest import as_known_there, read_manifest
 from tif_jax.impact.shards import missing_parts
 from tif_jax.runtime import files, log_file, processes, records
 from tif_jax.training.checkpoints import read_config
@@ -55,14 +55,15 @@ def take_stage(earlier: Path, workdir: Path, folder: Path, made: Mapping[str, An
 
 
 def take_impacts(earlier: Path, workdir: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Impact shards, all parts or none, unless the workdir has begun its own."""
+    """Impact shards, all parts or none, unless the workdir has begun its own. manifest: but for the number of parts."""
     there = earlier / folder.relative_to(workdir)
 
     def sources() -> list[Path]:
         found = read_manifest(there)
-        _check_same(found, {"format_version": found["format_version"], **manifest}, ["versions"])
-        if missing := missing_parts(there, manifest["num_parts"], verify=False):
-            raise InputError(f"{there} lacks {len(missing)} of {manifest['num_parts']} parts")
+        same_by_nature = {"format_version": found["format_version"], "num_parts": found["num_parts"]}
+        _check_same(found, as_known_there(found, {**manifest, **same_by_nature}), ["versions"])
+        if missing := missing_parts(there, found["num_parts"], verify=False):
+            raise InputError(f"{there} lacks {len(missing)} of {found['num_parts']} parts")
         return [there / "manifest.json", *there.glob("part-*")]
 
     _take(earlier, workdir, folder, sources)

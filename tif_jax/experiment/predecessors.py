@@ -1,14 +1,17 @@
 """What a stage is made from: which checkpoint, and whether its own stage is finished."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from tif_jax.errors import InputError
 from tif_jax.experiment.folders import adapter_folder, backbone_folder, filter_folder, heldout_folder, impact_folder
+from tif_jax.experiment.reducer_entry import ReducerEntry
 from tif_jax.experiment.schema import Experiment
 from tif_jax.impact.manifest import read_manifest
 from tif_jax.impact.oracle import TARGETS
-from tif_jax.training.checkpoints import identity, newest, read_config
+from tif_jax.models.budget import SOLVED
+from tif_jax.training.checkpoints import identity, newest, newest_first, read_config
 from tif_jax.weights.where import checkpoint_directory, located
 
 _RECIPE = ("estimator", "mask", "target", "num_images", "views")  # of impacts; who computed them does not matter
@@ -76,7 +79,26 @@ def made_from(experiment: Experiment, workdir: Path, stage: str) -> dict[str, An
         folders["start"] = start_folder(experiment, workdir)
         reads_impact = experiment.reducer.name == "prior"
     found: dict[str, Any] = {name: finished(folder)[1]["digest"] for name, folder in folders.items()}
-    return found | ({"impact": recipe_of(impact_folder(workdir))} if reads_impact else {})
+    if reads_impact:
+        found["impact"] = recipe_of(impact_folder(workdir))
+        if stage == "finetune":  # the prior is read off the labels, which the recipe of a filter says for itself
+            labels = experiment.filter
+            decides = "keep_ratio" if labels.labels == "top" else "rho"
+            found["labels"] = {"labels": labels.labels, decides: getattr(labels, decides)}
+    return found
+
+
+def as_begun(entry: ReducerEntry, folder: Path) -> ReducerEntry:
+    """The reducer of a stage, its budget replaced by the amount that the stage's newest readable checkpoint was trained with.
+
+    A speed is measured anew on another machine, and another version may count GMAC otherwise: both would go on with another
+    number of tokens.
+    """
+    for checkpoint in newest_first(folder / "checkpoints") if entry.budget is not None else ():
+        with suppress(InputError):  # a damaged one is told where checkpoints are restored
+            trained = read_config(checkpoint)["reducer"]
+            return entry.replaced(**{name: trained[name] for name in SOLVED if trained.get(name) is not None})
+    return entry
 
 
 def recipe_of(folder: Path) -> dict[str, Any]:

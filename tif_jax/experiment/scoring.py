@@ -16,9 +16,10 @@ from tif_jax.experiment.predecessors import finished
 from tif_jax.experiment.schema import Experiment
 from tif_jax.experiment.sources import open_for_model
 from tif_jax.impact import job
-from tif_jax.impact.manifest import Manifest
+from tif_jax.impact.manifest import Manifest, is_claimed, read_manifest
 from tif_jax.impact.objective import TARGETS, described
 from tif_jax.models import Model, plain_vit
+from tif_jax.models.build import built_with
 from tif_jax.models.params import backbone_digest, params_of
 from tif_jax.runtime import records
 from tif_jax.tasks import CLASSIFICATION
@@ -27,6 +28,12 @@ from tif_jax.weights.loading import load
 _ROWS_PER_PART = 256
 _IDENTITY = ("name", "tfds_name", "train_split", "test_split", "num_train", "num_validation", "num_test", "seed")
 _OF_LABEL_MAPS = ("label_map", "label_folder", "label_kind", "label_scale", "num_classes")
+_OF_NO_ACCOUNT = (
+    "dtype",
+    "drop_path",
+    "remat",
+    "lean_last_block",
+)  # fields that change no impact, or are told elsewhere
 
 
 def score_training(experiment: Experiment, workdir: Path, earlier: Path | None = None) -> None:
@@ -34,25 +41,19 @@ def score_training(experiment: Experiment, workdir: Path, earlier: Path | None =
 
     earlier: another workdir, which they are taken over from if they are the same there.
     """
-    _score(_job(experiment, impact_folder(workdir), workdir, "train", experiment.score.target), workdir, earlier)
+    job.run(_job(experiment, impact_folder(workdir), workdir, "train", experiment.score.target, earlier))
 
 
 def score_heldout(experiment: Experiment, workdir: Path, earlier: Path | None = None) -> None:
     """DIR/heldout-label and DIR/heldout-teacher: both oracles on evaluate.num_images test images."""
     for target in heldout_targets(experiment):
-        _score(_job(experiment, heldout_folder(workdir, target), workdir, "test", target), workdir, earlier)
+        job.run(_job(experiment, heldout_folder(workdir, target), workdir, "test", target, earlier))
 
 
 def heldout_targets(experiment: Experiment) -> list[str]:
     """The oracles that test images are scored by."""
     by_gradient = experiment.score.estimator == "gradient"
     return [target for target in TARGETS if not (by_gradient and target == "teacher")]  # zero everywhere
-
-
-def _score(of_stage: job.Job, workdir: Path, earlier: Path | None) -> None:
-    if earlier:
-        take_impacts(earlier, workdir, of_stage.directory, of_stage.manifest)
-    job.run(of_stage)
 
 
 def expected_manifest(experiment: Experiment, model: Model, source: Source) -> dict[str, Any]:
@@ -62,6 +63,8 @@ def expected_manifest(experiment: Experiment, model: Model, source: Source) -> d
     return {
         "num_examples": len(source),
         "backbone": backbone_digest(params_of(model)),
+        # Of some of these no parameter tells: with other heads the same weights are another network.
+        "model": {key: value for key, value in built_with(model)["model"].items() if key not in _OF_NO_ACCOUNT},
         "num_tokens": model.grid[0] * model.grid[1],
         # These decide which image an index is, and its label.
         "data": {key: getattr(options, key) for key in identity} | {"examples": fingerprint(source)},
@@ -78,7 +81,10 @@ def label_options(experiment: Experiment, impact: Float[np.ndarray, "E N"]) -> d
     return {"rho": options.rho if options.labels == "above" else float(np.quantile(impact, options.rho))}
 
 
-def _job(experiment: Experiment, directory: Path, workdir: Path, split: str, target: str) -> job.Job:
+def _job(
+    experiment: Experiment, directory: Path, workdir: Path, split: str, target: str, earlier: Path | None
+) -> job.Job:
+    """What is to be scored. Impacts that another workdir has are taken over first: how many parts they have is theirs."""
     options, judged = experiment.score, experiment.evaluate
     views, part, num_images, num_samples = options.views, options.part, options.num_images, options.num_samples
     if split == "test":
@@ -87,10 +93,13 @@ def _job(experiment: Experiment, directory: Path, workdir: Path, split: str, tar
     model = load(finished(backbone_folder(workdir))[0], dtype=_dtype(options.dtype, options.estimator))
     source = open_for_model(experiment, split, model, labelled=False)  # a teacher needs none
     rows = _rows(len(source), num_images, views)
-    parts, num_parts = _parts(part, len(rows))
+    manifest = _manifest(experiment, model, of_oracle, split, source, len(rows), views)
+    if earlier:
+        take_impacts(earlier, workdir, directory, manifest)
+    parts, num_parts = _parts(part, len(rows), directory)
     return job.Job(
         directory=directory,
-        manifest=_manifest(experiment, model, of_oracle, split, source, len(rows), views, num_parts),
+        manifest=cast(Manifest, {**manifest, "num_parts": num_parts}),
         model=model,
         source=source,
         data=experiment.data,
@@ -110,13 +119,16 @@ def _rows(num_examples: int, num_images: int, views: int) -> np.ndarray:
     return np.stack([np.repeat(index, views), np.tile(np.arange(views), count)], axis=1)
 
 
-def _parts(part: str, num_rows: int) -> tuple[Sequence[int], int]:
+def _parts(part: str, num_rows: int, directory: Path) -> tuple[Sequence[int], int]:
     """This process's parts and the number of parts of all jobs together.
 
-    part: 'K/N', the K-th of N; or '' for all, of which each process of a multi-process run takes its share.
+    part: 'K/N', the K-th of N; or '' for all, of which each process of a multi-process run takes its share. They are as
+    many as in the directory, where a job in N parts may have begun or finished.
     """
     if not part:
         num_parts = -(-num_rows // _ROWS_PER_PART)
+        if is_claimed(directory):
+            num_parts = read_manifest(directory)["num_parts"]
         return range(1 + jax.process_index(), num_parts + 1, jax.process_count()), num_parts
     number, num_parts = map(int, part.split("/"))
     if num_parts > num_rows:
@@ -138,16 +150,15 @@ def _manifest(
     source: Source,
     num_rows: int,
     views: int,
-    num_parts: int,
-) -> Manifest:
+) -> dict[str, Any]:
+    """But for the number of parts."""
     estimator = {"name": of_oracle["estimator"], "seed": experiment.seed, "dtype": np.dtype(model.dtype).name}
     if of_oracle["estimator"] == "sampled":
         estimator |= {key: of_oracle[key] for key in ("num_samples", "keep_ratio")}
     expected = expected_manifest(experiment, model, source)
-    manifest = {
+    manifest: dict[str, Any] = {
         "num_images": num_rows // views,
         "views": views,
-        "num_parts": num_parts,
         "estimator": estimator,
         "mask": of_oracle["mask"],
         "target": of_oracle["target"],
@@ -155,4 +166,4 @@ def _manifest(
     }
     if model.task != CLASSIFICATION.name:
         manifest |= {"task": model.task, "loss": described(plain_vit(model, "impact"), of_oracle["target"])}
-    return cast(Manifest, manifest | expected | {"data": expected["data"] | {"split": split}})
+    return manifest | expected | {"data": expected["data"] | {"split": split}}

@@ -18,7 +18,7 @@ from tif_jax.errors import InputError
 from tif_jax.experiment.config import to_json
 from tif_jax.experiment.earlier import take_stage
 from tif_jax.experiment.folders import adapter_folder, backbone_folder, filter_folder, finetune_folder
-from tif_jax.experiment.predecessors import check_finished, finished, made_from, start_folder
+from tif_jax.experiment.predecessors import as_begun, check_finished, finished, made_from, start_folder
 from tif_jax.experiment.preprocessing import check_prepared, prepare
 from tif_jax.experiment.reducer_entry import FITTED, ReducerEntry, phases_of
 from tif_jax.experiment.schema import Experiment
@@ -174,16 +174,16 @@ def selectors(experiment: Experiment, workdir: Path) -> Stage:
 
 def adapter(experiment: Experiment, workdir: Path) -> Stage:
     """The adapter of tif, behind its fitted filter; it learns from what the backbone says of all tokens, not from labels."""
-    recipe = experiment.adapter
+    recipe, directory = experiment.adapter, adapter_folder(experiment, workdir)
     entry = experiment.reducer if recipe.as_used else _fitted_entry(experiment)
     if not entry.has_adapter:
         raise InputError("stage 'adapter' is for tif with reducer.adapter above 0")
-    loaded = _load(filter_folder(experiment, workdir), entry, experiment)
+    loaded = _load(filter_folder(experiment, workdir), as_begun(entry, directory), experiment)
     return _part_alone(
         experiment,
         entry,
         loaded,
-        directory=adapter_folder(experiment, workdir),
+        directory=directory,
         recipe=recipe,
         loss=tasks.of_model(loaded[0]).divergence,
         **_all_images(experiment, recipe, loaded[0]),
@@ -220,7 +220,7 @@ def finetune(experiment: Experiment, workdir: Path) -> Stage:
         trainable=REDUCER_RESTS if rests else (),
         early=[
             (end, nnx.eval_shape(blueprint(fields, reducer=changed.name, **changed.arguments), jax.random.key(0)))
-            for end, changed in phases_of(entry, recipe.phases)
+            for end, changed in phases_of(as_begun(entry, finetune_folder(experiment, workdir)), recipe.phases)
         ],
         teacher=teacher,
         made_from=begin,
@@ -234,7 +234,7 @@ STAGES: dict[str, Callable[[Experiment, Path], Stage]] = {
 
 def before_finetuning(experiment: Experiment, workdir: Path) -> tuple[Model, dict[str, Any]]:
     """The model that fine-tuning begins with, under the experiment's reducer, and its fields."""
-    entry, recipe = experiment.reducer, experiment.finetune
+    entry, recipe = as_begun(experiment.reducer, finetune_folder(experiment, workdir)), experiment.finetune
     given = {"drop_path": recipe.drop_path, **_remat(recipe), **recipe.model}
     model, fields = _load(start_folder(experiment, workdir), entry, experiment, **given)
     if entry.name == "prior":  # nothing to train: its one parameter is read off the shards

@@ -30,6 +30,7 @@ from tif_jax.tokens import keep_rows, num_kept, top_k
 
 Batch = Mapping[str, Any]
 _MAPS = "label_map"  # in a batch
+_VALID = "valid"
 Outcome = dict[str, float]  # by the keys of a task's OUTCOMES
 Name = TypeVar("Name")
 
@@ -159,26 +160,29 @@ def _terms(
     eigen_crop: bool = False,
 ) -> Any:
     """What outcomes are made of. Of pixels that is made in the program, where they are: a number per image for each entry of
-    OUTCOMES. Of a classifier the logits.
+    OUTCOMES, and the share of its pixels that count. Of a classifier the logits.
     """
     if model.task == CLASSIFICATION.name:
         return prediction
     batch = {_MAPS: maps}
     if model.task == DEPTH.name:
-        rmse = dense_losses.depth(prediction, {}, batch, cap=model.max_depth, eigen_crop=eigen_crop)["rmse"]
-        return {"rmse": rmse, "difference": jnp.sqrt(jnp.square(prediction - whole).mean(axis=(1, 2)))}
+        found = dense_losses.depth(prediction, {}, batch, cap=model.max_depth, eigen_crop=eigen_crop)
+        difference = jnp.sqrt(jnp.square(prediction - whole).mean(axis=(1, 2)))
+        return {"rmse": found["rmse"], "difference": difference, _VALID: found["valid"]}
     found = dense_losses.segmentation(prediction, {}, batch)
     same = prediction.argmax(axis=-1) == whole.argmax(axis=-1)
     return {
         "cross_entropy": found["loss"],
         "pixel_accuracy": found["pixel_accuracy"],
         "agreement": same.mean(axis=(1, 2), dtype=jnp.float32),
+        _VALID: found["valid"],
     }
 
 
 def _outcome(found: Any, whole: Any, labels: Int[np.ndarray, " E"]) -> Outcome:
-    if isinstance(found, Mapping):
-        return {name: float(values.mean()) for name, values in found.items()}
+    if isinstance(found, Mapping):  # images in which no pixel counts are left out, as in evaluation
+        counts = found[_VALID] > 0
+        return {name: float(values[counts].mean()) for name, values in found.items() if name != _VALID}
     return outcome(found, whole, labels)
 
 

@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2  # 1 had no sha256
 
+BEGUN = ".part-*.begun"  # rows so far of parts (`shards.write_begun`)
+
 _NAME = "manifest.json"
 _MAX_EXAMPLES, _MAX_TOKENS = 10**10, 10**6  # examples: and views of them. Both are far above what there is
 _RESTART = "choose another --workdir, or delete that folder and run `tif score`"
@@ -35,8 +37,19 @@ class Manifest(TypedDict):
     preprocessing: dict[str, Any]
     backbone: str  # `models.params.backbone_digest`
     versions: dict[str, str]
+    model: NotRequired[dict[str, Any]]  # the backbone's fields; folders from before 2026-12 do not have them
     task: NotRequired[str]  # of the backbone, if it is no classifier
     loss: NotRequired[str]  # then: what impact is the change of (`objective.described`)
+
+
+def is_claimed(directory: str | os.PathLike[str]) -> bool:
+    """Whether a job has begun in the directory."""
+    return (Path(directory) / _NAME).exists()
+
+
+def as_known_there(manifest: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:
+    """What is expected of a manifest, without what those of its time did not say."""
+    return {key: value for key, value in expected.items() if key != "model" or key in manifest}
 
 
 def open_manifest(directory: str | os.PathLike[str], manifest: Manifest) -> None:
@@ -47,12 +60,16 @@ def open_manifest(directory: str | os.PathLike[str], manifest: Manifest) -> None
     """
     directory = Path(directory)
     ours = {"format_version": FORMAT_VERSION, **manifest}
-    has_parts = any(directory.glob("part-*"))  # looked for before the manifest, which is older than its parts
-    if not (directory / _NAME).exists():
+    # Looked for before the manifest, which is older than its parts and the rows of a part that was begun.
+    has_parts, begun = any(directory.glob("part-*")), [*directory.glob(BEGUN)]
+    if not is_claimed(directory):
         if has_parts:
             raise InputError(f"{directory} holds parts of unknown origin: it has no {_NAME}; {_RESTART}")
+        for rows in begun:  # of another job, whose manifest was deleted
+            rows.unlink(missing_ok=True)
         files.write(directory / _NAME, records.text(ours), once=True)
-    different = records.differences(read_manifest(directory), ours)
+    there = read_manifest(directory)
+    different = records.differences(there, as_known_there(there, ours))
     versions = {key: values for key, values in different.items() if key.startswith("versions.")}
     if len(different) > len(versions):
         raise InputError(f"{directory} holds other impacts: {_listed(different)}; {_RESTART}")
@@ -73,7 +90,7 @@ def read_manifest(directory: Path, expected: Mapping[str, Any] | None = None) ->
         known = False
     if not known:
         raise InputError(f"{path} is damaged or not of format_version {FORMAT_VERSION}; {_RESTART}")
-    different = records.differences(manifest, expected or {})
+    different = records.differences(manifest, as_known_there(manifest, expected or {}))
     if different := {key: (there, here) for key, (there, here) in different.items() if here is not None}:
         raise InputError(f"impact in {directory} does not match: {_listed(different)}; {_RESTART}")
     return manifest

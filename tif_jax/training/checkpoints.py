@@ -177,10 +177,16 @@ def newest(directory: str | Path) -> Path:
     directory = Path(directory).absolute()
     if (directory / "params").is_dir():
         return directory
-    numbered = [p for p in directory.iterdir() if p.is_dir() and p.name.isdigit()] if directory.is_dir() else []
-    if not numbered:
+    if not (numbered := newest_first(directory)):
         raise InputError(f"no checkpoint in {directory}; run the stage that makes it first")
-    return max(numbered, key=lambda p: int(p.name))
+    return numbered[0]
+
+
+def newest_first(directory: str | Path) -> list[Path]:
+    """The folders of all checkpoints in a directory, damaged or not."""
+    directory = Path(directory).absolute()
+    numbered = [p for p in directory.iterdir() if p.is_dir() and p.name.isdigit()] if directory.is_dir() else []
+    return sorted(numbered, key=lambda p: -int(p.name))
 
 
 def read_config(folder: Path) -> dict[str, Any]:

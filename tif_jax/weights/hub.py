@@ -5,6 +5,7 @@ here, too: HF_HUB_OFFLINE, HF_HOME, HF_TOKEN, HF_ENDPOINT. Nothing that is downl
 """
 
 import errno
+import json
 import logging
 import os
 import re
@@ -124,14 +125,27 @@ def _downloaded(name: str, repository: str, revision: str | None, patterns: Sequ
     if revision and _COMMIT.fullmatch(revision):  # it does not change: nobody needs to be asked
         with suppress(hub.errors.LocalEntryNotFoundError):
             folder = snapshot(local_files_only=True)
-            # A download that was cut short may have left either; without its config.json a file is read otherwise.
-            if all((folder / file).is_file() for file in (WEIGHTS, "config.json")):
+            if _is_whole(folder):
                 return folder
     logger.info("%s: looked up at %s; what is not in the cache yet is downloaded", name, page)
     try:
         return snapshot()
     except hub.errors.LocalEntryNotFoundError as error:
         raise InputError(_by_hand(name, repository, revision, page, error)) from None
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether all is there that decides on how the weights are read.
+
+    A download that was cut short, or another library's, may have left a part. Without its config.json a file is read
+    otherwise, and HF transformers write how images are prepared beside it.
+    """
+    if not all((folder / file).is_file() for file in (WEIGHTS, "config.json")):
+        return False
+    with suppress(ValueError, AttributeError):  # what is wrong with it is told where it is read
+        if "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8")).keys():
+            return any((folder / file).is_file() for file in _SAYING[1:])
+    return True
 
 
 def _by_hand(name: str, repository: str, revision: str | None, page: str, error: Exception) -> str:

@@ -86,7 +86,11 @@ def preprocessing_of(folder: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _parts(path: Path, said: Mapping[str, Any]) -> dict[str, Any]:
-    if said.get("do_rescale", True) and not math.isclose(said.get("rescale_factor") or 1 / 255, 1 / 255, rel_tol=1e-3):
+    if said.get("do_rescale", True) is False:
+        raise InputError(
+            f"{path}: do_rescale false is not supported; pixels are from 0 to 1 here before they are normalised"
+        )
+    if not math.isclose(said.get("rescale_factor") or 1 / 255, 1 / 255, rel_tol=1e-3):
         raise InputError(f"{path}: rescale_factor {said['rescale_factor']!r} is not supported; known: 1/255")
     parts: dict[str, Any] = {"interpolation": _interpolation(path, said.get("resample"))}
     if said.get("do_normalize", True):
