@@ -90,5 +90,5 @@ def contents(folder: Path) -> dict[Path, bytes]:
 def last_line(capsys) -> str:
     """The one line in which the program says how it failed; it comes last, and before it there is nothing but the log."""
     *log, line = capsys.readouterr().err.splitlines()
-    assert line.startswith("tif") and all(re.match(r"\d\d:\d\d:\d\d ", entry) for entry in log)
+    assert line.startswith("tif") and all(re.match(r"\d\d:\d\d:\d\d ", entry) for entry in log), (log, line)
     return line

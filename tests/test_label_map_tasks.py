@@ -117,6 +117,7 @@ def test_augmentations_that_label_maps_do_not_follow_are_refused(folder, overrid
 
 def test_impacts_are_of_these_label_maps(folder, monkeypatch):
     monkeypatch.setattr("tif_jax.experiment.scoring.backbone_digest", lambda params: "b" * 64)
+    monkeypatch.setattr("tif_jax.experiment.scoring.built_with", lambda model: {"model": {}})
     monkeypatch.setattr(Dense, "grid", (3, 4), raising=False)
 
     def made(data, model):
