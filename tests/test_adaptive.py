@@ -236,7 +236,11 @@ def test_routes_that_are_none(models, route):
 def test_an_image_that_gives_no_numbers_is_answered_like_others(models, images):
     bad = images.copy()
     bad[0] = np.nan
+    both = images.copy()
+    both[0, 0, 0] = np.inf, -np.inf, 0
     answers = Adaptive.with_route(*models, Route((0, 1, 2), (0.0, 0.0, ALWAYS)), batch_size=8)
     found, expected = [np.concatenate([a.logits for a in answers.stream([x])]) for x in (bad, images)]
     assert np.isnan(found[0]).all()
     np.testing.assert_allclose(found[1:], expected[1:], atol=1e-5)
+    again = np.concatenate([a.logits for a in answers.stream([both.astype(np.float16)])])
+    assert np.isnan(again[0]).all() and np.isfinite(again[1:]).all()

@@ -122,6 +122,22 @@ def test_a_speed_that_is_not_met_is_told(monkeypatch, caplog):
     assert "budget 1.5x at 2 is not met: the schedule is for 2 images/s, 1.2 times" in caplog.text
 
 
+def test_a_speed_is_judged_beside_all_tokens_in_the_same_round(monkeypatch):
+    """The machine came to half of its speed meanwhile: the medians alone would say 2.9 times, the rounds say 1.7."""
+    full = lively(TINY)
+    calibration = Calibration(
+        Models(full, lambda numbers: lively(TINY, reducer="tome", num_merged=numbers)),
+        np.asarray(numpy_images(64, (32, 32), 0)),
+    )
+    rounds = {"full": np.array([1.0, 1.0, 2.0, 2.0, 2.0]), "reduced": np.array([0.6, 0.6, 1.2, 1.2, 0.7])}
+    searched = []
+    monkeypatch.setattr(calibrate, "seconds_of", lambda *_: lambda schedule: 2 - 0.1 * sum(schedule))
+    monkeypatch.setattr(calibrate, "measured", lambda models, size: {name: rounds[name] for name in models})
+    monkeypatch.setattr(calibration, "_search", lambda cost, budget: searched.append(budget) or (4, 4, 4))
+    calibration.within(read_budget("1.65x at 2"))
+    assert searched == [2 / 1.65]  # met, and not by far
+
+
 def problem(weights, budget, num_patches=8, depth=3):
     """Divergence: the square of what each block takes, by its weight; cost: tokens behind blocks."""
 

@@ -70,3 +70,9 @@ def test_a_model_that_follows_a_ranking_fares_as_its_best_tokens(seen):
     assert judge.judge_models(model, batches, mesh, {"tif": model})["tif"] == pytest.approx(
         found["filter"][0.5], rel=1e-5
     )
+
+
+def test_an_image_of_which_no_pixel_counts_is_left_out():
+    """Its error is 0, whatever was predicted."""
+    found = {"rmse": np.array([0.0, 2.0, 4.0]), "difference": np.array([9.0, 1.0, 2.0]), "valid": np.array([0, 0.5, 1])}
+    assert judge._outcome(found, None, np.zeros(3, int)) == {"rmse": 3.0, "difference": 1.5}

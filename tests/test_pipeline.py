@@ -1,6 +1,7 @@
 """`tif run` from nothing to a report, and again; cut in the middle it ends where an uncut run ends."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -189,6 +190,9 @@ def test_the_prior_is_read_off_the_shards_and_rests(finished):
     above = [*PRIOR, "--config.filter.labels=above", "--config.filter.rho=0.01"]
     other = stages.finetune(config_file.load(str(config), above), workdir)
     assert other.made_from["labels"] == {"labels": "above", "rho": 0.01}
+    records.write(stage.directory / "config.json", {"made_from": {}})  # of before: it does not say which labels
+    assert "labels" not in stages.finetune(config_file.load(str(config), PRIOR), workdir).made_from
+    shutil.rmtree(stage.directory)
 
 
 def test_a_ladder_is_evaluated(finished, tmp_path, capsys):

@@ -107,8 +107,8 @@ def _descending(problem: Problem, step: int) -> Iterator[Schedule]:
 
 
 def _with_other_first(few: Problem, schedule: Schedule, step: int, unit: int) -> Schedule:
-    """Of the schedule, and those within the budget that have another number at the first place, a multiple of twice `step`,
-    and in the others as many in proportion, in multiples of `unit`, the one of least distance.
+    """Of the schedule, and those within the budget that have a multiple of twice `step` at the first place, or the nearest
+    number that can be left there, and in the others as many in proportion, in multiples of `unit`, the one of least distance.
 
     To let go of much before all else can pay where a little does not, and takes from all places that come after: a
     way that leads through steps at one place, and exchanges between two, passes by it.
@@ -120,17 +120,19 @@ def _with_other_first(few: Problem, schedule: Schedule, step: int, unit: int) ->
         more_and_more = [
             (first, *(round(r * share / unit) * unit for r in schedule[1:])) for share in np.arange(0, 2, 1 / 64)
         ]
+        # That nothing goes anywhere else is asked by itself: where a little costs more than it saves, bisection passes by it.
+        is_alone = few.cost(more_and_more[0]) <= few.budget
         enough = bisect_left(
             more_and_more, True, key=lambda other: not _can_be(few, other) or few.cost(other) <= few.budget
         )
-        other = more_and_more[min(enough, len(more_and_more) - 1)]
+        other = more_and_more[0 if is_alone else min(enough, len(more_and_more) - 1)]
         if other == schedule or not _can_be(few, other) or few.cost(other) > few.budget:
             continue
         distance = float(few.distance(other).mean())
         _tell(few, other, distance)
         if distance < least:
             best, least = other, distance
-        if enough == 0:  # the rest have nothing in the other places, and more than is needed in the first
+        if is_alone:  # the rest have nothing in the other places, and more than is needed in the first
             break
     return best
 

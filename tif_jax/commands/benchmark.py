@@ -11,8 +11,8 @@ import jax
 
 from tif_jax.commands import _arguments
 from tif_jax.commands._tables import Column, aligned, fixed
-from tif_jax.experiment.folders import backbone_folder
-from tif_jax.experiment.predecessors import standing
+from tif_jax.experiment.folders import backbone_folder, finetune_folder
+from tif_jax.experiment.predecessors import as_begun, standing
 from tif_jax.experiment.schema import Experiment
 from tif_jax.models.compiled import compile_forward, peak_memory, random_images
 from tif_jax.models.cost import cost
@@ -52,8 +52,10 @@ def benchmark(config: Experiment, workdir: Path) -> dict[str, Any]:
     checkpoint, which = standing(backbone_folder(workdir))
     rows, turns = [], []
     for entry in recipe.reducers:
-        fields = config.finetune.model
-        model, _ = load_with_fields(checkpoint, reducer=entry.name, dtype=recipe.dtype, **fields, **entry.arguments)
+        # What was fine-tuned under a budget is measured with the amount that it has.
+        begun = as_begun(entry, finetune_folder(config.under(entry), workdir))
+        given = {**config.finetune.model, **begun.arguments}
+        model, _ = load_with_fields(checkpoint, reducer=entry.name, dtype=recipe.dtype, **given)
         program, arguments = compile_forward(model, random_images(model, recipe.batch_size), mesh)
         jax.block_until_ready(program(*arguments))
         turns.append(partial(_images_per_second, program, arguments))

@@ -1,7 +1,7 @@
 """The whole pipeline: backbone, score, filter, adapter, finetune, evaluate, benchmark, report. Goes on where it stopped."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from tif_jax.experiment import plan
 from tif_jax.experiment.checks import check_on_backbone
 from tif_jax.experiment.earlier import check as check_earlier
 from tif_jax.experiment.folders import backbone_folder, filter_folder, finetune_folder
-from tif_jax.experiment.predecessors import finished, oracles_of
+from tif_jax.experiment.predecessors import as_begun, finished, oracles_of
 from tif_jax.experiment.schema import Experiment
 from tif_jax.experiment.scoring import score_heldout, score_training
 from tif_jax.experiment.sources import check_splits
@@ -54,7 +54,7 @@ def run(experiment: Experiment, workdir: Path, earlier: Path | None = None) -> N
         begins = experiment.backbone.init_from or experiment.backbone.head
         fields = before_backbone(experiment)[1] if begins else experiment.backbone.model
         for of_run in runs:
-            check_on_backbone(of_run, fields)
+            _check(of_run, fields, workdir)
     plan.write(experiment, workdir, runs, filters, earlier)
     logger.info("stage backbone")
     train("backbone", experiment, workdir, earlier)
@@ -63,7 +63,7 @@ def run(experiment: Experiment, workdir: Path, earlier: Path | None = None) -> N
     if imported:
         fields = read_config(finished(backbone_folder(workdir))[0])["model"]
         for of_run in runs:
-            check_on_backbone(of_run, fields)
+            _check(of_run, fields, workdir)
     if filters or any(of_run.reducer.name == "prior" for of_run in runs):
         logger.info("stage score")
         score_training(experiment, workdir, earlier)
@@ -83,6 +83,11 @@ def run(experiment: Experiment, workdir: Path, earlier: Path | None = None) -> N
     if processes.is_first():
         write_report(workdir, filters[0] if filters else None)
     processes.wait_for_all("reported")
+
+
+def _check(of_run: Experiment, fields: Mapping[str, Any], workdir: Path) -> None:
+    """That a run fits the backbone, with the amount that its fine-tuning has begun with."""
+    check_on_backbone(of_run.under(as_begun(of_run.reducer, finetune_folder(of_run, workdir))), fields)
 
 
 def _finetune(of_run: Experiment, workdir: Path, earlier: Path | None) -> None:

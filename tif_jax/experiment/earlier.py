@@ -60,8 +60,7 @@ def take_impacts(earlier: Path, workdir: Path, folder: Path, manifest: Mapping[s
 
     def sources() -> list[Path]:
         found = read_manifest(there)
-        same_by_nature = {"format_version": found["format_version"], "num_parts": found["num_parts"]}
-        _check_same(found, as_known_there(found, {**manifest, **same_by_nature}), ["versions"])
+        _check_same(found, as_known_there(found, manifest), ["versions", "format_version", "num_parts"])
         if missing := missing_parts(there, found["num_parts"], verify=False):
             raise InputError(f"{there} lacks {len(missing)} of {found['num_parts']} parts")
         return [there / "manifest.json", *there.glob("part-*")]

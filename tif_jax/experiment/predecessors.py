@@ -5,12 +5,20 @@ from pathlib import Path
 from typing import Any
 
 from tif_jax.errors import InputError
-from tif_jax.experiment.folders import adapter_folder, backbone_folder, filter_folder, heldout_folder, impact_folder
+from tif_jax.experiment.folders import (
+    adapter_folder,
+    backbone_folder,
+    filter_folder,
+    finetune_folder,
+    heldout_folder,
+    impact_folder,
+)
 from tif_jax.experiment.reducer_entry import ReducerEntry
 from tif_jax.experiment.schema import Experiment
 from tif_jax.impact.manifest import read_manifest
 from tif_jax.impact.oracle import TARGETS
 from tif_jax.models.budget import SOLVED
+from tif_jax.runtime import records
 from tif_jax.training.checkpoints import identity, newest, newest_first, read_config
 from tif_jax.weights.where import checkpoint_directory, located
 
@@ -64,7 +72,7 @@ def start_folder(experiment: Experiment, workdir: Path) -> Path:
 
 
 def made_from(experiment: Experiment, workdir: Path, stage: str) -> dict[str, Any]:
-    """What a stage would now be made from: digests of checkpoints, and how impacts were measured.
+    """What a stage would now be made from: digests of checkpoints, how impacts were measured, and by what they are labels.
 
     The folder of a stage is claimed for it. Raises InputError if a stage before it is not finished.
     """
@@ -81,7 +89,9 @@ def made_from(experiment: Experiment, workdir: Path, stage: str) -> dict[str, An
     found: dict[str, Any] = {name: finished(folder)[1]["digest"] for name, folder in folders.items()}
     if reads_impact:
         found["impact"] = recipe_of(impact_folder(workdir))
-        if stage == "finetune":  # the prior is read off the labels, which the recipe of a filter says for itself
+        # The prior is read off the labels, which the recipe of a filter says for itself. Folders from before do not say it.
+        noted = records.read(finetune_folder(experiment, workdir) / "config.json") if stage == "finetune" else {}
+        if stage == "finetune" and (noted is None or "labels" in noted.get("made_from", {})):
             labels = experiment.filter
             decides = "keep_ratio" if labels.labels == "top" else "rho"
             found["labels"] = {"labels": labels.labels, decides: getattr(labels, decides)}

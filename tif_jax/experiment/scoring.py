@@ -28,12 +28,8 @@ from tif_jax.weights.loading import load
 _ROWS_PER_PART = 256
 _IDENTITY = ("name", "tfds_name", "train_split", "test_split", "num_train", "num_validation", "num_test", "seed")
 _OF_LABEL_MAPS = ("label_map", "label_folder", "label_kind", "label_scale", "num_classes")
-_OF_NO_ACCOUNT = (
-    "dtype",
-    "drop_path",
-    "remat",
-    "lean_last_block",
-)  # fields that change no impact, or are told elsewhere
+# Fields that change no impact, or are told elsewhere.
+_OF_NO_ACCOUNT = ("dtype", "drop_path", "remat", "lean_last_block")
 
 
 def score_training(experiment: Experiment, workdir: Path, earlier: Path | None = None) -> None:

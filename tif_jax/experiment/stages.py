@@ -220,7 +220,7 @@ def finetune(experiment: Experiment, workdir: Path) -> Stage:
         trainable=REDUCER_RESTS if rests else (),
         early=[
             (end, nnx.eval_shape(blueprint(fields, reducer=changed.name, **changed.arguments), jax.random.key(0)))
-            for end, changed in phases_of(as_begun(entry, finetune_folder(experiment, workdir)), recipe.phases)
+            for end, changed in phases_of(entry, recipe.phases)
         ],
         teacher=teacher,
         made_from=begin,
