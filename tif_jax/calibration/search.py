@@ -117,15 +117,15 @@ def _with_other_first(few: Problem, schedule: Schedule, step: int, unit: int) ->
     best, least = schedule, float(few.distance(schedule).mean())
     for number in range(0, few.num_patches, 2 * step):
         first = few.num_patches - few.left_at(0, few.num_patches - number, False)
-        more_and_more = [
-            (first, *(round(r * share / unit) * unit for r in schedule[1:])) for share in np.arange(0, 2, 1 / 64)
-        ]
-        # That nothing goes anywhere else is asked by itself: where a little costs more than it saves, bisection passes by it.
-        is_alone = few.cost(more_and_more[0]) <= few.budget
-        enough = bisect_left(
-            more_and_more, True, key=lambda other: not _can_be(few, other) or few.cost(other) <= few.budget
-        )
-        other = more_and_more[0 if is_alone else min(enough, len(more_and_more) - 1)]
+        other = (first, *[0] * (few.num_places - 1))
+        # Asked by itself: where a little elsewhere costs more than it saves, bisection passes by it.
+        is_alone = few.cost(other) <= few.budget
+        if not is_alone:
+            more = [
+                (first, *(round(r * share / unit) * unit for r in schedule[1:])) for share in np.arange(0, 2, 1 / 64)
+            ]
+            enough = bisect_left(more, True, key=lambda s: not _can_be(few, s) or few.cost(s) <= few.budget)
+            other = more[min(enough, len(more) - 1)]
         if other == schedule or not _can_be(few, other) or few.cost(other) > few.budget:
             continue
         distance = float(few.distance(other).mean())

@@ -89,9 +89,11 @@ def made_from(experiment: Experiment, workdir: Path, stage: str) -> dict[str, An
     found: dict[str, Any] = {name: finished(folder)[1]["digest"] for name, folder in folders.items()}
     if reads_impact:
         found["impact"] = recipe_of(impact_folder(workdir))
-        # The prior is read off the labels, which the recipe of a filter says for itself. Folders from before do not say it.
-        noted = records.read(finetune_folder(experiment, workdir) / "config.json") if stage == "finetune" else {}
-        if stage == "finetune" and (noted is None or "labels" in noted.get("made_from", {})):
+    if (
+        reads_impact and stage == "finetune"
+    ):  # the prior is read off the labels; the recipe of a filter says them itself
+        noted = records.read(finetune_folder(experiment, workdir) / "config.json")
+        if noted is None or "labels" in noted.get("made_from", {}):  # folders from before do not say them
             labels = experiment.filter
             decides = "keep_ratio" if labels.labels == "top" else "rho"
             found["labels"] = {"labels": labels.labels, decides: getattr(labels, decides)}

@@ -19,7 +19,7 @@ from tif_jax.impact import job
 from tif_jax.impact.manifest import Manifest, is_claimed, read_manifest
 from tif_jax.impact.objective import TARGETS, described
 from tif_jax.models import Model, plain_vit
-from tif_jax.models.build import built_with
+from tif_jax.models.build import RUNNING_FIELDS, built_with
 from tif_jax.models.params import backbone_digest, params_of
 from tif_jax.runtime import records
 from tif_jax.tasks import CLASSIFICATION
@@ -28,8 +28,6 @@ from tif_jax.weights.loading import load
 _ROWS_PER_PART = 256
 _IDENTITY = ("name", "tfds_name", "train_split", "test_split", "num_train", "num_validation", "num_test", "seed")
 _OF_LABEL_MAPS = ("label_map", "label_folder", "label_kind", "label_scale", "num_classes")
-# Fields that change no impact, or are told elsewhere.
-_OF_NO_ACCOUNT = ("dtype", "drop_path", "remat", "lean_last_block")
 
 
 def score_training(experiment: Experiment, workdir: Path, earlier: Path | None = None) -> None:
@@ -60,7 +58,7 @@ def expected_manifest(experiment: Experiment, model: Model, source: Source) -> d
         "num_examples": len(source),
         "backbone": backbone_digest(params_of(model)),
         # Of some of these no parameter tells: with other heads the same weights are another network.
-        "model": {key: value for key, value in built_with(model)["model"].items() if key not in _OF_NO_ACCOUNT},
+        "model": {key: value for key, value in built_with(model)["model"].items() if key not in RUNNING_FIELDS},
         "num_tokens": model.grid[0] * model.grid[1],
         # These decide which image an index is, and its label.
         "data": {key: getattr(options, key) for key in identity} | {"examples": fingerprint(source)},

@@ -14,9 +14,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2  # 1 had no sha256
 
-BEGUN = ".part-*.begun"  # rows so far of parts (`shards.write_begun`)
-
 _NAME = "manifest.json"
+_BEGUN = ".part-*.begun"  # rows so far of parts (`shards.write_begun`)
 _MAX_EXAMPLES, _MAX_TOKENS = 10**10, 10**6  # examples: and views of them. Both are far above what there is
 _RESTART = "choose another --workdir, or delete that folder and run `tif score`"
 
@@ -61,7 +60,7 @@ def open_manifest(directory: str | os.PathLike[str], manifest: Manifest) -> None
     directory = Path(directory)
     ours = {"format_version": FORMAT_VERSION, **manifest}
     # Looked for before the manifest, which is older than its parts and the rows of a part that was begun.
-    has_parts, begun = any(directory.glob("part-*")), [*directory.glob(BEGUN)]
+    has_parts, begun = any(directory.glob("part-*")), [*directory.glob(_BEGUN)]
     if not is_claimed(directory):
         if has_parts:
             raise InputError(f"{directory} holds parts of unknown origin: it has no {_NAME}; {_RESTART}")

@@ -30,6 +30,8 @@ _DEFAULTS = {
     for name, family in FAMILIES.items()
 }
 MODEL_FIELDS = frozenset({"family"}).union(*_DEFAULTS.values())
+# Of these, how a network is trained and run, and not which it is.
+RUNNING_FIELDS = frozenset({"drop_path", "remat", "dtype", "lean_last_block"})
 # Of fields; of all others `_COUNT`. What is beyond is a slip, and would end in a lack of memory.
 _COUNT = checked.Range(least=1, most=2**20)
 _RANGES = {

@@ -77,10 +77,8 @@ def push_to_hub(
     with hub.failures(name, hub.page_of(repository, "datasets" if impact else ""), writing=True):
         api = library.HfApi()
         api.create_repo(repository, private=private, repo_type=kind, exist_ok=True)
-        is_public = private and not api.repo_info(repository, repo_type=kind).private
-    if is_public:
-        raise InputError(f"{name} is there already and public; make it private on the hub, or leave private out")
-    with hub.failures(name, hub.page_of(repository, "datasets" if impact else ""), writing=True):
+        if private and not api.repo_info(repository, repo_type=kind).private:
+            raise InputError(f"{name} is there already and public; make it private on the hub, or leave private out")
         there = api.list_repo_files(repository, repo_type=kind)
         stale = [path for path in there if _OURS.fullmatch(path) and path not in contents]
         changes = [*add, *map(library.CommitOperationDelete, stale)]

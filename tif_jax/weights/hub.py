@@ -74,7 +74,8 @@ def library() -> Any:
 
 @contextmanager
 def failures(name: str, page: str, writing: bool = False) -> Iterator[None]:
-    """Around calls of the library: what was asked for in vain is an InputError, what the network did a WorkError.
+    """Around calls of the library: what was asked for in vain is an InputError, what the network did a WorkError; an
+    InputError of one's own stays what it is.
 
     writing: whether what is asked for is to be written.
     """
@@ -94,7 +95,7 @@ def failures(name: str, page: str, writing: bool = False) -> Iterator[None]:
     except errors.RevisionNotFoundError:
         remedy = "give a branch, tag or commit of it, or leave @REVISION out for main"
         raise InputError(f"{name}: there is no such revision; {remedy}; they are listed at {page}/commits") from None
-    except errors.LocalEntryNotFoundError:
+    except (InputError, errors.LocalEntryNotFoundError):
         raise
     except Exception as error:  # httpx, and the library's own, have many kinds
         if is_shortage(error) or getattr(error, "errno", None) in (errno.EACCES, errno.EROFS, errno.ENOSPC):

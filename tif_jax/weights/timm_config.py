@@ -6,6 +6,7 @@ from typing import Any
 from tif_jax import checked
 from tif_jax.data.preprocess import Preprocessing
 from tif_jax.models import with_defaults
+from tif_jax.models.build import RUNNING_FIELDS
 from tif_jax.models.model import height_and_width
 from tif_jax.models.names import LEVIT_SIZES, SIZES
 
@@ -18,7 +19,7 @@ _SAID = {
     "distillation_token", "num_registers", "special_positions", "qkv_bias", "qk_norm", "layer_scale", "gelu", "pre_norm",
     "norm_eps",
 }  # fmt: skip
-_OF_NO_ACCOUNT = {"family", "class_head", "drop_path", "remat", "dtype", "lean_last_block"}
+_OF_NO_ACCOUNT = RUNNING_FIELDS | {"family", "class_head"}
 
 
 def config_of(fields: Mapping[str, Any], how: Preprocessing, class_names: tuple[str, ...] | None) -> dict[str, Any]:
